@@ -1,0 +1,26 @@
+"""The one exception a user's mistake raises, and the did-you-mean that goes with it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: files, flags or data.
+
+    The message is one line: what was expected, what came, where, what to do. The command prints it
+    without a traceback and exits with 2.
+    """
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Returns ``" (did you mean 'x'?)"`` for the nearest known name, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def listed(items: Sequence[object], limit: int = 8) -> str:
+    """Joins items for an error message: all of a short list, the first of a long one and a count."""
+    shown = ", ".join(str(item) for item in items[:limit])
+    return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"

@@ -1,0 +1,109 @@
+"""Atomic files in jaxcrit's public formats: versioned JSON, npz with a ``meta`` entry, plain text."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path`` that replaces it when the block ends without error."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        # mkstemp makes files private; a result should be as readable as any file the user writes.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Writes a file atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text atomically."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes ``{"format": kind, "format_version": 1, **content}`` atomically; NaN is refused."""
+    body = {"format": kind, "format_version": FORMAT_VERSION, **content}
+    write_text(path, json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_json(path: str | Path, kind: str) -> dict[str, Any]:
+    """Reads a JSON file written by `write_json`.
+
+    Raises:
+        UserError: the file is absent, not JSON, of another format, or of a later version.
+    """
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected a {kind} file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path}: expected JSON of format {kind}, got something else ({error})") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        raise UserError(f"{path}: expected format {kind}, got {found!r}")
+    if content.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path}: expected format_version {FORMAT_VERSION}, got {content.get('format_version')!r};"
+            " upgrade jaxcrit or write the file again"
+        )
+    return content
+
+
+def write_npz(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
+    """Writes arrays and a JSON ``meta`` entry as npz, atomically; same input, same bytes.
+
+    `numpy.savez` stamps nothing but uses the zip default date, so equal arrays give equal files.
+    """
+    entries = {**arrays, "meta": np.array(json.dumps(meta, sort_keys=True, allow_nan=False))}
+    buffer = io.BytesIO()
+    np.savez(buffer, **entries)  # type: ignore[arg-type]
+    write_bytes(path, buffer.getvalue())
+
+
+def read_npz(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `write_npz` wrote: the arrays, and the meta entry.
+
+    Raises:
+        UserError: the file is absent, not an npz, or has no meta entry.
+    """
+    path = Path(path)
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; expected an npz written by jaxcrit") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path}: expected an npz written by jaxcrit, got something else ({error})") from None
+    if "meta" not in arrays:
+        raise UserError(f"{path}: expected an npz with a meta entry; got {sorted(arrays)}")
+    return arrays, json.loads(str(arrays.pop("meta")))

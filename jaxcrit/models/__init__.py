@@ -1,0 +1,1 @@
+"""Decoder, configuration, weight table, checkpoints."""

@@ -1,0 +1,1 @@
+"""Whole runs built of the rooms below."""
