@@ -98,7 +98,8 @@ def read_scores(path: str | Path) -> dict[str, LayerScores]:
     content = read_json(path, SCORES_FORMAT)
     try:
         scores = {name: LayerScores.from_json(name, entry) for name, entry in content["scores"].items()}
-        wrong = [n for n, s in scores.items() if len(s.values) != content["num_layers"] or len(s.valid) != len(s.values)]
+        expected = content["num_layers"]
+        wrong = [name for name, score in scores.items() if {len(score.values), len(score.valid)} != {expected}]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{path}: scores.json is damaged ({error!r}); write it again with jaxcrit analyze") from None
     if wrong or not scores:
@@ -152,9 +153,9 @@ class LayerSet:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpec:
-    """What ``--layers`` says: ``all | critical[:K] | noncritical[:K] | random:K[:SEED] | first:K | last:K | a-b,c | @FILE``.
+    """What ``--layers`` says; ranges are closed here, as a person writes them.
 
-    Ranges are closed here, as a person writes them.
+    ``all | critical[:K] | noncritical[:K] | random:K[:SEED] | first:K | last:K | a-b,c | @layers.json``
 
     Attributes:
         kind: the word in front, or ``list`` or ``file``.
@@ -261,7 +262,7 @@ def resolve(
         if scores is None:
             raise UserError(f"--layers={spec}: needs scores; run jaxcrit analyze first, or give --scores=FILE")
         if scores.num_layers != num_layers:
-            raise UserError(f"--layers={spec}: the scores are of {scores.num_layers} layers, the model has {num_layers}")
+            raise UserError(f"--layers={spec}: scores of {scores.num_layers} layers, but the model has {num_layers}")
         ranking = [int(layer) for layer in scores.ranking() if trim <= layer < num_layers - trim]
         pool, criterion = (ranking if spec.kind == "critical" else ranking[::-1]), scores.name
         rule = f"{spec.kind}:{count}"
