@@ -100,7 +100,7 @@ class Rope:
             Two ``[B, T, R/2]`` float32 arrays.
         """
         frequencies = jnp.asarray(self.frequencies, jnp.float32)[None, None, :]
-        if self.long_frequencies is not None:
+        if self.long_frequencies is not None and self.boundary is not None:
             is_long = (lengths > self.boundary)[:, None, None]
             frequencies = jnp.where(is_long, jnp.asarray(self.long_frequencies, jnp.float32), frequencies)
         angles = positions[..., None].astype(jnp.float32) * frequencies
