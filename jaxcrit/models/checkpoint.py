@@ -327,7 +327,7 @@ def _digests(file: Path) -> dict[str, list[Any]]:
     with safe_open(file, framework="numpy") as opened:
         for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
             tensor = opened.get_tensor(name)
-            digest = hashlib.sha256(memoryview(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8))).hexdigest()
+            digest = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
             digests[name] = [str(tensor.dtype), list(tensor.shape), digest]
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)

@@ -113,9 +113,7 @@ def _write_weights(decoder: Decoder, kinds: dict[str, str], directory: Path, sha
         for _ in range(count):
             name, value = next(tensors)
             held[name] = np.ascontiguousarray(value.astype(DTYPES[kinds[name]]))
-        with atomic_path(
-            directory / file
-        ) as temporary:  # also makes the file readable to others, which safetensors does not
+        with atomic_path(directory / file) as temporary:  # safetensors makes private files; this one readable
             save_file(held, temporary, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(held, file)
     if len(shards) > 1:
