@@ -48,7 +48,7 @@ def cautions(
             f" {count} samples; read the debiased column"
         )
     values = debiased.values[debiased.valid]
-    if debiased.stderr is not None and len(values):
+    if debiased.stderr is not None and len(values) > 1:
         error = float(np.nanmedian(debiased.stderr[debiased.valid]))
         if np.ptp(values) < _FLAT * error:
             found.append(
