@@ -12,15 +12,15 @@ FLAGS = {
     "what": (
         Flag("model", "", "checkpoint directory or hub id (default: the embedded model)", word="DIR"),
         Flag("data", "", "prompts as JSONL; several with commas (default: embedded)", word="FILE"),
-        Flag("out", "", "run directory to write (default: a new one here)", word="DIR"),
+        Flag("out", "", "run directory to write (default: one in jaxcrit-runs/)", word="DIR"),
         Flag("template", "auto", "how prompts are wrapped", ("auto", "none", "chat")),
         Flag("limit", 0, "first N rows of each dataset only; 0 for all", lowest=0),
         Flag("truncate", "", "cut prompts too long for the model (default: refuse)", ("left",)),
     ),
     "capture": (
         Flag("position", "last", "token that stands for a prompt", ("last", "mean", "all")),
-        Flag("embed", False, "capture the embedding output too"),
-        Flag("save_activations", False, "keep activations.safetensors in the run directory"),
+        Flag("embed", False, "keep the embedding output too (with --save_activations)"),
+        Flag("save_activations", False, "keep the hidden states as activations.safetensors"),
         Flag("batch_size", 8, "prompts per forward pass", lowest=1),
         Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
         Flag("precision", "highest", "of matrix products", ("default", "high", "highest")),
