@@ -29,6 +29,7 @@ class Analysis:
     datasets: dict[str, Dataset]
     consensus: LayerScores | None
     chosen: LayerSet
+    selection_probability: np.ndarray | None
     out: Path
 
 
@@ -61,9 +62,9 @@ def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 
     datasets = {
         name: dataset(name, num_layers, 0.35 * num_layers + shift, warnings) for shift, name in enumerate(names)
     }
-    ranks = [d.scores["delta_debiased"].values.argsort().argsort() + 1.0 for d in datasets.values()]
+    ranks = [d.scores["delta_debiased"].values.argsort().argsort() for d in datasets.values()]
     valid = next(iter(datasets.values())).scores["delta"].valid
-    consensus = LayerScores("mean_rank", np.where(valid, np.mean(ranks, 0), np.nan), valid, "low")
+    consensus = LayerScores("delta_debiased", np.where(valid, np.mean(ranks, 0), np.nan), valid, "low")
     chosen = next(iter(datasets.values())).chosen
     if len(datasets) > 1:
         chosen = resolve(LayerSpec.parse("critical"), num_layers, scores=consensus)
@@ -75,4 +76,5 @@ def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 
         "versions": {"jax": "0.10.2"},
         "model_hash": META["model_hash"],
     }
-    return Analysis(run, datasets, consensus, chosen, out)
+    probability = np.where(np.isin(np.arange(num_layers), chosen.layers), 0.93, 0.02)
+    return Analysis(run, datasets, consensus, chosen, probability, out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 
 from absl.flags import FlagValues
@@ -23,7 +22,7 @@ FLAGS = {
         Flag("embed", False, "capture the embedding output too"),
         Flag("save_activations", False, "keep activations.safetensors in the run directory"),
         Flag("batch_size", 8, "prompts per forward pass", lowest=1),
-        Flag("dtype", "", "of weights and computation (default: float32)", ("float32", "bfloat16")),
+        Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
         Flag("precision", "highest", "of matrix products", ("default", "high", "highest")),
         Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
     ),
@@ -43,15 +42,12 @@ FLAGS = {
 
 def run(values: FlagValues) -> int:
     """Analyses, writes the report, prints the table."""
-    from tqdm import tqdm
-
+    from jaxcrit.cli.progress import bars
     from jaxcrit.reporting.analysis import analysis_text, write_analysis
     from jaxcrit.studies.analysis import AnalysisConfig, run_analysis
 
     config = AnalysisConfig(**{flag.name: values[flag.name].value for group in FLAGS.values() for flag in group})
-    # disable=None: no bar where stderr is not a terminal.
-    progress = functools.partial(tqdm, file=sys.stderr, disable=None, unit=" samples", leave=False)
-    analysis = run_analysis(config, progress=progress)
+    analysis = run_analysis(config, progress=bars)
     report = write_analysis(analysis)
     print(analysis_text(analysis, style=sys.stdout.isatty()))
     print(f"report: {report}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from absl.flags import FlagValues
 
 from jaxcrit.cli.flags import Flag
@@ -13,7 +11,7 @@ FLAGS = {
     "what": (
         Flag("model", "", "checkpoint directory or hub id", word="DIR"),
         Flag("out", "", "directory to write; must not exist yet or be empty", word="DIR"),
-        Flag("dtype", "source", "of the weights; source keeps what was read", ("source", "float32", "bfloat16")),
+        Flag("dtype", "", "of the weights (default: as read)", ("float32", "bfloat16", "float16")),
     ),
 }
 
@@ -23,8 +21,15 @@ def run(values: FlagValues) -> int:
     for name in ("model", "out"):
         if not values[name].value:
             raise UserError(f"export: expected --{name}=DIR")
+    from jaxcrit.cli.progress import bars
     from jaxcrit.models.export import export
 
-    export(values.model, Path(values.out), values.dtype)
-    print(values.out)
+    with bars(total=1, desc="weights", unit=" tensors") as bar:
+
+        def progress(done: int, total: int, _: str) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        out = export(values.model, values.out, dtype=values.dtype, progress=progress)
+    print(out)
     return 0

@@ -20,14 +20,14 @@ def _consensus(analysis: views.AnalysisView) -> LayerScores | None:
     return analysis.consensus if len(analysis.datasets) > 1 else None
 
 
-def headlines(analysis: views.AnalysisView) -> tuple[str, str]:
-    """Which layers, and how sure: one sentence each."""
+def headlines(analysis: views.AnalysisView) -> list[str]:
+    """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
     chosen, datasets = analysis.chosen, analysis.datasets
-    if len(datasets) > 1:
-        alone = {name: dataset.chosen for name, dataset in datasets.items()}
-        return tables.headline(chosen), tables.agreement(chosen, alone)
-    only = next(iter(datasets.values()))
-    return tables.headline(chosen), tables.certainty(chosen, only.selection_probability, only.num_samples)
+    num_samples = sum(dataset.num_samples for dataset in datasets.values())
+    sure = tables.certainty(chosen, analysis.selection_probability, num_samples)
+    alone = {name: dataset.chosen for name, dataset in datasets.items()}
+    agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
+    return [tables.headline(chosen, len(datasets)), sure, *agreement]
 
 
 def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, style: bool = False) -> str:
@@ -44,7 +44,9 @@ def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, sty
 
 def _consensus_table(analysis: views.AnalysisView, consensus: LayerScores, style: bool = False) -> str:
     deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
-    return tables.consensus_table(deltas, consensus, analysis.chosen, style=style)
+    return tables.consensus_table(
+        deltas, consensus, analysis.chosen, probability=analysis.selection_probability, style=style
+    )
 
 
 def warnings(analysis: views.AnalysisView) -> list[str]:

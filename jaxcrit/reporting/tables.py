@@ -17,6 +17,12 @@ def _number(value: float, digits: int = 4) -> str:
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
+def _probability(probability: np.ndarray | None, layer: int, score: LayerScores) -> str:
+    if probability is None:
+        return ""
+    return _number(probability[layer], 2) if score.valid[layer] else "-"
+
+
 def _lines(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> list[str]:
     """Aligns columns to the right, the last one to the left; strips the ends."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -62,7 +68,7 @@ def layer_table(
                 _number(biased.values[layer]),
                 "" if null is None else _number(null[layer]),
                 _number(step.values[layer]),
-                "" if probability is None else _number(probability[layer] if debiased.valid[layer] else math.nan, 2),
+                _probability(probability, layer, debiased),
                 " ".join(marks),
             ]
         )
@@ -71,7 +77,12 @@ def layer_table(
 
 
 def consensus_table(
-    deltas: Mapping[str, LayerScores], consensus: LayerScores, chosen: LayerSet, *, style: bool = False
+    deltas: Mapping[str, LayerScores],
+    consensus: LayerScores,
+    chosen: LayerSet,
+    *,
+    probability: np.ndarray | None = None,
+    style: bool = False,
 ) -> str:
     """One row per layer, one column of δ per dataset as far as they fit, and the mean rank that chose.
 
@@ -79,43 +90,52 @@ def consensus_table(
         deltas: by dataset, the score that chose.
         consensus: mean rank over the datasets.
         chosen: rows to mark.
+        probability: ``[L]`` how often resampled prompts choose the layer.
         style: bold marks, for a terminal.
     """
     names = {name: name if len(name) <= 12 else f"{name[:11]}…" for name in deltas}
-    shown, used = [], len("layer") + len("mean rank") + len("◀ critical") + 6
+    ends = ["layer", "mean rank", "P(chosen)", "◀ critical"]
+    shown, used = [], len("  ".join(ends))
     for name, short in names.items():
         used += max(len(short), 6) + 2
         if used <= WIDTH:
             shown.append(name)
-    header = ["layer", *(names[name] for name in shown), "mean rank", ""]
     rows = []
     for layer in range(chosen.num_layers):
         values = [_number(deltas[name].values[layer]) for name in shown]
+        sure = _probability(probability, layer, consensus)
         mark = "◀ critical" if layer in chosen.layers else ""
-        rows.append([str(layer), *values, _number(consensus.values[layer], 2), mark])
+        rows.append([str(layer), *values, _number(consensus.values[layer], 2), sure, mark])
+    header = ["layer", *(names[name] for name in shown), "mean rank", "P(chosen)", ""]
     lines = _lines(header, rows, [style and layer in chosen.layers for layer in range(chosen.num_layers)])
     hidden = len(deltas) - len(shown)
     return "\n".join(lines + ([f"({hidden} more datasets are in the report)"] if hidden else []))
 
 
-def headline(chosen: LayerSet) -> str:
-    """Which layers, in one sentence; the parameter path stands here once."""
+def headline(chosen: LayerSet, num_datasets: int = 1) -> str:
+    """Which layers, in one sentence; the parameter path stands here once.
+
+    Args:
+        chosen: the layers.
+        num_datasets: how many were joined by their mean rank.
+    """
     listed = ", ".join(map(str, chosen.layers))
     plural = "s" if len(chosen.layers) > 1 else ""
+    joined = f", mean rank over {num_datasets} datasets" if num_datasets > 1 else ""
     return (
         f"{'Critical' if chosen.rule.startswith('critical') else 'Chosen'} layer{plural}: {listed} of"
         f" {chosen.num_layers} (model.layers.{chosen.layers[0]}{', …' if plural else ''};"
-        f" {chosen.rule} by {chosen.criterion})"
+        f" {chosen.rule} by {chosen.criterion}{joined})"
     )
 
 
 def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int) -> str:
-    """How sure the choice of one dataset is, in one sentence.
+    """How sure a choice is, in one sentence.
 
     Args:
         chosen: the layers.
         probability: ``[L]`` how often resampled prompts choose each layer.
-        num_samples: N.
+        num_samples: N, of all datasets together.
     """
     if probability is None:
         return "How sure: not estimated for this choice."
@@ -137,4 +157,4 @@ def agreement(chosen: LayerSet, alone: Mapping[str, LayerSet]) -> str:
         alone: what each dataset would choose by itself.
     """
     counts = [f"{layer} ({sum(layer in s.layers for s in alone.values())})" for layer in chosen.layers]
-    return f"How sure: of {len(alone)} datasets, this many choose the layer by themselves: {', '.join(counts)}."
+    return f"Of {len(alone)} datasets, this many choose the layer by themselves: {', '.join(counts)}."

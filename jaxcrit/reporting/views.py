@@ -64,6 +64,10 @@ class AnalysisView(Protocol):
         """The critical layers."""
 
     @property
+    def selection_probability(self) -> np.ndarray | None:
+        """``[L]`` how often resampled prompts (of every dataset) choose each layer."""
+
+    @property
     def out(self) -> Path:
         """Run directory."""
 
