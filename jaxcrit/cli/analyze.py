@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 from absl.flags import FlagValues
 
@@ -46,7 +47,8 @@ def run(values: FlagValues) -> int:
     from jaxcrit.reporting.analysis import analysis_text, write_analysis
     from jaxcrit.studies.analysis import AnalysisConfig, run_analysis
 
-    config = AnalysisConfig(**{flag.name: values[flag.name].value for group in FLAGS.values() for flag in group})
+    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
+    config = AnalysisConfig(**given)
     analysis = run_analysis(config, progress=bars)
     report = write_analysis(analysis)
     print(analysis_text(analysis, style=sys.stdout.isatty()))
