@@ -13,15 +13,15 @@ FLAGS = {
     "what": (
         Flag("model", "", "checkpoint directory or hub id (default: the embedded model)", word="DIR"),
         Flag("data", "", "prompts as JSONL; several with commas (default: embedded)", word="FILE"),
-        Flag("out", "", "run directory to write (default: one in jaxcrit-runs/)", word="DIR"),
+        Flag("out", "", "run directory to write (default: a new one here)", word="DIR"),
         Flag("template", "auto", "how prompts are wrapped", ("auto", "none", "chat")),
         Flag("limit", 0, "first N rows of each dataset only; 0 for all", lowest=0),
         Flag("truncate", "", "cut prompts too long for the model (default: refuse)", ("left",)),
     ),
     "capture": (
         Flag("position", "last", "token that stands for a prompt", ("last", "mean", "all")),
-        Flag("embed", False, "keep the embedding output too (with --save_activations)"),
-        Flag("save_activations", False, "keep the hidden states as activations.safetensors"),
+        Flag("embed", False, "capture the embedding output too"),
+        Flag("save_activations", False, "keep activations.safetensors in the run directory"),
         Flag("batch_size", 8, "prompts per forward pass", lowest=1),
         Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
         Flag("precision", "highest", "of matrix products", ("default", "high", "highest")),
@@ -47,8 +47,9 @@ def run(values: FlagValues) -> int:
     from jaxcrit.reporting.analysis import analysis_text, write_analysis
     from jaxcrit.studies.analysis import AnalysisConfig, run_analysis
 
-    asked: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    analysis = run_analysis(AnalysisConfig(**asked), progress=bars)
+    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
+    config = AnalysisConfig(**given)
+    analysis = run_analysis(config, progress=bars)
     report = write_analysis(analysis)
     print(analysis_text(analysis, style=sys.stdout.isatty()))
     print(f"report: {report}")

@@ -48,9 +48,7 @@ class RunDirectory:
         resumed = False
         if path.is_dir() and any(path.iterdir()):
             if not (path / "run.json").exists():
-                raise UserError(
-                    f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory"
-                )
+                raise UserError(f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory")
             earlier = read_json(path / "run.json", RUN_FORMAT)
             if earlier.get("identity") != identity:
                 differs = _difference(earlier.get("determines", {}), determines)

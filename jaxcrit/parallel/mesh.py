@@ -1,8 +1,10 @@
 """Meshes: interim."""
 
 from __future__ import annotations
-import jax, numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+
+import jax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 RULES = {
     "layers": None,

@@ -130,9 +130,7 @@ def _check(config: AnalysisConfig) -> LayerSpec:
     if config.position not in POSITIONS:
         raise UserError(f"--position={config.position}: expected {listed(POSITIONS)}")
     if config.window < 3 or config.window % 2 == 0:
-        raise UserError(
-            f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)"
-        )
+        raise UserError(f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)")
     if config.bias not in ("biased", "debiased"):
         raise UserError(f"--bias={config.bias}: expected biased or debiased")
     if config.truncate not in ("", "left"):

@@ -147,7 +147,7 @@ class Captures:
                 f"{dataset.name}: {count} samples need {needed / 2**30:.0f} GiB of Grams, at most"
                 f" {GRAM_BYTES / 2**30:.0f} are taken; give fewer prompts with --limit"
             )
-        grams = centred_grams(activations.hidden, self.config.kernel)
+        grams: np.ndarray | jax.Array = centred_grams(activations.hidden, self.config.kernel)
         folder.mkdir(parents=True, exist_ok=True)
         if count <= FINGERPRINT_SAMPLES:
             packed = pack_upper(grams)
