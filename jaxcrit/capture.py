@@ -1,0 +1,147 @@
+"""Runs a model over batches of prompts and keeps what the tap returns: one compile per bucket and mesh.
+
+The tap picks the sample's token inside the scan, so of a forward pass only [L, B, D] ever leaves the blocks,
+and it is scattered into a buffer [L, N, D] that stays on the device.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcrit.data.batches import Batch
+from jaxcrit.models.decoder import Decoder, embed, forward
+from jaxcrit.parallel.mesh import batch_sharding
+
+Position = Literal["last", "mean", "all"]
+POSITIONS: tuple[str, ...] = get_args(Position)
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activations:
+    """Hidden states of every layer for every sample.
+
+    Attributes:
+        hidden: ``[L, N, D]`` float32 on the device; layer l's is the residual stream after block l.
+        embed: ``[N, D]`` float32 embedding output, or None.
+        units: ``[N]`` int, which prompt each sample comes from (with ``all``, several from one).
+        seconds: wall time of the passes, compiles included.
+        num_tokens: real tokens run.
+        padded_tokens: tokens run with padding.
+        num_buckets: distinct batch shapes.
+    """
+
+    hidden: jax.Array
+    embed: jax.Array | None
+    units: np.ndarray
+    seconds: float
+    num_tokens: int
+    padded_tokens: int
+    num_buckets: int
+
+
+def capture(
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    num_prompts: int,
+    *,
+    mesh: Mesh,
+    position: Position = "last",
+    with_embed: bool = False,
+    precision: str = "highest",
+    progress: Progress | None = None,
+) -> Activations:
+    """Captures the residual stream after every block at the chosen token of each prompt.
+
+    Args:
+        decoder: the model, on the mesh.
+        batches: right-padded prompts; every batch of one length has the same shape. Rows of ``num_prompts`` and
+            above only fill a batch up.
+        num_prompts: how many prompts the batches hold.
+        mesh: batches are split over its ``data`` and ``fsdp`` axes.
+        position: ``last`` prompt token, ``mean`` over the prompt's tokens, or ``all`` of them as samples.
+        with_embed: keep the embedding output too.
+        precision: matmul precision; only ``highest`` makes float32 exact on TPU and recent GPUs.
+        progress: called with (prompts done, prompts in all).
+
+    Returns:
+        Activations, samples in the order of the rows (with ``all``, token by token within each prompt).
+    """
+    lengths = np.zeros(num_prompts, np.int64)
+    for batch in batches:
+        real = batch.rows < num_prompts
+        lengths[batch.rows[real]] = batch.lengths[real]
+    counts = lengths if position == "all" else np.ones_like(lengths)
+    starts, total = np.concatenate([[0], np.cumsum(counts)[:-1]]), int(counts.sum())
+    config = decoder.config
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    depth = config.num_layers + with_embed
+    buffer = jax.device_put(jnp.zeros((depth, total, config.width), jnp.float32), everywhere)
+    began, done = time.perf_counter(), 0
+    for batch in batches:
+        real = batch.rows < num_prompts
+        # Rows that only fill the batch point past the end, where the scatter drops them.
+        rows = np.full(batch.rows.shape, total, np.int32)
+        rows[real] = starts[batch.rows[real]]
+        placed = jax.device_put((batch.tokens, batch.lengths, rows), batch_sharding(mesh))
+        with jax.default_matmul_precision(precision):
+            buffer = _step(decoder, buffer, *placed, position=position, with_embed=with_embed, mesh=mesh)
+        buffer.block_until_ready()
+        done += int(real.sum())
+        if progress is not None:
+            progress(done, num_prompts)
+    return Activations(
+        hidden=buffer[with_embed:],
+        embed=buffer[0] if with_embed else None,
+        units=np.repeat(np.arange(num_prompts), counts),
+        seconds=time.perf_counter() - began,
+        num_tokens=int(lengths.sum()),
+        padded_tokens=sum(batch.tokens.size for batch in batches),
+        num_buckets=len({batch.tokens.shape for batch in batches}),
+    )
+
+
+def compiled_steps() -> int:
+    """How many programs the forward pass has compiled to in this process: at most one per bucket and mesh."""
+    return _step._cache_size()  # type: ignore[attr-defined]
+
+
+@functools.partial(jax.jit, static_argnames=("position", "with_embed", "mesh"), donate_argnames=("buffer",))
+def _step(
+    decoder: Decoder,
+    buffer: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    rows: jax.Array,
+    *,
+    position: Position,
+    with_embed: bool,
+    mesh: Mesh,
+) -> jax.Array:
+    def tap(x: jax.Array) -> jax.Array:
+        if position == "last":
+            x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
+        x = x.astype(jnp.float32)
+        if position == "mean":
+            x = jnp.sum(jnp.where(inside[..., None], x, 0), axis=1) / lengths[:, None]
+        return x
+
+    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
+    inside = offsets < lengths[:, None]
+    states = forward(decoder, tokens, lengths=lengths, tap=tap).taps
+    if with_embed:
+        states = jnp.concatenate([tap(embed(decoder, tokens))[None], states])
+    if position == "all":
+        rows = jnp.where(inside, rows[:, None] + offsets, buffer.shape[1]).reshape(-1)
+        states = states.reshape(states.shape[0], -1, states.shape[-1])
+    buffer = buffer.at[:, rows].set(states, mode="drop")
+    return jax.lax.with_sharding_constraint(buffer, NamedSharding(mesh, PartitionSpec()))

@@ -1,0 +1,342 @@
+"""Reads a Hugging Face checkpoint directory (or hub id) onto a mesh: each process its own byte ranges, no pickle."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from safetensors import SafetensorError, safe_open
+
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.files import write_text
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.weights import Weight, hf_shapes, offsets, table
+from jaxcrit.parallel.mesh import make_mesh, spec_for
+
+Progress = Callable[[int, int, str], None]
+DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+_FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_READ_BYTES = 2**25
+_INDEX = "model.safetensors.index.json"
+# Buffers that old checkpoints carry and that the config determines.
+_COMPUTED = re.compile(r".*rotary_emb\.inv_freq$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """An opened checkpoint directory: config and tensor headers read and checked, no weight read yet.
+
+    Attributes:
+        path: the directory.
+        config: of the model.
+        shards: by tensor name, the file that holds it.
+        dtypes: by tensor name, its dtype in the file (float32, bfloat16, float16).
+    """
+
+    path: Path
+    config: ModelConfig
+    shards: dict[str, Path]
+    dtypes: dict[str, str]
+
+    def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
+        """Reads part of a tensor; other bytes of the file are not touched."""
+        with safe_open(self.shards[name], framework="numpy") as file:
+            part = file.get_slice(name)
+            return part[rows] if columns is None else part[rows, columns]
+
+
+def locate(model: str) -> Path:
+    """The directory of a model: a local path, or a hub id that is fetched (safetensors and small files only).
+
+    Raises:
+        UserError: neither a directory nor reachable on the hub.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError(f"--model={model}: expected a checkpoint directory, got a file; name the directory it is in")
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
+        raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
+    try:
+        return Path(snapshot_download(model, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"--model={model}: no such directory, and the hub did not give it ({reason})") from None
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Reads and checks the config and every shard's header against the weight table.
+
+    Raises:
+        UserError: no safetensors, a damaged or absent shard, or one line that names every tensor that is
+            missing, unexpected, misshapen or of a dtype that is not floating point.
+    """
+    config_path = path / "config.json"
+    config = ModelConfig.from_hf(_json_object(config_path), str(config_path))
+    shards, shapes, dtypes = _headers(_shard_files(path))
+    expected = hf_shapes(config)
+    if config.tied:  # some exporters write the tied head a second time
+        shapes.pop("lm_head.weight", None)
+    problems = []
+    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
+    if missing:
+        problems.append(f"missing {listed(missing, 4)}")
+    if extra:
+        problems.append(f"unexpected {listed(extra, 4)}")
+    wrong = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
+    if wrong:
+        problems.append("wrong shape " + listed([f"{n} {shapes[n]} (expected {expected[n]})" for n in wrong], 4))
+    strange = sorted(name for name in expected.keys() & shapes.keys() if dtypes[name] not in _FILE_DTYPES)
+    if strange:
+        problems.append("not float weights " + listed([f"{name} {dtypes[name]}" for name in strange], 4))
+    if problems:
+        raise UserError(f"{path}: tensors do not match config.json ({config.family}): {'; '.join(problems)}")
+    return Checkpoint(path, config, shards, {name: _FILE_DTYPES[dtypes[name]] for name in expected})
+
+
+def load(
+    checkpoint: Checkpoint, *, dtype: str = "", mesh: Mesh | None = None, progress: Progress | None = None
+) -> Decoder:
+    """Loads the weights, sharded by the table's logical axes.
+
+    Each stacked array is assembled shard by shard from the byte ranges that shard needs, then handed to the
+    device; on the host there is never more than one such array, and on CPU not even that twice (the device
+    takes the aligned buffer over).
+
+    Args:
+        checkpoint: of `open_checkpoint`.
+        dtype: float32, bfloat16 or float16; default the file's own (float32 where it is mixed).
+        mesh: where the weights go; default all of this process's devices.
+        progress: called with (weights done, weights in all, path).
+
+    Raises:
+        UserError: a tensor that holds NaN or infinity, or a dtype that is not one of the three.
+    """
+    mesh = make_mesh(None) if mesh is None else mesh
+    config, kinds = checkpoint.config, sorted(set(checkpoint.dtypes.values()))
+    dtype = dtype or (kinds[0] if len(kinds) == 1 else "float32")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: expected {listed(list(DTYPES))}")
+    rows, begin = table(config), offsets(config)
+    arrays: dict[str, jax.Array] = {}
+    finite: dict[str, jax.Array] = {}
+    for done, row in enumerate(rows):
+        if progress is not None:
+            progress(done, len(rows), row.path)
+        arrays[row.path] = _load_row(checkpoint, row, begin[row.path], np.dtype(DTYPES[dtype]), mesh)
+        finite[row.path] = _finite(arrays[row.path], row.stacked)
+    bad = [
+        row.hf.format(layer)
+        for row in rows
+        for layer, ok in enumerate(np.atleast_1d(np.asarray(finite[row.path])))
+        if not ok
+    ]
+    if bad:
+        raise UserError(
+            f"{checkpoint.path}: NaN or infinite values in {listed(bad, 4)} (as {dtype}); weights are damaged"
+        )
+    if progress is not None:
+        progress(len(rows), len(rows), "")
+    return Decoder(config, arrays)
+
+
+def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
+    """Identity of a model: sha256 of its config and of every tensor's name, dtype, shape and digest.
+
+    Digests are kept in the cache directory by path, size and time of each shard, so a checkpoint is read
+    for this once.
+    """
+    config = checkpoint.config
+    wanted = hf_shapes(config)
+    digests: dict[str, list[Any]] = {}
+    files = sorted(set(checkpoint.shards.values()))
+    for done, file in enumerate(files):
+        if progress is not None:
+            progress(done, len(files), file.name)
+        digests |= _digests(file)
+    tensors = [[name, *digests[name]] for name in sorted(wanted)]
+    ignored = ("_name_or_path", "transformers_version")
+    settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
+    return sha256_json({"config": settings, "tensors": tensors})
+
+
+def cache_directory() -> Path:
+    """Where jaxcrit keeps what can be made again: ``$JAXCRIT_CACHE``, else the user's cache directory."""
+    named = os.environ.get("JAXCRIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else base / "jaxcrit"
+
+
+@functools.partial(jax.jit, static_argnames="stacked")
+def _finite(array: jax.Array, stacked: bool) -> jax.Array:
+    # 0 * x is 0 for finite x alone. One array a call: XLA CPU fuses this into its sum, but keeps a copy of every
+    # weight in a program over all of them, and a boolean per weight for jnp.all(jnp.isfinite(x)).
+    return jnp.sum(array * 0, axis=tuple(range(1 if stacked else 0, array.ndim))) == 0
+
+
+def _load_row(checkpoint: Checkpoint, row: Weight, begin: int, dtype: np.dtype, mesh: Mesh) -> jax.Array:
+    shape = row.shape(checkpoint.config)
+    sharding = NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.hf))
+    made: dict[Any, np.ndarray] = {}
+
+    def shard(index: Any) -> np.ndarray:
+        key = tuple(part.indices(size) for part, size in zip(index, shape, strict=True))
+        if key not in made:  # replicas on several devices of one process read once
+            made[key] = _read_shard(checkpoint, row, begin, shape, index, dtype)
+        return made[key]
+
+    return jax.make_array_from_callback(shape, sharding, shard)
+
+
+def _read_shard(
+    checkpoint: Checkpoint, row: Weight, begin: int, shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype
+) -> np.ndarray:
+    """One device's part of one of our arrays, from the byte ranges of the file that hold it."""
+    bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    layers = range(*bounds.pop(0)) if row.stacked else [None]
+    sizes = list(shape[1:] if row.stacked else shape)
+    ranges, axis = [], 0
+    for group in row.groups:
+        inner = int(np.prod(sizes[axis + 1 : axis + len(group)], dtype=np.int64))
+        # Within a group only the outermost axis is ever sharded (heads, not head_dim): rows stay contiguous.
+        ranges.append(slice(bounds[axis][0] * inner, bounds[axis][1] * inner))
+        axis += len(group)
+    rows = slice(ranges[0].start + begin, ranges[0].stop + begin)
+    columns = ranges[1] if len(ranges) > 1 else None
+    lengths = [stop - start for start, stop in bounds]
+    out = _aligned(([len(layers)] if row.stacked else []) + lengths, dtype)
+    for slot, layer in enumerate(layers):
+        name, part = row.hf.format(layer), out[slot] if row.stacked else out
+        flat = part.reshape(rows.stop - rows.start, -1)
+        step = max(1, _READ_BYTES // flat[:1].nbytes)  # safetensors copies what it reads: keep that copy small
+        for start in range(0, len(flat), step):
+            some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+            flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
+    return out
+
+
+def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
+    """An empty array on a 64-byte boundary, which a CPU device takes over without a copy."""
+    count = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(count + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + count].view(dtype).reshape(shape)
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        names = [name for name, _ in pairs]
+        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+        if twice:
+            raise UserError(f"{path}: {listed(twice, 4)} named twice; which one holds cannot be known")
+        return dict(pairs)
+
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+    except FileNotFoundError:
+        raise UserError(f"{path.parent}: no {path.name}; expected a Hugging Face checkpoint directory") from None
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: expected a JSON object, got something else ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content
+
+
+def _shard_files(path: Path) -> dict[Path, set[str] | None]:
+    """Files to read, each with the tensors the index says it holds (None: all of them)."""
+    index, single = path / _INDEX, path / "model.safetensors"
+    if index.exists():
+        named = _json_object(index).get("weight_map")
+        if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
+            raise UserError(f"{index}: expected a weight_map of tensor names to files")
+        files: dict[Path, set[str] | None] = {}
+        for tensor, file in named.items():
+            if file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+                raise UserError(f"{index}: {tensor} is said to be in {file!r}; expected a file name in {path}, no path")
+            holds = files.setdefault(path / file, set())
+            assert holds is not None
+            holds.add(tensor)
+        absent = sorted(file.name for file in files if not file.is_file())
+        if absent:
+            raise UserError(f"{index}: names shards that are not in {path}: {listed(absent, 4)}; fetch them again")
+        return files
+    if single.is_file():
+        return {single: None}
+    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
+    if others:
+        raise UserError(
+            f"{path}: only {listed(others, 3)}; expected safetensors (pickled weights can run code and are not"
+            " read): convert with transformers' save_pretrained"
+        )
+    raise UserError(f"{path}: expected model.safetensors or {_INDEX}, found neither")
+
+
+def _headers(
+    files: dict[Path, set[str] | None],
+) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
+    shards: dict[str, Path] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    for file, said in files.items():
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                names = list(opened.keys())
+                for name in names:
+                    if name in shards:
+                        raise UserError(f"{file}: tensor {name} is also in {shards[name].name}; expected each once")
+                    if _COMPUTED.match(name):
+                        continue
+                    part = opened.get_slice(name)
+                    shards[name], shapes[name], dtypes[name] = file, tuple(part.get_shape()), part.get_dtype()
+        except SafetensorError as error:
+            raise UserError(f"{file}: truncated or damaged safetensors ({error}); fetch the file again") from None
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
+        if said is not None and said - set(names):
+            lost = sorted(said - set(names))
+            raise UserError(f"{file}: the index says it holds {listed(lost, 4)}, but it does not")
+    return shards, shapes, dtypes
+
+
+def _digests(file: Path) -> dict[str, list[Any]]:
+    """``{tensor: [dtype, shape, sha256]}`` of a shard, from the cache where its path, size and time are the same."""
+    state = file.stat()
+    stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
+    try:
+        return json.loads(kept.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        pass
+    digests: dict[str, list[Any]] = {}
+    with safe_open(file, framework="numpy") as opened:
+        for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
+            tensor = opened.get_tensor(name)
+            digest = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
+            digests[name] = [str(tensor.dtype), list(tensor.shape), digest]
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_text(kept, json.dumps(digests))
+    except OSError:
+        pass  # a cache that cannot be written costs time, not correctness
+    return digests

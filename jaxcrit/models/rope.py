@@ -1,0 +1,198 @@
+"""Rotary position embedding: half-split form as in Hugging Face checkpoints, five kinds of frequency scaling."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcrit.core.errors import UserError, did_you_mean, listed
+
+_SHARED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_KEYS: dict[str, set[str]] = {
+    "default": set(),
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
+}
+_NEEDED = {
+    "linear": {"factor"},
+    "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
+    "yarn": {"factor"},
+    "longrope": {"short_factor", "long_factor"},
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Rope:
+    """Rotary frequencies of one model, computed once on the host in float32 as transformers does.
+
+    Attributes:
+        kind: default, linear, llama3, yarn or longrope.
+        frequencies: R/2 angular frequencies in radians per token.
+        long_frequencies: those of sequences longer than ``boundary`` (longrope), else None.
+        boundary: longest sequence, in tokens, that ``frequencies`` are for; None where there is no other set.
+        scale: factor on cosine and sine (yarn, longrope).
+    """
+
+    kind: str
+    frequencies: tuple[float, ...]
+    long_frequencies: tuple[float, ...] | None = None
+    boundary: int | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], head_dim: int, max_length: int, family: str, where: str) -> Rope:
+        """Reads both the old keys (``rope_theta``, ``rope_scaling``) and ``rope_parameters`` of transformers 5.
+
+        Raises:
+            UserError: an unknown kind or key, a missing one, or old and new keys that disagree.
+        """
+        given, kind = _parameters(config, family, where)
+        theta = float(given.get("rope_theta") or 10000.0)
+        rotary = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
+        if rotary < 2 or rotary % 2:
+            raise UserError(
+                f"{where}: expected an even number of rotary dimensions, got {rotary} of head_dim {head_dim}"
+            )
+        original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
+        original = int(original or max_length)
+        powers = np.power(np.float32(theta), np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary))
+        plain = (np.float32(1.0) / powers).astype(np.float32)
+        if kind == "linear":
+            return cls(kind, _floats(plain / np.float32(given["factor"])))
+        if kind == "llama3":
+            return cls(kind, _floats(_llama3(plain, given, original)))
+        if kind == "yarn":
+            return cls(kind, _floats(_yarn(powers, given, original, theta)), scale=_yarn_scale(given))
+        if kind == "longrope":
+            short, long = (_factors(given, key, rotary // 2, where) for key in ("short_factor", "long_factor"))
+            factor = float(given.get("factor") or max_length / original)
+            scale = given.get("attention_factor")
+            if scale is None:
+                scale = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 else 1.0
+            one = np.float32(1.0)
+            return cls(kind, _floats(one / (short * powers)), _floats(one / (long * powers)), original, float(scale))
+        return cls(kind, _floats(plain))
+
+    @property
+    def rotary_dim(self) -> int:
+        """How many dimensions R of each head are rotated; the rest pass through (partial rotary)."""
+        return 2 * len(self.frequencies)
+
+    def cos_sin(self, positions: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Cosines and sines of every rotation.
+
+        Longrope picks its set of frequencies per sample by the sample's own length, never by the padded
+        length of the batch: else the same prompt would give other numbers in another bucket.
+
+        Args:
+            positions: ``[B, T]`` int, position of each token in its sequence.
+            lengths: ``[B]`` int, number of real tokens of each sequence.
+
+        Returns:
+            Two ``[B, T, R/2]`` float32 arrays.
+        """
+        frequencies = jnp.asarray(self.frequencies, jnp.float32)[None, None, :]
+        if self.long_frequencies is not None and self.boundary is not None:
+            is_long = (lengths > self.boundary)[:, None, None]
+            frequencies = jnp.where(is_long, jnp.asarray(self.long_frequencies, jnp.float32), frequencies)
+        angles = positions[..., None].astype(jnp.float32) * frequencies
+        return jnp.cos(angles) * self.scale, jnp.sin(angles) * self.scale
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates the first R dimensions of each head, pairing dimension i with i + R/2.
+
+    Args:
+        x: ``[B, T, H, head_dim]`` queries or keys.
+        cos: ``[B, T, R/2]`` float32.
+        sin: ``[B, T, R/2]`` float32.
+
+    Returns:
+        Array of x's shape and dtype.
+    """
+    half = cos.shape[-1]
+    cos, sin = (part[:, :, None, :].astype(x.dtype) for part in (cos, sin))
+    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
+
+
+def _parameters(config: Mapping[str, Any], family: str, where: str) -> tuple[dict[str, Any], str]:
+    old = config.get("rope_scaling") or {}
+    new = config.get("rope_parameters") or {}
+    if not isinstance(old, Mapping) or not isinstance(new, Mapping):
+        raise UserError(f"{where}: expected rope_scaling and rope_parameters to be objects")
+    given = {**old, **new}
+    for key in ("rope_theta", "partial_rotary_factor"):
+        outside = config.get(key)
+        if outside is not None and given.setdefault(key, outside) != outside:
+            raise UserError(f"{where}: {key} is {outside} at the top and {given[key]} in rope_parameters; which holds?")
+    kind = str(given.get("rope_type") or given.get("type") or "default")
+    if family == "phi3" and kind in ("su", "yarn"):  # names that early Phi-3 files give longrope
+        kind = "longrope"
+    if kind not in _KEYS:
+        raise UserError(f"{where}: expected rope_type {listed(list(_KEYS))}, got {kind!r}{did_you_mean(kind, _KEYS)}")
+    unknown = sorted(key for key, value in given.items() if key not in _KEYS[kind] | _SHARED and value is not None)
+    if unknown:
+        raise UserError(f"{where}: unknown RoPE keys {listed(unknown)} for rope_type {kind}; refused, not guessed")
+    missing = sorted(key for key in _NEEDED.get(kind, ()) if given.get(key) is None)
+    if missing:
+        raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}")
+    return given, kind
+
+
+def _llama3(plain: np.ndarray, given: Mapping[str, Any], original: int) -> np.ndarray:
+    """Slow rotations divided by the factor, fast ones kept, the band between interpolated (Llama 3.1)."""
+    low, high = float(given["low_freq_factor"]), float(given["high_freq_factor"])
+    wavelength = np.float32(2 * math.pi) / plain
+    smooth = (np.float32(original) / wavelength - np.float32(low)) / np.float32(high - low)
+    slow = plain / np.float32(given["factor"])
+    blended = (1 - smooth) * slow + smooth * plain
+    scaled = np.where(wavelength > original / low, slow, plain)
+    return np.where((wavelength >= original / high) & (wavelength <= original / low), blended, scaled)
+
+
+def _yarn(powers: np.ndarray, given: Mapping[str, Any], original: int, theta: float) -> np.ndarray:
+    """YaRN (arXiv 2309.00071): interpolate slow dimensions, keep fast ones, a linear ramp between."""
+    rotary = 2 * len(powers)
+
+    def dimension(rotations: float) -> float:
+        return rotary * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(float(given.get("beta_fast") or 32)), dimension(float(given.get("beta_slow") or 1))
+    if given.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, rotary - 1)
+    high = high + 0.001 if low == high else high
+    ramp = np.clip((np.arange(len(powers), dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    return (1 / (np.float32(given["factor"]) * powers)) * ramp + (1 / powers) * (1 - ramp)
+
+
+def _yarn_scale(given: Mapping[str, Any]) -> float:
+    def magnitude(multiplier: float) -> float:
+        factor = float(given["factor"])
+        return 1.0 if factor <= 1 else 0.1 * multiplier * math.log(factor) + 1.0
+
+    if given.get("attention_factor") is not None:
+        return float(given["attention_factor"])
+    if given.get("mscale") and given.get("mscale_all_dim"):
+        return magnitude(float(given["mscale"])) / magnitude(float(given["mscale_all_dim"]))
+    return magnitude(1.0)
+
+
+def _factors(given: Mapping[str, Any], key: str, count: int, where: str) -> np.ndarray:
+    factors = given[key]
+    if not isinstance(factors, list) or len(factors) != count:
+        raise UserError(f"{where}: expected {key} to be a list of {count} numbers, got {listed(list(factors), 3)}")
+    return np.asarray(factors, np.float32)
+
+
+def _floats(frequencies: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(f) for f in frequencies.astype(np.float32))
