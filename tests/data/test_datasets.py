@@ -4,6 +4,8 @@ import json
 
 import pytest
 from conftest import SHARED
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data import datasets
@@ -116,6 +118,22 @@ class TestReadRows:
     def test_published_fields_wait_for_their_dataset(self):
         message = refusal(read_rows, SHARED / "data" / "dolly_test.jsonl")
         assert "line 1" in message and "found 'instruction', 'context', 'response'" in message
+
+
+_KEYS = st.sampled_from(["prompt", "response", "messages", "text", "role", "content", "a\nb"])
+_LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.sampled_from(["user", "assistant"])
+_JSON = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3))
+
+
+@settings(deadline=None, max_examples=300)
+@given(content=st.binary(max_size=30) | st.lists(_JSON.map(json.dumps), max_size=3).map("\n".join).map(str.encode))
+def test_whatever_a_file_holds_is_rows_or_one_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "any.jsonl"
+    path.write_bytes(content)
+    try:
+        assert read_rows(path)
+    except UserError as error:
+        assert len(str(error).splitlines()) == 1
 
 
 class TestLoad:
