@@ -1,0 +1,14 @@
+"""What every test needs before jax is imported: eight CPU devices, and a compile cache where one is asked for."""
+
+import os
+from pathlib import Path
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if cache := os.environ.get("JAXCRIT_TEST_CACHE"):
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
