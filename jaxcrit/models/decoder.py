@@ -208,7 +208,7 @@ def layer_windows(config: ModelConfig, layers: Sequence[int] | None = None) -> j
 
 def run(
     stack: Block,
-    slots: jax.Array,
+    slots: jax.Array | None,
     x: jax.Array,
     context: Context,
     *,
@@ -224,7 +224,8 @@ def run(
 
     Args:
         stack: block weights with a leading axis.
-        slots: ``[n]`` int32, which block of the stack runs at each step.
+        slots: ``[n]`` int32, which block of the stack runs at each step; None runs all of them in their order,
+            and a gradient of the stack is then written layer by layer instead of summed whole at every step.
         x: ``[B, T, D]`` residual stream that enters.
         context: positions, rotations, segments.
         windows: ``[n]`` int32 attention windows of the steps, or None.
@@ -236,10 +237,12 @@ def run(
         Output with taps ``[n, ...]``.
     """
 
-    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, jax.Array, jax.Array | None]) -> Any:
+    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None]) -> Any:
         x, cache = carry
-        index, slot, window = inputs
-        block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
+        index, block, window = inputs
+        if slots is not None:
+            slot = block
+            block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
         mine = None
         if cache is not None:
             mine = tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (cache.keys, cache.values))
@@ -252,7 +255,8 @@ def run(
         return (x, cache), (None if tap is None else tap(x))
 
     body = jax.checkpoint(step) if remat else step
-    steps = (jnp.arange(slots.shape[0]), slots, windows)
+    count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
+    steps = (jnp.arange(count), stack if slots is None else slots, windows)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
 

@@ -1,0 +1,205 @@
+"""Which parameters train: a static map from each layer to a slot of a group, and the arrays parted accordingly.
+
+A *bank* is ``{group: {weight-table path: array}}``. Weights of blocks are stacked over the layers of their group.
+Trained groups hold float32 masters, the frozen group is in the compute dtype. A gradient is taken of the trained
+groups and of nothing else, so a frozen layer costs no gradient and no optimizer state, and what lies below the
+lowest trained layer no backward pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.weights import table
+from jaxcrit.parallel.mesh import spec_for
+
+FROZEN, TRAIN = "frozen", "train"
+OUTSIDE = ("embed", "norm", "head")
+Arrays = dict[str, Any]
+Bank = dict[str, Arrays]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Consecutive layers of one group.
+
+    Attributes:
+        group: theirs.
+        slot: place of the first in the group's stacks.
+        layers: half-open range.
+    """
+
+    group: str
+    slot: int
+    layers: range
+
+    @property
+    def slots(self) -> np.ndarray:
+        """``[n]`` int32 places of the layers in the group's stacks."""
+        return np.arange(self.slot, self.slot + len(self.layers), dtype=np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partition:
+    """The group of everything; hashable, so it can be static in a compiled function.
+
+    Attributes:
+        config: of the model.
+        groups: by layer, ``frozen``, ``train``, or a further trained group.
+        outside: weights outside the blocks that train (in the group ``train``), of `OUTSIDE`.
+        rates: by trained group, the factor on the learning rate.
+    """
+
+    config: ModelConfig
+    groups: tuple[str, ...]
+    outside: frozenset[str]
+    rates: tuple[tuple[str, float], ...]
+
+    @property
+    def trained(self) -> tuple[str, ...]:
+        """The groups that train."""
+        return tuple(name for name, _ in self.rates)
+
+    def members(self, group: str) -> tuple[int, ...]:
+        """Layers of a group, ascending: the layer of each slot."""
+        return tuple(layer for layer, name in enumerate(self.groups) if name == group)
+
+    def runs(self) -> list[Run]:
+        """Layers in order, cut where the group changes."""
+        filled: dict[str, int] = {}
+        runs, layer = [], 0
+        for group, same in itertools.groupby(self.groups):
+            count = len(list(same))
+            runs.append(Run(group, filled.get(group, 0), range(layer, layer + count)))
+            filled[group] = filled.get(group, 0) + count
+            layer += count
+        return runs
+
+    def shapes(self) -> dict[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]]:
+        """By group and path, logical axes and shape of each array of the bank."""
+        found: dict[str, dict[str, tuple[tuple[str, ...], tuple[int, ...]]]] = {}
+        for row in table(self.config):
+            if not row.stacked:
+                found.setdefault(self._outside(row.path), {})[row.path] = (row.axes, row.shape(self.config))
+                continue
+            for group in dict.fromkeys(self.groups):
+                shape = (len(self.members(group)), *row.shape(self.config)[1:])
+                found.setdefault(group, {})[row.path] = (row.axes, shape)
+        return {group: found.get(group, {}) for group in (FROZEN, *self.trained)}
+
+    def abstract(self, mesh: Mesh, dtype: Any) -> Bank:
+        """The bank as `jax.ShapeDtypeStruct` with shardings: float32 where trained, else the compute dtype."""
+        return {
+            group: {
+                path: jax.ShapeDtypeStruct(
+                    shape,
+                    dtype if group == FROZEN else jnp.float32,
+                    sharding=NamedSharding(mesh, spec_for(axes, shape, mesh, path)),
+                )
+                for path, (axes, shape) in entries.items()
+            }
+            for group, entries in self.shapes().items()
+        }
+
+    def gather(self, weights: dict[str, jax.Array], mesh: Mesh, dtype: Any) -> Bank:
+        """Parts loaded weights into a bank; empties ``weights``, so that no more than one weight exists twice.
+
+        Args:
+            weights: by weight-table path, stacked ``[L, ...]``, as loaded.
+            mesh: they lie on.
+            dtype: compute dtype, of the frozen group.
+        """
+        bank = self.abstract(mesh, dtype)
+        for row in table(self.config):
+            whole = weights.pop(row.path)
+            for group, entries in bank.items():
+                if row.path in entries:
+                    like = entries[row.path]
+                    slots = np.asarray(self.members(group), np.int32)
+                    part = whole if like.shape == whole.shape else _take(whole, slots)
+                    # A copy even where nothing changes: the step donates the trained arrays.
+                    part = jnp.array(part, like.dtype, copy=group != FROZEN)
+                    entries[row.path] = jax.device_put(part, like.sharding)
+        return bank
+
+    def merge(self, weights: dict[str, jax.Array], trained: Mapping[str, Arrays]) -> dict[str, jax.Array]:
+        """Loaded weights ``[L, ...]`` with the trained ones in their places, in the dtype of the former."""
+        merged = dict(weights)
+        for group, entries in trained.items():
+            slots = np.asarray(self.members(group), np.int32)
+            for path, value in entries.items():
+                merged[path] = _put(merged[path], slots, value) if path.startswith("blocks.") else value.astype(
+                    merged[path].dtype
+                )  # fmt: skip
+        return merged
+
+    def _outside(self, path: str) -> str:
+        return TRAIN if path in self.outside else FROZEN
+
+
+def partition(
+    config: ModelConfig,
+    layers: Collection[int],
+    outside: Collection[str] = (),
+    factors: Mapping[int, float] | None = None,
+) -> Partition:
+    """Parts a model.
+
+    Args:
+        config: of the model.
+        layers: that train.
+        outside: of ``embed``, ``norm`` (the final one), ``head``: what trains outside the blocks.
+        factors: by trained layer, a factor on its learning rate (default 1); layers of one factor are one group.
+
+    Raises:
+        UserError: nothing trains, a layer is outside the model, or a tied head is to train without its embedding.
+    """
+    factors = factors or {}
+    if config.tied and ("head" in outside) != ("embed" in outside):
+        raise UserError(
+            "the output head of this model is its embedding (tied); train both with --train_embeddings --train_head,"
+            " or neither"
+        )
+    beyond = sorted(set(layers) - set(range(config.num_layers)))
+    if beyond:
+        raise UserError(f"expected layers 0 to {config.num_layers - 1}, got {', '.join(map(str, beyond))}")
+    if not layers and not outside:
+        raise UserError("nothing is left to train; choose other --layers, or train embeddings, norms or head")
+    others = sorted({factors.get(layer, 1.0) for layer in layers} - {1.0})
+    names = {1.0: TRAIN} | {factor: f"{TRAIN}_{number}" for number, factor in enumerate(others, 1)}
+    chosen = set(layers)
+    groups = tuple(names[factors.get(layer, 1.0)] if layer in chosen else FROZEN for layer in range(config.num_layers))
+    trains = frozenset(outside) - ({"head"} if config.tied else set())
+    rates = tuple((name, factor) for factor, name in names.items() if name in groups or (name == TRAIN and trains))
+    return Partition(config, groups, trains, rates)
+
+
+def split(bank: Bank) -> tuple[Bank, Arrays]:
+    """The trained groups, and the frozen one."""
+    return {group: entries for group, entries in bank.items() if group != FROZEN}, bank[FROZEN]
+
+
+def size(arrays: Any) -> int:
+    """Bytes of every array of a tree."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(arrays))
+
+
+@jax.jit
+def _take(whole: jax.Array, slots: jax.Array) -> jax.Array:
+    return whole[slots]
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, slots: jax.Array, part: jax.Array) -> jax.Array:
+    return whole.at[slots].set(part.astype(whole.dtype))

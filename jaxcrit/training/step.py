@@ -1,0 +1,174 @@
+"""One optimizer step, and one evaluation of a batch, as compiled functions of the trained and the frozen arrays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.training.forward import Form, hidden_states, outside
+from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Rows to learn from; arrays may have further axes in front (micro-batches).
+
+    Attributes:
+        tokens: ``[B, T]`` int32, right padded.
+        lengths: ``[B]`` int32 true lengths.
+        learn: ``[B, T]`` bool, tokens whose prediction counts.
+    """
+
+    tokens: Any
+    lengths: Any
+    learn: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+    """What changes in training, and so what a checkpoint holds.
+
+    Attributes:
+        params: trained groups of the bank, float32.
+        optimizer: state of the transformation.
+        step: optimizer steps taken, int32 scalar.
+    """
+
+    params: Bank
+    optimizer: Any
+    step: Any
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepMetrics:
+    """What a step reports; float32 scalars, of the parameters before the update.
+
+    Attributes:
+        sums: losses of the batch.
+        gradient_norm: over all trained parameters, before clipping.
+    """
+
+    sums: LossSums
+    gradient_norm: jax.Array
+
+
+Step = Callable[[State, Arrays, TokenBatch], tuple[State, StepMetrics]]
+Evaluate = Callable[[Bank, Arrays, TokenBatch], LossSums]
+
+
+def batch_loss(
+    partition: Partition, bank: Bank, batch: TokenBatch, *, dtype: Any, remat: bool = True, form: Form | None = None
+) -> LossSums:
+    """Losses of one batch under a bank; arguments as of `hidden_states`."""
+    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form)
+    head = outside(bank, "embed" if partition.config.tied else "head")
+    return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config.norm_eps)
+
+
+def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:
+    """The state before the first step, the optimizer's arrays placed as their parameters are."""
+    shardings = state_shardings(abstract_state(partition, optimizer, params), mesh)
+    state = jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    return State(params, state, jax.device_put(jnp.zeros((), jnp.int32), shardings.step))
+
+
+def abstract_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank) -> State:
+    """Shapes of the state, those of the parameters with their shardings."""
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), params)
+    return State(like, jax.eval_shape(optimizer.init, like), jax.ShapeDtypeStruct((), jnp.int32))
+
+
+def state_shardings(state: State, mesh: Mesh) -> State:
+    """Placement of each array of a state: a moment lies where its parameter does, anything else everywhere."""
+    placed = {
+        f"{group}:{path}": leaf for group, entries in state.params.items() for path, leaf in entries.items()
+    }  # fmt: skip
+
+    def of(keys: tuple[Any, ...], leaf: Any) -> Any:
+        parameter = placed.get(":".join(str(getattr(key, "key", "")) for key in keys[-2:]))
+        if parameter is not None and parameter.shape == leaf.shape:
+            return parameter.sharding
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree_util.tree_map_with_path(of, state)
+
+
+def make_step(
+    partition: Partition,
+    optimizer: optax.GradientTransformation,
+    *,
+    dtype: Any,
+    remat: bool = True,
+    form: Form | None = None,
+    shardings: State | None = None,
+) -> Step:
+    """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
+
+    The loss is the mean over all response tokens of the A micro-batches, so accumulation changes nothing but
+    memory. The state is donated: its arrays are updated in place.
+
+    Args:
+        partition: what trains.
+        optimizer: of `make_optimizer`.
+        dtype: compute dtype.
+        remat: see `hidden_states`.
+        form: see `hidden_states`.
+        shardings: of the state, to keep them from step to step.
+    """
+
+    def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
+        total = jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)
+
+        def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
+            bank = {**params, FROZEN: frozen}
+            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form)
+            return sums.loss / total, sums
+
+        gradient = jax.grad(loss, has_aux=True)
+
+        def add(so_far: tuple[Bank, LossSums], micro: TokenBatch) -> tuple[tuple[Bank, LossSums], None]:
+            return jax.tree.map(jnp.add, so_far, gradient(state.params, micro)), None
+
+        first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], batch) for part in (0, slice(1, None)))
+        found = gradient(state.params, first)
+        if batch.tokens.shape[0] > 1:
+            found, _ = jax.lax.scan(add, found, rest)
+        gradients, sums = found
+        updates, inner = optimizer.update(gradients, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return State(params, inner, state.step + 1), StepMetrics(sums, optax.tree.norm(gradients))
+
+    out = None if shardings is None else (shardings, None)
+    return jax.jit(step, donate_argnums=0, out_shardings=out)
+
+
+def make_evaluation(partition: Partition, *, dtype: Any) -> Evaluate:
+    """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
+
+    def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:
+        return batch_loss(partition, {**params, FROZEN: frozen}, batch, dtype=dtype, remat=False)
+
+    return jax.jit(evaluate)
+
+
+@functools.lru_cache
+def _shardings(mesh: Mesh, micro: bool) -> NamedSharding:
+    rows = batch_sharding(mesh)
+    return NamedSharding(mesh, PartitionSpec(None, *rows.spec)) if micro else rows
+
+
+def place(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
+    """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``."""
+    return jax.device_put(batch, _shardings(mesh, batch.tokens.ndim == 3))

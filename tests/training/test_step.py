@@ -1,0 +1,225 @@
+"""One step: what moves and what does not, and that accumulation, remat, form and mesh do not change the numbers."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from tiny_training import CONFIG, Trainer, random_batch, random_weights
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
+from jaxcrit.training.partition import FROZEN, partition, size
+
+BATCHES = [random_batch(seed=seed) for seed in range(4)]
+
+
+def close(found, expected, tolerance=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=tolerance), found, expected)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_frozen_weights_stay_bit_identical_and_trained_ones_move(dtype):
+    weights = random_weights(dtype=dtype)
+    trainer = Trainer((2, 4), dtype=dtype, weights=weights)
+    trainer.run(*BATCHES)
+    merged = trainer.partition.merge({k: jnp.asarray(v) for k, v in weights.items()}, trainer.state.params)
+    for path, before in weights.items():
+        after = np.asarray(merged[path])
+        moved = after.view(np.uint8) != before.view(np.uint8)
+        if not path.startswith("blocks."):
+            assert not moved.any(), path
+        else:
+            by_layer = moved.reshape(7, -1).any(axis=1)
+            assert by_layer.tolist() == [layer in (2, 4) for layer in range(7)], path
+    assert all(leaf.dtype == np.float32 for leaf in jax.tree.leaves(trainer.state.params))
+    assert all(leaf.dtype == dtype for leaf in jax.tree.leaves(trainer.frozen))
+
+
+def test_small_steps_move_masters_that_bfloat16_would_round_away():
+    weights = random_weights(dtype=jnp.bfloat16)
+    trainer = Trainer((3,), rate=2e-5, dtype=jnp.bfloat16, weights=weights)
+    trainer.run(BATCHES[0])
+    before, after = weights["blocks.q"][3:4], trainer.params()["train"]["blocks.q"]
+    stuck = after.astype(jnp.bfloat16) == before
+    assert stuck.mean() > 0.9 and (after != before.astype(np.float32)).mean() > 0.99
+
+
+def test_optimizer_state():
+    trained = 4 * sum(value[:2].size for path, value in random_weights().items() if path.startswith("blocks."))
+    held = {}
+    for name in OPTIMIZERS:
+        trainer = Trainer((2, 4), optimizer=name)
+        trainer.run(BATCHES[0])
+        held[name] = size(trainer.state.optimizer)
+    assert size(trainer.state.params) == trained
+    assert 0 <= held["adamw"] - 2 * trained <= 16
+    assert 0 <= held["lion"] - trained <= 16
+    assert held["sgd"] <= 16 and held["adafactor"] < held["adamw"]
+
+
+def test_a_frozen_part_in_the_tree_gets_no_update_and_no_state():
+    parts = partition(CONFIG, (2,))
+    optimizer = make_optimizer("adamw", make_schedule("constant", 1.0, 1), parts, weight_decay=0.1)
+    bank = {FROZEN: {"norm": jnp.ones(4)}, "train": {"blocks.q": jnp.ones(4)}}
+    state = optimizer.init(bank)
+    assert size(state) < 2 * 16 + 16
+    updates, _ = optimizer.update(bank, state, bank)
+    assert not updates[FROZEN]["norm"].any() and updates["train"]["blocks.q"].all()
+
+
+def test_clipping_in_front_of_the_labels_would_bring_the_frozen_gradients_back():
+    """The trap: XLA drops gradients nobody reads; a norm over all of them reads them."""
+
+    def cost(inside):
+        bank = {FROZEN: {"a": jnp.ones((64, 64))}, "train": {"b": jnp.ones((64, 64))}}
+        parts, schedule = partition(CONFIG, (2,)), make_schedule("constant", 1.0, 1)
+        if inside:
+            optimizer = make_optimizer("sgd", schedule, parts, clip=1.0)
+        else:
+            optimizer = optax.chain(optax.clip_by_global_norm(1.0), make_optimizer("sgd", schedule, parts))
+
+        def step(bank, state, x):
+            loss = lambda bank: jnp.sum(jnp.tanh(x @ bank[FROZEN]["a"]) @ bank["train"]["b"])  # noqa: E731
+            return optimizer.update(jax.grad(loss)(bank), state, bank)[0]
+
+        compiled = jax.jit(step).lower(bank, optimizer.init(bank), jnp.ones((64, 64))).compile()
+        return compiled.cost_analysis()["flops"]
+
+    assert cost(inside=False) > 1.5 * cost(inside=True)
+
+
+def test_clip_and_norm_are_of_the_trained_parameters_alone():
+    plain, clipped = Trainer((2, 4), optimizer="sgd", rate=1.0), Trainer((2, 4), optimizer="sgd", rate=1.0, clip=0.01)
+    before = plain.params()
+    (metrics,), _ = plain.run(BATCHES[0]), clipped.run(BATCHES[0])
+    moves = [jax.tree.map(np.subtract, trainer.params(), before) for trainer in (plain, clipped)]
+    norms = [np.sqrt(sum((leaf.astype(np.float64) ** 2).sum() for leaf in jax.tree.leaves(move))) for move in moves]
+    np.testing.assert_allclose(norms, [metrics.gradient_norm, 0.01], rtol=1e-4)
+
+
+def test_decay_leaves_norms_alone():
+    trainer = Trainer((2,), optimizer="sgd", rate=1.0, weight_decay=0.5)
+    plain = Trainer((2,), optimizer="sgd", rate=1.0)
+    before = plain.params()["train"]
+    plain.run(BATCHES[0])
+    trainer.run(BATCHES[0])
+    for path, value in trainer.params()["train"].items():
+        expected = plain.params()["train"][path] - (0 if path.endswith("norm") else 0.5) * before[path]
+        np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+def test_layers_of_a_factor_are_a_group_with_a_rate_of_its_own():
+    one, two = (Trainer((1, 2, 5), optimizer="sgd", factors=f) for f in ({}, {2: 0.1}))
+    before = one.params()["train"]["blocks.q"]
+    assert two.partition.groups == ("frozen", "train", "train_1", "frozen", "frozen", "train", "frozen")
+    one.run(BATCHES[0])
+    two.run(BATCHES[0])
+    moved = one.params()["train"]["blocks.q"] - before
+    np.testing.assert_allclose(two.params()["train"]["blocks.q"] - before[[0, 2]], moved[[0, 2]], atol=1e-7)
+    np.testing.assert_allclose(two.params()["train_1"]["blocks.q"] - before[1:2], 0.1 * moved[1:2], atol=1e-7)
+
+
+@pytest.mark.parametrize("layers", [(2, 4), (1, 3, 6)], ids=str)
+def test_forms_agree(layers):
+    found = []
+    for form in ("runs", "gaps"):
+        trainer = Trainer(layers, form=form, optimizer="sgd")
+        trainer.run(BATCHES[0])
+        found.append(trainer.params())
+    close(*found, 1e-6)
+
+
+def test_sliding_windows_in_both_forms():
+    raw = {"model_type": "mistral", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4,
+           "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3,
+           "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]}  # fmt: skip
+    config = ModelConfig.from_hf(raw)
+    losses = []
+    for layers, form in (((1, 4), "runs"), ((1, 4), "gaps"), (range(5), "runs")):
+        trainer = Trainer(layers, config=config, form=form)
+        losses.append([float(metrics.sums.loss) for metrics in trainer.run(BATCHES[0])])
+    close(losses[0], losses[1])
+    close(losses[0], losses[2], 1e-4)
+    assert not np.allclose(losses[0], [float(m.sums.loss) for m in Trainer((1,)).run(BATCHES[0])])
+
+
+@functools.cache
+def reference(outside=()):
+    trainer = Trainer((1, 3, 4), outside)
+    metrics = trainer.run(*BATCHES)
+    return trainer.params(), [float(m.sums.per_token) for m in metrics], [float(m.sums.per_sample) for m in metrics]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["accumulate", "no remat", "gaps", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "outside"],
+)
+def test_loss_curves_agree(case):
+    outside = ("embed", "norm", "head") if case == "outside" else ()
+    params, losses, means = reference(outside)
+    batches, options = BATCHES, {}
+    if case == "accumulate":
+        batches = [jax.tree.map(lambda a: a.reshape(4, 2, *a.shape[2:]), batch) for batch in BATCHES]
+    elif case == "no remat":
+        options = {"remat": False}
+    elif case == "gaps":
+        options = {"form": "gaps"}
+    else:
+        axes = {"data": 8} if case == "outside" else dict(part.split("=") for part in case.split(","))
+        options = {"mesh": make_mesh({axis: int(count) for axis, count in axes.items()})}
+    trainer = Trainer((1, 3, 4), outside, **options)
+    metrics = trainer.run(*batches)
+    np.testing.assert_allclose([float(m.sums.per_token) for m in metrics], losses, rtol=2e-5)
+    np.testing.assert_allclose([float(m.sums.per_sample) for m in metrics], means, rtol=2e-5)
+    # Adam divides by the gradient's size, so where that is next to nothing a last bit is a visible step.
+    differences = np.concatenate(
+        [np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (trainer.params(), params)), strict=True)]
+    )
+    assert np.quantile(differences, 0.99) < 2e-4 and losses[-1] < losses[0]
+
+
+def test_tied_embedding_trains_from_both_ends():
+    raw = {**CONFIG.to_hf(), "tie_word_embeddings": True}
+    config = ModelConfig.from_hf(raw)
+    trainer = Trainer((1,), ("embed", "head"), config=config)
+    before = trainer.params()["train"]["embed"]
+    trainer.run(BATCHES[0])
+    assert (trainer.params()["train"]["embed"] != before).all()  # the head's gradient reaches every row
+    with pytest.raises(UserError, match="tied"):
+        partition(config, (1,), ("head",))
+
+
+def test_schedules():
+    rates = {kind: [float(make_schedule(kind, 1.0, 10, 4)(step)) for step in range(10)]
+             for kind in ("constant", "linear", "cosine")}  # fmt: skip
+    for values in rates.values():
+        np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1, 1])
+    assert rates["constant"][5:] == [1.0] * 5
+    np.testing.assert_allclose(rates["linear"][4:], 1 - np.arange(6) / 6, rtol=1e-6)
+    np.testing.assert_allclose(rates["cosine"][4:], (1 + np.cos(np.pi * np.arange(6) / 6)) / 2, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: make_schedule("cosin", 1.0, 1), "did you mean 'cosine'"),
+        (lambda: make_schedule("linear", 0.0, 1), "learning_rate"),
+        (lambda: make_schedule("linear", -1.0, 1), "learning_rate"),
+        (lambda: make_schedule("linear", float("nan"), 1), "learning_rate"),
+        (lambda: make_schedule("linear", 1.0, 5, 5), "warmup"),
+        (lambda: make_optimizer("adam", make_schedule("linear", 1.0, 5), partition(CONFIG, (1,))), "adamw"),
+        (lambda: make_optimizer("sgd", make_schedule("linear", 1.0, 5), partition(CONFIG, (1,)), clip=-1), "clip"),
+        (lambda: partition(CONFIG, ()), "nothing is left to train"),
+        (lambda: partition(CONFIG, (7,)), "layers 0 to 6"),
+    ],
+)  # fmt: skip
+def test_mistakes(call, message):
+    with pytest.raises(UserError, match=message):
+        call()
