@@ -1,0 +1,169 @@
+"""Checkpoints of what changes: trained parameters, optimizer, position. The only file that imports orbax.
+
+The frozen rest is not in them; the run's ``run.json`` says which model it is, by path and hash.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.training.partition import Bank
+from jaxcrit.training.step import State
+
+FOLDER = "checkpoints"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Restored:
+    """What was found.
+
+    Attributes:
+        state: of the newest checkpoint that could be read.
+        meta: what was saved with it.
+        skipped: newer ones that could not be read, each with the reason.
+    """
+
+    state: State
+    meta: dict[str, Any]
+    skipped: list[str]
+
+
+class Checkpoints:
+    """The checkpoints of one run: written in the background, each whole or not at all.
+
+    Kept are the newest ones and the one of lowest test loss.
+    """
+
+    def __init__(self, run: Path, *, keep: int = 2):
+        self.path = run.absolute() / FOLDER
+        policy = AnyPreservationPolicy(
+            [LatestN(keep), BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)]
+        )
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+        )
+        names = ("params", "optimizer", "meta")
+        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=names)
+        self._good: int | None = None
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._manager.close()
+
+    @property
+    def last(self) -> int | None:
+        """Step of the newest checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: State, meta: Mapping[str, Any], loss: float | None = None) -> None:
+        """Begins to write a checkpoint; returns when the arrays may change again.
+
+        Args:
+            state: arrays on any mesh.
+            meta: JSON values.
+            loss: test loss at this step, where it was measured.
+
+        Raises:
+            UserError: this or the one before cannot be written; those before it are untouched.
+        """
+        step = int(state.step)
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            meta=ocp.args.JsonSave({**meta, "step": step}),
+        )
+        try:
+            self._manager.save(step, items, metrics=None if loss is None else {"loss": loss})
+        except Exception as error:
+            raise self._unwritable(error) from None
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+            UserError: it cannot be written.
+        """
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._unwritable(error) from None
+
+    def restore(self, like: State) -> Restored | None:
+        """Reads the newest checkpoint that can be read onto the shardings of ``like``; removes newer, broken ones.
+
+        Args:
+            like: abstract state, with shardings.
+
+        Returns:
+            What was found, or None where there is nothing.
+        """
+        skipped: list[str] = []
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            wanted = ocp.args.Composite(
+                params=ocp.args.StandardRestore(like.params),
+                optimizer=ocp.args.StandardRestore(like.optimizer),
+                meta=ocp.args.JsonRestore(),
+            )
+            try:
+                found = self._manager.restore(step, wanted)
+            except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason})")
+                continue
+            for broken in [other for other in self._manager.all_steps() if other > step]:
+                self._manager.delete(broken)
+            state = State(found["params"], found["optimizer"], jax.device_put(jnp.int32(step), like.step.sharding))
+            return Restored(state, found["meta"], skipped)
+        for broken in list(self._manager.all_steps()):
+            self._manager.delete(broken)
+        return None if not skipped else Restored(None, {}, skipped)  # type: ignore[arg-type]
+
+    def _unwritable(self, error: Exception) -> UserError:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+        whole = [step for step in self._manager.all_steps(read=True)]
+        kept = f"the last one, of step {max(whole)}, is whole" if whole else "there is none yet"
+        return UserError(
+            f"{self.path}: a checkpoint cannot be written ({reason}); {kept}: make room and run the same command again"
+        )
+
+
+def trained_parameters(run: Path, like: Bank, step: int | None = None) -> tuple[Bank, int]:
+    """Reads the trained parameters of a run, and nothing else.
+
+    Args:
+        run: run directory.
+        like: abstract arrays, with shardings.
+        step: which checkpoint; default the newest that can be read.
+
+    Returns:
+        The parameters and their step.
+
+    Raises:
+        UserError: there is no such checkpoint, or none that can be read.
+    """
+    path = run.absolute() / FOLDER
+    with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
+        steps = sorted(manager.all_steps(), reverse=True)
+        if not steps:
+            raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
+        if step is not None and step not in steps:
+            raise UserError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        reason = ""
+        for candidate in steps if step is None else [step]:
+            try:
+                found = manager.restore(candidate, ocp.args.Composite(params=ocp.args.StandardRestore(like)))
+                return found["params"], candidate
+            except Exception as error:
+                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+    raise UserError(f"{path}: no checkpoint can be read ({reason})")

@@ -1,0 +1,203 @@
+"""The training loop: steps, evaluations, early stopping, metrics, checkpoints, and when to give up."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import write_text
+from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.training.checkpoints import Checkpoints
+from jaxcrit.training.partition import Bank
+from jaxcrit.training.step import State, StepMetrics
+
+METRICS = "metrics.jsonl"
+# Steps in a row whose loss is above both a uniform guess and twice the first: the run has diverged.
+_DIVERGED = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """When to do what.
+
+    Attributes:
+        steps: of the run.
+        eval_every: steps between evaluations; the first is before the first step, the last after the last.
+        checkpoint_every: steps between checkpoints; there is one at the end in any case.
+        patience: evaluations in a row without a better test loss after which to stop; 0 never stops.
+        uniform: loss of a uniform guess, ln V.
+    """
+
+    steps: int
+    eval_every: int
+    checkpoint_every: int
+    patience: int
+    uniform: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Standing:
+    """What the loop remembers from step to step, besides the state.
+
+    Attributes:
+        best_loss, best_step: lowest test loss so far (token-weighted), and where.
+        worse: evaluations since then.
+        first_loss: training loss of the first step.
+        high: steps in a row with a loss that looks diverged.
+    """
+
+    best_loss: float | None = None
+    best_step: int = 0
+    worse: int = 0
+    first_loss: float | None = None
+    high: int = 0
+
+
+class MetricsLog:
+    """``metrics.jsonl``, one object a line, and whoever else wants to hear of it."""
+
+    def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None):
+        self.path, self.listener = path, listener
+
+    def cut(self, step: int | None) -> None:
+        """Forgets what was logged after a step (all of it for None): the run goes on from there."""
+        rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
+        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Appends a row.
+
+        Raises:
+            UserError: the file cannot be written.
+        """
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); checkpoints are untouched: make room and run the"
+                " same command again"
+            ) from None
+        if self.listener is not None:
+            self.listener(row)
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def train(
+    state: State,
+    standing: Standing,
+    options: LoopOptions,
+    *,
+    step: Callable[[State, int], tuple[State, StepMetrics]],
+    evaluate: Callable[[Bank], LossSums],
+    rate: Callable[[int], float],
+    log: MetricsLog,
+    checkpoints: Checkpoints,
+    meta: dict[str, Any],
+    bar: Any = None,
+) -> tuple[State, Standing]:
+    """Trains from a state to the end.
+
+    Args:
+        state: fresh, or restored.
+        standing: likewise.
+        options: when to do what.
+        step: state and 0-based step number to the next state; the state given is used up.
+        evaluate: test losses of parameters.
+        rate: learning rate by 0-based step number, for the log.
+        log: where metrics go.
+        checkpoints: where states go.
+        meta: saved with each of them.
+        bar: progress bar over steps (tqdm).
+
+    Returns:
+        The last state and standing.
+
+    Raises:
+        UserError: the loss or the gradient is no longer finite, or the run has diverged; or nothing can be written.
+    """
+    number = int(state.step)
+    if number == 0:
+        standing, _ = _evaluated(evaluate, state, standing, log)
+    stopped = _out_of_patience(standing, options)
+    while number < options.steps and not stopped:
+        began = time.perf_counter()
+        state, found = step(state, number)
+        metrics = jax.device_get(found)
+        number += 1
+        seconds = time.perf_counter() - began
+        loss, norm, tokens = float(metrics.sums.per_token), float(metrics.gradient_norm), int(metrics.sums.tokens)
+        standing = _healthy(standing, number, loss, norm, options, checkpoints)
+        row = {"kind": "train", "step": number, "loss": loss, "loss_per_sample": float(metrics.sums.per_sample)}
+        log.write({**row, "tokens": tokens, "gradient_norm": norm, "learning_rate": rate(number - 1),
+                   "seconds": round(seconds, 4)})  # fmt: skip
+        if bar is not None:
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} response tokens/s", refresh=False)
+            bar.update(1)
+        tested, last = None, number == options.steps
+        if last or number % options.eval_every == 0:
+            standing, tested = _evaluated(evaluate, state, standing, log)
+            stopped = _out_of_patience(standing, options)
+        if last or stopped or number % options.checkpoint_every == 0:
+            checkpoints.save(state, {**meta, "standing": dataclasses.asdict(standing)}, tested)
+    checkpoints.wait()
+    return state, standing
+
+
+def _evaluated(
+    evaluate: Callable[[Bank], LossSums], state: State, standing: Standing, log: MetricsLog
+) -> tuple[Standing, float]:
+    began, step = time.perf_counter(), int(state.step)
+    sums = jax.device_get(evaluate(state.params))
+    loss = float(sums.per_token)
+    seconds = round(time.perf_counter() - began, 4)
+    log.write({"kind": "eval", "step": step, "loss": loss, "loss_per_sample": float(sums.per_sample),
+               "tokens": int(sums.tokens), "seconds": seconds})  # fmt: skip
+    if standing.best_loss is None or loss < standing.best_loss:
+        return dataclasses.replace(standing, best_loss=loss, best_step=step, worse=0), loss
+    return dataclasses.replace(standing, worse=standing.worse + 1), loss
+
+
+def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:
+    return bool(options.patience) and standing.worse >= options.patience
+
+
+def _healthy(
+    standing: Standing, number: int, loss: float, norm: float, options: LoopOptions, checkpoints: Checkpoints
+) -> Standing:
+    problem = ""
+    if not math.isfinite(loss):
+        problem = f"the loss is {loss}"
+    elif not math.isfinite(norm):
+        problem = f"the gradient's norm is {norm}"
+    first = loss if standing.first_loss is None else standing.first_loss
+    high = standing.high + 1 if loss > max(options.uniform, 2 * first) else 0
+    if not problem and high >= _DIVERGED:
+        problem = f"the loss has been above {max(options.uniform, 2 * first):.2f} for {high} steps: the run diverges"
+    if problem:
+        checkpoints.wait()
+        last = checkpoints.last
+        kept = f"the last good checkpoint is {checkpoints.path / str(last)}" if last else "there is no checkpoint yet"
+        raise UserError(
+            f"step {number}: {problem}; {kept}. Start anew in another --out with a lower --learning_rate, a --warmup"
+            " or a --clip"
+        )
+    return dataclasses.replace(standing, first_loss=first, high=high)
