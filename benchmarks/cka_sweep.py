@@ -6,7 +6,7 @@ One process, one thread and one core for everyone, the contenders in turn, the l
 processor time; on a busy machine the second is the steadier). Contenders, on the same float32 activations:
 
 - ``jaxcrit``: the library's call, checks for degenerate data and transfer to the host included, compile not.
-- ``numpy gram-once``: the shortest numpy that builds each Gram once (BLAS multiplies X X' at half the cost; XLA cannot).
+- ``numpy gram-once``: the shortest numpy that builds each Gram once (BLAS computes half of X X'; XLA cannot).
 - ``paper, float32``: the paper's algorithm, for each of the L^2 ordered pairs three HSIC of raw Grams and H K H; a few
   pairs are timed and multiplied up.
 - ``paper, as written``: the same with numpy's float64 identity and ones in H, which make the centring products float64.
@@ -14,6 +14,7 @@ processor time; on a busy machine the second is the steadier). Contenders, on th
 Errors are against float64, on the same activations. Prints a table; writes benchmarks/results/cka_sweep.json.
 """
 
+# ruff: noqa: E402  (threads are set before anything that starts them)
 import os
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
@@ -23,17 +24,13 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 if hasattr(os, "sched_setaffinity"):
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
 
-import json
-import platform
-import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 from absl import app, flags
+from environment import write_result
 
-import jaxcrit
 from jaxcrit.criticality import layer_scores
 from jaxcrit.similarity import cka, sweep
 
@@ -42,7 +39,6 @@ SAMPLES = flags.DEFINE_integer("samples", 300, "number of samples, N")
 WIDTH = flags.DEFINE_integer("width", 4096, "width, D")
 REPEATS = flags.DEFINE_integer("repeats", 7, "rounds over all contenders")
 PAIRS = flags.DEFINE_integer("pairs", 4, "pairs of layers timed in each round of the paper's algorithm")
-OUT = flags.DEFINE_string("out", str(Path(__file__).parent / "results" / "cka_sweep.json"), "where the figures go")
 
 
 def activations(layers, samples, width):
@@ -120,33 +116,19 @@ def main(_):
         ratios = f"{wall[name] / wall[ours]:8.2f} {processor[name] / processor[ours]:8.2f}"
         print(f"{name:30} {wall[name]:9.3f} {processor[name]:9.3f} {ratios}  {shown}")
     print(f"paper: {PAIRS.value} pairs a round, multiplied by {share:g} to all {layers * layers} ordered pairs")
-    record = {
-        "command": " ".join(["python", *sys.argv]),
+    figures = {
         "shape": {"layers": layers, "samples": samples, "width": width},
-        "repeats": REPEATS.value,
-        "paper_pairs_timed": PAIRS.value,
+        "threads": 1,
+        "rounds": REPEATS.value,
+        "paper_pairs_timed_per_round": PAIRS.value,
         "seconds_wall": wall,
-        "seconds_cpu": processor,
+        "seconds_processor": processor,
         "times_ours_wall": {name: wall[name] / wall[ours] for name in contenders},
-        "times_ours_cpu": {name: processor[name] / processor[ours] for name in contenders},
+        "times_ours_processor": {name: processor[name] / processor[ours] for name in contenders},
         "max_error": error,
-        "hardware": {"processor": _processor(), "cores_used": 1, "load_average": os.getloadavg()},
-        "versions": {
-            "python": platform.python_version(),
-            "jaxcrit": jaxcrit.__version__,
-            "jax": jax.__version__,
-            "numpy": np.__version__,
-        },
-        "blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
+        "numpy_blas": np.show_config(mode="dicts")["Build Dependencies"]["blas"]["name"],
     }
-    Path(OUT.value).parent.mkdir(parents=True, exist_ok=True)
-    Path(OUT.value).write_text(json.dumps(record, indent=1) + "\n")
-
-
-def _processor():
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    print(f"written: {write_result('cka_sweep', figures)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -29,6 +30,7 @@ from jaxcrit.parallel.mesh import make_mesh, spec_for
 Progress = Callable[[int, int, str], None]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+_READ_BYTES = 2**25
 _INDEX = "model.safetensors.index.json"
 # Buffers that old checkpoints carry and that the config determines.
 _COMPUTED = re.compile(r".*rotary_emb\.inv_freq$")
@@ -136,11 +138,12 @@ def load(
         raise UserError(f"--dtype={dtype}: expected {listed(list(DTYPES))}")
     rows, begin = table(config), offsets(config)
     arrays: dict[str, jax.Array] = {}
+    finite: dict[str, jax.Array] = {}
     for done, row in enumerate(rows):
         if progress is not None:
             progress(done, len(rows), row.path)
         arrays[row.path] = _load_row(checkpoint, row, begin[row.path], np.dtype(DTYPES[dtype]), mesh)
-    finite = _all_finite(arrays)
+        finite[row.path] = _finite(arrays[row.path], row.stacked)
     bad = [
         row.hf.format(layer)
         for row in rows
@@ -183,13 +186,11 @@ def cache_directory() -> Path:
     return Path(named) if named else base / "jaxcrit"
 
 
-@jax.jit
-def _all_finite(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    def finite(path: str, array: jax.Array) -> jax.Array:
-        first = 1 if path.startswith("blocks.") else 0
-        return jnp.all(jnp.isfinite(array), axis=tuple(range(first, array.ndim)))
-
-    return {path: finite(path, array) for path, array in arrays.items()}
+@functools.partial(jax.jit, static_argnames="stacked")
+def _finite(array: jax.Array, stacked: bool) -> jax.Array:
+    # 0 * x is 0 for finite x alone. One array a call: XLA CPU fuses this into its sum, but keeps a copy of every
+    # weight in a program over all of them, and a boolean per weight for jnp.all(jnp.isfinite(x)).
+    return jnp.sum(array * 0, axis=tuple(range(1 if stacked else 0, array.ndim))) == 0
 
 
 def _load_row(checkpoint: Checkpoint, row: Weight, begin: int, dtype: np.dtype, mesh: Mesh) -> jax.Array:
@@ -224,8 +225,12 @@ def _read_shard(
     lengths = [stop - start for start, stop in bounds]
     out = _aligned(([len(layers)] if row.stacked else []) + lengths, dtype)
     for slot, layer in enumerate(layers):
-        part = checkpoint.read(row.hf.format(layer), rows, columns).reshape(lengths)
-        out[slot if row.stacked else ...] = part  # numpy casts while it copies
+        name, part = row.hf.format(layer), out[slot] if row.stacked else out
+        flat = part.reshape(rows.stop - rows.start, -1)
+        step = max(1, _READ_BYTES // flat[:1].nbytes)  # safetensors copies what it reads: keep that copy small
+        for start in range(0, len(flat), step):
+            some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+            flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
     return out
 
 

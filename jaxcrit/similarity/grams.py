@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jaxcrit.core.errors import UserError, listed
 
 Kernel = Literal["linear", "rbf"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Float32 products run as bfloat16 on TPU and TF32 on recent GPUs unless told otherwise.
 _HIGHEST = jax.lax.Precision.HIGHEST
@@ -89,7 +90,7 @@ class _Health(NamedTuple):
     nearest: jax.Array  # the first such sample
 
 
-def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
+def centred_grams(hidden: Any, kernel: Kernel = "linear", *, allow_repeats: bool = False) -> jax.Array:
     """Builds the centred Gram of each layer.
 
     Features are centred in float32 before any product: with the large constant dimensions of language models the
@@ -100,6 +101,7 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
     Args:
         hidden: ``[L, N, D]`` activations of any float type (float64 is rounded to float32).
         kernel: ``linear`` or ``rbf``.
+        allow_repeats: accept equal samples; every token of a prompt is a sample, say, and prompts begin alike.
 
     Returns:
         ``[L, N, N]`` float32.
@@ -109,7 +111,7 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
     """
     hidden = _checked_shape(hidden, kernel)
     grams, health = _grams_jit(hidden, kernel, _on_one_cpu(hidden))
-    _refuse_degenerate(health, hidden)
+    _refuse_degenerate(health, hidden, allow_repeats)
     return grams
 
 
@@ -165,8 +167,8 @@ def unpack_upper(packed: np.ndarray) -> np.ndarray:
 
 
 def _checked_shape(hidden: Any, kernel: str) -> jax.Array:
-    if kernel not in ("linear", "rbf"):
-        raise UserError(f"kernel={kernel!r}: expected 'linear' or 'rbf'")
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel!r}: expected {listed(KERNELS)}")
     hidden = jnp.asarray(hidden)
     if hidden.ndim != 3 or not jnp.issubdtype(hidden.dtype, jnp.floating):
         raise UserError(f"expected activations [layers, samples, width] of floats, got {hidden.dtype}{hidden.shape}")
@@ -294,7 +296,7 @@ def _on_host(raw: tuple[jax.Array, jax.Array], num_left: int | None) -> GramTabl
     return GramTables((rows + rows.swapaxes(1, 2)) / 2, weighted, diagonals, num_left)
 
 
-def _refuse_degenerate(health: _Health, hidden: jax.Array) -> None:
+def _refuse_degenerate(health: _Health, hidden: jax.Array, allow_repeats: bool = False) -> None:
     trace, spread, near, nearest = (np.asarray(fact) for fact in jax.device_get(health))
     num_layers, count, _ = hidden.shape
     broken = np.flatnonzero(~np.isfinite(trace)).tolist()
@@ -313,7 +315,7 @@ def _refuse_degenerate(health: _Health, hidden: jax.Array) -> None:
             " leave these layers out, or tap another position",
             constant,
         )
-    later = np.flatnonzero(near)
+    later = np.flatnonzero(near) if not allow_repeats else np.empty(0, np.int64)
     if later.size:
         first, second = hidden[:, nearest[later]].astype(jnp.float32), hidden[:, later].astype(jnp.float32)
         equal = jnp.linalg.norm(first - second, axis=2) <= _ROUNDING * jnp.linalg.norm(second, axis=2)
