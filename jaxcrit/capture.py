@@ -52,6 +52,7 @@ class Activations:
 def capture(
     decoder: Decoder,
     batches: Sequence[Batch],
+    num_prompts: int,
     *,
     mesh: Mesh,
     position: Position = "last",
@@ -63,7 +64,9 @@ def capture(
 
     Args:
         decoder: the model, on the mesh.
-        batches: right-padded prompts; every batch of one length has the same shape.
+        batches: right-padded prompts; every batch of one length has the same shape. Rows of ``num_prompts`` and
+            above only fill a batch up.
+        num_prompts: how many prompts the batches hold.
         mesh: batches are split over its ``data`` and ``fsdp`` axes.
         position: ``last`` prompt token, ``mean`` over the prompt's tokens, or ``all`` of them as samples.
         with_embed: keep the embedding output too.
@@ -73,9 +76,10 @@ def capture(
     Returns:
         Activations, samples in the order of the rows (with ``all``, token by token within each prompt).
     """
-    lengths = np.zeros(sum(int(batch.real.sum()) for batch in batches), np.int64)
+    lengths = np.zeros(num_prompts, np.int64)
     for batch in batches:
-        lengths[batch.rows[batch.real]] = batch.lengths[batch.real]
+        real = batch.rows < num_prompts
+        lengths[batch.rows[real]] = batch.lengths[real]
     counts = lengths if position == "all" else np.ones_like(lengths)
     starts, total = np.concatenate([[0], np.cumsum(counts)[:-1]]), int(counts.sum())
     config = decoder.config
@@ -84,20 +88,21 @@ def capture(
     buffer = jax.device_put(jnp.zeros((depth, total, config.width), jnp.float32), everywhere)
     began, done = time.perf_counter(), 0
     for batch in batches:
+        real = batch.rows < num_prompts
         # Rows that only fill the batch point past the end, where the scatter drops them.
         rows = np.full(batch.rows.shape, total, np.int32)
-        rows[batch.real] = starts[batch.rows[batch.real]]
+        rows[real] = starts[batch.rows[real]]
         placed = jax.device_put((batch.tokens, batch.lengths, rows), batch_sharding(mesh))
         with jax.default_matmul_precision(precision):
             buffer = _step(decoder, buffer, *placed, position=position, with_embed=with_embed, mesh=mesh)
         buffer.block_until_ready()
-        done += int(batch.real.sum())
+        done += int(real.sum())
         if progress is not None:
-            progress(done, len(lengths))
+            progress(done, num_prompts)
     return Activations(
         hidden=buffer[with_embed:],
         embed=buffer[0] if with_embed else None,
-        units=np.repeat(np.arange(len(lengths)), counts),
+        units=np.repeat(np.arange(num_prompts), counts),
         seconds=time.perf_counter() - began,
         num_tokens=int(lengths.sum()),
         padded_tokens=sum(batch.tokens.size for batch in batches),

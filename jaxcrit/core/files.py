@@ -47,10 +47,15 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode("utf-8"))
 
 
-def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
-    """Writes ``{"format": kind, "format_version": 1, **content}`` atomically; NaN is refused."""
+def json_text(kind: str, content: Mapping[str, Any]) -> str:
+    """``{"format": kind, "format_version": 1, **content}`` as indented JSON; NaN is refused."""
     body = {"format": kind, "format_version": FORMAT_VERSION, **content}
-    write_text(path, json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Writes `json_text` atomically."""
+    write_text(path, json_text(kind, content))
 
 
 def read_json(path: str | Path, kind: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import read_json, write_json
+from jaxcrit.core.files import json_text, read_json, write_json, write_text
 
 Direction = Literal["low", "high"]
 SCORES_FORMAT = "jaxcrit.scores"
@@ -132,9 +132,13 @@ class LayerSet:
         """The layers not in the set."""
         return tuple(sorted(set(range(self.num_layers)) - set(self.layers)))
 
+    def to_json(self) -> str:
+        """The text of ``layers.json``."""
+        return json_text(LAYERS_FORMAT, dataclasses.asdict(self))
+
     def save(self, path: Path) -> None:
         """Writes ``layers.json``."""
-        write_json(path, LAYERS_FORMAT, {**dataclasses.asdict(self), "layers": list(self.layers)})
+        write_text(path, self.to_json())
 
     @classmethod
     def load(cls, path: str | Path) -> LayerSet:

@@ -1,1 +1,17 @@
-"""Criteria that score layers."""
+"""Criteria that score layers, and the choice of layers by a score."""
+
+from jaxcrit.criticality.delta import delta
+from jaxcrit.criticality.score import CRITERIA, layer_scores, values_without_each
+from jaxcrit.criticality.selection import choose, mean_rank, selection_probability
+from jaxcrit.criticality.step import step
+
+__all__ = [
+    "CRITERIA",
+    "choose",
+    "delta",
+    "layer_scores",
+    "mean_rank",
+    "selection_probability",
+    "step",
+    "values_without_each",
+]

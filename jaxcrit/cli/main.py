@@ -1,0 +1,95 @@
+"""``jaxcrit COMMAND [flags]``: finds the command, reads its flags, turns a user's mistake into one line and exit 2.
+
+Commands are imported when they are run, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+import jaxcrit
+from jaxcrit.cli import flags
+from jaxcrit.core.errors import UserError, did_you_mean
+
+# name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code.
+COMMANDS = {
+    "analyze": ("jaxcrit.cli.analyze", "find the critical layers of a model, and say how sure that is"),
+    "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
+    "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
+}
+# Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+BAD_USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+
+
+def overview() -> str:
+    """The help page of ``jaxcrit`` itself."""
+    rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "jaxcrit: find the critical layers of a language model.",
+            "",
+            "usage: jaxcrit [--help|--version] COMMAND [flags]",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "jaxcrit COMMAND --help lists the flags of a command. jaxcrit analyze, without any, runs on a small",
+            "embedded model.",
+        ]
+    )
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code.
+
+    Raises:
+        UserError: unknown command or flag, or whatever the command finds wrong with its input.
+    """
+    if not arguments:
+        print(overview(), file=sys.stderr)
+        return BAD_USAGE
+    name, *rest = arguments
+    if name in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"jaxcrit {jaxcrit.__version__}")
+        return 0
+    if name not in COMMANDS:
+        what = "flag" if name.startswith("-") else "command"
+        nearest = did_you_mean(name, ["--help", "--version"] if what == "flag" else COMMANDS)
+        raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    if "--help" in rest or "-h" in rest:
+        print(flags.usage(module.FLAGS, name, summary))
+        return 0
+    return int(module.run(flags.parse(module.FLAGS, name, rest)))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``jaxcrit`` command; returns the exit code."""
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        print(f"jaxcrit: error: {error}", file=sys.stderr)
+        return BAD_USAGE
+    except KeyboardInterrupt:
+        print("jaxcrit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (| head). Python would complain once more when it closes stdout on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+
+
+if __name__ == "__main__":
+    sys.exit(main())

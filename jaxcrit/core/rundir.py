@@ -1,0 +1,97 @@
+"""The run directory: made when there is something to write, never shared by two runs, marked when complete."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json, write_json
+from jaxcrit.core.hashing import sha256_json
+
+RUN_FORMAT = "jaxcrit.run"
+
+
+@dataclasses.dataclass(frozen=True)
+class RunDirectory:
+    """Where one run writes.
+
+    Attributes:
+        path: the directory.
+        identity: hash of everything that determines the results.
+        resumed: whether a run of this identity has written here before.
+    """
+
+    path: Path
+    identity: str
+    resumed: bool
+
+    @classmethod
+    def open(cls, path: Path, determines: Mapping[str, Any]) -> RunDirectory:
+        """Checks that a run may write to ``path``; makes nothing yet.
+
+        Args:
+            path: directory that is absent, empty, or of a run with the same identity.
+            determines: JSON values: command, configuration, model, data and template hashes.
+
+        Raises:
+            UserError: it holds another run or other files, or cannot be written.
+        """
+        identity = sha256_json(determines)
+        path = path.expanduser()
+        if path.exists() and not path.is_dir():
+            raise UserError(f"--out={path}: expected a directory, got a file")
+        resumed = False
+        if path.is_dir() and any(path.iterdir()):
+            if not (path / "run.json").exists():
+                raise UserError(f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory")
+            earlier = read_json(path / "run.json", RUN_FORMAT)
+            if earlier.get("identity") != identity:
+                differs = _difference(earlier.get("determines", {}), determines)
+                raise UserError(f"--out={path}: holds another run ({differs}); choose another directory, or remove it")
+            resumed = True
+        parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+        try:
+            tempfile.TemporaryFile(dir=parent).close()
+        except OSError as error:
+            raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another directory") from None
+        return cls(path, identity, resumed)
+
+    def discard(self) -> None:
+        """Takes back what a run that failed has written, unless an earlier run had already been here."""
+        if not self.resumed:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+    def begin(self, run: Mapping[str, Any]) -> None:
+        """Makes the directory and writes ``run.json`` with status ``running``."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out={self.path}: cannot be made ({error.strerror}); choose another") from None
+        write_json(self.path / "run.json", RUN_FORMAT, {**run, "identity": self.identity, "status": "running"})
+
+    def finish(self, run: Mapping[str, Any]) -> None:
+        """Writes ``run.json`` with status ``complete``."""
+        write_json(self.path / "run.json", RUN_FORMAT, {**run, "identity": self.identity, "status": "complete"})
+
+
+def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:
+    """Names the first things that differ, such as ``window 3 there, 5 now``."""
+    found = []
+    for key in sorted(before.keys() | now.keys()):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            if old != new:
+                found.append(_difference(old, new))
+        elif old != new:
+            found.append(f"{key} {_short(old)} there, {_short(new)} now")
+    return "; ".join(found[:3]) or "of another version of jaxcrit"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "…"

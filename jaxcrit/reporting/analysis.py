@@ -1,0 +1,125 @@
+"""What `jaxcrit analyze` shows: text for the terminal; figures, page and configs for the run directory."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+
+from jaxcrit.core.files import write_bytes, write_text
+from jaxcrit.core.layers import LayerScores
+from jaxcrit.reporting import exporters, plots, tables, views
+from jaxcrit.reporting.report import Figure, Section, render_report
+
+
+def _chosen_by(dataset: views.DatasetView) -> LayerScores:
+    """The score that chose; debiased δ where no score did (``--layers=3-5``)."""
+    return dataset.scores.get(dataset.chosen.criterion, dataset.scores["delta_debiased"])
+
+
+def _consensus(analysis: views.AnalysisView) -> LayerScores | None:
+    return analysis.consensus if len(analysis.datasets) > 1 else None
+
+
+def headlines(analysis: views.AnalysisView) -> list[str]:
+    """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
+    chosen, datasets = analysis.chosen, analysis.datasets
+    num_samples = sum(dataset.num_samples for dataset in datasets.values())
+    scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
+    candidates = views.num_candidates(scores, analysis.run["config"])
+    sure = tables.certainty(chosen, analysis.selection_probability, num_samples, candidates)
+    alone = {name: dataset.chosen for name, dataset in datasets.items()}
+    agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
+    return [tables.headline(chosen, len(datasets)), sure, *agreement]
+
+
+def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, style: bool = False) -> str:
+    config = analysis.run["config"]
+    return tables.layer_table(
+        dataset.scores,
+        dataset.chosen,
+        null=views.null_delta(dataset, config),
+        probability=dataset.selection_probability,
+        paper=views.paper_choice(dataset, config),
+        style=style,
+    )
+
+
+def _consensus_table(analysis: views.AnalysisView, consensus: LayerScores, style: bool = False) -> str:
+    deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
+    return tables.consensus_table(
+        deltas, consensus, analysis.chosen, probability=analysis.selection_probability, style=style
+    )
+
+
+def warnings(analysis: views.AnalysisView) -> list[str]:
+    """Every dataset's warnings; one that several datasets share stands once, with their names in front."""
+    names: dict[str, list[str]] = {}
+    for name, dataset in analysis.datasets.items():
+        for line in dataset.warnings:
+            names.setdefault(line, []).append(name)
+    everywhere = len(analysis.datasets)
+    return [line if len(of) == everywhere else f"{', '.join(of)}: {line}" for line, of in names.items()]
+
+
+def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
+    """The result for a terminal: table, headline, how sure, warnings.
+
+    Args:
+        analysis: the result.
+        style: bold marks, for a terminal.
+    """
+    consensus = _consensus(analysis)
+    if consensus is not None:
+        table = _consensus_table(analysis, consensus, style)
+    else:
+        table = _dataset_table(analysis, next(iter(analysis.datasets.values())), style)
+    sentences = [*headlines(analysis), *(f"warning: {line}" for line in warnings(analysis))]
+    return "\n".join([table, "", *(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)])
+
+
+def write_analysis(analysis: views.AnalysisView) -> Path:
+    """Writes figures, ``report.html``, ``layers.json`` and ``configs/`` into the run directory; returns the report.
+
+    Several datasets have their own figures and ``layers.json`` in a directory each.
+    """
+    config, out, model_type = analysis.run["config"], analysis.out, views.model_type(analysis)
+    consensus, sections = _consensus(analysis), []
+    if consensus is not None:
+        deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
+        picture = plots.consensus_figure(deltas, consensus, analysis.chosen)
+        write_bytes(out / "consensus.png", picture)
+        figure = Figure("consensus.png", picture, "δ of each dataset, and the mean rank over them that chose.")
+        table = _consensus_table(analysis, consensus)
+        sections.append(Section(f"Consensus of {len(deltas)} datasets", "", table, [figure]))
+    for name, dataset in analysis.datasets.items():
+        directory = out if consensus is None else out / name
+        null = views.null_delta(dataset, config)
+        curve = plots.delta_curve(
+            dataset.scores,
+            dataset.chosen,
+            window=config["window"],
+            null=null,
+            title=f"{name}, {dataset.num_samples} samples",
+        )
+        heatmap = plots.cka_heatmap(dataset.cka["biased"], dataset.cka["debiased"])
+        figures = [
+            Figure("delta.png", curve, "δ of each layer; low where the representation changes. Shaded: chosen."),
+            Figure("cka.png", heatmap, "CKA of every pair of layers; a bright block is a run of alike layers."),
+        ]
+        for figure in figures:
+            write_bytes(directory / figure.name, figure.png)
+        if consensus is not None:
+            exporters.layer_files(directory, dataset.chosen, model_type)
+        candidates = views.num_candidates(_chosen_by(dataset), config)
+        sure = tables.certainty(dataset.chosen, dataset.selection_probability, dataset.num_samples, candidates)
+        title = f"{name}: {dataset.num_samples} samples"
+        note = f"{tables.headline(dataset.chosen)}. {sure}" if consensus is not None else ""
+        sections.append(Section(title, note, _dataset_table(analysis, dataset), figures))
+    exporters.layer_files(out, analysis.chosen, model_type)
+    configs = {
+        name: exporters.export_selection(analysis.chosen, fmt, model_type)
+        for fmt, name in exporters.CONFIG_FILES.items()
+    }
+    page = render_report(headlines(analysis), warnings(analysis), sections, configs, analysis.run)
+    write_text(out / "report.html", page)
+    return out / "report.html"

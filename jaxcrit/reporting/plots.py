@@ -1,0 +1,129 @@
+"""Figures as PNG bytes: the same input gives the same bytes (no dates, no versions, no global state)."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxcrit.core.layers import LayerScores, LayerSet
+
+DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
+LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure)
+    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
+    """Shades each run of chosen layers and writes its numbers along the upper edge."""
+    for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1] - item[0]):
+        run = [layer for _, layer in group]
+        axes.axvspan(run[0] - 0.5, run[-1] + 0.5, color=CHOSEN, alpha=0.12, linewidth=0)
+        if label:
+            text = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+            middle, above = (run[0] + run[-1]) / 2, axes.get_xaxis_transform()
+            axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
+
+
+def _layer_axis(axes: Axes, num_layers: int) -> None:
+    axes.set_xlim(-0.5, num_layers - 0.5)
+    axes.set_xlabel("layer ℓ (0-based decoder block)")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def cka_heatmap(biased: np.ndarray, debiased: np.ndarray) -> bytes:
+    """CKA of every pair of layers, biased and debiased side by side.
+
+    Args:
+        biased: ``[L, L]``, the paper's estimator, on the paper's scale of 0 to 1.
+        debiased: ``[L, L]``, on the same scale; values below 0, which this estimator can have, look like 0.
+    """
+    figure = Figure(figsize=(10.4, 5.0), layout="compressed")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, matrix, name in zip(panels, (biased, debiased), ("biased", "debiased"), strict=True):
+        image = axes.imshow(matrix, cmap="magma", vmin=0, vmax=1, origin="lower", interpolation="nearest")
+        axes.set_title(f"CKA, {name} (data {np.nanmin(matrix):.2f} to {np.nanmax(matrix):.2f})", fontsize=11)
+        axes.set_xlabel("layer ℓ")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    panels[0].set_ylabel("layer ℓ")
+    figure.colorbar(image, ax=panels, label="CKA", shrink=0.92)
+    return _png(figure)
+
+
+def delta_curve(
+    scores: Mapping[str, LayerScores],
+    chosen: LayerSet,
+    *,
+    window: int,
+    null: np.ndarray | None = None,
+    title: str = "",
+) -> bytes:
+    """δ over the layers: debiased with ±1.96 standard errors, biased and the null beside it.
+
+    Args:
+        scores: ``delta`` and ``delta_debiased``.
+        chosen: layers to shade.
+        window: layers a δ averages over, for the axis.
+        null: ``[L]`` δ that unrelated layers would score (biased).
+        title: of the figure.
+    """
+    debiased, biased = scores["delta_debiased"], scores["delta"]
+    layers = np.arange(chosen.num_layers)
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    _mark(axes, chosen.layers)
+    if debiased.stderr is not None:
+        half = 1.96 * debiased.stderr
+        axes.fill_between(
+            layers, debiased.values - half, debiased.values + half, color=DEBIASED, alpha=0.22, linewidth=0
+        )
+    axes.plot(layers, debiased.values, "o-", color=DEBIASED, markersize=4, label="debiased, ±1.96 s.e.")
+    axes.plot(layers, biased.values, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased (the paper's)")
+    if null is not None:
+        axes.plot(layers, null, "--", color=NULL, linewidth=1, label="biased δ of unrelated layers (null mean)")
+    _layer_axis(axes, chosen.num_layers)
+    axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
+    if title:
+        axes.set_title(title, fontsize=11, loc="left", pad=18)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
+def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, chosen: LayerSet) -> bytes:
+    """δ of several datasets, one line each, above the mean rank that chose.
+
+    Args:
+        deltas: by dataset, the score that chose.
+        consensus: mean rank over the datasets.
+        chosen: layers to shade.
+    """
+    layers = np.arange(chosen.num_layers)
+    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    _mark(above, chosen.layers)
+    for index, (name, score) in enumerate(deltas.items()):
+        color, dashes = LINES[index % len(LINES)], "-" if index < len(LINES) else "--"
+        above.plot(layers, score.values, dashes, marker="o", color=color, markersize=3, linewidth=1.2, label=name)
+    above.set_ylabel(next(iter(deltas.values())).name.replace("delta", "δ").replace("_", " "))
+    above.legend(frameon=False, fontsize=8, ncols=1 + (len(deltas) > 6), loc="best")
+    _mark(below, chosen.layers, label=False)
+    below.plot(layers, consensus.values, "o-", color=DEBIASED, markersize=4)
+    below.set_ylabel("mean rank")
+    for axes in (above, below):
+        _layer_axis(axes, chosen.num_layers)
+    above.set_xlabel("")
+    return _png(figure)

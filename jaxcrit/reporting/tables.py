@@ -1,0 +1,164 @@
+"""Tables and sentences for the terminal; at most 100 columns wide."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxcrit.core.layers import LayerScores, LayerSet
+
+WIDTH = 100
+BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
+
+
+def _number(value: float, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _probability(probability: np.ndarray | None, layer: int, score: LayerScores) -> str:
+    if probability is None:
+        return ""
+    return _number(probability[layer], 2) if score.valid[layer] else "-"
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> list[str]:
+    """Aligns columns to the right, the last one to the left; strips the ends."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = []
+    for cells, strong in zip([header, *rows], [False, *bold], strict=True):
+        padded = [cell.rjust(width) for cell, width in zip(cells[:-1], widths[:-1], strict=True)]
+        line = "  ".join([*padded, cells[-1]]).rstrip()
+        lines.append(f"{BOLD}{line}{PLAIN}" if strong else line)
+    return lines
+
+
+def layer_table(
+    scores: Mapping[str, LayerScores],
+    chosen: LayerSet,
+    *,
+    null: np.ndarray | None = None,
+    probability: np.ndarray | None = None,
+    paper: LayerSet | None = None,
+    style: bool = False,
+) -> str:
+    """One row per layer of one dataset.
+
+    Args:
+        scores: ``delta``, ``delta_debiased``, ``step``.
+        chosen: rows to mark.
+        null: ``[L]`` δ that unrelated layers would score.
+        probability: ``[L]`` how often resampled prompts choose the layer.
+        paper: the choice by the biased δ, marked where it differs.
+        style: bold marks, for a terminal.
+    """
+    debiased, biased, step = scores["delta_debiased"], scores["delta"], scores["step"]
+    header = ["layer", "δ debiased ± s.e.", "δ biased", "null δ", "step", "P(chosen)", ""]
+    rows = []
+    for layer in range(chosen.num_layers):
+        error = "" if debiased.stderr is None else f" ± {_number(debiased.stderr[layer])}"
+        marks = ["◀ critical"] if layer in chosen.layers else []
+        if paper and (layer in paper.layers) != (layer in chosen.layers):
+            marks.append("(not by biased δ)" if marks else "(by biased δ only)")
+        rows.append(
+            [
+                str(layer),
+                f"{_number(debiased.values[layer])}{error}" if debiased.valid[layer] else "-",
+                _number(biased.values[layer]),
+                "" if null is None else _number(null[layer]),
+                _number(step.values[layer]),
+                _probability(probability, layer, debiased),
+                " ".join(marks),
+            ]
+        )
+    bold = [style and layer in chosen.layers for layer in range(chosen.num_layers)]
+    return "\n".join(_lines(header, rows, bold))
+
+
+def consensus_table(
+    deltas: Mapping[str, LayerScores],
+    consensus: LayerScores,
+    chosen: LayerSet,
+    *,
+    probability: np.ndarray | None = None,
+    style: bool = False,
+) -> str:
+    """One row per layer, one column of δ per dataset as far as they fit, and the mean rank that chose.
+
+    Args:
+        deltas: by dataset, the score that chose.
+        consensus: mean rank over the datasets.
+        chosen: rows to mark.
+        probability: ``[L]`` how often resampled prompts choose the layer.
+        style: bold marks, for a terminal.
+    """
+    names = {name: name if len(name) <= 12 else f"{name[:11]}…" for name in deltas}
+    ends = ["layer", "mean rank", "P(chosen)", "◀ critical"]
+    shown, used = [], len("  ".join(ends))
+    for name, short in names.items():
+        used += max(len(short), 6) + 2
+        if used <= WIDTH:
+            shown.append(name)
+    rows = []
+    for layer in range(chosen.num_layers):
+        values = [_number(deltas[name].values[layer]) for name in shown]
+        sure = _probability(probability, layer, consensus)
+        mark = "◀ critical" if layer in chosen.layers else ""
+        rows.append([str(layer), *values, _number(consensus.values[layer], 2), sure, mark])
+    header = ["layer", *(names[name] for name in shown), "mean rank", "P(chosen)", ""]
+    lines = _lines(header, rows, [style and layer in chosen.layers for layer in range(chosen.num_layers)])
+    hidden = len(deltas) - len(shown)
+    return "\n".join(lines + ([f"({hidden} more datasets are in the report)"] if hidden else []))
+
+
+def headline(chosen: LayerSet, num_datasets: int = 1) -> str:
+    """Which layers, in one sentence; the parameter path stands here once.
+
+    Args:
+        chosen: the layers.
+        num_datasets: how many were joined by their mean rank.
+    """
+    listed = ", ".join(map(str, chosen.layers))
+    plural = "s" if len(chosen.layers) > 1 else ""
+    joined = f", mean rank over {num_datasets} datasets" if num_datasets > 1 else ""
+    return (
+        f"{'Critical' if chosen.rule.startswith('critical') else 'Chosen'} layer{plural}: {listed} of"
+        f" {chosen.num_layers} (model.layers.{chosen.layers[0]}{', …' if plural else ''};"
+        f" {chosen.rule} by {chosen.criterion}{joined})"
+    )
+
+
+def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int, candidates: int) -> str:
+    """How sure a choice is, in one sentence.
+
+    Args:
+        chosen: the layers.
+        probability: ``[L]`` how often resampled prompts choose each layer.
+        num_samples: N, of all datasets together.
+        candidates: how many layers could have been chosen.
+    """
+    if probability is None:
+        return "How sure: not estimated for this choice."
+    if candidates <= len(chosen.layers):
+        return f"How sure: there was nothing to choose; {candidates} of {chosen.num_layers} layers have a score."
+    least = float(np.min(probability[list(chosen.layers)]))
+    doubtful = [str(layer) for layer in chosen.layers if probability[layer] < 0.5]
+    if doubtful:
+        return (
+            f"How sure: {num_samples} samples do not settle layer{'s' if len(doubtful) > 1 else ''}"
+            f" {', '.join(doubtful)}: another draw of prompts would more often choose otherwise."
+        )
+    often = "every time" if least > 0.9995 else f"at least {least:.0%} of the time"
+    return f"How sure: another draw of {num_samples} samples would choose each of them {often}."
+
+
+def agreement(chosen: LayerSet, alone: Mapping[str, LayerSet]) -> str:
+    """How far the datasets agree with their consensus, in one sentence.
+
+    Args:
+        chosen: the consensus.
+        alone: what each dataset would choose by itself.
+    """
+    counts = [f"{layer} ({sum(layer in s.layers for s in alone.values())})" for layer in chosen.layers]
+    return f"Of {len(alone)} datasets, this many choose the layer by themselves: {', '.join(counts)}."

@@ -1,0 +1,94 @@
+"""Figures and the report page: deterministic, self-contained, escaped."""
+
+from __future__ import annotations
+
+import base64
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import synthetic_analysis as synthetic
+
+from jaxcrit.reporting import plots
+from jaxcrit.reporting.analysis import write_analysis
+from jaxcrit.reporting.views import null_delta, paper_choice
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+class Page(HTMLParser):
+    """Collects text, attributes that could fetch something, and unclosed tags."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.links, self.open, self.tags = [], [], [], set()
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href", "srcset", "data")]
+        if tag not in ("meta", "img", "link", "br"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def figures():
+    data = synthetic.dataset(num_layers=16)
+    delta = data.scores["delta"]
+    return (
+        plots.cka_heatmap(data.cka["biased"], data.cka["debiased"]),
+        plots.delta_curve(data.scores, data.chosen, window=5, null=np.full(16, 0.9), title="t"),
+        plots.consensus_figure({"a": delta, "b": delta}, delta, data.chosen),
+    )
+
+
+def test_figures_are_png_and_the_same_every_time():
+    first, second = figures(), figures()
+    assert first == second
+    for content in first:
+        assert content.startswith(PNG)
+        assert b"matplotlib" not in content, "a version in the file would change its bytes"
+
+
+@pytest.mark.parametrize("names", [("alpaca",), ("alpaca", "dolly", "gsm8k")])
+def test_run_directory_and_page(tmp_path, names):
+    analysis = synthetic.analysis(tmp_path, names=names, warnings=("N < D & so on",))
+    path = write_analysis(analysis)
+    html = path.read_text(encoding="utf-8")
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    assert "script" not in page.tags
+    assert page.links and all(link.startswith("data:image/png;base64,") for link in page.links), "opens offline"
+    assert not re.search(r"url\(|@import", html)
+    pictures = {base64.b64decode(link.partition(",")[2]) for link in page.links}
+    assert pictures == {file.read_bytes() for file in tmp_path.rglob("*.png")}
+    text = "".join(page.text)
+    assert f"of {analysis.chosen.num_layers}" in text and "How sure" in text
+    assert "<b>dir</b>" in text, "what the user typed is shown, not rendered"
+    assert "N < D & so on" in text
+    assert synthetic.META["model_hash"] in text
+    places = [tmp_path] if len(names) == 1 else [tmp_path, *(tmp_path / name for name in names)]
+    for place in places:
+        assert (place / "layers.json").exists() and (place / "configs/peft.json").exists()
+    assert write_analysis(analysis).read_text(encoding="utf-8") == html, "same input, same bytes"
+
+
+def test_null_delta_counts_a_layer_with_itself_as_one():
+    data = synthetic.dataset(num_layers=16)
+    config = {"window": 5, "include_self": True}
+    values = null_delta(data, config)
+    np.testing.assert_allclose(values[2:-2], (4 * 0.88 + 1) / 5)
+    assert np.isnan(values[[0, 1, -2, -1]]).all()
+    np.testing.assert_allclose(null_delta(data, {**config, "include_self": False})[2:-2], 0.88)
+
+
+def test_paper_choice_has_as_many_layers_by_biased_delta():
+    data = synthetic.dataset(num_layers=32)
+    choice = paper_choice(data, {"trim": 2})
+    assert choice.criterion == "delta" and len(choice.layers) == len(data.chosen.layers)

@@ -1,0 +1,90 @@
+"""The terminal's tables and sentences."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import synthetic_analysis as synthetic
+
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.reporting import tables
+from jaxcrit.reporting.analysis import analysis_text, warnings
+
+
+def test_a_row_says_what_was_measured():
+    data = synthetic.dataset(num_layers=32)
+    null = np.full(32, 0.9)
+    lines = tables.layer_table(data.scores, data.chosen, null=null, probability=data.selection_probability).splitlines()
+    assert len(lines) == 33
+    score, layer = data.scores["delta_debiased"], data.chosen.layers[0]
+    assert lines[1 + layer].split() == [
+        str(layer),
+        f"{score.values[layer]:.4f}",
+        "±",
+        f"{score.stderr[layer]:.4f}",
+        f"{data.scores['delta'].values[layer]:.4f}",
+        "0.9000",
+        f"{data.scores['step'].values[layer]:.4f}",
+        "0.93",
+        "◀",
+        "critical",
+    ]
+    assert [line.split()[0] for line in lines[1:] if "◀" in line] == [str(layer) for layer in data.chosen.layers]
+    assert lines[1].split() == ["0", "-", "-", "0.9000", "-", "-"], "edges are invalid, never invented"
+
+
+def test_shows_where_the_papers_choice_differs():
+    data = synthetic.dataset(num_layers=32)
+    paper = dataclasses.replace(data.chosen, layers=(*data.chosen.layers[:-1], 20), criterion="delta")
+    lines = tables.layer_table(data.scores, data.chosen, paper=paper).splitlines()
+    assert lines[1 + 20].endswith("(by biased δ only)")
+    assert lines[1 + data.chosen.layers[-1]].endswith("◀ critical (not by biased δ)")
+
+
+def test_no_escape_codes_unless_asked(tmp_path):
+    analysis = synthetic.analysis(tmp_path)
+    assert "\x1b" not in analysis_text(analysis)
+    styled = analysis_text(analysis, style=True)
+    assert styled.replace(tables.BOLD, "").replace(tables.PLAIN, "") == analysis_text(analysis)
+
+
+def test_fits_100_columns_whatever_the_names(tmp_path):
+    names = tuple(f"a_dataset_with_a_long_name_{i}" for i in range(12))
+    for analysis in (
+        synthetic.analysis(tmp_path, warnings=("long " * 60,)),
+        synthetic.analysis(tmp_path, names=names, num_layers=80),
+    ):
+        text = analysis_text(analysis)
+        assert max(map(len, text.splitlines())) <= 100
+    assert "more datasets are in the report" in text
+
+
+def test_warnings_shared_by_datasets_stand_once(tmp_path):
+    analysis = synthetic.analysis(tmp_path, names=("a", "b", "c"), warnings=("flat",))
+    analysis.datasets["b"].warnings.append("odd")
+    analysis.datasets["c"].warnings.append("odd")
+    assert warnings(analysis) == ["flat", "b, c: odd"]
+
+
+class TestHowSure:
+    chosen = LayerSet((3, 4), "delta_debiased", "critical:2", 8)
+
+    def test_names_the_least_certain(self):
+        probability = np.array([0, 0, 0, 0.9, 0.8, 0.1, 0, 0])
+        assert "at least 80% of the time" in tables.certainty(self.chosen, probability, 300, 4)
+        assert "every time" in tables.certainty(self.chosen, np.ones(8), 300, 4)
+
+    def test_says_when_there_was_no_choice(self):
+        assert "nothing to choose; 2 of 8" in tables.certainty(self.chosen, np.ones(8), 300, 2)
+
+    def test_says_when_the_choice_is_not_settled(self):
+        probability = np.array([0, 0, 0, 0.9, 0.4, 0.6, 0, 0])
+        assert "300 samples do not settle layer 4:" in tables.certainty(self.chosen, probability, 300, 4)
+
+    def test_says_when_it_does_not_know(self):
+        assert "not estimated" in tables.certainty(self.chosen, None, 300, 4)
+
+    def test_counts_datasets_that_agree(self):
+        other = dataclasses.replace(self.chosen, layers=(4, 5))
+        assert tables.agreement(self.chosen, {"a": self.chosen, "b": other}).endswith("3 (1), 4 (2).")

@@ -1,0 +1,238 @@
+"""The whole of ``jaxcrit analyze`` on a tiny random model: files, invariance, resuming, and every kind of bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from tiny_model import prompts_file, tiny_checkpoint
+
+from jaxcrit.cli.main import main
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json, read_npz
+from jaxcrit.core.layers import LayerSet, read_scores
+from jaxcrit.studies import captures
+from jaxcrit.studies.analysis import run_analysis
+from jaxcrit.studies.captures import AnalysisConfig
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return prompts_file(tmp_path_factory.mktemp("data") / "prompts.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def config(model, data, tmp_path):
+    return AnalysisConfig(model=str(model), data=str(data), out=str(tmp_path / "run"), layers="critical:2")
+
+
+def without_times(folder):
+    """Every file of a run directory, run.json without what tells the time."""
+    files = {}
+    for path in sorted(folder.rglob("*")):
+        if path.name == "run.json":
+            run = json.loads(path.read_text())
+            files[path.name] = {key: value for key, value in run.items() if key not in ("time", "config")}
+        elif path.is_file():
+            files[str(path.relative_to(folder))] = path.read_bytes()
+    return files
+
+
+def test_files_of_one_dataset(config, tmp_path):
+    analysis = run_analysis(config)
+    out = tmp_path / "run"
+    run = read_json(out / "run.json", "jaxcrit.run")
+    assert run["status"] == "complete" and run["model"]["num_layers"] == 7
+    assert run["versions"]["jax"] and run["determines"]["model_hash"] == analysis.chosen.model_hash
+    scores = read_scores(out / "scores.json")
+    assert set(scores) == {"delta", "delta_debiased", "step", "step_debiased"}
+    assert scores["delta"].valid.tolist() == [False, False, True, True, True, False, False]
+    assert np.isfinite(scores["delta_debiased"].stderr[2:5]).all()
+    arrays, meta = read_npz(out / "cka.npz")
+    assert set(arrays) == {"biased", "debiased"} and arrays["biased"].shape == (7, 7)
+    assert meta["format"] == "jaxcrit.cka"
+    np.testing.assert_allclose(np.diagonal(arrays["debiased"]), 1)
+    chosen = LayerSet.load(out / "layers.json")
+    assert chosen == analysis.chosen and len(chosen.layers) == 2 and chosen.criterion == "delta_debiased"
+    arrays, meta = read_npz(out / "fingerprint.npz")
+    assert arrays["gram"].shape == (7, 12 * 13 // 2) and len(set(arrays["sample_ids"])) == 12
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"batch_size": 3}, {"batch_size": 16}, {"mesh": "data=1,fsdp=2,tensor=4"}, {"mesh": "data=4,fsdp=2"}],
+    ids=str,
+)  # fmt: skip
+def test_scores_do_not_depend_on_how_they_are_computed(config, tmp_path, changes, model):
+    wide = tiny_checkpoint(tmp_path / "wide", num_attention_heads=4, num_key_value_heads=4)
+    base = dataclasses.replace(config, model=str(wide), mesh="data=8")
+    first = run_analysis(base).scores["delta_debiased"].values
+    second = run_analysis(dataclasses.replace(base, out=str(tmp_path / "other"), **changes)).scores["delta_debiased"]
+    np.testing.assert_allclose(first, second.values, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_order_of_samples(config, data, tmp_path):
+    lines = data.read_text().splitlines()
+    other = tmp_path / "prompts.jsonl"
+    other.write_text("\n".join(lines[::-1]))
+    first = run_analysis(config)
+    second = run_analysis(dataclasses.replace(config, data=str(other), out=str(tmp_path / "other")))
+    for key, score in first.scores.items():
+        np.testing.assert_allclose(score.values, second.scores[key].values, atol=1e-5)
+        np.testing.assert_allclose(score.stderr, second.scores[key].stderr, atol=1e-5)
+
+
+def test_same_inputs_same_bytes(config, tmp_path):
+    run_analysis(config)
+    run_analysis(dataclasses.replace(config, out=str(tmp_path / "again")))
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "again")
+
+
+def test_a_second_run_needs_no_forward_pass(config, tmp_path, monkeypatch):
+    run_analysis(config)
+    before = without_times(tmp_path / "run")
+    monkeypatch.setattr(captures, "capture", lambda *_, **__: pytest.fail("ran the model again"))
+    run_analysis(config)
+    assert without_times(tmp_path / "run") == before
+
+
+def test_an_interrupted_run_resumes(model, data, tmp_path, monkeypatch):
+    other = prompts_file(tmp_path / "others.jsonl", seed=1)
+    config = AnalysisConfig(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run"))
+    real, calls = captures.capture, []
+
+    def once(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(captures, "capture", once)
+    with pytest.raises(KeyboardInterrupt):
+        run_analysis(config)
+    assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "running"
+    run_analysis(config)
+    assert len(calls) == 3, "the first dataset was captured once"
+    assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "complete"
+
+
+def test_several_datasets_have_a_consensus(model, data, tmp_path):
+    other = prompts_file(tmp_path / "others.jsonl", seed=1)
+    analysis = run_analysis(AnalysisConfig(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run")))
+    assert list(analysis.datasets) == ["prompts", "others"]
+    ranks = read_scores(tmp_path / "run" / "scores.json")["delta_debiased"]
+    assert ranks.meta["consensus"] == "mean_rank"
+    for name, result in analysis.datasets.items():
+        assert read_scores(tmp_path / "run" / name / "scores.json").keys() == result.scores.keys()
+    assert analysis.consensus is analysis.scores["delta_debiased"]
+    assert analysis.selection_probability.sum() == pytest.approx(len(analysis.chosen.layers))
+
+
+def test_activations_are_kept_on_request(config, tmp_path):
+    run_analysis(dataclasses.replace(config, save_activations=True, embed=True))
+    kept = load_file(tmp_path / "run" / "activations.safetensors")
+    assert kept["hidden"].shape == (7, 12, 24) and kept["embed"].shape == (12, 24)
+    assert kept["hidden"].dtype == np.float32
+    assert read_npz(tmp_path / "run" / "cka.npz")[0]["biased"].shape == (7, 7)
+
+
+@pytest.mark.parametrize("position", ["mean", "all"])
+def test_positions(config, position, tmp_path):
+    analysis = run_analysis(dataclasses.replace(config, position=position))
+    samples = analysis.datasets["prompts"].num_samples
+    assert samples == 12 if position == "mean" else samples > 12
+
+
+def test_biased_selection(config):
+    analysis = run_analysis(dataclasses.replace(config, bias="biased"))
+    assert analysis.chosen.criterion == "delta"
+
+
+def lines(path, *rows):
+    path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def rows(count):
+    return [{"prompt": f"{i} cats"} for i in range(count)]
+
+
+def spoil(model, tmp_path, **changes):
+    """A copy of the model with files changed: bytes to write, or None to remove."""
+    copy = tmp_path / "spoilt"
+    shutil.copytree(model, copy)
+    for name, content in changes.items():
+        file = copy / name.replace("__", ".")
+        file.unlink() if content is None else file.write_bytes(content)
+    return str(copy)
+
+
+BAD = {
+    "no model": (lambda m, t: {"model": str(t / "absent")}, "no such directory"),
+    "no tokenizer": (lambda m, t: {"model": spoil(m, t, tokenizer__json=None)}, "tokenizer"),
+    "no weights": (lambda m, t: {"model": spoil(m, t, model__safetensors=None)}, "found neither"),
+    "damaged weights": (lambda m, t: {"model": spoil(m, t, model__safetensors=b"\x08" + bytes(20))}, "damaged"),
+    "no data": (lambda m, t: {"data": str(t / "absent.jsonl")}, "absent.jsonl"),
+    "broken line": (lambda m, t: {"data": lines(t / "d.jsonl", *rows(4), "{oops\n")}, "line 5"),
+    "empty file": (lambda m, t: {"data": lines(t / "d.jsonl")}, "empty file"),
+    "wrong fields": (lambda m, t: {"data": lines(t / "d.jsonl", {"prmpt": "x"})}, "did you mean 'prompt'"),
+    "empty prompt": (lambda m, t: {"data": lines(t / "d.jsonl", {"prompt": " "})}, "line 1"),
+    "too long": (lambda m, t: {"data": lines(t / "d.jsonl", *rows(4), {"prompt": "x y " * 90})}, "--truncate=left"),
+    "too few": (lambda m, t: {"data": lines(t / "d.jsonl", *rows(3))}, "at least 4 samples"),
+    "all identical": (
+        # different rows (their ids differ) that render to the same prompt
+        lambda m, t: {"data": lines(t / "d.jsonl", *({"prompt": "cats", "id": i} for i in range(6)))},
+        "all 6 samples are identical",
+    ),
+    "repeated": (
+        lambda m, t: {"data": lines(t / "d.jsonl", *rows(6), {"prompt": "2 cats", "id": 1})},
+        "repeat an earlier one",
+    ),
+    "file as out": (lambda m, t: {"out": lines(t / "file", {})}, "expected a directory"),
+    "foreign out": (lambda m, t: {"out": str(m)}, "no jaxcrit run"),
+    "unwritable out": (lambda m, t: {"out": "/proc/jaxcrit"}, "cannot be"),
+    "too many layers": (lambda m, t: {"layers": "critical:6"}, "at most 3"),
+    "unknown layers": (lambda m, t: {"layers": "critcal:2"}, "did you mean 'critical'"),
+    "layer outside": (lambda m, t: {"layers": "3-9"}, "expected layers 0 to 6"),
+    "even window": (lambda m, t: {"window": 4}, "odd"),
+    "window wider than the model": (lambda m, t: {"window": 9}, "9"),
+    "embed alone": (lambda m, t: {"embed": True}, "--save_activations"),
+    "mesh": (lambda m, t: {"mesh": "data=3"}, "--mesh=data=3"),
+}
+
+
+@pytest.mark.parametrize(("make", "message"), BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message, config, model, tmp_path, capsys):
+    changed = dataclasses.replace(config, **make(model, tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    given = {k: v for k, v in dataclasses.asdict(changed).items() if v != getattr(AnalysisConfig(), k)}
+    code = main(["analyze", *(f"--{key}={value}" for key, value in given.items())])
+    error = capsys.readouterr().err
+    assert code == 2, error
+    assert error.startswith("jaxcrit: error: ") and error.count("\n") == 1 and message in error, error
+    assert sorted(tmp_path.rglob("*")) == before, "nothing half-written"
+
+
+def test_another_run_in_the_same_directory_is_refused(config):
+    run_analysis(config)
+    with pytest.raises(UserError, match="window 5 there, 3 now"):
+        run_analysis(dataclasses.replace(config, window=3))
+
+
+def test_truncation_on_request(config, tmp_path):
+    long = lines(tmp_path / "long.jsonl", *({"prompt": f"{i} " + "x y " * 90 + str(i)} for i in range(5)))
+    run_analysis(dataclasses.replace(config, data=long, truncate="left"))

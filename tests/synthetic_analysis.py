@@ -1,0 +1,80 @@
+"""An analysis made up from a formula: two blocks of alike layers with a transition between them."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.criticality.delta import delta
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    name: str
+    num_samples: int
+    scores: dict[str, LayerScores]
+    cka: dict[str, np.ndarray]
+    chosen: LayerSet
+    selection_probability: np.ndarray | None
+    warnings: list[str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Analysis:
+    run: dict[str, Any]
+    datasets: dict[str, Dataset]
+    consensus: LayerScores | None
+    chosen: LayerSet
+    selection_probability: np.ndarray | None
+    out: Path
+
+
+META = {"model_type": "llama", "model_hash": "0123456789abcdef"}
+
+
+def dataset(name: str = "alpaca", num_layers: int = 32, transition: float = 12.0, warnings: tuple[str, ...] = ()):
+    """CKA of layers that lie on a curve which moves fast near ``transition``."""
+    layers = np.arange(num_layers)
+    place = layers / num_layers + 2.5 / (1 + np.exp(-(layers - transition) / 1.5))
+    debiased = np.exp(-((place[:, None] - place[None]) ** 2))
+    biased = 0.3 * debiased + 0.7 + 0.0 * debiased
+    np.fill_diagonal(biased, 1.0)
+    null = np.full_like(debiased, 0.88)
+    scores = {}
+    for key, matrix in (("delta", biased), ("delta_debiased", debiased)):
+        values, valid = delta(matrix, 5, True)
+        scores[key] = LayerScores(key, values, valid, "low", np.where(valid, 0.02 * (1.05 - values), np.nan), META)
+    for key, matrix in (("step", biased), ("step_debiased", debiased)):
+        values = np.concatenate([[np.nan], np.diagonal(matrix, 1)])
+        scores[key] = LayerScores(key, values, layers > 0, "low", None, META)
+    chosen = resolve(LayerSpec.parse("critical"), num_layers, scores=scores["delta_debiased"])
+    probability = np.where(np.isin(layers, chosen.layers), 0.93, 0.02)
+    cka = {"biased": biased, "debiased": debiased, "null": null}
+    return Dataset(name, 300, scores, cka, chosen, probability, list(warnings))
+
+
+def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 32, warnings: tuple[str, ...] = ()):
+    """One dataset, or several whose transitions lie a layer apart."""
+    datasets = {
+        name: dataset(name, num_layers, 0.35 * num_layers + shift, warnings) for shift, name in enumerate(names)
+    }
+    ranks = [d.scores["delta_debiased"].values.argsort().argsort() for d in datasets.values()]
+    valid = next(iter(datasets.values())).scores["delta"].valid
+    consensus = LayerScores("delta_debiased", np.where(valid, np.mean(ranks, 0), np.nan), valid, "low")
+    chosen = next(iter(datasets.values())).chosen
+    if len(datasets) > 1:
+        chosen = resolve(LayerSpec.parse("critical"), num_layers, scores=consensus)
+        for name in names:
+            (out / name).mkdir(parents=True, exist_ok=True)
+    run = {
+        "command": ["jaxcrit", "analyze", "--model=<b>dir</b>"],
+        "config": {"model": "<b>dir</b>", "window": 5, "include_self": True, "trim": 2, "bias": "debiased", "out": ""},
+        "versions": {"jax": "0.10.2"},
+        "model_hash": META["model_hash"],
+    }
+    probability = np.where(np.isin(np.arange(num_layers), chosen.layers), 0.93, 0.02)
+    return Analysis(run, datasets, consensus, chosen, probability, out)
