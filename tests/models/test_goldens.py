@@ -2,7 +2,6 @@
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from family_models import BOUND, GOLDEN_CASES, error, load_path, states, write_model
 
