@@ -6,7 +6,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.similarity import (
-    GramTables,
     centred_grams,
     cka,
     from_tables,
@@ -19,18 +18,6 @@ from jaxcrit.similarity.cka import hsic
 
 BIASES = ["biased", "debiased"]
 OUTLIERS = [None, (30, 3), (100, 3), (500, 5), (2000, 10)]
-
-
-def tables_of(matrices):
-    """GramTables in float64 throughout, to test the host's formulas alone."""
-    centred = np.asarray(matrices)
-    diagonals = np.diagonal(centred, axis1=1, axis2=2)
-    bare = centred - np.eye(centred.shape[1]) * centred
-    return GramTables(
-        rows=np.einsum("kmi,lmi->mkl", bare, bare),
-        weighted=np.einsum("kmi,li->mkl", bare, diagonals),
-        diagonals=diagonals.copy(),
-    )
 
 
 @pytest.mark.parametrize("outlier", OUTLIERS, ids=str)
@@ -78,7 +65,7 @@ def test_rbf_leaves_zero_distances_out_of_its_median():
 
 def test_debiased_sweep_is_song_and_u_centring():
     matrices = [oracles.gram(x) for x in oracles.chain(4, 30, 50)]
-    from_sweep = hsic(tables_of(matrices), "debiased") / (30 * 27)
+    from_sweep = hsic(oracles.tables_of(matrices), "debiased") / (30 * 27)
     for product in (oracles.song, oracles.u_centred_product):
         literal = np.array([[product(k, g) for g in matrices] for k in matrices])
         np.testing.assert_allclose(from_sweep, literal, rtol=1e-11)
