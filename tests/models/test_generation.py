@@ -2,7 +2,8 @@
 
 import numpy as np
 import pytest
-from tiny_models import LENGTH, SHARED, load_path, raw_config, sequences, states, write_model
+from conftest import SHARED
+from family_models import LENGTH, load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.generation import greedy

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import reference
-from tiny_models import BOUND, SHARED, error, load_path, states
+from conftest import SHARED
+from family_models import BOUND, error, load_path, states
 
 from jaxcrit.models.generation import greedy
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import reference
-from tiny_models import load_path, raw_config
+from family_models import load_path, raw_config
 
 from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.export import export, write_checkpoint

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import reference
 import transformers
-from tiny_models import BOUND, CASES, error, load_path, raw_config, sequences, states
+from family_models import BOUND, CASES, error, load_path, raw_config, sequences, states
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import hf_shapes

@@ -16,7 +16,7 @@ if importlib.util.find_spec("torch") is None and os.environ.get("JAXCRIT_REQUIRE
 
 import torch
 import transformers
-from tiny_models import recipe
+from family_models import recipe
 
 from jaxcrit.models.config import ModelConfig
 

@@ -23,7 +23,6 @@ from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.weights import hf_shapes
 from jaxcrit.parallel.mesh import make_mesh
 
-SHARED = Path(__file__).parents[2] / "shared"
 LENGTH = 24  # tokens of the longest test sequence
 BOUND = 1e-5  # largest |difference| to the reference, relative to its largest |value|
 
