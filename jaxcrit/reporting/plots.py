@@ -94,7 +94,9 @@ def delta_curve(
     axes.plot(layers, debiased.values, "o-", color=DEBIASED, markersize=4, label="debiased, ±1.96 s.e.")
     axes.plot(layers, biased.values, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased (the paper's)")
     if null is not None:
-        axes.plot(layers, null, "--", color=NULL, linewidth=1, label="biased δ of unrelated layers (null mean)")
+        axes.plot(
+            layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased δ of unrelated layers (null mean)"
+        )
     _layer_axis(axes, chosen.num_layers)
     axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
     if title:

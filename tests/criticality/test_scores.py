@@ -1,19 +1,10 @@
 import numpy as np
 import pytest
+from oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criticality import CRITERIA, delta, layer_scores, step, values_without_each
 from jaxcrit.similarity import from_tables, sweep
-
-
-def states(samples=40, layers=10, planted=5, seed=0, width=30, jump=0.5):
-    """A random walk over layers with one larger step, into layer ``planted``; ``[L, N, D]`` float32."""
-    rng = np.random.default_rng(seed)
-    walk = [rng.standard_normal((samples, width))]
-    for layer in range(1, layers):
-        keep = jump if layer == planted else 0.95
-        walk.append(keep * walk[-1] + np.sqrt(1 - keep**2) * rng.standard_normal((samples, width)))
-    return np.asarray(walk, np.float32)
 
 
 def test_four_scores_of_the_sweep():

@@ -2,7 +2,7 @@ from math import erf
 
 import numpy as np
 import pytest
-from test_scores import states
+from oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores

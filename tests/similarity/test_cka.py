@@ -6,7 +6,6 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.similarity import (
-    GramTables,
     centred_grams,
     cka,
     from_tables,
@@ -19,18 +18,6 @@ from jaxcrit.similarity.cka import hsic
 
 BIASES = ["biased", "debiased"]
 OUTLIERS = [None, (30, 3), (100, 3), (500, 5), (2000, 10)]
-
-
-def tables_of(matrices):
-    """GramTables in float64 throughout, to test the host's formulas alone."""
-    centred = np.asarray(matrices)
-    diagonals = np.diagonal(centred, axis1=1, axis2=2)
-    bare = centred - np.eye(centred.shape[1]) * centred
-    return GramTables(
-        rows=np.einsum("kmi,lmi->mkl", bare, bare),
-        weighted=np.einsum("kmi,li->mkl", bare, diagonals),
-        diagonals=diagonals.copy(),
-    )
 
 
 @pytest.mark.parametrize("bias", BIASES)
@@ -78,7 +65,7 @@ def test_rbf_leaves_zero_distances_out_of_its_median():
 
 def test_debiased_sweep_is_song_and_u_centring():
     matrices = [oracles.gram(x) for x in oracles.chain(4, 30, 50)]
-    from_sweep = hsic(tables_of(matrices), "debiased") / (30 * 27)
+    from_sweep = hsic(oracles.tables_of(matrices), "debiased") / (30 * 27)
     for product in (oracles.song, oracles.u_centred_product):
         literal = np.array([[product(k, g) for g in matrices] for k in matrices])
         np.testing.assert_allclose(from_sweep, literal, rtol=1e-11)
@@ -135,11 +122,12 @@ def test_sweep_compiles_once_per_shape():
     assert grams._sweep_jit._cache_size() == before + 1
 
 
-def test_row_blocks_do_not_change_the_gram():
-    x = jnp.asarray(oracles.chain(1, 30, 40)[0])
-    product = jax.jit(grams._self_product, static_argnums=1)
-    for blocks in (4, 7):  # 30 is a multiple of neither
-        np.testing.assert_allclose(product(x, blocks), product(x, 1), atol=1e-5)
+@pytest.mark.parametrize("samples", [4, 16, 65])
+def test_blocks_do_not_change_the_product(samples):
+    x = jnp.asarray(oracles.chain(1, samples, 40)[0])
+    build = jax.jit(grams._linear_gram, static_argnums=2)
+    np.testing.assert_allclose(build(x, x[0], True), build(x, x[0], False), atol=1e-4)
+    np.testing.assert_array_equal(build(x, x[0], True), build(x, x[0], True).T)
 
 
 def test_grams_are_centred_and_pack():

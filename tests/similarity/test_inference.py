@@ -3,7 +3,7 @@ import itertools
 import numpy as np
 import oracles
 import pytest
-from test_cka import tables_of
+from oracles import tables_of
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import cka, cka_without_each, gram_tables, null_mean, participation_ratio, sweep

@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from jaxcrit.similarity import GramTables
+
 
 def paper_cka(hidden, kernel="linear"):
     """The paper's algorithm, pair by pair: raw Grams, H K H, sums of products."""
@@ -103,3 +105,25 @@ def with_outliers(hidden, mean, deviation, *, rho=0.8, seed=1):
     hidden = hidden.copy()
     hidden[:, :, :2] = mean + deviation * (np.sqrt(rho) * shared + np.sqrt(1 - rho) * own)
     return hidden
+
+
+def states(samples=40, layers=10, planted=5, seed=0, width=30, jump=0.5):
+    """A random walk over layers with one larger step, into layer ``planted``; ``[L, N, D]`` float32."""
+    rng = np.random.default_rng(seed)
+    walk = [rng.standard_normal((samples, width))]
+    for layer in range(1, layers):
+        keep = jump if layer == planted else 0.95
+        walk.append(keep * walk[-1] + np.sqrt(1 - keep**2) * rng.standard_normal((samples, width)))
+    return np.asarray(walk, np.float32)
+
+
+def tables_of(matrices):
+    """GramTables in float64 throughout, to test the host's formulas alone."""
+    centred = np.asarray(matrices)
+    diagonals = np.diagonal(centred, axis1=1, axis2=2)
+    bare = centred - np.eye(centred.shape[1]) * centred
+    return GramTables(
+        rows=np.einsum("kmi,lmi->mkl", bare, bare),
+        weighted=np.einsum("kmi,li->mkl", bare, diagonals),
+        diagonals=diagonals.copy(),
+    )
