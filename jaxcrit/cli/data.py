@@ -18,7 +18,7 @@ ROWS = (
 RENDERING = (
     Flag("template", "auto", "how prompts are wrapped", ("auto", "none", "chat", "llama2", "llama3", "phi3")),
     Flag("edition", "clean", "the model's template, or the paper's strings", ("clean", "paper")),
-    Flag("truncate", "", "cut what is too long; what is kept (default: refuse)", ("left", "right", "paper")),
+    Flag("truncate", "", "keep this end of what is too long (default: no cut)", ("left", "right", "paper")),
 )
 FLAGS = {
     "what": (

@@ -22,6 +22,7 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data.published import PUBLISHED, Cut, Row, cut_of, form
 from jaxcrit.data.published import type_name as _kind
+from jaxcrit.data.tokenizer import quiet
 
 DEMO_PROMPTS = Path(__file__).parents[1] / "assets" / "demo_prompts"
 KINDS = ("prompt", "messages", "text")
@@ -145,9 +146,10 @@ def _from_hub(dataset: str, cut: Cut) -> list[Row]:
         raise UserError(f"--data={dataset}: not on the hub; {advice}")
     name = PUBLISHED[dataset].hub[0]
     try:
-        import datasets
+        with quiet():  # the hub's client counts its retries aloud
+            import datasets
 
-        return datasets.load_dataset(*PUBLISHED[dataset].hub, split=cut.file).to_list()
+            return datasets.load_dataset(*PUBLISHED[dataset].hub, split=cut.file).to_list()
     # No network, no such package, a proxy that refuses: these errors share no base class.
     except Exception as error:
         first = (str(error).strip() or repr(error)).splitlines()[0]

@@ -85,12 +85,15 @@ def measure(before: Sequence[Example], after: Sequence[Example], limit: int) -> 
     kept = np.array([len(example.token_ids) for example in after])
     left = kept > np.array([example.prompt_length for example in after])
     answered = np.array([example.response is not None for example in before])
-    spread = (lambda values: (int(values.min()), int(np.median(values)), int(values.max())))  # fmt: skip
     return Lengths(
         len(total),
-        spread(prompt),
-        spread(total - prompt),
+        _spread(prompt),
+        _spread(total - prompt),
         float(np.mean(kept < total)),
         float(np.mean(total > limit)),
         float(np.mean(~(left & answered))),
     )
+
+
+def _spread(values: np.ndarray) -> tuple[int, int, int]:
+    return int(values.min()), int(np.median(values)), int(values.max())
