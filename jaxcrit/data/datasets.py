@@ -248,7 +248,7 @@ def _check(row: Any, where: str) -> None:
     found = listed([repr(field) for field in row]) or "no fields"
     if len(kinds) != 1:
         hints = (did_you_mean(field, KINDS) for field in row)
-        hint = "" if kinds else next((hint for hint in hints if hint), "") or _published_hint(row)
+        hint = "" if kinds else _published_hint(row) or next((hint for hint in hints if hint), "")
         raise UserError(f"{where}: expected exactly one of {_EXPECTED}, found {found}{hint}")
     if kinds != ["prompt"] and "response" in row:
         raise UserError(f"{where}: expected response beside prompt only, found {found}")
