@@ -16,7 +16,7 @@ class Flag:
 
     Attributes:
         name: without dashes.
-        default: its type is the flag's type (str, int or bool).
+        default: its type is the flag's type (str, int, float or bool); None is a bool that may stay open.
         help: one line.
         choices: words it may be besides the default, where not free.
         lowest: least whole number.
@@ -24,7 +24,7 @@ class Flag:
     """
 
     name: str
-    default: str | int | bool
+    default: str | int | float | bool | None
     help: str
     choices: tuple[str, ...] = ()
     lowest: int | None = None
@@ -43,10 +43,12 @@ def parse(groups: Groups, command: str, arguments: Sequence[str]) -> flags.FlagV
     values = flags.FlagValues()
     known = [flag for group in groups.values() for flag in group]
     for flag in known:
-        if isinstance(flag.default, bool):
+        if flag.default is None or isinstance(flag.default, bool):
             flags.DEFINE_boolean(flag.name, flag.default, flag.help, flag_values=values)
         elif isinstance(flag.default, int):
             flags.DEFINE_integer(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
+        elif isinstance(flag.default, float):
+            flags.DEFINE_float(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
         else:
             flags.DEFINE_string(flag.name, flag.default, flag.help, flag_values=values)
     try:
@@ -73,10 +75,11 @@ def usage(groups: Groups, command: str, summary: str) -> str:
     for title, group in groups.items():
         lines += ["", f"{title}:"]
         for flag in group:
-            if isinstance(flag.default, bool):
-                left, default = f"--[no]{flag.name}", "on" if flag.default else "off"
+            if flag.default is None or isinstance(flag.default, bool):
+                shown = {None: "", True: "on", False: "off"}
+                left, default = f"--[no]{flag.name}", shown[flag.default]
             else:
-                word = "|".join(flag.choices) or ("N" if isinstance(flag.default, int) else flag.word)
+                word = "|".join(flag.choices) or ("N" if isinstance(flag.default, int | float) else flag.word)
                 left, default = f"--{flag.name}={word}", str(flag.default)
             lines.append(f"  {left:<33} {flag.help}" + (f" [{default}]" if default else ""))
     return "\n".join(lines)

@@ -129,3 +129,23 @@ def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, 
         _layer_axis(axes, chosen.num_layers)
     above.set_xlabel("")
     return _png(figure)
+
+
+def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+    """Test loss over optimizer steps, one line each.
+
+    Args:
+        curves: by name, (step, loss in nats per token).
+    """
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("test loss (nats per response token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)

@@ -208,13 +208,15 @@ def _run_record(
             }
             for dataset in datasets
         },
-        "versions": {
-            "jaxcrit": __version__,
-            "python": platform.python_version(),
-            **{name: metadata.version(name) for name in _PACKAGES},
-        },
+        "versions": versions(),
         "devices": {"kind": device.device_kind, "platform": device.platform, "mesh": dict(session.mesh.shape)},
     }
+
+
+def versions() -> dict[str, str]:
+    """What a run was computed with, for ``run.json``."""
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"jaxcrit": __version__, "python": platform.python_version(), **packages}
 
 
 def _out(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]) -> Path:

@@ -3,21 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.checkpoint import Checkpoint, load, locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
+from jaxcrit.training.partition import Bank, Partition, partition, split
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tuned:
+    """What a fine-tuning run changed.
+
+    Attributes:
+        partition: what it trained.
+        params: the trained groups, float32.
+        run: its directory.
+        step: of the checkpoint read.
+    """
+
+    partition: Partition
+    params: Bank
+    run: Path
+    step: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -30,6 +54,7 @@ class Session:
         model_hash: identity of config and weights.
         mesh: devices.
         dtype: of weights and compute.
+        tuned: fine-tuning runs on top of the checkpoint, in order.
     """
 
     checkpoint: Checkpoint
@@ -37,6 +62,7 @@ class Session:
     model_hash: str
     mesh: Mesh
     dtype: str
+    tuned: tuple[Tuned, ...] = ()
 
     @property
     def config(self) -> ModelConfig:
@@ -45,9 +71,15 @@ class Session:
 
     def decoder(self, bars: Bars | None = None) -> Decoder:
         """Loads the weights onto the mesh."""
+        decoder = self._checkpoint(bars)
+        for tuned in self.tuned:
+            decoder = Decoder(self.config, tuned.partition.merge(decoder.weights(), tuned.params))
+        return decoder
+
+    def _checkpoint(self, bars: Bars | None) -> Decoder:
         if bars is None:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh)
-        with bars(total=1, desc="weights", unit=" tensors") as bar:
+        with bars(total=1, desc="weights") as bar:
 
             def progress(done: int, total: int, _: str) -> None:
                 bar.total = total
@@ -57,7 +89,7 @@ class Session:
 
 
 def open_session(model: str, *, mesh: str = "", dtype: str = "", bars: Bars | None = None) -> Session:
-    """Opens a checkpoint directory, a hub id, or (with an empty name) the embedded model.
+    """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
 
     Args:
         model: as above.
@@ -66,11 +98,48 @@ def open_session(model: str, *, mesh: str = "", dtype: str = "", bars: Bars | No
         bars: makes progress bars.
 
     Raises:
-        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`.
+        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`; or a run that is no fine-tuning, has no
+            checkpoint yet, or whose model is gone or has changed.
     """
+    if model and (Path(model).expanduser() / "run.json").is_file():
+        return _open_run(Path(model).expanduser(), mesh, dtype, bars)
     devices = make_mesh(parse_mesh(mesh))
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
     return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype)
+
+
+def _open_run(run: Path, mesh: str, dtype: str, bars: Bars | None) -> Session:
+    record = read_json(run / "run.json", RUN_FORMAT)
+    if record.get("command") != "finetune":
+        raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
+    try:
+        base, trained = record["model"], record["trained"]
+        layers, outside, step = trained["layers"], trained["outside"], record.get("result", {}).get("model_step")
+    except KeyError as error:
+        raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
+    below = open_session(base["path"], mesh=mesh, dtype=dtype, bars=bars)
+    if below.model_hash != base["hash"]:
+        raise UserError(
+            f"{run}: was trained on {base['path'] or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
+            f" {below.model_hash[:12]}; put the original back"
+        )
+    from jaxcrit.training.checkpoints import trained_parameters
+
+    parts = partition(below.config, layers, outside)
+    like, _ = split(parts.abstract(below.mesh, np.float32))
+    params, found = trained_parameters(run, like, step)
+    identity = sha256_json({"base": below.model_hash, "trained": record["trained"], "params": _digests(params)})
+    return dataclasses.replace(
+        below, model_hash=identity, tuned=(*below.tuned, Tuned(parts, params, run.resolve(), found))
+    )
+
+
+def _digests(params: Bank) -> dict[str, str]:
+    return {
+        f"{group}/{path}": hashlib.sha256(np.ascontiguousarray(jax.device_get(value)).tobytes()).hexdigest()
+        for group, entries in params.items()
+        for path, value in entries.items()
+    }

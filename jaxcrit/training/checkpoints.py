@@ -6,6 +6,13 @@ The frozen rest is not in them; the run's ``run.json`` says which model it is, b
 from __future__ import annotations
 
 import dataclasses
+import errno
+import gc
+import logging
+import os
+import re
+import sys
+import threading
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +27,10 @@ from jaxcrit.training.partition import Bank
 from jaxcrit.training.step import State
 
 FOLDER = "checkpoints"
+_LOGGER = logging.getLogger("absl")
+# What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
+_SYSTEM = re.compile("|".join(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
+                                                             errno.EACCES, errno.EIO)))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,12 +38,12 @@ class Restored:
     """What was found.
 
     Attributes:
-        state: of the newest checkpoint that could be read.
+        state: of the newest checkpoint that could be read; None where none could.
         meta: what was saved with it.
         skipped: newer ones that could not be read, each with the reason.
     """
 
-    state: State
+    state: State | None
     meta: dict[str, Any]
     skipped: list[str]
 
@@ -53,13 +64,27 @@ class Checkpoints:
         )
         names = ("params", "optimizer", "meta")
         self._manager = ocp.CheckpointManager(self.path, options=options, item_names=names)
-        self._good: int | None = None
 
     def __enter__(self) -> Checkpoints:
+        # A write that fails is reported by `save` and `wait`, in a line; orbax and its threads would print it too.
+        self._hooks = threading.excepthook, sys.unraisablehook
+        threading.excepthook = lambda _: None
+        sys.unraisablehook = lambda _: None
+        self._level = _LOGGER.level
+        _LOGGER.setLevel(logging.CRITICAL)
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:
+                raise self._unwritable(error) from None
+        finally:
+            if kind is not None:
+                gc.collect()  # coroutines that a failed write left behind complain when they go: let them go now
+            threading.excepthook, sys.unraisablehook = self._hooks
+            _LOGGER.setLevel(self._level)
 
     @property
     def last(self) -> int | None:
@@ -84,7 +109,7 @@ class Checkpoints:
             meta=ocp.args.JsonSave({**meta, "step": step}),
         )
         try:
-            self._manager.save(step, items, metrics=None if loss is None else {"loss": loss})
+            self._manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
         except Exception as error:
             raise self._unwritable(error) from None
 
@@ -116,10 +141,9 @@ class Checkpoints:
                 meta=ocp.args.JsonRestore(),
             )
             try:
-                found = self._manager.restore(step, wanted)
+                found = self._manager.restore(step, args=wanted)
             except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-                skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason})")
+                skipped.append(f"checkpoint of step {step} is damaged and was skipped ({_reason(error)})")
                 continue
             for broken in [other for other in self._manager.all_steps() if other > step]:
                 self._manager.delete(broken)
@@ -127,14 +151,13 @@ class Checkpoints:
             return Restored(state, found["meta"], skipped)
         for broken in list(self._manager.all_steps()):
             self._manager.delete(broken)
-        return None if not skipped else Restored(None, {}, skipped)  # type: ignore[arg-type]
+        return None if not skipped else Restored(None, {}, skipped)
 
     def _unwritable(self, error: Exception) -> UserError:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
-        whole = [step for step in self._manager.all_steps(read=True)]
+        whole = self._manager.all_steps()
         kept = f"the last one, of step {max(whole)}, is whole" if whole else "there is none yet"
         return UserError(
-            f"{self.path}: a checkpoint cannot be written ({reason}); {kept}: make room and run the same command again"
+            f"{self.path}: a checkpoint cannot be written ({_reason(error)}); {kept}: make room and run the same command again"
         )
 
 
@@ -162,8 +185,14 @@ def trained_parameters(run: Path, like: Bank, step: int | None = None) -> tuple[
         reason = ""
         for candidate in steps if step is None else [step]:
             try:
-                found = manager.restore(candidate, ocp.args.Composite(params=ocp.args.StandardRestore(like)))
+                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
                 return found["params"], candidate
             except Exception as error:
-                reason = (str(error).strip() or type(error).__name__).splitlines()[0][:160]
+                reason = _reason(error)
     raise UserError(f"{path}: no checkpoint can be read ({reason})")
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip() or type(error).__name__
+    said = _SYSTEM.search(text)
+    return said[0] if said else text.splitlines()[0][:120]

@@ -1,0 +1,145 @@
+"""Checkpoints: exact, on any mesh, and what happens when one is cut short or the disk is full."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from tiny_training import Trainer, random_batch
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.checkpoints import FOLDER, Checkpoints, trained_parameters
+from jaxcrit.training.step import State, abstract_state, state_shardings
+
+BATCHES = [random_batch(seed=seed) for seed in range(3)]
+
+
+def target(trainer) -> State:
+    like = abstract_state(trainer.partition, trainer.optimizer, trainer.state.params)
+    shardings = state_shardings(like, trainer.mesh)
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, shardings
+    )
+
+
+def same(found, expected):
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(found), jax.device_get(expected))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A run with checkpoints of steps 1 and 2, the states they hold, and the trainer after a third step."""
+    run, trainer, held = tmp_path_factory.mktemp("run"), Trainer(), {}
+    with Checkpoints(run) as checkpoints:
+        for step, batch in enumerate(BATCHES, 1):
+            trainer.run(batch)
+            if step < 3:
+                # Not waited for: the next step, which donates these arrays, must not reach what is being written.
+                checkpoints.save(trainer.state, {"note": step}, loss=1.0 / step)
+                held[step] = jax.tree.map(np.array, jax.device_get(trainer.state))
+    return run, held, trainer
+
+
+def test_what_is_restored_is_what_was_saved_and_training_goes_on_bit_for_bit(saved):
+    run, held, trainer = saved
+    with Checkpoints(run) as checkpoints:
+        found = checkpoints.restore(target(trainer))
+    assert found.meta == {"note": 2, "step": 2} and not found.skipped
+    same(found.state, held[2])
+    state, _ = trainer.step(found.state, trainer.frozen, jax.tree.map(jax.numpy.asarray, BATCHES[2]))
+    same(state, trainer.state)
+
+
+def test_restored_onto_another_mesh(saved):
+    run, held, _ = saved
+    other = Trainer(mesh=make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    with Checkpoints(run) as checkpoints:
+        state = checkpoints.restore(target(other)).state
+    same(state, held[2])
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (2, 4, 4, 16)]
+    assert moments and all("fsdp" in str(leaf.sharding.spec) for leaf in moments)
+
+
+def test_parameters_alone(saved):
+    run, held, trainer = saved
+    for step in (None, 1):
+        params, found = trained_parameters(run, target(trainer).params, step)
+        assert found == (step or 2)
+        same(params, held[found].params)
+    with pytest.raises(UserError, match=r"no checkpoint of step 5; there are 2, 1"):
+        trained_parameters(run, target(trainer).params, 5)
+
+
+def damages(run):
+    folder = run / FOLDER / "2"
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+def test_a_checkpoint_cut_short_is_skipped_for_the_one_before(saved, tmp_path):
+    run, held, trainer = saved
+    skipped = 0
+    for number, name in enumerate(damages(run)):
+        copy = tmp_path / str(number)
+        shutil.copytree(run, copy)
+        file = copy / FOLDER / "2" / name
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+        with Checkpoints(copy) as checkpoints:
+            found = checkpoints.restore(target(trainer))
+            step = int(found.state.step)
+            same(found.state, held[step])  # never something in between
+            if step == 1:
+                skipped += 1
+                assert "step 2 is damaged and was skipped" in found.skipped[0]
+                checkpoints.save(jax.tree.map(jax.numpy.asarray, held[2]), {})  # its place is free again
+        shutil.rmtree(copy)
+    assert skipped >= 4
+
+
+def test_all_of_them_cut_short(saved, tmp_path):
+    run, _, trainer = saved
+    shutil.copytree(run / FOLDER, tmp_path / FOLDER)
+    for file in tmp_path.rglob("_METADATA"):
+        file.write_text("")
+    with Checkpoints(tmp_path) as checkpoints:
+        found = checkpoints.restore(target(trainer))
+        assert found.state is None and len(found.skipped) == 2 and checkpoints.last is None
+
+
+@contextlib.contextmanager
+def full_disk():
+    """Files cannot grow: every write beyond a few bytes fails, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_and_loses_nothing(saved, tmp_path):
+    run, held, trainer = saved
+    shutil.copytree(run, tmp_path / "run")
+    expected = r"cannot be written \(File too large\); the last one, of step 2, is whole: make room and run the same"
+    with pytest.raises(UserError, match=expected), Checkpoints(tmp_path / "run") as checkpoints, full_disk():
+        checkpoints.save(trainer.state, {})
+        checkpoints.wait()
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        same(checkpoints.restore(target(trainer)).state, held[2])
+        checkpoints.save(trainer.state, {})
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        same(checkpoints.restore(target(trainer)).state, trainer.state)
+
+
+def test_the_best_and_the_newest_are_kept(tmp_path):
+    trainer = Trainer(optimizer="sgd")
+    with Checkpoints(tmp_path, keep=2) as checkpoints:
+        for loss in (3.0, 1.0, 2.0, 2.5, 2.2):
+            trainer.run(BATCHES[0])
+            checkpoints.save(trainer.state, {}, loss)
+        checkpoints.wait()
+    assert sorted(int(path.name) for path in (tmp_path / FOLDER).iterdir()) == [2, 4, 5]
