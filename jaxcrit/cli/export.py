@@ -1,4 +1,4 @@
-"""``jaxcrit export``: a model in, a checkpoint directory that `transformers` loads out."""
+"""``jaxcrit export``: a model or a fine-tuning run in, a checkpoint directory that `transformers` loads out."""
 
 from __future__ import annotations
 
@@ -10,19 +10,22 @@ from jaxcrit.core.errors import UserError
 FLAGS = {
     "what": (
         Flag("model", "", "checkpoint directory or hub id", word="DIR"),
+        Flag("run", "", "instead: run of jaxcrit finetune", word="DIR"),
         Flag("out", "", "directory to write; must not exist yet or be empty", word="DIR"),
-        Flag("dtype", "", "of the weights (default: as read)", ("float32", "bfloat16", "float16")),
+        Flag("dtype", "source", "of the weights; source: as read", ("float32", "bfloat16", "float16")),
+        Flag("delta_only", False, "of a run: just the trained tensors, as delta.safetensors"),
     ),
 }
 
 
 def run(values: FlagValues) -> int:
-    """Loads and writes."""
-    for name in ("model", "out"):
-        if not values[name].value:
-            raise UserError(f"export: expected --{name}=DIR")
+    """Loads and writes; says what rounding cost."""
+    if not values.out:
+        raise UserError("export: expected --out=DIR")
+    if bool(values.model) == bool(values.run):
+        raise UserError("export: expected --model=DIR or --run=DIR, one of them")
     from jaxcrit.cli.progress import bars
-    from jaxcrit.models.export import export
+    from jaxcrit.studies.exporting import export_model
 
     with bars(total=1, desc="weights", unit=" tensors") as bar:
 
@@ -30,6 +33,10 @@ def run(values: FlagValues) -> int:
             bar.total = total
             bar.update(done - bar.n)
 
-        out = export(values.model, values.out, dtype=values.dtype, progress=progress)
-    print(out)
+        exported = export_model(
+            values.model or values.run, values.out, dtype=values.dtype, delta_only=values.delta_only, progress=progress
+        )
+    if exported.rounding is not None:
+        print(exported.rounding)
+    print(exported.out)
     return 0

@@ -45,7 +45,7 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
         raise UserError(f"--dtype={dtype}: expected {listed(list(DTYPES))}")
     checkpoint = open_checkpoint(locate(model))
     target = Path(out).expanduser()
-    _check_free(target)
+    check_free(target)
     return write_checkpoint(load(checkpoint, progress=progress), checkpoint, target, dtype=dtype)
 
 
@@ -67,7 +67,7 @@ def write_checkpoint(
     Raises:
         UserError: ``out`` exists and is not empty, or cannot be made.
     """
-    _check_free(out)
+    check_free(out)
     kinds = {name: dtype or source.dtypes[name] for name in hf_shapes(decoder.config)}
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
@@ -89,7 +89,12 @@ def write_checkpoint(
     return out
 
 
-def _check_free(out: Path) -> None:
+def check_free(out: Path) -> None:
+    """Refuses a directory to make that exists and is not empty, or that cannot be made.
+
+    Raises:
+        UserError: which of the two.
+    """
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists():

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -130,7 +130,7 @@ def abstract(config: ModelConfig, dtype: Any = np.float32) -> Decoder:
     return Decoder(config, {row.path: jax.ShapeDtypeStruct(row.shape(config), dtype) for row in table(config)})
 
 
-def to_hf(decoder: Decoder, layers: range | None = None) -> Iterator[tuple[str, np.ndarray]]:
+def to_hf(decoder: Decoder, layers: Sequence[int] | None = None) -> Iterator[tuple[str, np.ndarray]]:
     """Yields the checkpoint's tensors one by one, on the host, in the decoder's dtype.
 
     Args:

@@ -157,7 +157,8 @@ class Checkpoints:
         whole = self._manager.all_steps()
         kept = f"the last one, of step {max(whole)}, is whole" if whole else "there is none yet"
         return UserError(
-            f"{self.path}: a checkpoint cannot be written ({_reason(error)}); {kept}: make room and run the same command again"
+            f"{self.path}: a checkpoint cannot be written ({_reason(error)}); {kept}: make room and run the same"
+            " command again"
         )
 
 

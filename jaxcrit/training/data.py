@@ -23,7 +23,11 @@ def check_rows(examples: Sequence[Example], max_length: int, vocab_size: int, wh
     Raises:
         UserError: naming the rows.
     """
-    silent = [row for row, example in enumerate(examples, 1) if len(example.token_ids) <= example.prompt_length]
+    silent = [
+        row
+        for row, example in enumerate(examples, 1)
+        if len(example.token_ids) <= example.prompt_length or not (example.response or "").strip()
+    ]
     if silent:
         raise UserError(
             f"{where}: row {listed(silent)} has no response to learn from; give rows with prompt and response"

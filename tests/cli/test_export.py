@@ -6,21 +6,33 @@ import sys
 import types
 from pathlib import Path
 
+import pytest
+
 from jaxcrit.cli.main import main
 
 
-def test_flags_become_one_call(monkeypatch, capsys):
+@pytest.mark.parametrize("flag", ["model", "run"])
+def test_flags_become_one_call(monkeypatch, capsys, flag):
     calls = []
 
-    def export(model, out, *, dtype, progress):
+    def export_model(model, out, *, dtype, delta_only, progress):
         progress(1, 2, "embed")
         progress(2, 2, "head")
-        calls.append((model, out, dtype))
-        return Path(out)
+        calls.append((model, out, dtype, delta_only))
+        return types.SimpleNamespace(out=Path(out), rounding="rounding: little" if delta_only else None)
 
-    module = types.ModuleType("jaxcrit.models.export")
-    module.export = export
-    monkeypatch.setitem(sys.modules, "jaxcrit.models.export", module)
-    assert main(["export", "--model=in", "--out=there", "--dtype=bfloat16"]) == 0
-    assert calls == [("in", "there", "bfloat16")]
+    module = types.ModuleType("jaxcrit.studies.exporting")
+    module.export_model = export_model
+    monkeypatch.setitem(sys.modules, "jaxcrit.studies.exporting", module)
+    assert main(["export", f"--{flag}=in", "--out=there", "--dtype=bfloat16"]) == 0
     assert capsys.readouterr() == ("there\n", "")
+    assert main(["export", f"--{flag}=in", "--out=there", "--delta_only"]) == 0
+    assert calls == [("in", "there", "bfloat16", False), ("in", "there", "source", True)]
+    assert capsys.readouterr() == ("rounding: little\nthere\n", "")
+
+
+def test_one_of_model_and_run(capsys):
+    assert main(["export", "--out=there"]) == 2
+    assert main(["export", "--model=a", "--run=b", "--out=there"]) == 2
+    assert main(["export", "--model=a"]) == 2
+    assert capsys.readouterr().err.count("jaxcrit: error: export: expected --") == 3

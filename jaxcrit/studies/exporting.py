@@ -1,0 +1,129 @@
+"""A fine-tuning run as a checkpoint directory, or as the trained tensors alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from safetensors.numpy import save_file
+
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.files import atomic_path
+from jaxcrit.models.checkpoint import DTYPES, Progress
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.export import check_free, export, write_checkpoint
+from jaxcrit.models.weights import table, to_hf
+from jaxcrit.studies.session import Session, Tuned, open_session
+
+DELTA = "delta.safetensors"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounding:
+    """What storing float32 masters in a narrower type loses.
+
+    Attributes:
+        dtype: the type.
+        lost: root mean square of the rounding over that of the change since before training.
+        unmoved: share of the changed weights that fall back to what they were.
+    """
+
+    dtype: str
+    lost: float
+    unmoved: float
+
+    def __str__(self) -> str:
+        return (
+            f"rounding to {self.dtype}: error {100 * self.lost:.1f} % of the change that training made (rms);"
+            f" {100 * self.unmoved:.1f} % of the changed weights fall back to what they were"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        out: the directory.
+        rounding: of the masters; None where nothing was rounded.
+    """
+
+    out: Path
+    rounding: Rounding | None
+
+
+def export_model(
+    model: str, out: str, *, dtype: str = "source", delta_only: bool = False, progress: Progress | None = None
+) -> Exported:
+    """Writes a checkpoint directory that transformers loads.
+
+    Args:
+        model: checkpoint directory, hub id, or fine-tuning run.
+        out: directory to make; must not exist or be empty.
+        dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
+        delta_only: of a run, write just the trained tensors, as ``delta.safetensors``.
+        progress: called with (weights done, weights in all, path); of a plain checkpoint.
+
+    Raises:
+        UserError: what cannot be read or written, or ``delta_only`` of what is no run.
+    """
+    if dtype != "source" and dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
+    asked = "" if dtype == "source" else dtype
+    if not (Path(model).expanduser() / "run.json").is_file():
+        if delta_only:
+            raise UserError(f"--delta_only: {model} is no finetune run, so there is nothing it changed; give --run=RUN")
+        return Exported(export(model, out, dtype=asked, progress=progress), None)
+    target = Path(out).expanduser()
+    check_free(target)
+    session = dataclasses.replace(open_session(model), dtype="float32")
+    kinds = {asked} if asked else set(session.checkpoint.dtypes.values())
+    narrow = sorted(kinds - {"float32"})
+    rounding = _rounding(session, narrow[0]) if narrow else None
+    decoder = session.decoder()
+    if delta_only:
+        _write_delta(session, decoder, asked, target)
+    else:
+        write_checkpoint(decoder, session.checkpoint, target, dtype=asked)
+    return Exported(target, rounding)
+
+
+def _rounding(session: Session, dtype: str) -> Rounding:
+    *earlier, last = session.tuned
+    before = dataclasses.replace(session, tuned=tuple(earlier)).decoder().weights()
+    sums = np.zeros(4)
+    for master, start in _pairs(last, before):
+        rounded = master.astype(DTYPES[dtype]).astype(np.float32)
+        fallen = (rounded == start.astype(DTYPES[dtype]).astype(np.float32)) & (master != start)
+        errors, moves = np.square(rounded - master, dtype=np.float64), np.square(master - start, dtype=np.float64)
+        sums += errors.sum(), moves.sum(), fallen.sum(), (master != start).sum()
+    return Rounding(dtype, float(np.sqrt(sums[0] / max(sums[1], 1e-300))), float(sums[2] / max(sums[3], 1)))
+
+
+def _pairs(tuned: Tuned, before: dict[str, jax.Array]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    for group, entries in tuned.params.items():
+        slots = jnp.asarray(tuned.partition.members(group), jnp.int32)
+        for path, value in entries.items():
+            start = before[path][slots] if path.startswith("blocks.") else before[path]
+            yield np.asarray(value), np.asarray(start)
+
+
+def _write_delta(session: Session, decoder: Decoder, dtype: str, out: Path) -> None:
+    layers = sorted({layer for tuned in session.tuned for group in tuned.partition.trained
+                     for layer in tuned.partition.members(group)})  # fmt: skip
+    outside = {path for tuned in session.tuned for path in tuned.partition.outside}
+    tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
+    weights = decoder.weights()
+    for row in table(session.config):
+        if row.path in outside:
+            tensors[row.hf] = np.asarray(weights[row.path]).reshape(row.hf_shape(session.config))
+    kinds = {name: DTYPES[dtype or session.checkpoint.dtypes[name]] for name in tensors}
+    held = {name: np.ascontiguousarray(value.astype(kinds[name])) for name, value in tensors.items()}
+    out.mkdir(parents=True, exist_ok=True)
+    notes = {"format": "pt", "base": str(session.checkpoint.path), "layers": ",".join(map(str, layers))}
+    with atomic_path(out / DELTA) as temporary:
+        save_file(held, temporary, metadata=notes)

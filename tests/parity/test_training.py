@@ -1,0 +1,129 @@
+"""A training step against torch's AdamW in float64, and tuned models against transformers."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from family_models import BOUND, load_path, raw_config
+from safetensors.numpy import load_file
+from tiny_model import tiny_checkpoint
+from tiny_training import Trainer, random_batch
+
+from jaxcrit.models.decoder import Decoder, forward, logits
+from jaxcrit.models.weights import to_hf
+from jaxcrit.studies.exporting import export_model
+from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.session import open_session
+
+torch = reference.torch
+RATE = 1e-3
+
+
+def torch_loss(model, batch):
+    tokens = torch.from_numpy(batch.tokens[0].astype(np.int64))
+    learn = torch.from_numpy(batch.learn[0])
+    scores = model(tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), tokens[:, 1:], reduction="none")
+    counted = learn[:, 1:]
+    means = (losses * counted).sum(1) / counted.sum(1)
+    return losses[counted].mean(), means.mean()
+
+
+@pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"])
+@pytest.mark.parametrize("trains", ["one layer", "everything"])
+def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
+    model = reference.make(raw_config(case), tmp_path)
+    decoder = load_path(tmp_path)
+    config, layers = decoder.config, (1,) if trains == "one layer" else range(decoder.config.num_layers)
+    outside = () if trains == "one layer" else ("embed", "norm", "head")
+    trainer = Trainer(layers, outside, config=config, rate=RATE, weights=decoder.weights(), weight_decay=0.1, clip=0.5)
+    batches = [random_batch(seed=seed, vocab=config.vocab_size) for seed in range(3)]
+    metrics = trainer.run(*batches)
+
+    wide = model.double().train()
+    trained = {name: value for name, value in wide.named_parameters()
+               if trains == "everything" or name.startswith("model.layers.1.")}  # fmt: skip
+    for name, value in wide.named_parameters():
+        value.requires_grad_(name in trained)
+    decays = [value for name, value in trained.items() if "norm" not in name and "bias" not in name]
+    stays = [value for name, value in trained.items() if "norm" in name or "bias" in name]
+    groups = [{"params": decays, "weight_decay": 0.1}, {"params": stays, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
+    for batch, found in zip(batches, metrics, strict=True):
+        optimizer.zero_grad()
+        loss, means = torch_loss(wide, batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.5)
+        optimizer.step()
+        np.testing.assert_allclose(found.sums.per_token, loss.item(), rtol=1e-6)
+        np.testing.assert_allclose(found.sums.per_sample, means.item(), rtol=1e-6)
+        np.testing.assert_allclose(found.gradient_norm, norm.item(), rtol=1e-5)
+
+    before = {path: jnp.asarray(value) for path, value in load_path(tmp_path).weights().items()}
+    tuned = Decoder(config, trainer.partition.merge(before, trainer.state.params))
+    state = wide.state_dict()
+    worst = max(np.abs(value - state[name].numpy()).max() for name, value in to_hf(tuned))
+    assert worst <= 1e-6, worst
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run on a bfloat16 checkpoint, whose masters have more digits than it."""
+    folder = tmp_path_factory.mktemp("tuned")
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAXCRIT_CACHE", str(folder / "cache"))
+    export_model(str(tiny_checkpoint(folder / "wide")), str(folder / "model"), dtype="bfloat16")
+    rows = [{"prompt": f"{i} one", "response": "two " * (1 + i % 3)} for i in range(16)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = FinetuneConfig(model=str(folder / "model"), data=str(folder / "rows.jsonl"), layers="2,4", steps=3,
+                            learning_rate=1e-3, train_norms=True, out=str(folder / "run"))  # fmt: skip
+    run_finetune(config)
+    yield folder
+    patch.undo()
+
+
+def test_a_float32_export_gives_torch_the_same_logits(tuned, tmp_path):
+    exported = export_model(str(tuned / "run"), str(tmp_path / "out"), dtype="float32")
+    assert exported.rounding is None
+    tokens = np.arange(3, 20)
+    session = dataclasses.replace(open_session(str(tuned / "run")), dtype="float32")
+    decoder = session.decoder()
+    ours = np.asarray(logits(decoder, forward(decoder, jnp.asarray(tokens)[None]).hidden))[0]
+    _, theirs = reference.states(reference.read(exported.out), tokens)
+    assert np.abs(ours - theirs).max() <= BOUND * np.abs(theirs).max()
+    _, base = reference.states(reference.read(tuned / "model"), tokens)
+    assert np.abs(base - theirs).max() > 100 * BOUND * np.abs(theirs).max()
+
+
+def test_an_export_in_the_source_dtype_says_what_rounding_cost(tuned, tmp_path):
+    exported = export_model(str(tuned / "run"), str(tmp_path / "out"))
+    before, after = (reference.read(path, "auto").state_dict() for path in (tuned / "model", exported.out))
+    wide = reference.read(export_model(str(tuned / "run"), str(tmp_path / "wide"), dtype="float32").out).state_dict()
+    errors = moves = fallen = changed = 0
+    for name, master in wide.items():
+        if name.startswith(("model.layers.2.", "model.layers.4.", "model.norm")):
+            errors += (after[name].float() - master).square().sum().item()
+            moves += (before[name].float() - master).square().sum().item()
+            changed += (before[name].float() != master).sum().item()
+            fallen += ((before[name] == after[name]) & (before[name].float() != master)).sum().item()
+        else:
+            assert torch.equal(before[name], after[name]), name
+    assert after["model.norm.weight"].dtype == torch.bfloat16
+    np.testing.assert_allclose(exported.rounding.lost, (errors / moves) ** 0.5, rtol=1e-4)
+    assert exported.rounding.unmoved == pytest.approx(fallen / changed) and 0 < exported.rounding.unmoved < 1
+
+
+def test_a_delta_holds_the_trained_tensors_alone(tuned, tmp_path):
+    delta = load_file(export_model(str(tuned / "run"), str(tmp_path / "delta"), dtype="float32", delta_only=True).out
+                      / "delta.safetensors")  # fmt: skip
+    wide = reference.read(export_model(str(tuned / "run"), str(tmp_path / "wide"), dtype="float32").out)
+    state = dict(wide.named_parameters())
+    expected = {name for name in state if name.startswith(("model.layers.2.", "model.layers.4.", "model.norm"))}
+    assert delta.keys() == expected
+    for name, value in delta.items():
+        np.testing.assert_array_equal(value, state[name].detach().numpy())

@@ -1,0 +1,277 @@
+"""The whole of ``jaxcrit finetune`` on a tiny random model: the run, resuming, tuned models, and every bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import prompts_file, tiny_checkpoint
+
+from jaxcrit.cli.main import main
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.models.checkpoint import load, open_checkpoint
+from jaxcrit.studies.analysis import run_analysis
+from jaxcrit.studies.captures import AnalysisConfig
+from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.session import open_session
+from jaxcrit.training.loop import read_metrics
+
+
+def pairs_file(path, count=24, seed=0):
+    rng = np.random.default_rng(seed)
+    words = ["cat", "dog", "sky", "one", "two", "blue", "sat", "mat", "and", "is"]
+    line = lambda: " ".join(rng.choice(words, rng.integers(1, 5)))  # noqa: E731
+    rows = [{"prompt": f"{i} {line()}", "response": line()} for i in range(count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return pairs_file(tmp_path_factory.mktemp("data") / "pairs.jsonl")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAXCRIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def base(model, data):
+    return FinetuneConfig(model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2,
+                          eval_every=2, checkpoint_every=2)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A run from beginning to end."""
+    return run_finetune(dataclasses.replace(base, out=str(tmp_path_factory.mktemp("finished") / "run")))
+
+
+@pytest.fixture
+def config(base, tmp_path):
+    return dataclasses.replace(base, out=str(tmp_path / "run"))
+
+
+def parameters(run):
+    (tuned,) = open_session(str(run)).tuned
+    return jax.device_get(tuned.params)
+
+
+def untimed(rows):
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def test_a_run(finished):
+    run = read_json(finished.out / "run.json", "jaxcrit.run")
+    assert run["status"] == "complete" and run["trained"] == {"layers": [2, 4], "outside": []}
+    assert LayerSet.load(finished.out / "layers.json").layers == (2, 4)
+    rows = read_metrics(finished.out / "metrics.jsonl")
+    assert [row["step"] for row in rows if row["kind"] == "eval"] == [0, 2, 4, 6]
+    train = [row for row in rows if row["kind"] == "train"]
+    assert [row["step"] for row in train] == list(range(1, 7))
+    assert train[-1]["loss"] < train[0]["loss"] and {"loss_per_sample", "gradient_norm", "tokens"} <= train[0].keys()
+    result = run["result"]
+    assert abs(result["optimizer_bytes"] - 2 * result["trained_bytes"]) <= 16
+
+
+def test_the_run_is_a_model_that_differs_in_the_trained_layers_alone(finished, model):
+    session = open_session(str(finished.out))
+    before = load(open_checkpoint(Path(model))).weights()
+    after = session.decoder().weights()
+    for path, value in before.items():
+        same = np.asarray(value) == np.asarray(after[path])
+        if path.startswith("blocks."):
+            assert same.reshape(7, -1).all(axis=1).tolist() == [layer not in (2, 4) for layer in range(7)], path
+        else:
+            assert same.all(), path
+    assert session.model_hash != open_session(str(model)).model_hash
+
+
+def test_a_tuned_model_can_be_analysed_and_tuned_again(finished, data, tmp_path, base):
+    prompts = prompts_file(tmp_path / "prompts.jsonl")
+    analysis = run_analysis(
+        AnalysisConfig(model=str(finished.out), data=str(prompts), out=str(tmp_path / "a"), layers="critical:2")
+    )
+    assert analysis.chosen.model_hash == open_session(str(finished.out)).model_hash
+    twice = dataclasses.replace(base, model=str(finished.out), steps=2, layers="1", out=str(tmp_path / "twice"))
+    second = run_finetune(twice)
+    assert second.metrics[0]["loss"] == pytest.approx(finished.metrics[-1]["loss"], abs=1e-5)
+    session = open_session(str(second.out))
+    assert [tuned.partition.members("train") for tuned in session.tuned] == [(2, 4), (1,)]
+
+
+def test_freeze_trains_the_rest_and_what_is_outside(base, tmp_path):
+    run = run_finetune(dataclasses.replace(base, mode="freeze", steps=1, out=str(tmp_path / "run"))).run
+    assert run["trained"] == {"layers": [0, 1, 3, 5, 6], "outside": ["embed", "norm"]}  # the head is tied
+
+
+def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, tmp_path):
+    asked = dataclasses.replace(config, layers="critical:2", steps=1, analysis=str(tmp_path / "analysis"))
+    said = []
+    first = run_finetune(asked, say=said.append)
+    assert first.chosen.rule == "critical:2" and first.chosen.criterion == "delta_debiased"
+    assert "training layers" in said[0] and "embeddings and tied head frozen, final norm frozen" in said[0]
+    second = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "second"), seed=1))
+    assert second.chosen == first.chosen
+    taken = read_json(tmp_path / "analysis" / "run.json", "jaxcrit.run")["time"]["capture"]
+    assert all(one == {"reused": True} for one in taken.values())
+
+
+# Kills itself in the middle of a step, as the power would.
+KILLED = """
+import dataclasses, json, os, signal, sys
+from jaxcrit.studies import finetune
+at, real = int(sys.argv[2]), finetune.micro_batches
+def micro_batches(steps, number, micro):
+    if number == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(steps, number, micro)
+finetune.micro_batches = micro_batches
+finetune.run_finetune(finetune.FinetuneConfig(**json.loads(sys.argv[1])))
+"""
+
+
+def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, tmp_path):
+    last = 0
+    for at in (1, 3, 5):  # before the first checkpoint, and between others
+        arguments = [sys.executable, "-c", KILLED, json.dumps(dataclasses.asdict(config)), str(at)]
+        done = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+        assert rows[-1]["step"] == at and rows[-1]["step"] > last
+        last = at
+    resumed = run_finetune(config)
+    assert untimed(resumed.metrics) == untimed(finished.metrics)
+    jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+
+
+def test_a_finished_run_is_not_run_again(finished, base):
+    again = run_finetune(dataclasses.replace(base, out=str(finished.out)))
+    assert "complete already" in again.warnings[0] and again.run["result"] == finished.run["result"]
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, finished, tmp_path):
+    shutil.copytree(finished.out, tmp_path / "run")
+    run = json.loads((tmp_path / "run" / "run.json").read_text())
+    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    (tmp_path / "run" / "checkpoints" / "6" / "params" / "_METADATA").write_text("{")
+    resumed = run_finetune(config)
+    assert "checkpoint of step 6 is damaged and was skipped" in resumed.warnings[0]
+    assert untimed(resumed.metrics) == untimed(finished.metrics)
+    jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+
+
+def test_early_stopping(config):
+    stopped = run_finetune(dataclasses.replace(config, learning_rate=2.0, optimizer="sgd", steps=20, eval_every=1,
+                                               patience=2))  # fmt: skip
+    result = stopped.run["result"]
+    assert result["steps"] < 20 and result["steps"] == result["best_step"] + 2
+
+
+def test_the_command(model, data, tmp_path, capsys):
+    out = tmp_path / "run"
+    flags = [f"--model={model}", f"--data={data}", "--layers=3", "--steps=2", f"--out={out}", "--train_norms"]
+    assert main(["finetune", *flags]) == 0
+    shown = capsys.readouterr()
+    assert "final norm trained" in shown.err and "mean of means (paper)" in shown.out
+    assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
+    assert read_json(out / "run.json", "jaxcrit.run")["trained"]["outside"] == ["norm"]
+    assert max(map(len, shown.out.replace(str(out), "OUT").splitlines())) <= 100
+
+
+def rows_file(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def mistakes():
+    pair = {"prompt": "one", "response": "two"}
+    yield {"layers": "7"}, "layers 0 to 6"
+    yield {"layers": "critical:4"}, "at most 3 layers"
+    yield {"layers": ""}, "--layers="
+    yield {"layers": "all", "mode": "freeze"}, "freezes all 7 layers"
+    yield {"mode": "frees"}, "did you mean 'freeze'"
+    yield {"layers": "@{tmp}/layers.json"}, "made for model"
+    yield {"data": [{"prompt": "one"}, pair]}, "row 1 has no response"
+    yield {"data": [{"prompt": "one", "response": ""}, pair]}, "row 1 has no response"
+    yield {"data": [pair]}, "two different rows"
+    yield {"data": [pair, {"prompt": "one " * 80, "response": "two"}]}, "at most 64 tokens, row 2"
+    yield {"data": [pair, {"prompt": "one " * 80, "response": "two"}], "truncate": "right"}, "nothing is left"
+    yield {"learning_rate": 0.0}, "learning_rate=0.0: expected a number above 0"
+    yield {"learning_rate": -1.0}, "learning_rate=-1.0"
+    yield {"batch_size": 6}, "does not divide over the 8 parts of the mesh"
+    yield {"steps": 2, "epochs": 2}, "give one of them"
+    yield {"steps": 2, "warmup": 2}, "fewer steps than the run has"
+    yield {"optimizer": "adam"}, "did you mean"
+    yield {"train_head": True}, "tied"
+
+
+@pytest.mark.parametrize(("changes", "message"), list(mistakes()), ids=lambda value: str(value)[:40])
+def test_bad_input_is_one_line_and_leaves_nothing(config, changes, message, tmp_path):
+    LayerSet((1,), "manual", "1", 7, "0" * 64).save(tmp_path / "layers.json")
+    if isinstance(changes.get("data"), list):
+        changes = {**changes, "data": rows_file(tmp_path / "rows.jsonl", changes["data"])}
+    if "layers" in changes:
+        changes = {**changes, "layers": changes["layers"].format(tmp=tmp_path)}
+    with pytest.raises(UserError, match=message) as caught:
+        run_finetune(dataclasses.replace(config, **changes))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"learning_rate": 1e-3}, "learning_rate 0.01 there, 0.001 now"), ({"layers": "3"}, "layers"), ({}, "train ")],
+    ids=["rate", "layers", "data"],
+)
+def test_resume_with_another_configuration_or_other_data_says_what_differs(base, finished, tmp_path, changes, message):
+    changes = changes or {"data": str(pairs_file(tmp_path / "other.jsonl", seed=5))}
+    before = {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+    with pytest.raises(UserError, match=f"holds another run .*{message}"):
+        run_finetune(dataclasses.replace(base, out=str(finished.out), **changes))
+    assert before == {path: path.stat().st_mtime_ns for path in finished.out.rglob("*")}
+
+
+def test_not_a_number_stops_and_names_the_last_good_checkpoint(config, monkeypatch):
+    from jaxcrit.studies import finetune
+
+    real = finetune.make_step
+
+    def breaks(*arguments, **options):
+        step = real(*arguments, **options)
+
+        def broken(state, frozen, batch):
+            number = int(state.step)
+            state, metrics = step(state, frozen, batch)
+            bad = dataclasses.replace(metrics, gradient_norm=jax.numpy.float32("nan")) if number == 2 else metrics
+            return state, bad
+
+        return broken
+
+    monkeypatch.setattr(finetune, "make_step", breaks)
+    with pytest.raises(UserError, match=r"step 3: the gradient's norm is nan; the last good checkpoint is .*/2\."):
+        run_finetune(config)
+
+
+def test_divergence_stops(config):
+    with pytest.raises(UserError, match=r"diverges|loss is nan|norm is (nan|inf)"):
+        run_finetune(dataclasses.replace(config, optimizer="sgd", learning_rate=1e4, steps=40, eval_every=40))
