@@ -21,7 +21,7 @@ from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
 from jaxcrit.studies.session import open_session
 
 torch = reference.torch
-RATE = 1e-3
+RATE = 2e-4
 
 
 def torch_loss(model, batch):
@@ -46,6 +46,7 @@ def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
     metrics = trainer.run(*batches)
 
     wide = model.double().train()
+    wide.model.embed_tokens.padding_idx = None  # torch leaves the row of Phi-3's padding token out of training
     trained = {name: value for name, value in wide.named_parameters()
                if trains == "everything" or name.startswith("model.layers.1.")}  # fmt: skip
     for name, value in wide.named_parameters():
