@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,8 +22,8 @@ def describe() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
-        named = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        cpu = named[0] if named else cpu
+        named = re.search(r"^model name\s*: (.+)$", info.read_text(), re.MULTILINE)
+        cpu = named.group(1) if named else cpu
     versions = {}
     for package in _PACKAGES:
         try:

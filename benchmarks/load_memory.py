@@ -89,8 +89,8 @@ def main() -> None:
     ratio = measured["peak"] / size
     result = {"checkpoint_bytes": size, **measured, "peak_ratio": ratio, "target": TARGET}
     print(
-        f"checkpoint {size / 1e9:.2f} GB; anonymous memory: {measured['before'] / 1e9:.2f} GB before loading, peak"
-        f" {measured['peak'] / 1e9:.2f} GB = {ratio:.3f}x the checkpoint (target {TARGET}x); {measured['seconds']:.1f} s"
+        f"checkpoint {size / 1e9:.2f} GB; anonymous memory {measured['before'] / 1e9:.2f} GB before loading, at most"
+        f" {measured['peak'] / 1e9:.2f} GB: {ratio:.3f}x the checkpoint (target {TARGET}x); {measured['seconds']:.1f} s"
     )
     print(f"wrote {write_result('load_memory', result)}")
 

@@ -12,3 +12,5 @@ if cache := os.environ.get("JAXCRIT_TEST_CACHE"):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":
+    import torch  # noqa: F401  (parity tests skip without it; here its absence is an error)

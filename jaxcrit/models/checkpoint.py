@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -230,7 +231,8 @@ def _read_shard(
         step = max(1, _READ_BYTES // flat[:1].nbytes)  # safetensors copies what it reads: keep that copy small
         for start in range(0, len(flat), step):
             some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
-            flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
+            with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is named by `load`
+                flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
     return out
 
 
@@ -243,15 +245,8 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
 
 
 def _json_object(path: Path) -> dict[str, Any]:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        names = [name for name, _ in pairs]
-        twice = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-        if twice:
-            raise UserError(f"{path}: {listed(twice, 4)} named twice; which one holds cannot be known")
-        return dict(pairs)
-
     try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique)
+        content = _parse(path.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise UserError(f"{path.parent}: no {path.name}; expected a Hugging Face checkpoint directory") from None
     except UserError:
@@ -261,6 +256,19 @@ def _json_object(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
     return content
+
+
+def _parse(text: str, where: Path) -> Any:
+    """JSON in which every object names each key once (Python's own parser keeps the last of several)."""
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        count = collections.Counter(name for name, _ in pairs)
+        twice = sorted(name for name, times in count.items() if times > 1)
+        if twice:
+            raise UserError(f"{where}: {listed(twice, 4)} named twice; which one holds cannot be known")
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique)
 
 
 def _shard_files(path: Path) -> dict[Path, set[str] | None]:
@@ -302,6 +310,7 @@ def _headers(
         try:
             with safe_open(file, framework="numpy") as opened:
                 names = list(opened.keys())
+                _parse(_header(file), file)  # safe_open would keep one of two tensors of a name
                 for name in names:
                     if name in shards:
                         raise UserError(f"{file}: tensor {name} is also in {shards[name].name}; expected each once")
@@ -317,6 +326,12 @@ def _headers(
             lost = sorted(said - set(names))
             raise UserError(f"{file}: the index says it holds {listed(lost, 4)}, but it does not")
     return shards, shapes, dtypes
+
+
+def _header(file: Path) -> str:
+    """The JSON at the start of a safetensors file: 8 bytes of its length, little endian, then itself."""
+    with file.open("rb") as opened:
+        return opened.read(int.from_bytes(opened.read(8), "little")).decode("utf-8")
 
 
 def _digests(file: Path) -> dict[str, list[Any]]:

@@ -51,7 +51,8 @@ _IGNORABLE = {
 }  # fmt: skip
 # Keys that are harmless at one value and change the model at any other.
 _ONLY = {"pretraining_tp": (1, None), "rope_interleaved": (False, None), "use_bias": (False, None),
-         "add_cross_attention": (False, None), "no_rope_layers": (None,), "use_mrope": (False, None)}  # fmt: skip
+         "add_cross_attention": (False, None), "no_rope_layers": (None,), "use_mrope": (False, None),
+         "quantization_config": (None,)}  # fmt: skip
 _MIXTURE = ("num_experts", "num_local_experts", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
 
 
@@ -116,6 +117,9 @@ class ModelConfig:
         head_dim = _positive(given.get("head_dim", sizes["hidden_size"] // heads), "head_dim", where)
         if given.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"{where}: expected hidden_act 'silu', got {given['hidden_act']!r}")
+        eps = given["rms_norm_eps"]
+        if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
+            raise UserError(f"{where}: expected rms_norm_eps to be a number of 0 or more, got {eps!r}")
         bias = bool(given.get("attention_bias", False)) and family in ("llama", "qwen3")
         eos = given.get("eos_token_id")
         return cls(
@@ -127,7 +131,7 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=float(given["rms_norm_eps"]),
+            norm_eps=float(eps),
             max_length=sizes["max_position_embeddings"],
             tied=bool(given.get("tie_word_embeddings", False)),
             qkv_bias=bias or family == "qwen2",
@@ -149,8 +153,8 @@ class ModelConfig:
 def _family(raw: Mapping[str, Any], where: str) -> str:
     named = str(raw.get("model_type", ""))
     architectures = raw.get("architectures") or []
-    if "quantization_config" in raw:
-        method = (raw["quantization_config"] or {}).get("quant_method", "unknown")
+    if raw.get("quantization_config"):
+        method = dict(raw["quantization_config"]).get("quant_method", "unknown")
         raise UserError(f"{where}: quantised checkpoint ({method}); expected float weights: use the original model")
     mixture = [key for key in _MIXTURE if raw.get(key)]
     if mixture or "moe" in named.lower() or "mixtral" in named.lower():
@@ -184,7 +188,9 @@ def _windows(given: Mapping[str, Any], family: str, num_layers: int, where: str)
     window = given.get("sliding_window") if family != "llama" else None
     if family in ("qwen2", "qwen3"):
         window = window if given.get("use_sliding_window", False) else None
-        first = int(given.get("max_window_layers", 28))
+        first = given.get("max_window_layers", 28)
+        if not isinstance(first, int):
+            raise UserError(f"{where}: expected max_window_layers to be a whole number, got {first!r}")
         kinds = given.get("layer_types") or [
             "sliding_attention" if window is not None and layer >= first else "full_attention"
             for layer in range(num_layers)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 
-_SHARED = {"rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
+_SHARED = {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 _KEYS: dict[str, set[str]] = {
     "default": set(),
     "linear": {"factor"},
@@ -21,6 +21,7 @@ _KEYS: dict[str, set[str]] = {
     "yarn": {"factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
     "longrope": {"factor", "attention_factor", "short_factor", "long_factor"},
 }
+_NOT_NUMBERS = {"rope_type", "short_factor", "long_factor", "truncate", "mscale", "mscale_all_dim"}
 _NEEDED = {
     "linear": {"factor"},
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
@@ -129,23 +130,39 @@ def _parameters(config: Mapping[str, Any], family: str, where: str) -> tuple[dic
     new = config.get("rope_parameters") or {}
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         raise UserError(f"{where}: expected rope_scaling and rope_parameters to be objects")
+    old, new = _one_spelling(old, family), _one_spelling(new, family)
+    for key in sorted(old.keys() & new.keys()):
+        if old[key] != new[key]:
+            raise UserError(
+                f"{where}: {key} is {old[key]!r} in rope_scaling and {new[key]!r} in rope_parameters; which holds?"
+            )
     given = {**old, **new}
     for key in ("rope_theta", "partial_rotary_factor"):
         outside = config.get(key)
         if outside is not None and given.setdefault(key, outside) != outside:
             raise UserError(f"{where}: {key} is {outside} at the top and {given[key]} in rope_parameters; which holds?")
-    kind = str(given.get("rope_type") or given.get("type") or "default")
-    if family == "phi3" and kind in ("su", "yarn"):  # names that early Phi-3 files give longrope
-        kind = "longrope"
+    kind = str(given.get("rope_type", "default"))
     if kind not in _KEYS:
         raise UserError(f"{where}: expected rope_type {listed(list(_KEYS))}, got {kind!r}{did_you_mean(kind, _KEYS)}")
-    unknown = sorted(key for key, value in given.items() if key not in _KEYS[kind] | _SHARED and value is not None)
+    unknown = sorted(key for key in given if key not in _KEYS[kind] | _SHARED)
     if unknown:
         raise UserError(f"{where}: unknown RoPE keys {listed(unknown)} for rope_type {kind}; refused, not guessed")
-    missing = sorted(key for key in _NEEDED.get(kind, ()) if given.get(key) is None)
+    for key, value in given.items():
+        if key not in _NOT_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
+            raise UserError(f"{where}: expected {key} to be a positive number, got {value!r}")
+    missing = sorted(_NEEDED.get(kind, set()) - given.keys())
     if missing:
         raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}")
     return given, kind
+
+
+def _one_spelling(parameters: Mapping[str, Any], family: str) -> dict[str, Any]:
+    """Parameters with the kind under ``rope_type`` alone, and without nulls, which say nothing."""
+    given = {key: value for key, value in parameters.items() if value is not None and key != "type"}
+    kind = parameters.get("rope_type") or parameters.get("type")
+    if family == "phi3" and kind in ("su", "yarn"):  # names that early Phi-3 files give longrope
+        kind = "longrope"
+    return given if kind is None else {**given, "rope_type": kind}
 
 
 def _llama3(plain: np.ndarray, given: Mapping[str, Any], original: int) -> np.ndarray:
@@ -189,8 +206,13 @@ def _yarn_scale(given: Mapping[str, Any]) -> float:
 
 def _factors(given: Mapping[str, Any], key: str, count: int, where: str) -> np.ndarray:
     factors = given[key]
-    if not isinstance(factors, list) or len(factors) != count:
-        raise UserError(f"{where}: expected {key} to be a list of {count} numbers, got {listed(list(factors), 3)}")
+    if (
+        not isinstance(factors, list)
+        or len(factors) != count
+        or not all(isinstance(factor, int | float) and factor > 0 for factor in factors)
+    ):
+        shown = f"{len(factors)}: {listed(factors, 3)}" if isinstance(factors, list) else repr(factors)
+        raise UserError(f"{where}: expected {key} to be a list of {count} positive numbers, got {shown}")
     return np.asarray(factors, np.float32)
 
 

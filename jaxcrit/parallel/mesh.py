@@ -1,12 +1,24 @@
-"""Meshes: interim."""
+"""One mesh of three axes for every run, and the rules that place a tensor's named axes on it.
+
+``data`` splits samples; ``fsdp`` splits samples and, by width, the weights; ``tensor`` splits heads, the inner
+width of the MLP and the vocabulary.
+"""
 
 from __future__ import annotations
 
-import jax
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+import math
+from collections.abc import Mapping, Sequence
 
-RULES = {
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from jaxcrit.core.errors import UserError, did_you_mean
+
+AXES = ("data", "fsdp", "tensor")
+
+# Logical axis of a tensor -> mesh axis (or axes) it is split over; None is never split.
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),
     "layers": None,
     "vocab": "tensor",
     "embed": "fsdp",
@@ -15,22 +27,102 @@ RULES = {
     "head_dim": None,
     "ff": "tensor",
 }
+# Key and value heads are few and small: where they do not divide, each device keeps all of them.
+_REPLICATED_IF_UNEVEN = ("kv_heads",)
 
 
-def make_mesh(axes=None, devices=None):
-    devices = devices or jax.devices()
-    axes = axes or {"data": len(devices)}
-    shape = tuple(axes.get(a, 1) for a in ("data", "fsdp", "tensor"))
-    return jax.make_mesh(shape, ("data", "fsdp", "tensor"), axis_types=(AxisType.Auto,) * 3, devices=devices)
+def parse_mesh(text: str | None) -> dict[str, int]:
+    """Reads ``data=4,fsdp=2``: axes and their sizes, of which one may be -1 (what is left).
+
+    Raises:
+        UserError: not of that form, an unknown or repeated axis, or two sizes left open.
+    """
+    sizes: dict[str, int] = {}
+    for part in text.split(",") if text and text.strip() else []:
+        axis, _, size = (piece.strip() for piece in part.partition("="))
+        if not size.removeprefix("-").isdecimal():
+            raise UserError(f"--mesh={text}: expected AXIS=SIZE such as data=4,fsdp=2, got {part.strip()!r}")
+        if axis in sizes:
+            raise UserError(f"--mesh={text}: expected each axis once, got {axis} twice")
+        sizes[axis] = int(size)
+    _check(sizes)
+    return sizes
 
 
-def parse_mesh(text):
-    return {k: int(v) for k, v in (p.split("=") for p in text.split(","))} if text else None
+def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Makes the mesh; axes not named have size 1, and without any all devices are on ``data``.
+
+    Args:
+        axes: sizes by axis, at most one -1.
+        devices: what to use, all of it; default every device of the process group.
+
+    Raises:
+        UserError: a wrong axis or size, or sizes whose product is not the number of devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    _check(axes or {})
+    sizes = {axis: 1 for axis in AXES} | (dict(axes) if axes else {"data": -1})
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != len(devices):
+        named = ",".join(f"{axis}={size}" for axis, size in (axes or {}).items())
+        raise UserError(
+            f"--mesh={named}: expected sizes whose product is {len(devices)}, the number of devices, got {fixed};"
+            " leave one open with -1 (such as data=-1) to fill it up"
+        )
+    # jax's default is explicit axes, under which indexing an embedding needs its output's sharding spelled out.
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec_for(axes, shape, mesh, name):
-    return P(*[RULES[a] for a in axes])
+def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+    """Places a tensor by the names of its axes.
+
+    Args:
+        axes: logical axis of each dimension (a key of `RULES`), or None.
+        shape: sizes of the dimensions.
+        mesh: from `make_mesh`.
+        name: the tensor's, for errors.
+
+    Raises:
+        UserError: a dimension does not divide over its mesh axis; key and value heads are then replicated instead.
+        ValueError: unknown logical axis, a rank that does not match, or one mesh axis for two dimensions.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{name}: expected an axis for each dimension of {tuple(shape)}, got {tuple(axes)}")
+    entries: list[str | tuple[str, ...] | None] = []
+    used: list[str] = []
+    for axis, size in zip(axes, shape, strict=True):
+        if axis is not None and axis not in RULES:
+            raise ValueError(f"{name}: expected a logical axis of {', '.join(RULES)}, got {axis!r}")
+        entry = None if axis is None else RULES[axis]
+        over = (entry,) if isinstance(entry, str) else entry or ()
+        parts = math.prod(mesh.shape[mesh_axis] for mesh_axis in over)
+        if size % parts and axis in _REPLICATED_IF_UNEVEN:
+            entry, over = None, ()
+        elif size % parts:
+            raise UserError(
+                f"{name}: {axis} of size {size} does not divide over {'*'.join(over)}={parts} of the mesh;"
+                f" choose --mesh with {' and '.join(over)} of a size that divides {size}"
+            )
+        if clash := set(over) & set(used):
+            raise ValueError(f"{name}: {tuple(axes)} puts two dimensions on mesh axis {', '.join(sorted(clash))}")
+        used.extend(over)
+        entries.append(entry)
+    return PartitionSpec(*entries)
 
 
-def batch_sharding(mesh):
-    return NamedSharding(mesh, P(("data", "fsdp")))
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Samples over ``data`` and ``fsdp``, whatever follows replicated; the batch size must divide over both."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def _check(sizes: Mapping[str, int]) -> None:
+    text = ",".join(f"{axis}={size}" for axis, size in sizes.items())
+    for axis, size in sizes.items():
+        if axis not in AXES:
+            raise UserError(f"--mesh={text}: expected axes {', '.join(AXES)}, got {axis!r}{did_you_mean(axis, AXES)}")
+        if size < 1 and size != -1:
+            raise UserError(f"--mesh={text}: expected sizes of 1 or more, or -1 for what is left, got {axis}={size}")
+    if list(sizes.values()).count(-1) > 1:
+        raise UserError(f"--mesh={text}: expected at most one size of -1, got {list(sizes.values()).count(-1)}")

@@ -24,7 +24,9 @@ def headlines(analysis: views.AnalysisView) -> list[str]:
     """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
     chosen, datasets = analysis.chosen, analysis.datasets
     num_samples = sum(dataset.num_samples for dataset in datasets.values())
-    sure = tables.certainty(chosen, analysis.selection_probability, num_samples)
+    scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
+    candidates = views.num_candidates(scores, analysis.run["config"])
+    sure = tables.certainty(chosen, analysis.selection_probability, num_samples, candidates)
     alone = {name: dataset.chosen for name, dataset in datasets.items()}
     agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
     return [tables.headline(chosen, len(datasets)), sure, *agreement]
@@ -108,7 +110,8 @@ def write_analysis(analysis: views.AnalysisView) -> Path:
             write_bytes(directory / figure.name, figure.png)
         if consensus is not None:
             exporters.layer_files(directory, dataset.chosen, model_type)
-        sure = tables.certainty(dataset.chosen, dataset.selection_probability, dataset.num_samples)
+        candidates = views.num_candidates(_chosen_by(dataset), config)
+        sure = tables.certainty(dataset.chosen, dataset.selection_probability, dataset.num_samples, candidates)
         title = f"{name}: {dataset.num_samples} samples"
         note = f"{tables.headline(dataset.chosen)}. {sure}" if consensus is not None else ""
         sections.append(Section(title, note, _dataset_table(analysis, dataset), figures))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -24,20 +25,15 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _mark(axes: Axes, layers: Sequence[int]) -> None:
-    """Shades the chosen layers and writes their numbers along the upper edge."""
-    for layer in layers:
-        axes.axvspan(layer - 0.5, layer + 0.5, color=CHOSEN, alpha=0.12, linewidth=0)
-        axes.text(
-            layer,
-            1.01,
-            str(layer),
-            transform=axes.get_xaxis_transform(),
-            ha="center",
-            va="bottom",
-            color=CHOSEN,
-            fontsize=9,
-        )
+def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
+    """Shades each run of chosen layers and writes its numbers along the upper edge."""
+    for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1] - item[0]):
+        run = [layer for _, layer in group]
+        axes.axvspan(run[0] - 0.5, run[-1] + 0.5, color=CHOSEN, alpha=0.12, linewidth=0)
+        if label:
+            text = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
+            middle, above = (run[0] + run[-1]) / 2, axes.get_xaxis_transform()
+            axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
 
 
 def _layer_axis(axes: Axes, num_layers: int) -> None:
@@ -98,7 +94,9 @@ def delta_curve(
     axes.plot(layers, debiased.values, "o-", color=DEBIASED, markersize=4, label="debiased, ±1.96 s.e.")
     axes.plot(layers, biased.values, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased (the paper's)")
     if null is not None:
-        axes.plot(layers, null, "--", color=NULL, linewidth=1, label="biased δ of unrelated layers (null mean)")
+        axes.plot(
+            layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased δ of unrelated layers (null mean)"
+        )
     _layer_axis(axes, chosen.num_layers)
     axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
     if title:
@@ -124,8 +122,7 @@ def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, 
         above.plot(layers, score.values, dashes, marker="o", color=color, markersize=3, linewidth=1.2, label=name)
     above.set_ylabel(next(iter(deltas.values())).name.replace("delta", "δ").replace("_", " "))
     above.legend(frameon=False, fontsize=8, ncols=1 + (len(deltas) > 6), loc="best")
-    for layer in chosen.layers:
-        below.axvspan(layer - 0.5, layer + 0.5, color=CHOSEN, alpha=0.12, linewidth=0)
+    _mark(below, chosen.layers, label=False)
     below.plot(layers, consensus.values, "o-", color=DEBIASED, markersize=4)
     below.set_ylabel("mean rank")
     for axes in (above, below):

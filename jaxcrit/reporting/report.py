@@ -9,6 +9,8 @@ from typing import Any
 
 import jinja2
 
+# Of run.json: stands higher on the page already, or repeats other entries to identify the run.
+SHOWN_ELSEWHERE = ("chosen", "warnings", "determines")
 CAVEATS = (
     "A layer here is a 0-based decoder block; its state is what leaves the block, before the final norm.",
     "Biased CKA is high for any two layers when there are fewer samples than dimensions: compare it with the null, or"
@@ -58,11 +60,12 @@ class Section:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Rows of names and values of nested JSON."""
     for key, value in content.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         else:
-            text = " ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+            text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             yield f"{prefix}{key}", text if text else "(default)"
 
 
@@ -80,7 +83,7 @@ def render_report(
         warnings: one line each.
         sections: tables and figures.
         configs: text for other trainers, by file name.
-        run: what ``run.json`` holds, shown whole.
+        run: what ``run.json`` holds.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
@@ -95,5 +98,5 @@ def render_report(
         sections=sections,
         configs=configs,
         caveats=CAVEATS,
-        provenance=list(_flat(run)),
+        provenance=list(_flat({key: value for key, value in run.items() if key not in SHOWN_ELSEWHERE})),
     )

@@ -129,16 +129,19 @@ def headline(chosen: LayerSet, num_datasets: int = 1) -> str:
     )
 
 
-def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int) -> str:
+def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int, candidates: int) -> str:
     """How sure a choice is, in one sentence.
 
     Args:
         chosen: the layers.
         probability: ``[L]`` how often resampled prompts choose each layer.
         num_samples: N, of all datasets together.
+        candidates: how many layers could have been chosen.
     """
     if probability is None:
         return "How sure: not estimated for this choice."
+    if candidates <= len(chosen.layers):
+        return f"How sure: there was nothing to choose; {candidates} of {chosen.num_layers} layers have a score."
     least = float(np.min(probability[list(chosen.layers)]))
     doubtful = [str(layer) for layer in chosen.layers if probability[layer] < 0.5]
     if doubtful:
@@ -146,7 +149,8 @@ def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int
             f"How sure: {num_samples} samples do not settle layer{'s' if len(doubtful) > 1 else ''}"
             f" {', '.join(doubtful)}: another draw of prompts would more often choose otherwise."
         )
-    return f"How sure: other draws of {num_samples} samples choose each of them in at least {least:.0%} of cases."
+    often = "every time" if least > 0.9995 else f"at least {least:.0%} of the time"
+    return f"How sure: another draw of {num_samples} samples would choose each of them {often}."
 
 
 def agreement(chosen: LayerSet, alone: Mapping[str, LayerSet]) -> str:

@@ -88,6 +88,11 @@ def paper_choice(dataset: DatasetView, config: Mapping[str, Any]) -> LayerSet | 
     return resolve(spec, dataset.chosen.num_layers, scores=dataset.scores["delta"], trim=config["trim"])
 
 
+def num_candidates(scores: LayerScores, config: Mapping[str, Any]) -> int:
+    """How many layers a selection by these scores could have chosen."""
+    return int(scores.valid[config["trim"] : scores.num_layers - config["trim"]].sum())
+
+
 def model_type(analysis: AnalysisView) -> str | None:
     """The ``model_type`` of config.json as noted in the scores' meta, or None."""
     return next(iter(analysis.datasets.values())).scores["delta"].meta.get("model_type")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -23,12 +23,17 @@ import numpy as np
 from jaxcrit.core.errors import UserError, listed
 
 Kernel = Literal["linear", "rbf"]
+KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Float32 products run as bfloat16 on TPU and TF32 on recent GPUs unless told otherwise.
 _HIGHEST = jax.lax.Precision.HIGHEST
-# XLA on CPU has no product that knows its result is symmetric. Four row blocks, upper ones only, leave 10/16 of the
-# multiplications: 0.25 s for 0.40 s at L=32, N=300, D=4096 on one core (2: 0.28, 3: 0.26, 5: 0.27, 6: 0.29).
-_CPU_ROW_BLOCKS = 4
+# XLA on CPU has no product that knows its result is symmetric. Four blocks of rows, multiplied from the diagonal down
+# only, leave 10/16 of the work, and its product runs fastest where their size is a multiple of 16: 0.163 s for all
+# Grams of L=32, N=300, D=4096 on one core, for 0.24 s whole.
+_CPU_BLOCKS, _CPU_BLOCK_UNIT = 4, 16
+# Samples whose rows are contracted at a time on CPU: one batch of all 300 spends 27 ms, mostly moving the Grams
+# about, batches of ten 7 ms. Accelerators take all at once.
+_CPU_ROWS = 10
 # Equal rows, captured in batches of other shapes, differ by rounding: about 1e-6 of their length.
 _ROUNDING = 1e-5
 
@@ -77,15 +82,15 @@ class GramTables:
 
 
 class _Health(NamedTuple):
-    """Device-side facts about activations from which degenerate ones are told; two of [L], two of [N]."""
+    """Facts about activations from which degenerate ones are told; two of [L], two of [N]."""
 
     trace: jax.Array
     spread: jax.Array  # of the rows about their mean, relative to their length
-    apart: jax.Array  # squared distance to the nearest earlier sample, relative, in the layer where it is largest
-    nearest: jax.Array  # that earlier sample
+    near: jax.Array  # whether an earlier sample is near in every layer
+    nearest: jax.Array  # the first such sample
 
 
-def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
+def centred_grams(hidden: Any, kernel: Kernel = "linear", *, allow_repeats: bool = False) -> jax.Array:
     """Builds the centred Gram of each layer.
 
     Features are centred in float32 before any product: with the large constant dimensions of language models the
@@ -96,6 +101,7 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
     Args:
         hidden: ``[L, N, D]`` activations of any float type (float64 is rounded to float32).
         kernel: ``linear`` or ``rbf``.
+        allow_repeats: accept equal samples; every token of a prompt is a sample, say, and prompts begin alike.
 
     Returns:
         ``[L, N, N]`` float32.
@@ -104,8 +110,8 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear") -> jax.Array:
         DegenerateError: fewer than 4 samples, NaN or infinity, a constant layer, repeated samples.
     """
     hidden = _checked_shape(hidden, kernel)
-    grams, health = _grams_jit(hidden, kernel, _row_blocks(hidden))
-    _refuse_degenerate(health, hidden)
+    grams, health = _grams_jit(hidden, kernel, _on_one_cpu(hidden))
+    _refuse_degenerate(health, hidden, allow_repeats)
     return grams
 
 
@@ -121,7 +127,8 @@ def gram_tables(grams: jax.Array | np.ndarray, other: jax.Array | np.ndarray | N
     """
     sides = [jnp.asarray(grams)] if other is None else [jnp.asarray(grams), jnp.asarray(other)]
     _same_samples(sides)
-    return _on_host(_contract_jit(jnp.concatenate(sides)), None if other is None else len(sides[0]))
+    raw = _contract_jit(jnp.concatenate(sides), _on_one_cpu(*sides))
+    return _on_host(raw, None if other is None else len(sides[0]))
 
 
 def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None) -> GramTables:
@@ -137,7 +144,7 @@ def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None) -> GramT
     """
     sides = [_checked_shape(side, kernel) for side in ([hidden] if other is None else [hidden, other])]
     _same_samples(sides)
-    raw, healths = _sweep_jit(tuple(sides), kernel, _row_blocks(*sides))
+    raw, healths = _sweep_jit(tuple(sides), kernel, _on_one_cpu(*sides))
     for health, side in zip(healths, sides, strict=True):
         _refuse_degenerate(health, side)
     return _on_host(raw, None if other is None else len(sides[0]))
@@ -160,8 +167,8 @@ def unpack_upper(packed: np.ndarray) -> np.ndarray:
 
 
 def _checked_shape(hidden: Any, kernel: str) -> jax.Array:
-    if kernel not in ("linear", "rbf"):
-        raise UserError(f"kernel={kernel!r}: expected 'linear' or 'rbf'")
+    if kernel not in KERNELS:
+        raise UserError(f"kernel={kernel!r}: expected {listed(KERNELS)}")
     hidden = jnp.asarray(hidden)
     if hidden.ndim != 3 or not jnp.issubdtype(hidden.dtype, jnp.floating):
         raise UserError(f"expected activations [layers, samples, width] of floats, got {hidden.dtype}{hidden.shape}")
@@ -175,26 +182,26 @@ def _same_samples(sides: Sequence[jax.Array]) -> None:
         raise UserError(f"expected the same samples on both sides, got {' and '.join(str(s.shape[1]) for s in sides)}")
 
 
-def _row_blocks(*sides: jax.Array) -> int:
-    """Blocks help one CPU; several devices part the rows themselves, and accelerators would only see more launches."""
-    alone = all(len(side.devices()) == 1 for side in sides)
-    return _CPU_ROW_BLOCKS if alone and next(iter(sides[0].devices())).platform == "cpu" else 1
+def _on_one_cpu(*sides: jax.Array) -> bool:
+    """Whether to compute in blocks: several devices part the rows themselves, accelerators would only launch more."""
+    devices = {device for side in sides for device in side.devices()}
+    return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
-def _self_product(x: jax.Array, row_blocks: int) -> jax.Array:
-    """x x' of ``[N, D]``, by upper row blocks and mirrored."""
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """a b' of ``[M, D]`` and ``[N, D]``."""
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=_HIGHEST)
 
-    def product(a: jax.Array, b: jax.Array) -> jax.Array:
-        return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=_HIGHEST)
 
-    if row_blocks == 1:
-        return product(x, x)
-    count = len(x)
-    size = -(-count // row_blocks)
-    upper = jnp.zeros((count, count), x.dtype)
-    for start in range(0, count, size):
-        upper = upper.at[start : start + size, start:].set(product(x[start : start + size], x[start:]))
-    return jnp.triu(upper) + jnp.triu(upper, 1).T
+def _linear_gram(x: jax.Array, mean: jax.Array, on_one_cpu: bool) -> jax.Array:
+    """(x - mean) (x - mean)' of ``[N, D]``."""
+    if not on_one_cpu:
+        return _product(x - mean, x - mean)
+    size = -(-len(x) // (_CPU_BLOCKS * _CPU_BLOCK_UNIT)) * _CPU_BLOCK_UNIT
+    # Blocks are centred one by one because XLA would copy every slice of a centred whole.
+    blocks = [x[start : start + size] - mean for start in range(0, len(x), size)]
+    lower = [[_product(block, earlier) for earlier in blocks[: k + 1]] for k, block in enumerate(blocks)]
+    return jnp.block([row + [lower[j][k].T for j in range(k + 1, len(blocks))] for k, row in enumerate(lower)])
 
 
 def _centre(gram: jax.Array) -> jax.Array:
@@ -230,63 +237,67 @@ def _rbf(gram: jax.Array, distances: jax.Array) -> jax.Array:
     return _centre(jnp.exp(-half) * jnp.expm1(half - half * distances / median))
 
 
-def _grams(hidden: jax.Array, kernel: Kernel, row_blocks: int) -> tuple[jax.Array, _Health]:
+def _grams(hidden: jax.Array, kernel: Kernel, on_one_cpu: bool) -> tuple[jax.Array, _Health]:
     """One layer at a time: batching the product with the centring fused in is five times slower on CPU."""
     count = hidden.shape[1]
 
-    def layer(apart: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
+    def layer(near: jax.Array, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
         x = x.astype(jnp.float32)
         mean = x.mean(axis=0)
         # The mean itself is rounded; centring the Gram once more takes out what that leaves.
-        gram = _centre(_self_product(x - mean, row_blocks))
+        gram = _centre(_linear_gram(x, mean, on_one_cpu))
         lengths = jnp.diagonal(gram)
         sums = lengths[:, None] + lengths[None, :]
         distances = jnp.maximum(sums - 2 * gram, 0)
         trace = lengths.sum()
         spread = jnp.sqrt(trace / (trace + count * (mean * mean).sum()))
-        apart = jnp.maximum(apart, jnp.where(sums > 0, distances / sums, 0))
-        return apart, (gram if kernel == "linear" else _rbf(gram, distances), trace, spread)
+        # The Gram's rounding hides relative distances below 1e-3; near is a hundredth, to be looked at again.
+        near &= distances <= 1e-4 * sums
+        return near, (gram if kernel == "linear" else _rbf(gram, distances), trace, spread)
 
     with jax.named_scope("centred_grams"):
-        start = jnp.zeros((count, count), jnp.float32)
-        apart, (grams, trace, spread) = jax.lax.scan(layer, start, hidden)
-        earlier = jnp.where(jnp.tril(jnp.ones_like(apart, dtype=bool), -1), apart, jnp.inf)
-        return grams, _Health(trace, spread, earlier.min(axis=1), earlier.argmin(axis=1))
+        earlier = jnp.tril(jnp.ones((count, count), bool), -1)
+        near, (grams, trace, spread) = jax.lax.scan(layer, earlier, hidden)
+        return grams, _Health(trace, spread, near.any(axis=1), near.argmax(axis=1))
 
 
-def _contract(grams: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """``[L, N, N]`` to rows and weighted ``[N, L, L]`` and diagonals ``[L, N]``, as in ``GramTables``."""
+def _contract(grams: jax.Array, on_one_cpu: bool) -> tuple[jax.Array, jax.Array]:
+    """``[L, N, N]`` to rows and weighted of ``GramTables`` side by side, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
     with jax.named_scope("gram_tables"):
         grams = grams.astype(jnp.float32)
         diagonals = jnp.diagonal(grams, axis1=1, axis2=2)
         _, exponents = jnp.frexp(diagonals.sum(axis=1))
-        scale = jnp.ldexp(jnp.float32(1), 1 - exponents)
-        diagonals = diagonals * scale[:, None]
-        scaled = grams * scale[:, None, None] * (1 - jnp.eye(grams.shape[1], dtype=jnp.float32))
-        rows = jnp.einsum("kmi,lmi->mkl", scaled, scaled, precision=_HIGHEST)
-        weighted = jnp.einsum("kmi,li->mkl", scaled, diagonals, precision=_HIGHEST)
-        return rows, weighted, diagonals
+        scale = jnp.ldexp(jnp.float32(1), 1 - exponents)[:, None]
+        diagonals = diagonals * scale
+        samples = jnp.arange(grams.shape[1])
+
+        def contract(sample: jax.Array) -> jax.Array:
+            rows = jnp.where(samples == sample, 0, grams[:, sample] * scale)
+            return _product(rows, jnp.concatenate([rows, diagonals]))
+
+        return jax.lax.map(contract, samples, batch_size=_CPU_ROWS if on_one_cpu else len(samples)), diagonals
 
 
 def _sweep(
-    sides: tuple[jax.Array, ...], kernel: Kernel, row_blocks: int
-) -> tuple[tuple[jax.Array, jax.Array, jax.Array], list[_Health]]:
-    built = [_grams(side, kernel, row_blocks) for side in sides]
-    return _contract(jnp.concatenate([grams for grams, _ in built])), [health for _, health in built]
+    sides: tuple[jax.Array, ...], kernel: Kernel, on_one_cpu: bool
+) -> tuple[tuple[jax.Array, jax.Array], list[_Health]]:
+    built = [_grams(side, kernel, on_one_cpu) for side in sides]
+    return _contract(jnp.concatenate([grams for grams, _ in built]), on_one_cpu), [health for _, health in built]
 
 
 _grams_jit = partial(jax.jit, static_argnums=(1, 2))(_grams)
-_contract_jit = jax.jit(_contract)
+_contract_jit = partial(jax.jit, static_argnums=1)(_contract)
 _sweep_jit = partial(jax.jit, static_argnums=(1, 2))(_sweep)
 
 
-def _on_host(raw: tuple[jax.Array, jax.Array, jax.Array], num_left: int | None) -> GramTables:
-    rows, weighted, diagonals = (np.asarray(table, np.float64) for table in jax.device_get(raw))
+def _on_host(raw: tuple[jax.Array, jax.Array], num_left: int | None) -> GramTables:
+    both, diagonals = (np.asarray(table, np.float64) for table in jax.device_get(raw))
+    rows, weighted = np.split(both, 2, axis=2)
     return GramTables((rows + rows.swapaxes(1, 2)) / 2, weighted, diagonals, num_left)
 
 
-def _refuse_degenerate(health: _Health, hidden: jax.Array) -> None:
-    trace, spread, apart, nearest = (np.asarray(fact) for fact in jax.device_get(health))
+def _refuse_degenerate(health: _Health, hidden: jax.Array, allow_repeats: bool = False) -> None:
+    trace, spread, near, nearest = (np.asarray(fact) for fact in jax.device_get(health))
     num_layers, count, _ = hidden.shape
     broken = np.flatnonzero(~np.isfinite(trace)).tolist()
     if broken:
@@ -304,12 +315,11 @@ def _refuse_degenerate(health: _Health, hidden: jax.Array) -> None:
             " leave these layers out, or tap another position",
             constant,
         )
-    # The Gram's rounding hides distances below 1e-3, so those few pairs are compared on the activations themselves.
-    later = np.flatnonzero(apart < 1e-4)
+    later = np.flatnonzero(near) if not allow_repeats else np.empty(0, np.int64)
     if later.size:
         first, second = hidden[:, nearest[later]].astype(jnp.float32), hidden[:, later].astype(jnp.float32)
-        near = jnp.linalg.norm(first - second, axis=2) <= _ROUNDING * jnp.linalg.norm(second, axis=2)
-        later = later[np.asarray(near.all(axis=0))]
+        equal = jnp.linalg.norm(first - second, axis=2) <= _ROUNDING * jnp.linalg.norm(second, axis=2)
+        later = later[np.asarray(equal.all(axis=0))]
     if later.size:
         pair = int(nearest[later[0]]), int(later[0])
         raise DegenerateError(

@@ -26,7 +26,7 @@ from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render, template_hash
 from jaxcrit.similarity.cka import from_tables
-from jaxcrit.similarity.grams import gram_tables
+from jaxcrit.similarity.grams import KERNELS, gram_tables
 from jaxcrit.similarity.inference import null_mean, participation_ratio
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
 from jaxcrit.studies.session import Bars, Session, open_session
@@ -47,7 +47,7 @@ class DatasetResult:
         selection_probability: ``[L]``, in how many bootstrap draws a layer is chosen; None for fixed layers.
         participation_ratio: ``[L]``, how many directions carry a layer.
         warnings: what would mislead a reader.
-        without_each: ``[N, L]`` the selecting score with each sample left out.
+        without_each: ``[N, L]`` the selecting score with each sample left out; None where not estimated.
     """
 
     name: str
@@ -58,7 +58,7 @@ class DatasetResult:
     selection_probability: np.ndarray | None
     participation_ratio: np.ndarray
     warnings: list[str]
-    without_each: np.ndarray
+    without_each: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,6 +129,8 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
 def _check(config: AnalysisConfig) -> LayerSpec:
     if config.position not in POSITIONS:
         raise UserError(f"--position={config.position}: expected {listed(POSITIONS)}")
+    if config.kernel not in KERNELS:
+        raise UserError(f"--kernel={config.kernel}: expected {listed(KERNELS)}")
     if config.window < 3 or config.window % 2 == 0:
         raise UserError(f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)")
     if config.bias not in ("biased", "debiased"):
@@ -145,9 +147,15 @@ def _check(config: AnalysisConfig) -> LayerSpec:
 def _datasets(config: AnalysisConfig, session: Session) -> list[Dataset]:
     datasets = []
     for named in load(config.data, config.limit):
-        examples = render(named.rows, session.tokenizer, config.template)
+        examples = render(named.rows, session.tokenizer, config.template, where=named.source)
         if config.truncate != "left":
             refuse_long([example.prompt_length for example in examples], session.config.max_length, named.source)
+        largest = max(int(example.token_ids.max()) for example in examples)
+        if largest >= session.config.vocab_size:
+            raise UserError(
+                f"{session.checkpoint.path}: the tokenizer gives token {largest}, the model knows"
+                f" {session.config.vocab_size}; they do not belong together"
+            )
         datasets.append(Dataset(named.name, named.source, examples))
     return datasets
 
@@ -222,7 +230,11 @@ def _score(
         "kernel": config.kernel,
     }
     scores = layer_scores(tables, window=config.window, include_self=config.include_self, meta=meta)
-    left = values_without_each(tables, config.criterion, config.window, config.include_self)
+    left = None
+    if config.position == "all":  # a prompt's tokens are not independent samples: errors over them would be too small
+        scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}
+    elif tables.num_samples > 4:  # deleting one must leave the 4 that the debiased estimator needs
+        left = values_without_each(tables, config.criterion, config.window, config.include_self)
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null": null_mean(tables)}
     return DatasetResult(
         name=dataset.name,
@@ -243,11 +255,12 @@ def _choose(config: AnalysisConfig, session: Session, spec: LayerSpec, scores: L
 
 
 def _probability(
-    config: AnalysisConfig, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray]
+    config: AnalysisConfig, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray | None]
 ) -> np.ndarray | None:
-    if spec.kind != "critical":
+    known = [values for values in left if values is not None]
+    if spec.kind != "critical" or len(known) < len(left):
         return None
-    return selection_probability(scores, left, spec.count, trim=config.trim, seed=config.seed)
+    return selection_probability(scores, known, spec.count, trim=config.trim, seed=config.seed)
 
 
 def _combine(

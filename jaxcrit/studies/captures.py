@@ -12,14 +12,14 @@ import jax
 import numpy as np
 from safetensors.numpy import save_file
 
-from jaxcrit.capture import Activations, capture, compiled_steps
+from jaxcrit.capture import Activations, Position, capture, compiled_steps
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.similarity.grams import centred_grams, pack_upper, unpack_upper
+from jaxcrit.similarity.grams import Kernel, centred_grams, pack_upper, unpack_upper
 from jaxcrit.studies.session import Bars, Session
 
 FINGERPRINT_SAMPLES = 4096  # above it the Grams outgrow what one wants in a run directory
@@ -57,14 +57,14 @@ class AnalysisConfig:
     data: str = ""
     out: str = ""
     template: str = "auto"
-    position: str = "last"
+    position: Position = "last"
     embed: bool = False
     save_activations: bool = False
     batch_size: int = 8
     dtype: str = ""
     precision: str = "highest"
     mesh: str = ""
-    kernel: str = "linear"
+    kernel: Kernel = "linear"
     window: int = 5
     include_self: bool = True
     layers: str = "critical"
@@ -139,15 +139,18 @@ class Captures:
             if meta.get("identity") == self.directory.identity:
                 self.taken[dataset.name] = {"reused": True}
                 return unpack_upper(arrays["gram"])
-        activations = self._capture(dataset)
-        count = activations.hidden.shape[1]
+        prompts = dataset.examples
+        count = sum(p.prompt_length for p in prompts) if self.config.position == "all" else len(prompts)
         needed = self.session.config.num_layers * count**2 * 4
         if needed > GRAM_BYTES:
             raise UserError(
                 f"{dataset.name}: {count} samples need {needed / 2**30:.0f} GiB of Grams, at most"
                 f" {GRAM_BYTES / 2**30:.0f} are taken; give fewer prompts with --limit"
             )
-        grams: np.ndarray | jax.Array = centred_grams(activations.hidden, self.config.kernel)
+        activations = self._capture(dataset)
+        grams: np.ndarray | jax.Array = centred_grams(
+            activations.hidden, self.config.kernel, allow_repeats=self.config.position == "all"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         if count <= FINGERPRINT_SAMPLES:
             packed = pack_upper(grams)
@@ -189,7 +192,7 @@ class Captures:
             batches,
             len(dataset.examples),
             mesh=mesh,
-            position=config.position,  # type: ignore[arg-type]
+            position=config.position,
             with_embed=config.embed,
             precision=config.precision,
             progress=None if bar is None else lambda done, _: bar.update(done - bar.n),

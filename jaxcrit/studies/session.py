@@ -47,7 +47,7 @@ class Session:
         """Loads the weights onto the mesh."""
         if bars is None:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh)
-        with bars(total=1, desc="weights") as bar:
+        with bars(total=1, desc="weights", unit=" tensors") as bar:
 
             def progress(done: int, total: int, _: str) -> None:
                 bar.total = total

@@ -32,6 +32,13 @@ def calls(monkeypatch, tmp_path):
     return seen
 
 
+def test_flags_are_the_fields_of_the_config():
+    from jaxcrit.studies.captures import AnalysisConfig
+
+    flags = {flag.name: flag.default for group in analyze.FLAGS.values() for flag in group}
+    assert flags == {field.name: field.default for field in dataclasses.fields(AnalysisConfig)}
+
+
 def test_flags_become_the_config(calls, capsys, tmp_path):
     assert main(["analyze", "--model", "m", "--embed", "--noinclude_self", "--window=7", "--layers=first:2"]) == 0
     config = calls[0]

@@ -72,14 +72,18 @@ class TestHowSure:
 
     def test_names_the_least_certain(self):
         probability = np.array([0, 0, 0, 0.9, 0.8, 0.1, 0, 0])
-        assert "at least 80% of cases" in tables.certainty(self.chosen, probability, 300)
+        assert "at least 80% of the time" in tables.certainty(self.chosen, probability, 300, 4)
+        assert "every time" in tables.certainty(self.chosen, np.ones(8), 300, 4)
+
+    def test_says_when_there_was_no_choice(self):
+        assert "nothing to choose; 2 of 8" in tables.certainty(self.chosen, np.ones(8), 300, 2)
 
     def test_says_when_the_choice_is_not_settled(self):
         probability = np.array([0, 0, 0, 0.9, 0.4, 0.6, 0, 0])
-        assert "300 samples do not settle layer 4:" in tables.certainty(self.chosen, probability, 300)
+        assert "300 samples do not settle layer 4:" in tables.certainty(self.chosen, probability, 300, 4)
 
     def test_says_when_it_does_not_know(self):
-        assert "not estimated" in tables.certainty(self.chosen, None, 300)
+        assert "not estimated" in tables.certainty(self.chosen, None, 300, 4)
 
     def test_counts_datasets_that_agree(self):
         other = dataclasses.replace(self.chosen, layers=(4, 5))

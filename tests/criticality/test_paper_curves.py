@@ -1,0 +1,54 @@
+"""delta over the paper's published CKA matrices against the values it printed and drew."""
+
+import csv
+
+import numpy as np
+import pytest
+from conftest import SHARED
+
+from jaxcrit.core.layers import LayerScores
+from jaxcrit.criticality import choose, delta
+
+PAPER = SHARED / "paper"
+DATASETS = ["dolly", "alpaca", "gsm8k", "boolq", "openbookqa"]
+# The matrices are read off a heat map of 256 colours, +-1/512 a cell.
+TOLERANCE = 0.0012
+
+pytestmark = pytest.mark.skipif(not PAPER.is_dir(), reason=f"the paper's numbers are not at {PAPER}")
+
+
+def matrix(dataset):
+    return np.loadtxt(PAPER / f"llama2_7b_chat_cka_{dataset}.csv", delimiter=",")
+
+
+def column(name, field):
+    with open(PAPER / name, newline="") as file:
+        return {int(row["center_layer"]): float(row[field]) for row in csv.DictReader(file)}
+
+
+def compare(values, published):
+    layers = sorted(published)
+    np.testing.assert_allclose(values[layers], [published[layer] for layer in layers], atol=TOLERANCE, rtol=0)
+
+
+def test_notebook_delta3():
+    printed = column("llama2_7b_chat_dolly_delta3_notebook.csv", "delta_window3_incl_self")
+    assert len(printed) == 26
+    values, _ = delta(matrix("dolly"), 3)
+    compare(values, printed)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_published_delta5(dataset):
+    drawn = column("llama2_7b_chat_delta5_figures.csv", dataset)
+    assert sorted(drawn) == list(range(2, 30))
+    values, valid = delta(matrix(dataset), 5)
+    np.testing.assert_array_equal(np.flatnonzero(valid), sorted(drawn))
+    compare(values, drawn)
+    np.testing.assert_array_equal(delta(matrix(dataset), 5, edges="clip")[0][2:30], values[2:30])
+
+
+def test_bottom_five_on_dolly():
+    """Layers 11 to 15, which the paper's page shades within 8 to 14."""
+    values, valid = delta(matrix("dolly"), 5)
+    assert choose(LayerScores("delta", values, valid, "low")).layers == (11, 12, 13, 14, 15)

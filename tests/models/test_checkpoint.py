@@ -1,0 +1,300 @@
+"""Opening and loading: every kind of bad directory is one line, and a mesh changes no bit."""
+
+import json
+import struct
+
+import ml_dtypes
+import numpy as np
+import pytest
+from family_models import load_path, raw_config, tensors, write_model
+from safetensors.numpy import load_file, save_file
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.models import checkpoint as checkpoints
+from jaxcrit.models.checkpoint import locate, model_hash, open_checkpoint
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.weights import table
+from jaxcrit.parallel.mesh import make_mesh, spec_for
+
+RAW = raw_config("llama-gqa")
+NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
+INDEX = "model.safetensors.index.json"
+
+
+@pytest.fixture
+def model(tmp_path):
+    return write_model(tmp_path / "model", RAW)
+
+
+def rewrite(path, **changes):
+    """Writes the weights anew with some of them changed (None: left out)."""
+    held = {
+        **load_file(path / "model.safetensors"),
+        **{key.replace("__", "."): value for key, value in changes.items()},
+    }
+    save_file({name: value for name, value in held.items() if value is not None}, path / "model.safetensors")
+
+
+def split(path, names=("first.safetensors", "second.safetensors")):
+    """Parts the weights over two files and returns the index's weight map, to be written by `index`."""
+    held = load_file(path / "model.safetensors")
+    (path / "model.safetensors").unlink()
+    halves = [dict(sorted(held.items())[at::2]) for at in (0, 1)]
+    for name, half in zip(names, halves, strict=True):
+        save_file(half, path / name)
+    return {tensor: name for name, half in zip(names, halves, strict=True) for tensor in half}
+
+
+def index(path, weight_map):
+    (path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), encoding="utf-8")
+
+
+def refused(path, message, read=open_checkpoint):
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_stacked_weights_are_those_of_the_file(model):
+    weights, held = load_path(model).weights(), tensors(RAW)
+    for row in table(ModelConfig.from_hf(RAW)):
+        layers = [held[row.hf.format(layer)] for layer in range(3)] if row.stacked else held[row.hf]
+        np.testing.assert_array_equal(weights[row.path], np.reshape(layers, weights[row.path].shape))
+
+
+def test_fused_rows_are_parted(tmp_path):
+    raw = raw_config("phi3-gqa-sliding")
+    weights, held = load_path(write_model(tmp_path, raw)).weights(), tensors(raw)
+    fused = held["model.layers.1.self_attn.qkv_proj.weight"]
+    np.testing.assert_array_equal(weights["blocks.k"][1], fused[32:48].reshape(2, 8, 32))
+    np.testing.assert_array_equal(weights["blocks.up"][1], held["model.layers.1.mlp.gate_up_proj.weight"][48:])
+
+
+def test_two_shards_and_an_old_files_buffers(model):
+    expected = load_path(model).weights()
+    rewrite(model, **{"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)})
+    index(model, split(model))
+    for path, value in load_path(model).weights().items():
+        np.testing.assert_array_equal(value, expected[path])
+
+
+def test_a_tied_head_written_twice_is_read_once(tmp_path):
+    path = write_model(tmp_path, raw_config("llama-tied"))
+    rewrite(path, **{"lm_head.weight": load_file(path / "model.safetensors")["model.embed_tokens.weight"]})
+    assert "head" not in load_path(path).weights()
+
+
+@pytest.mark.parametrize("asked", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+def test_dtype(stored, asked, tmp_path):
+    path = write_model(tmp_path, RAW, stored)
+    weights, held = load_path(path, dtype=asked).weights(), tensors(RAW, stored)
+    np.testing.assert_array_equal(weights["blocks.down"][1], held[DOWN].astype(checkpoints.DTYPES[asked]))
+    assert {str(value.dtype) for value in load_path(path).weights().values()} == {stored}
+
+
+def test_files_of_mixed_dtype_load_as_float32(model):
+    rewrite(model, **{NORM: np.ones(32, ml_dtypes.bfloat16)})
+    assert {str(value.dtype) for value in load_path(model).weights().values()} == {"float32"}
+    assert open_checkpoint(model).dtypes[NORM] == "bfloat16"
+
+
+def test_large_tensors_are_read_in_pieces(model, monkeypatch):
+    expected = load_path(model).weights()
+    monkeypatch.setattr(checkpoints, "_READ_BYTES", 1000)
+    for path, value in load_path(model).weights().items():
+        np.testing.assert_array_equal(value, expected[path])
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias"])
+def test_any_mesh_holds_the_same_bits_in_shards(case, shape, tmp_path):
+    raw = raw_config(case)
+    expected = load_path(write_model(tmp_path, raw)).weights()
+    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    weights = load_path(tmp_path, mesh=mesh).weights()
+    for row in table(ModelConfig.from_hf(raw)):
+        value = weights[row.path]
+        np.testing.assert_array_equal(value, expected[row.path])
+        parts = [mesh.shape[axis] if axis else 1 for axis in spec_for(row.axes, value.shape, mesh, row.hf)]
+        assert value.addressable_shards[0].data.shape == tuple(
+            size // part for size, part in zip(value.shape, parts, strict=True)
+        )
+    fsdp, tensor = shape[1:]
+    assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, 48 // tensor, 32 // fsdp)
+    if raw["num_key_value_heads"] == 1:  # one head cannot be parted: every device keeps it
+        assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 1, 8, 32 // fsdp)
+
+
+def test_what_does_not_divide_is_refused(tmp_path):
+    path = write_model(tmp_path, {**RAW, "vocab_size": 97})
+    refused(path, "97", lambda path: load_path(path, mesh=make_mesh({"data": 4, "tensor": 2})))
+
+
+def test_missing_truncated_or_foreign_file(model):
+    weights = model / "model.safetensors"
+    content = weights.read_bytes()
+    for damaged in (content[:-1], content[:100], content[:4], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+        weights.write_bytes(damaged)
+        refused(model, "truncated or damaged safetensors")
+    weights.unlink()
+    refused(model, f"expected model.safetensors or {INDEX}, found neither")
+    (model / "pytorch_model.bin").touch()
+    refused(model, "only pytorch_model.bin; expected safetensors")
+    refused(model.parent, "no config.json; expected a Hugging Face checkpoint directory")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[1]", "null", '{"a": 1'])
+def test_config_that_is_no_json_object(content, model):
+    (model / "config.json").write_text(content)
+    refused(model, "expected a JSON object")
+
+
+def test_config_naming_a_key_twice(model):
+    (model / "config.json").write_text('{"model_type": "llama", "vocab_size": 1, "vocab_size": 2}')
+    refused(model, "vocab_size named twice")
+
+
+TENSORS = {
+    "missing": ({NORM: None, DOWN: None}, f"missing {DOWN}, {NORM}"),
+    "extra": ({"model.layers.3.mlp.down_proj.weight": np.ones(2, np.float32)}, "unexpected model.layers.3.mlp.down"),
+    "misshapen": ({NORM: np.ones(33, np.float32)}, f"wrong shape {NORM} (33,) (expected (32,))"),
+    "transposed": ({DOWN: np.ones((48, 32), np.float32)}, f"{DOWN} (48, 32) (expected (32, 48))"),
+    "bitnet": ({DOWN + "_scale": np.ones(1, np.float32)}, f"unexpected {DOWN}_scale"),
+    "integers": ({DOWN: np.ones((32, 48), np.int8)}, f"not float weights {DOWN} I8"),
+    "float64": ({NORM: np.ones(32, np.float64)}, f"not float weights {NORM} F64"),
+    "untold bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, "unexpected model.layers.0"),
+}
+
+
+@pytest.mark.parametrize("mistake", TENSORS)
+def test_tensors_that_do_not_match_the_config(mistake, model):
+    changes, message = TENSORS[mistake]
+    rewrite(model, **changes)
+    refused(model, message)
+
+
+def test_every_mismatch_is_named_at_once(model):
+    ones = np.ones(2, np.float32)
+    rewrite(model, **{NORM: None, DOWN: ones, "lm_head.weight": np.ones((96, 32), np.int8), "more": ones})
+    refused(model, f"missing {NORM}; unexpected more; wrong shape {DOWN} (2,) (expected (32, 48)); not float weights")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_values_that_are_not_finite(dtype, value, tmp_path):
+    path = write_model(tmp_path, RAW, dtype)
+    held = load_file(path / "model.safetensors")[DOWN]
+    held[-1, -1] = value
+    rewrite(path, **{DOWN: held, NORM: np.full(32, value, held.dtype)})
+    refused(path, f"NaN or infinite values in {DOWN}, {NORM}", load_path)
+
+
+def test_numbers_too_large_for_the_dtype(model):
+    rewrite(model, **{NORM: np.full(32, 1e6, np.float32)})
+    refused(model, f"{NORM} (as float16)", lambda path: load_path(path, dtype="float16"))
+
+
+def test_unknown_dtype(model):
+    refused(model, "--dtype=int8: expected float32, bfloat16, float16", lambda path: load_path(path, dtype="int8"))
+
+
+def test_index_naming_an_absent_shard(model):
+    weight_map = split(model)
+    (model / "second.safetensors").unlink()
+    index(model, weight_map)
+    refused(model, "names shards that are not in")
+
+
+def test_index_naming_a_tensor_its_shard_lacks(model):
+    weight_map = split(model)
+    weight_map[next(iter(weight_map))] = "second.safetensors"
+    index(model, weight_map)
+    refused(model, "the index says it holds")
+
+
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b"])
+def test_index_path_that_leaves_the_directory(file, model):
+    (model.parent / "x.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    index(model, {**split(model), NORM: file})
+    refused(model, "no path")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
+def test_index_that_is_none(content, model):
+    (model / INDEX).write_text(content)
+    refused(model, INDEX)
+
+
+def test_tensor_in_two_shards(model):
+    weight_map = split(model)
+    save_file({NORM: np.ones(32, np.float32), **load_file(model / "first.safetensors")}, model / "first.safetensors")
+    save_file({NORM: np.ones(32, np.float32), **load_file(model / "second.safetensors")}, model / "second.safetensors")
+    index(model, weight_map)
+    refused(model, f"{NORM} is also in")
+
+
+def test_tensor_twice_in_the_index(model):
+    weight_map = split(model)
+    text = json.dumps({"weight_map": weight_map}).replace('{"weight_map": {', f'{{"weight_map": {{"{NORM}": "x", ')
+    (model / INDEX).write_text(text)
+    refused(model, f"{NORM} named twice")
+
+
+def test_tensor_twice_in_a_header(model):
+    """No writer makes this; a reader that keeps the last would take the other's bytes."""
+    content = (model / "model.safetensors").read_bytes()
+    size = struct.unpack("<Q", content[:8])[0]
+    header = content[8 : 8 + size].decode()
+    entry = json.dumps({NORM: json.loads(header)[NORM]}, separators=(",", ":"))[1:-1]
+    header = "{" + entry + "," + header[1:]
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header.encode() + content[8 + size :])
+    refused(model, NORM)
+
+
+def test_locate(model, monkeypatch):
+    assert locate(str(model)) == model
+    refused(str(model / "config.json"), "expected a checkpoint directory, got a file", locate)
+    refused("nowhere/to/be/found", "no such directory, and not a hub id", locate)
+
+
+def test_hub_id_when_offline(tmp_path, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    refused("owner/name", "no such directory, and the hub did not give it", locate)
+
+
+def test_model_hash_follows_weights_and_config(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    first = model_hash(open_checkpoint(model))
+    assert first == model_hash(open_checkpoint(write_model(tmp_path / "copy", {**RAW, "transformers_version": "9"})))
+    assert first != model_hash(open_checkpoint(write_model(tmp_path / "other", {**RAW, "rms_norm_eps": 1e-6})))
+    index(model, split(model))
+    assert first == model_hash(open_checkpoint(model))  # however it is parted into files
+    assert first != model_hash(open_checkpoint(write_model(tmp_path / "half", RAW, "bfloat16")))
+
+
+def test_digests_are_kept_until_the_file_changes(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    made = []
+    sha256 = checkpoints.hashlib.sha256
+    monkeypatch.setattr(checkpoints.hashlib, "sha256", lambda data: made.append(1) or sha256(data))
+    first, count = model_hash(open_checkpoint(model)), len(made)
+    assert count > 20
+    made.clear()
+    assert model_hash(open_checkpoint(model)) == first
+    assert len(made) < 5  # of the config, not of the tensors
+    rewrite(model, **{NORM: np.full(32, 2, np.float32)})
+    assert model_hash(open_checkpoint(model)) != first
+    kept = next((tmp_path / "cache" / "digests").iterdir())
+    kept.write_text("{")  # a damaged cache is made again
+    assert model_hash(open_checkpoint(write_model(tmp_path / "again", RAW))) == first
+
+
+def test_progress_names_each_weight_and_ends(model):
+    seen = []
+    load_path(model, progress=lambda *step: seen.append(step))
+    assert [step[0] for step in seen] == list(range(len(seen)))
+    assert seen[-1] == (12, 12, "") and seen[0][2] == "embed"

@@ -1,0 +1,192 @@
+"""What is read from config.json, and every refusal of what is not understood."""
+
+import pytest
+from family_models import BASE, CASES, raw_config
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.weights import hf_shapes, offsets, table
+
+
+def read(**changes):
+    """Reads a small LLaMA config with some keys changed; Ellipsis leaves a key out."""
+    raw = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], **BASE, **changes}
+    return ModelConfig.from_hf({key: value for key, value in raw.items() if value is not ...}, "DIR/config.json")
+
+
+def meaning(config):
+    return {name: value for name, value in vars(config).items() if name != "hf_json"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_round_trip(case):
+    raw = raw_config(case)
+    config = ModelConfig.from_hf(raw)
+    assert config.to_hf() == raw
+    assert ModelConfig.from_hf(config.to_hf()) == config
+
+
+def test_sizes_are_read_not_derived():
+    config = read(head_dim=12, num_key_value_heads=1, tie_word_embeddings=True, eos_token_id=[2, 7], bos_token_id=1)
+    assert (config.head_dim, config.num_kv_heads, config.num_layers, config.width) == (12, 1, 3, 32)
+    assert (config.tied, config.eos_token_ids, config.bos_token_id, config.max_length) == (True, (2, 7), 1, 64)
+    assert read(quantization_config=None) and read(head_dim=...).head_dim == 8
+    assert read(num_key_value_heads=...).num_kv_heads == 4
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ({"rope_theta": 5e5}, {"rope_theta": 5e5, "rope_type": "default"}),
+        ({"rope_theta": 5e5, "rope_scaling": None}, {"rope_theta": 5e5, "rope_type": "default"}),
+        (
+            {"rope_theta": 1e4, "rope_scaling": {"type": "linear", "factor": 2.0}},
+            {"rope_theta": 1e4, "rope_type": "linear", "factor": 2.0},
+        ),
+        (
+            {
+                "rope_theta": 5e5,
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8.0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 16,
+                },
+            },
+            {
+                "rope_theta": 5e5,
+                "rope_type": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 16,
+            },
+        ),
+        (
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5},
+            {"rope_theta": 1e4, "partial_rotary_factor": 0.5, "rope_type": "default"},
+        ),
+    ],
+)
+def test_old_rope_keys_mean_the_same_as_new_ones(old, new):
+    assert meaning(read(**old)) == meaning(read(rope_parameters=new))
+    assert meaning(read(**old)) == meaning(read(**old, rope_parameters=new))
+
+
+@pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
+def test_names_early_phi3_files_give_longrope(name):
+    scaling = {"type": name, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    config = ModelConfig.from_hf({**BASE, "model_type": "phi3", "original_max_position_embeddings": 16,
+                                  "rope_scaling": scaling})  # fmt: skip
+    assert (config.rope.kind, config.rope.boundary) == ("longrope", 16)
+
+
+def test_windows_by_family():
+    def windows(family, **changes):
+        return ModelConfig.from_hf({**BASE, "model_type": family, **changes}).windows
+
+    assert windows("llama", sliding_window=4) == (None, None, None)
+    assert windows("mistral") == (4096, 4096, 4096)
+    assert windows("mistral", sliding_window=None) == (None, None, None)
+    assert windows("phi3") == (None, None, None)
+    assert windows("qwen2", sliding_window=4) == (None, None, None)
+    assert windows("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=2) == (None, None, 4)
+    kinds = ["sliding_attention", "full_attention", "full_attention"]
+    assert windows("qwen3", sliding_window=4, use_sliding_window=True, layer_types=kinds) == (4, None, None)
+
+
+REFUSED = {
+    "architecture": ({"model_type": "gpt2"}, "expected model_type llama, mistral, phi3, qwen2, qwen3, got 'gpt2'"),
+    "near architecture": ({"model_type": "lama"}, "did you mean 'llama'"),
+    "no architecture": ({"model_type": ..., "architectures": ...}, "expected model_type"),
+    "other head": ({"architectures": ["LlamaForSequenceClassification"]}, "expected architecture LlamaForCausalLM"),
+    "key": ({"logit_softcap": 30.0}, "unknown keys logit_softcap"),
+    "near key": ({"rms_norm_epz": 1e-5}, "did you mean 'rms_norm_eps'"),
+    "two keys": ({"zoo": 1, "bar": 2}, "unknown keys bar, zoo"),
+    "pretraining_tp": ({"pretraining_tp": 2}, "expected pretraining_tp to be 1, got 2"),
+    "experts": ({"num_local_experts": 8}, "mixture-of-experts"),
+    "mixtral": ({"model_type": "mixtral"}, "mixture-of-experts model (mixtral)"),
+    "qwen3_moe": ({"model_type": "qwen3_moe"}, "mixture-of-experts model (qwen3_moe)"),
+    "quantised": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantised checkpoint (gptq)"),
+    "activation": ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
+    "size": ({"hidden_size": "32"}, "expected hidden_size to be a positive whole number, got '32'"),
+    "no size": ({"num_hidden_layers": ...}, "expected num_hidden_layers"),
+    "zero layers": ({"num_hidden_layers": 0}, "expected num_hidden_layers"),
+    "heads": ({"num_key_value_heads": 3}, "multiple of num_key_value_heads (3)"),
+    "odd rotary": ({"head_dim": 5}, "even number of rotary dimensions, got 5"),
+    "rope kind": ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "got 'dynamic'"),
+    "rope kind near": ({"rope_scaling": {"rope_type": "lama3"}}, "did you mean 'llama3'"),
+    "rope key": ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "ntk": 1}}, "unknown RoPE keys ntk"),
+    "rope key of another kind": ({"rope_scaling": {"type": "default", "factor": 2.0}}, "unknown RoPE keys factor"),
+    "rope lacks": ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "needs high_freq_factor, low_freq_factor"),
+    "rope no object": ({"rope_scaling": 2.0}, "expected rope_scaling and rope_parameters to be objects"),
+    "theta twice": ({"rope_theta": 1e4, "rope_parameters": {"rope_theta": 5e5}}, "rope_theta is 10000.0 at the top"),
+    "factor twice": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        "factor is 2.0 in rope_scaling and 4.0 in rope_parameters",
+    ),
+    "kind twice": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
+        "rope_type is 'linear' in rope_scaling and 'default' in rope_parameters",
+    ),
+    "nested rope": (
+        {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
+        "unknown RoPE keys full_attention",
+    ),
+    "factors": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4}},
+        "expected short_factor to be a list of 4 positive numbers, got 3: 1.0, 1.0, 1.0",
+    ),
+    "factor words": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": ["a"] * 4, "long_factor": [1.0] * 4}},
+        "expected short_factor to be a list of 4 positive numbers",
+    ),
+    "factor no list": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": 1.0, "long_factor": [1.0] * 4}},
+        "expected short_factor to be a list of 4 positive numbers, got 1.0",
+    ),
+    "theta": ({"rope_theta": "big"}, "expected rope_theta to be a positive number, got 'big'"),
+    "factor zero": ({"rope_scaling": {"type": "linear", "factor": 0}}, "expected factor to be a positive number"),
+    "epsilon": ({"rms_norm_eps": "small"}, "expected rms_norm_eps to be a number"),
+    "windowed layers": (
+        {"model_type": "qwen2", "architectures": ..., "max_window_layers": "x"},
+        "expected max_window_layers to be a whole number",
+    ),
+    "layer types": ({"model_type": "qwen2", "architectures": ..., "layer_types": ["full_attention"]}, "3 layer_types"),
+    "layer type": (
+        {"model_type": "qwen2", "architectures": ..., "layer_types": ["chunked_attention"] * 3},
+        "chunked_attention",
+    ),
+    "window": ({"model_type": "mistral", "architectures": ..., "sliding_window": 0}, "expected sliding_window"),
+}
+
+
+@pytest.mark.parametrize("mistake", REFUSED)
+def test_refused_by_name_in_one_line(mistake):
+    changes, message = REFUSED[mistake]
+    with pytest.raises(UserError) as caught:
+        read(**changes)
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value) and "config.json" in str(caught.value)
+
+
+def test_weight_table_covers_each_tensor_once():
+    """Rows of a fused tensor lie one behind the other and fill it; no path occurs twice."""
+    for case in CASES:
+        config = ModelConfig.from_hf(raw_config(case))
+        rows, begin, shapes = table(config), offsets(config), hf_shapes(config)
+        assert len({row.path for row in rows}) == len(rows)
+        filled = {}
+        for row in rows:
+            assert begin[row.path] == filled.get(row.hf, 0)
+            filled[row.hf] = begin[row.path] + row.hf_shape(config)[0]
+        assert {name.format(0): size for name, size in filled.items()} == {
+            name.format(0): shapes[name.format(0)][0] for name in filled
+        }
+
+
+def test_fused_shapes_of_phi3():
+    shapes = hf_shapes(ModelConfig.from_hf(raw_config("phi3-gqa-sliding")))
+    assert shapes["model.layers.0.self_attn.qkv_proj.weight"] == ((4 + 2 + 2) * 8, 32)
+    assert shapes["model.layers.2.mlp.gate_up_proj.weight"] == (2 * 48, 32)
