@@ -37,7 +37,7 @@ from jaxcrit.similarity import cka, sweep
 LAYERS = flags.DEFINE_integer("layers", 32, "number of layers, L")
 SAMPLES = flags.DEFINE_integer("samples", 300, "number of samples, N")
 WIDTH = flags.DEFINE_integer("width", 4096, "width, D")
-REPEATS = flags.DEFINE_integer("repeats", 7, "rounds over all contenders")
+REPEATS = flags.DEFINE_integer("repeats", 10, "rounds over all contenders")
 PAIRS = flags.DEFINE_integer("pairs", 4, "pairs of layers timed in each round of the paper's algorithm")
 
 

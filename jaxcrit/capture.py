@@ -89,12 +89,17 @@ def capture(
     began, done = time.perf_counter(), 0
     for batch in batches:
         real = batch.rows < num_prompts
-        # Rows that only fill the batch point past the end, where the scatter drops them.
-        rows = np.full(batch.rows.shape, total, np.int32)
+        # What only fills the batch up points past the end, where the scatter drops it.
+        rows: np.ndarray = np.full(batch.rows.shape, total, np.int32)
         rows[real] = starts[batch.rows[real]]
-        placed = jax.device_put((batch.tokens, batch.lengths, rows), batch_sharding(mesh))
+        if position == "all":
+            offsets = np.arange(batch.tokens.shape[1], dtype=np.int32)
+            inside = real[:, None] & (offsets < batch.lengths[:, None])
+            rows = np.where(inside, rows[:, None] + offsets, total).reshape(-1)
+        placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(mesh))
         with jax.default_matmul_precision(precision):
-            buffer = _step(decoder, buffer, *placed, position=position, with_embed=with_embed, mesh=mesh)
+            states = _step(decoder, *placed, position=position, with_embed=with_embed)
+        buffer = _place(buffer, states, rows, everywhere)
         buffer.block_until_ready()
         done += int(real.sum())
         if progress is not None:
@@ -115,33 +120,27 @@ def compiled_steps() -> int:
     return _step._cache_size()  # type: ignore[attr-defined]
 
 
-@functools.partial(jax.jit, static_argnames=("position", "with_embed", "mesh"), donate_argnames=("buffer",))
+@functools.partial(jax.jit, static_argnames=("position", "with_embed"))
 def _step(
-    decoder: Decoder,
-    buffer: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    rows: jax.Array,
-    *,
-    position: Position,
-    with_embed: bool,
-    mesh: Mesh,
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, position: Position, with_embed: bool
 ) -> jax.Array:
+    """Tapped states of one batch, ``[L, B, D]`` (``[L, B, T, D]`` for ``all``) float32, the embedding's in front."""
+
     def tap(x: jax.Array) -> jax.Array:
         if position == "last":
             x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         x = x.astype(jnp.float32)
         if position == "mean":
+            inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
             x = jnp.sum(jnp.where(inside[..., None], x, 0), axis=1) / lengths[:, None]
         return x
 
-    offsets = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None, :]
-    inside = offsets < lengths[:, None]
     states = forward(decoder, tokens, lengths=lengths, tap=tap).taps
-    if with_embed:
-        states = jnp.concatenate([tap(embed(decoder, tokens))[None], states])
-    if position == "all":
-        rows = jnp.where(inside, rows[:, None] + offsets, buffer.shape[1]).reshape(-1)
-        states = states.reshape(states.shape[0], -1, states.shape[-1])
-    buffer = buffer.at[:, rows].set(states, mode="drop")
-    return jax.lax.with_sharding_constraint(buffer, NamedSharding(mesh, PartitionSpec()))
+    return jnp.concatenate([tap(embed(decoder, tokens))[None], states]) if with_embed else states
+
+
+@functools.partial(jax.jit, static_argnames="sharding", donate_argnames="buffer")
+def _place(buffer: jax.Array, states: jax.Array, rows: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """Puts states into their rows; apart from `_step`, which would else compile anew for every number of samples."""
+    states = states.reshape(states.shape[0], -1, states.shape[-1])
+    return jax.lax.with_sharding_constraint(buffer.at[:, rows].set(states, mode="drop"), sharding)

@@ -103,11 +103,12 @@ def read_npz(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """
     path = Path(path)
     try:
-        with np.load(path, allow_pickle=False) as stored:
+        # Opened here, for numpy leaves a damaged file open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
             arrays = {name: stored[name] for name in stored.files}
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected an npz written by jaxcrit") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path}: expected an npz written by jaxcrit, got something else ({error})") from None
     if "meta" not in arrays:
         raise UserError(f"{path}: expected an npz with a meta entry; got {sorted(arrays)}")

@@ -53,6 +53,12 @@ def test_repeated_samples(noise):
     assert error.samples == (4, 11)
 
 
+def test_repeated_samples_on_request():
+    hidden = hidden_states()
+    hidden[:, 17] = hidden[:, 4]
+    np.testing.assert_allclose(centred_grams(hidden, allow_repeats=True)[0], oracles.gram(hidden[0]), atol=1e-5)
+
+
 def test_samples_equal_in_some_layers_only_are_scored():
     hidden = hidden_states()
     hidden[:3, 11] = hidden[:3, 4]
