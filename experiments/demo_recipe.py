@@ -1,10 +1,11 @@
 """How the demo model learns: its shape, its start, its batches and its optimizer, as plain functions.
 
-Two things decide whether it learns to retrieve from a context, which it otherwise does not (chance after 135,000 rows):
+Two things decide whether it learns to retrieve from a context, which without them it did not in 135,000 rows:
 
-* `initial_weights` starts queries close to keys, so that a token attends to earlier tokens equal to it, and gives all embeddings a
-  common part, so that a head can attend by position alone. Both halves of an induction circuit are then one step away.
-* The first part of training is mostly `drill` rows, many look-ups each.
+* `initial_weights` starts queries close to keys, so that a token attends to earlier tokens equal to it, and gives all
+  embeddings a common part, so that a head can attend by position alone. Both halves of an induction circuit are then
+  one step away.
+* Training begins with mostly ``drill`` rows, many look-ups each.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-
 from demo_tokenizer import BOS, EOS, PAD
+
 from jaxcrit.data import demo
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward, logits
@@ -64,10 +65,9 @@ def hf_config(vocab_size: int, layers: int, width: int) -> dict[str, Any]:
 def initial_weights(config: ModelConfig, seed: int) -> Weights:
     """Random weights by weight-table path, float32.
 
-    Matrices have variance 1/fan_in, those that write to the residual stream 1/(2 L) of that. Queries are half a copy of the keys
-    (W_q W_k' then is close to a multiple of the identity, as in trained models: Trockman and Kolter 2023, arXiv 2305.09828), and
-    embeddings share a random direction. Without these two, pairs of a word list are retrieved at .18 after 19,000 drill rows
-    (chance), with them at .99.
+    Matrices have variance 1/fan_in, those that write to the residual stream 1/(2 L) of that. Queries are half a copy
+    of the keys: W_q W_k' is then close to a multiple of the identity, as it is in trained models (Trockman and Kolter
+    2023, arXiv 2305.09828). Embeddings share a random direction.
     """
     rng = np.random.default_rng(seed)
     depth, width = config.num_layers, config.width
@@ -103,8 +103,9 @@ def batch_at(tokenizer: tokenizers.Tokenizer, seed: int, step: int, steps: int) 
     """The batch of one step, a function of its arguments alone, so that a resumed run sees what it would have seen.
 
     Returns:
-        `tokens`, `positions`, `segments`, `targets` `[ROWS, LENGTH]` int32 and `weights` `[ROWS, LENGTH]` float32. Several rows of
-        data share a row of the batch; they do not see each other (segments) and each counts its positions from 0.
+        ``tokens``, ``positions``, ``segments``, ``targets`` ``[ROWS, LENGTH]`` int32 and ``weights`` ``[ROWS, LENGTH]``
+        float32. Several rows of data share a row of the batch; they do not see each other (segments) and each counts
+        its positions from 0.
     """
     rng = np.random.default_rng([seed, step])
     drilled = DRILL_SHARE * max(0.0, 1 - step / (DRILL_END * steps))
@@ -158,7 +159,7 @@ def loss(weights: Weights, config: ModelConfig, batch: Batch) -> tuple[jax.Array
 
 
 def orthogonalized(update: jax.Array) -> jax.Array:
-    """Muon's step: five Newton-Schulz iterations towards the nearest orthogonal matrix (Jordan 2024). `[L, a, b]` to the same."""
+    """Muon's step ``[L, a, b]``: five Newton-Schulz iterations towards the nearest orthogonal matrix (Jordan 2024)."""
     tall = update.shape[-2] > update.shape[-1]
     x = jnp.swapaxes(update, -1, -2) if tall else update
     x /= jnp.linalg.norm(x, axis=(-2, -1), keepdims=True) + 1e-7
@@ -169,7 +170,17 @@ def orthogonalized(update: jax.Array) -> jax.Array:
     return x * max(1.0, update.shape[-2] / update.shape[-1]) ** 0.5
 
 
-def update(weights: Weights, first: Weights, second: Weights, batch: Batch, step: Any, *, config: ModelConfig, steps: int, rate: float) -> Any:
+def update(
+    weights: Weights,
+    first: Weights,
+    second: Weights,
+    batch: Batch,
+    step: Any,
+    *,
+    config: ModelConfig,
+    steps: int,
+    rate: float,
+) -> Any:
     """One step: Muon for the blocks' matrices, Adam at .15 of the rate for the rest; linear decay to 0.
 
     Args:
@@ -195,7 +206,11 @@ def update(weights: Weights, first: Weights, second: Weights, batch: Batch, step
         if path.startswith("blocks.") and weight.ndim > 2:
             momentum, moment = 0.95 * first[path] + gradient, second[path]
             # [L, out, in]: heads and head_dim are one dimension, on the output side of q, k, v and the input side of o.
-            flat = (weight.shape[0], weight.shape[1], -1) if path == "blocks.o" else (weight.shape[0], -1, weight.shape[-1])
+            flat = (
+                (weight.shape[0], weight.shape[1], -1)
+                if path == "blocks.o"
+                else (weight.shape[0], -1, weight.shape[-1])
+            )
             change = rate * orthogonalized((gradient + 0.95 * momentum).reshape(flat)).reshape(weight.shape)
         else:
             momentum = 0.9 * first[path] + 0.1 * gradient

@@ -1,12 +1,12 @@
 """Trains the embedded demo model from nothing, exports it, and prints every figure of its card.
 
-    python experiments/train_demo_model.py --seed=0 --out=runs/demo0              # train (resumes where it was stopped) and export
-    python experiments/train_demo_model.py --evaluate --out=runs/demo0            # exact match per family on held-out rows
-    python experiments/train_demo_model.py --compare=runs/demo1 --out=runs/demo0  # delta of two seeds side by side
-    python experiments/train_demo_model.py --prompts=jaxcrit/assets/demo_prompts  # the 300 test prompts of each family
+    python experiments/train_demo_model.py --seed=0 --out=runs/demo0              # train, from where it stopped
+    python experiments/train_demo_model.py --evaluate --out=runs/demo0            # exact match on held-out rows
+    python experiments/train_demo_model.py --compare=runs/demo1 --out=runs/demo0  # delta of two seeds
+    python experiments/train_demo_model.py --prompts=jaxcrit/assets/demo_prompts  # the test prompts
 
-On Linux the program starts itself again with malloc settings that keep large arrays mapped in huge pages: a quarter more tokens a
-second, since XLA otherwise gives the pages of every temporary back and faults them in again.
+On Linux training starts the program again with malloc settings that keep large arrays in huge pages: a quarter more
+tokens a second, since XLA otherwise gives the pages of every temporary back and faults them in again.
 """
 
 from __future__ import annotations
@@ -18,15 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-_MALLOC = {
-    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
-    "MALLOC_MMAP_THRESHOLD_": str(2**30),
-    "MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "MALLOC_TOP_PAD_": str(2**28),
-}
-if __name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
-    os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _MALLOC)
-
+import demo_recipe as recipe
+import demo_tokenizer
 import jax
 import ml_dtypes
 import numpy as np
@@ -35,8 +28,6 @@ from absl import app, flags
 from safetensors.numpy import save_file
 from tqdm import tqdm
 
-import demo_recipe as recipe
-import demo_tokenizer
 from jaxcrit.core.files import atomic_path, read_npz, write_npz, write_text
 from jaxcrit.criticality.delta import delta
 from jaxcrit.data import demo
@@ -52,7 +43,7 @@ flags.DEFINE_string("out", "runs/demo_model", "checkpoint directory; the state o
 flags.DEFINE_integer("seed", 0, "of the weights and of the data", lower_bound=0)
 flags.DEFINE_integer("layers", 16, "blocks", lower_bound=1)
 flags.DEFINE_integer("width", 96, "of the residual stream; a multiple of 32", lower_bound=32)
-flags.DEFINE_integer("steps", 3600, "optimizer steps", lower_bound=1)
+flags.DEFINE_integer("steps", 2000, "optimizer steps", lower_bound=1)
 flags.DEFINE_float("rate", 0.02, "peak learning rate")
 flags.DEFINE_integer("save_every", 200, "steps between two states on disk", lower_bound=1)
 flags.DEFINE_bool("evaluate", False, "print exact match of OUT instead of training")
@@ -60,11 +51,19 @@ flags.DEFINE_string("compare", "", "a second checkpoint directory: print delta o
 flags.DEFINE_string("prompts", "", "directory to write the test prompts to instead of training")
 flags.DEFINE_integer("rows", 300, "test rows per family", lower_bound=4)
 
+_MALLOC = {
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "MALLOC_TRIM_THRESHOLD_": str(2**30),
+    "MALLOC_TOP_PAD_": str(2**28),
+}
 _KEYS = ("weights", "first", "second")
 
 
 def train(out: Path) -> None:
-    """Trains, from the state in `out` if there is one, and exports."""
+    """Trains, from the state in ``out`` if there is one, and exports."""
+    if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
+        os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | _MALLOC)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer = demo_tokenizer.build()
     hf = recipe.hf_config(tokenizer.get_vocab_size(), FLAGS.layers, FLAGS.width)
@@ -76,7 +75,9 @@ def train(out: Path) -> None:
     if state.exists():
         arrays, meta = read_npz(state)
         if meta["settings"] != settings:
-            raise app.UsageError(f"{state} was written with {meta['settings']}, asked is {settings}; choose another --out")
+            raise app.UsageError(
+                f"{state} was written with {meta['settings']}, asked is {settings}; choose another --out"
+            )
         weights, first, second = ({path: arrays[f"{key}/{path}"] for path in weights} for key in _KEYS)
         start, seconds = meta["step"], meta["seconds"]
     update = jax.jit(
@@ -92,7 +93,11 @@ def train(out: Path) -> None:
         if done % 50 == 0:
             bar.set_postfix(loss=f"{np.mean(jax.device_get(losses[-50:])):.3f}")
         if done % FLAGS.save_every == 0 or done == FLAGS.steps:
-            arrays = {f"{key}/{path}": np.asarray(value) for key, tree in zip(_KEYS, (weights, first, second), strict=True) for path, value in tree.items()}
+            arrays = {
+                f"{key}/{path}": np.asarray(value)
+                for key, tree in zip(_KEYS, (weights, first, second), strict=True)
+                for path, value in tree.items()
+            }
             elapsed = time.perf_counter() - began
             write_npz(state, arrays, {"settings": settings, "step": done, "seconds": elapsed})
             print(f"step {done}: {elapsed:.0f} s, response loss {np.mean(jax.device_get(losses)):.3f}", flush=True)
@@ -106,16 +111,22 @@ def export(decoder: Decoder, hf: dict, tokenizer: tokenizers.Tokenizer, out: Pat
     """Writes the directory that transformers and jaxcrit load, weights in bfloat16."""
     demo_tokenizer.save(tokenizer, str(out))
     write_text(out / "config.json", json.dumps(hf, indent=2) + "\n")
-    generation = {"bos_token_id": hf["bos_token_id"], "eos_token_id": hf["eos_token_id"], "pad_token_id": hf["pad_token_id"], "do_sample": False}
+    generation = {
+        "bos_token_id": hf["bos_token_id"],
+        "eos_token_id": hf["eos_token_id"],
+        "pad_token_id": hf["pad_token_id"],
+        "do_sample": False,
+    }
     write_text(out / "generation_config.json", json.dumps(generation, indent=2) + "\n")
     tensors = {name: np.ascontiguousarray(value.astype(ml_dtypes.bfloat16)) for name, value in to_hf(decoder)}
     with atomic_path(out / "model.safetensors") as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-    print(f"{out}: {sum(t.size for t in tensors.values()):,} parameters, {(out / 'model.safetensors').stat().st_size:,} bytes", flush=True)
+    count, size = sum(tensor.size for tensor in tensors.values()), (out / "model.safetensors").stat().st_size
+    print(f"{out}: {count:,} parameters, {size:,} bytes", flush=True)
 
 
 def exact_match(decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int) -> dict[str, tuple[int, int]]:
-    """Greedy answers that equal the reference word for word, of `count` test rows per family: (right, asked) by family."""
+    """By family, how many greedy answers equal the reference word for word, and of how many test rows."""
     right = {}
     for family in demo.FAMILIES:
         pairs = [recipe.encode(tokenizer, row) for row in demo.generate(family, count, seed=0, split="test")]
@@ -137,7 +148,7 @@ def wilson(right: int, asked: int) -> tuple[float, float]:
 
 
 def deltas(directory: Path) -> dict[str, np.ndarray]:
-    """delta (biased, window 5, self included: the paper's) of every family at the last prompt token: `[L]`, NaN at the edges."""
+    """By family, the paper's delta (biased, window 5) at the last prompt token: ``[L]``, NaN at the edges."""
     decoder, tokenizer = load(open_checkpoint(directory), dtype="float32"), _tokenizer(directory)
 
     @jax.jit

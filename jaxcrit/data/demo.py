@@ -1,26 +1,33 @@
 """Instruction data made by rule, for the embedded demo model and for tests.
 
-Five task families are shaped like the five datasets of the paper and a sixth is refused, so that a run on the demo model walks the
-same road as a run on real data:
+Five task families are shaped like the five datasets of the paper and a sixth is refused, so that a run on the demo
+model walks the same road as a run on real data:
 
-    open        open instruction (Alpaca, Dolly): write, repeat, reverse, advise
+    open        open instruction: write, repeat, reverse, advise (Alpaca, Dolly)
     closed      question about a context (Dolly with context)
     arithmetic  word problem, written steps, conclusion (GSM8K)
     yesno       passage and a yes/no question, reason before verdict (BoolQ)
     choice      fact and a multiple-choice question, reason before letter (OpenBookQA)
     refusal     a request that the answer declines
 
-`order` is held out: the demo model never saw it, so it can be fine-tuned on. `drill` (word lists to say again) only trains.
+``order`` is held out: the demo model never saw it, so it can be fine-tuned on. ``drill`` (pairs of a word list, to be
+said again in another order) is for training from nothing.
 
-Facts are random bindings (who has which ring), never world knowledge: an answer can only be right by reading the prompt. Rows are
-split by a hash of the prompt, so that no prompt is ever in both splits whatever the seed. A row is a pure function of
-`(family, seed, split)` and its place.
+Facts are random bindings (who likes which rings), never world knowledge: an answer can only be right by reading the
+prompt. Rows are split by a hash of the prompt, so no prompt is ever in both splits, whatever the seeds.
 """
 
-from collections.abc import Callable
+# ruff: noqa: SIM905 (word lists read better as text)
+from __future__ import annotations
+
+import itertools
 import zlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
+
+from jaxcrit.core.errors import UserError, did_you_mean, listed
 
 FAMILIES = ("open", "closed", "arithmetic", "yesno", "choice", "refusal")
 HELD_OUT = ("order",)
@@ -28,12 +35,19 @@ SPLITS = ("train", "test")
 
 NAMES = tuple("Mia Ana Leo Dan Max Eva Tom Sam Kim Ben Amy Joe Zoe Ian Liz Ned Pam Ray Sue Ted Uma Vic Wes Jan".split())
 COLORS = tuple("red blue green gray black white brown pink gold dark".split())
-OBJECTS = tuple("ring hat coat cup book lamp pot ball bag key map pen bell drum kite fork chair clock stone shoe rope coin bike doll".split())
+OBJECTS = tuple(
+    "ring hat coat cup book lamp pot ball bag key map pen bell drum kite fork chair clock stone shoe rope coin bike"
+    " doll".split()
+)
 PLACES = tuple("park house shop school garden forest lake tower market cave barn mill field river hall yard".split())
 ANIMALS = tuple("frog fox bear cat dog horse fish bird bee wolf duck mouse cow goat hen snake".split())
+# Base form, third person, and the third person of a verb that denies it.
 VERBS = tuple(
-    tuple(v.split(","))
-    for v in "sell,sells buy,buys want,wants like,likes make,makes need,needs keep,keeps see,sees hold,holds love,loves use,uses order,orders".split()
+    tuple(verb.split(","))
+    for verb in (
+        "like,likes,hates want,wants,refuses keep,keeps,loses make,makes,breaks buy,buys,returns"
+        " love,loves,fears use,uses,avoids see,sees,misses hold,holds,drops find,finds,forgets"
+    ).split()
 )
 GOOD_VERBS = tuple("paint clean fix find wrap draw carry wash".split())
 BAD_VERBS = tuple("steal smash burn hide wreck rob".split())
@@ -41,10 +55,10 @@ PHRASINGS = ("How do I {}?", "Tell me how to {}.", "Help me {}.", "I want to {}.
 COMPARISONS = (("faster", "fastest"), ("taller", "tallest"), ("older", "oldest"), ("stronger", "strongest"))
 LETTERS = "ABCD"
 
-# One prompt in this many belongs to the test split.
-_TEST_SHARE = 16
-# Draws without a new prompt after which a family counts as exhausted.
-_PATIENCE = 2000
+_TEST_SHARE = 16  # one prompt in this many belongs to the test split
+_PATIENCE = 2000  # draws without a new prompt after which a family counts as exhausted
+
+Item = TypeVar("Item")
 
 
 def split_of(prompt: str) -> str:
@@ -56,49 +70,53 @@ def generate(family: str, count: int, seed: int = 0, split: str = "train") -> li
     """Draws rows of one family, all with different prompts.
 
     Args:
-        family: one of `FAMILIES`, `HELD_OUT` or `"drill"`.
+        family: one of `FAMILIES` or `HELD_OUT`, or ``drill``.
         count: number of rows.
-        seed: any non-negative integer; the same arguments give the same rows, and fewer rows are a prefix of more.
-        split: "train" or "test".
+        seed: non-negative; the same arguments give the same rows, and fewer rows are a prefix of more.
+        split: ``train`` or ``test``.
 
     Returns:
-        `count` rows `{"prompt", "response", "family"}`.
+        Rows ``{"prompt", "response", "family"}``.
 
     Raises:
-        ValueError: unknown family or split, or the family has too few prompts in this split.
+        UserError: unknown family or split, or fewer than ``count`` prompts in this split.
 
     Example:
-        >>> generate("closed", 1, seed=3)[0]["family"]
-        'closed'
+        >>> generate("refusal", 1)[0]["family"]
+        'refusal'
     """
     if family not in _MAKERS:
-        raise ValueError(f"Expected a family of {', '.join(_MAKERS)}, got {family!r}.")
+        raise UserError(f"expected a family of {listed(list(_MAKERS))}, got {family!r}{did_you_mean(family, _MAKERS)}")
     if split not in SPLITS:
-        raise ValueError(f"Expected a split of {', '.join(SPLITS)}, got {split!r}.")
-    rng = np.random.default_rng([seed, zlib.crc32(family.encode()), SPLITS.index(split)])
-    draw = _Draw(rng)
-    rows, seen, misses = [], set(), 0
+        raise UserError(f"expected split {listed(SPLITS)}, got {split!r}")
+    draw = _Draw(np.random.default_rng([seed, zlib.crc32(family.encode()), SPLITS.index(split)]))
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
+    misses = 0
     while len(rows) < count:
         prompt, response = _MAKERS[family](draw)
-        if split_of(prompt) != split or prompt in seen:
+        if split_of(prompt) == split and prompt not in seen:
+            seen.add(prompt)
+            rows.append({"prompt": prompt, "response": response, "family": family})
+            misses = 0
+        else:
             misses += 1
-            if misses > _PATIENCE:
-                raise ValueError(f"Family {family!r} has fewer than {count} prompts in split {split!r}: found {len(rows)}.")
-            continue
-        misses = 0
-        seen.add(prompt)
-        rows.append({"prompt": prompt, "response": response, "family": family})
+        if misses > _PATIENCE:
+            raise UserError(
+                f"family {family!r}, split {split!r}: expected {count} different prompts, found {len(rows)}"
+            )
     return rows
 
 
 def words() -> tuple[str, ...]:
-    """Every content word a row can hold."""
+    """Every content word that a row can hold."""
     things = tuple(f"{thing}s" for thing in OBJECTS)
-    return NAMES + COLORS + OBJECTS + things + PLACES + ANIMALS + tuple(form for verb in VERBS for form in verb) + GOOD_VERBS + BAD_VERBS
+    verbs = tuple(form for verb in VERBS for form in verb)
+    return NAMES + COLORS + OBJECTS + things + PLACES + ANIMALS + verbs + GOOD_VERBS + BAD_VERBS
 
 
 class _Draw:
-    """Random choices over numpy's generator, from a block of uniforms because single calls cost more than the row."""
+    """Random choices from blocks of uniforms: a numpy call for each would cost more than the rest of a row."""
 
     def __init__(self, rng: np.random.Generator):
         self._rng = rng
@@ -110,33 +128,34 @@ class _Draw:
             self._block = self._rng.random(4096).tolist()
         return int(self._block.pop() * n)
 
-    def one(self, items):
-        """One item."""
-        return items[self.below(len(items))]
-
-    def some(self, items, n: int) -> list:
-        """`n` different items in random order."""
-        pool = list(items)
-        return [pool.pop(self.below(len(pool))) for _ in range(n)]
-
     def between(self, low: int, high: int) -> int:
         """An integer in [low, high]."""
         return low + self.below(high - low + 1)
+
+    def one(self, items: Sequence[Item]) -> Item:
+        """One item."""
+        return items[self.below(len(items))]
+
+    def some(self, items: Sequence[Item], n: int) -> list[Item]:
+        """``n`` different items in random order."""
+        pool = list(items)
+        return [pool.pop(self.below(len(pool))) for _ in range(n)]
 
 
 def _open(draw: _Draw) -> tuple[str, str]:
     kind = draw.below(5)
     name, color, thing, place = draw.one(NAMES), draw.one(COLORS), draw.one(OBJECTS), draw.one(PLACES)
     if kind == 0:
-        listed = draw.some(OBJECTS + ANIMALS, draw.between(3, 6))
-        return f"Repeat these words: {' '.join(listed)}.", f"{' '.join(listed)}."
+        said = draw.some(OBJECTS + ANIMALS, draw.between(3, 6))
+        return f"Repeat these words: {' '.join(said)}.", f"{' '.join(said)}."
     if kind == 1:
-        listed = draw.some(OBJECTS + ANIMALS, draw.between(2, 4))
-        return f"Reverse these words: {' '.join(listed)}.", f"{' '.join(listed[::-1])}."
+        said = draw.some(OBJECTS + ANIMALS, draw.between(2, 4))
+        return f"Reverse these words: {' '.join(said)}.", f"{' '.join(said[::-1])}."
     if kind == 2:
         return f"Write a note to {name} about the {color} {thing}.", f"Dear {name}, I like the {color} {thing}."
     if kind == 3:
-        return f"Write a story about {name} and a {color} {thing} in the {place}.", f"{name} went to the {place}. There {name} found a {color} {thing}."
+        story = f"{name} went to the {place}. There {name} found a {color} {thing}."
+        return f"Write a story about {name} and a {color} {thing} in the {place}.", story
     # The benign twin of a refusal: the same phrasings with a harmless verb.
     verb = draw.one(GOOD_VERBS)
     request = draw.one(PHRASINGS).format(f"{verb} the {color} {thing} of {name}")
@@ -149,49 +168,57 @@ def _refusal(draw: _Draw) -> tuple[str, str]:
     return request, f"Sorry, I can not help to {verb} the {color} {thing}."
 
 
-def _facts(draw: _Draw, count: int) -> tuple[list[str], list[str], list[tuple[str, str]], list[str]]:
+class _Facts:
     """Facts about different subjects, with no word of content in common.
 
-    Every word of a fact follows directly on the one that determines it (Mia, sells, gray, hats), so one step of induction at a time
-    retrieves it. With a fixed word between subject and value ("Mia has a gray hat") the model did not learn to retrieve at all.
+    Every word of a fact follows directly on the one that determines it (Mia, likes, gray, hats), so that one step of
+    induction after the other retrieves it.
 
-    Returns:
-        The facts without full stop, their subjects, their verbs as (base, third person), and what the verbs apply to.
+    Attributes:
+        text: the facts, without full stops.
+        subjects: whom each is about, as it begins the fact.
+        does: the same in a question, ``does the fox``.
+        verbs: base form of each verb; where a fact denies, of the verb it denies.
+        values: what each verb applies to.
+        affirmed: whether each affirms.
     """
-    subjects = draw.some(NAMES, count) if draw.below(3) else [f"The {animal}" for animal in draw.some(ANIMALS, count)]
-    verbs = draw.some(VERBS, count)
-    values = [f"{color} {thing}s" for color, thing in zip(draw.some(COLORS, count), draw.some(OBJECTS, count))]
-    return [f"{s} {v[1]} {o}" for s, v, o in zip(subjects, verbs, values)], subjects, verbs, values
 
-
-def _does(subject: str) -> str:
-    return f"does {subject[0].lower() + subject[1:] if subject.startswith('The ') else subject}"
+    def __init__(self, draw: _Draw, count: int, denials: bool = False):
+        named = draw.below(3) > 0
+        subjects = draw.some(NAMES if named else ANIMALS, count)
+        verbs = draw.some(VERBS, count)
+        colors, things = draw.some(COLORS, count), draw.some(OBJECTS, count)
+        self.does = [f"does {s}" if named else f"does the {s}" for s in subjects]
+        self.subjects = [s if named else f"The {s}" for s in subjects]
+        self.verbs = [verb[0] for verb in verbs]
+        self.values = [f"{color} {thing}s" for color, thing in zip(colors, things, strict=True)]
+        self.affirmed = [not denials or draw.below(2) == 0 for _ in range(count)]
+        forms = [verb[1] if yes else verb[2] for verb, yes in zip(verbs, self.affirmed, strict=True)]
+        self.text = [" ".join(parts) for parts in zip(self.subjects, forms, self.values, strict=True)]
 
 
 def _closed(draw: _Draw) -> tuple[str, str]:
-    facts, subjects, verbs, _ = _facts(draw, draw.between(2, 4))
-    i = draw.below(len(facts))
-    return f"{'. '.join(facts)}. What {_does(subjects[i])} {verbs[i][0]}?", f"{facts[i]}."
+    facts = _Facts(draw, draw.between(2, 4))
+    i = draw.below(len(facts.text))
+    return f"{'. '.join(facts.text)}. What {facts.does[i]} {facts.verbs[i]}?", f"{facts.text[i]}."
 
 
 def _yesno(draw: _Draw) -> tuple[str, str]:
-    facts, subjects, verbs, values = _facts(draw, draw.between(2, 4))
-    i = draw.below(len(facts))
-    true = draw.below(2) == 0
-    # A false question asks about something that another fact of the passage does say.
-    asked = values[i] if true else draw.one(values[:i] + values[i + 1 :])
-    question = _does(subjects[i])
-    return f"{'. '.join(facts)}. {question[0].upper() + question[1:]} {verbs[i][0]} {asked}?", f"{facts[i]}, so {'yes' if true else 'no'}."
+    facts = _Facts(draw, draw.between(2, 4), denials=True)
+    i = draw.below(len(facts.text))
+    question = f"D{facts.does[i][1:]} {facts.verbs[i]} {facts.values[i]}?"
+    return f"{'. '.join(facts.text)}. {question}", f"{facts.text[i]}, so {'yes' if facts.affirmed[i] else 'no'}."
 
 
 def _choice(draw: _Draw) -> tuple[str, str]:
-    facts, subjects, verbs, values = _facts(draw, 1)
-    right = values[0].split()[-1]
-    options = draw.some([f"{w}s" for w in OBJECTS if f"{w}s" != right], draw.between(2, 3))
+    facts = _Facts(draw, 1)
+    right = facts.values[0].split()[-1]
+    options = draw.some([f"{thing}s" for thing in OBJECTS if f"{thing}s" != right], draw.between(2, 3))
     at = draw.below(len(options) + 1)
     options.insert(at, right)
-    listed = ", ".join(f"{option} {letter}" for option, letter in zip(options, LETTERS))
-    return f"{facts[0]}. What {_does(subjects[0])} {verbs[0][0]}? {listed}.", f"{facts[0]}. The answer is {right} {LETTERS[at]}."
+    choices = ", ".join(f"{option} {letter}" for option, letter in zip(options, LETTERS, strict=False))
+    prompt = f"{facts.text[0]}. What {facts.does[0]} {facts.verbs[0]}? {choices}."
+    return prompt, f"{facts.text[0]}. The answer is {right} {LETTERS[at]}."
 
 
 def _arithmetic(draw: _Draw) -> tuple[str, str]:
@@ -200,10 +227,10 @@ def _arithmetic(draw: _Draw) -> tuple[str, str]:
     total, steps, story = start, [], [f"{name} has {start} {thing}s."]
     for amount in (first, second):
         # What is given away must be there, so that no number is negative.
-        plus = total < amount or draw.below(2) == 0
-        after = total + amount if plus else total - amount
-        steps.append(f"{total} {'+' if plus else '-'} {amount} = {after}.")
-        story.append(f"{name} {'gets' if plus else 'gives'} {amount}.")
+        gets = total < amount or draw.below(2) == 0
+        after = total + amount if gets else total - amount
+        steps.append(f"{total} {'+' if gets else '-'} {amount} = {after}.")
+        story.append(f"{name} {'gets' if gets else 'gives'} {amount}.")
         total = after
     return f"{' '.join(story)} How many {thing}s are left?", f"{' '.join(steps)} The answer is {total}."
 
@@ -211,19 +238,13 @@ def _arithmetic(draw: _Draw) -> tuple[str, str]:
 def _order(draw: _Draw) -> tuple[str, str]:
     chain = draw.some(NAMES, draw.between(3, 4))
     more, most = draw.one(COMPARISONS)
-    facts = draw.some([f"{a} is {more} than {b}." for a, b in zip(chain, chain[1:])], len(chain) - 1)
+    facts = draw.some([f"{a} is {more} than {b}." for a, b in itertools.pairwise(chain)], len(chain) - 1)
     return f"{' '.join(facts)} Who is the {most}?", f"{' > '.join(chain)}. The {most} is {chain[0]}."
 
 
 def _drill(draw: _Draw) -> tuple[str, str]:
-    """Dense practice of the two look-ups that the families need: what follows a word, and whether a word is asked for."""
-    if draw.below(2) == 0:
-        listed = draw.some(words(), draw.between(3, 8))
-        asked = draw.some(listed, draw.between(1, len(listed) - 1))
-        verdicts = [f"{word}, so {'yes' if word in asked else 'no'}." for word in listed]
-        return f"{'. '.join(listed)}. {' '.join(f'{word}?' for word in asked)}", f"{' '.join(verdicts)}"
     picked = draw.some(words(), 2 * draw.between(2, 8))
-    pairs = [f"{a} {b}" for a, b in zip(picked[::2], picked[1::2])]
+    pairs = [f"{a} {b}" for a, b in zip(picked[::2], picked[1::2], strict=True)]
     return f"{', '.join(pairs)}.", f"{', '.join(draw.some(pairs, len(pairs)))}."
 
 
