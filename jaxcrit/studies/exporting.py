@@ -17,6 +17,7 @@ from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
 from jaxcrit.models.weights import table, to_hf
+from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies.session import Session, Tuned, open_session
 
 DELTA = "delta.safetensors"
@@ -80,7 +81,8 @@ def export_model(
         return Exported(export(model, out, dtype=asked, progress=progress), None)
     target = Path(out).expanduser()
     check_free(target)
-    session = dataclasses.replace(open_session(model), dtype="float32")
+    host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
+    session = open_session(model, mesh=host, dtype="float32")
     kinds = {asked} if asked else set(session.checkpoint.dtypes.values())
     narrow = sorted(kinds - {"float32"})
     rounding = _rounding(session, narrow[0]) if narrow else None

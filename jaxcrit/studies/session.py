@@ -88,12 +88,12 @@ class Session:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh, progress=progress)
 
 
-def open_session(model: str, *, mesh: str = "", dtype: str = "", bars: Bars | None = None) -> Session:
+def open_session(model: str, *, mesh: str | Mesh = "", dtype: str = "", bars: Bars | None = None) -> Session:
     """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
 
     Args:
         model: as above.
-        mesh: such as ``data=4,fsdp=2``; default all devices on ``data``.
+        mesh: such as ``data=4,fsdp=2``, or made already; default all devices on ``data``.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
         bars: makes progress bars.
 
@@ -103,7 +103,7 @@ def open_session(model: str, *, mesh: str = "", dtype: str = "", bars: Bars | No
     """
     if model and (Path(model).expanduser() / "run.json").is_file():
         return _open_run(Path(model).expanduser(), mesh, dtype, bars)
-    devices = make_mesh(parse_mesh(mesh))
+    devices = mesh if isinstance(mesh, Mesh) else make_mesh(parse_mesh(mesh))
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
@@ -111,7 +111,7 @@ def open_session(model: str, *, mesh: str = "", dtype: str = "", bars: Bars | No
     return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype)
 
 
-def _open_run(run: Path, mesh: str, dtype: str, bars: Bars | None) -> Session:
+def _open_run(run: Path, mesh: str | Mesh, dtype: str, bars: Bars | None) -> Session:
     record = read_json(run / "run.json", RUN_FORMAT)
     if record.get("command") != "finetune":
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
