@@ -64,7 +64,9 @@ class Trainer:
         self.optimizer = make_optimizer(optimizer, schedule, self.partition, **settings)
         self.state = initial_state(self.partition, self.optimizer, params, self.mesh)
         shardings = state_shardings(abstract_state(self.partition, self.optimizer, params), self.mesh)
-        self.step = make_step(self.partition, self.optimizer, dtype=dtype, shardings=shardings, **options)
+        self.step = make_step(
+            self.partition, self.optimizer, dtype=dtype, mesh=self.mesh, shardings=shardings, **options
+        )
 
     def run(self, *batches):
         """Takes a step on each batch; returns the metrics of each."""

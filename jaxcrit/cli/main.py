@@ -20,6 +20,7 @@ COMMANDS = {
     "data": ("jaxcrit.cli.data", "show what a model will see of a dataset: rows, mask, lengths"),
     "finetune": ("jaxcrit.cli.finetune", "train exactly the layers you choose"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
+    "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
 }
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.

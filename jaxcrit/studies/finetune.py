@@ -249,8 +249,8 @@ class _Job:
         like = jax.tree.map(
             lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, shardings
         )
-        step = make_step(self.parts, self.optimizer, dtype=dtype, remat=config.remat, shardings=shardings)
-        losses = make_evaluation(self.parts, dtype=dtype)
+        step = make_step(self.parts, self.optimizer, dtype=dtype, remat=config.remat, mesh=mesh, shardings=shardings)
+        losses = make_evaluation(self.parts, dtype=dtype, mesh=mesh)
         tests = [place(batch, mesh) for batch in self.tests]
 
         def take(state: State, number: int) -> tuple[State, StepMetrics]:

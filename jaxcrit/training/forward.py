@@ -17,8 +17,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, run
+from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
 
 Form = Literal["runs", "gaps"]
@@ -42,6 +44,7 @@ def hidden_states(
     dtype: Any,
     remat: bool = True,
     form: Form | None = None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Runs tokens through the model.
 
@@ -53,6 +56,7 @@ def hidden_states(
         dtype: compute dtype.
         remat: recompute blocks in the backward pass instead of keeping their insides.
         form: see above; default `choose_form`.
+        mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
 
     Returns:
         ``[B, T, D]``, the residual stream after the last block.
@@ -62,6 +66,8 @@ def hidden_states(
     context = Context(positions, *config.rope.cos_sin(positions, lengths))
     with jax.named_scope("embed"):
         x = outside(bank, "embed")[tokens].astype(dtype)
+        if mesh is not None:
+            x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
     if (form or choose_form(partition)) == "gaps":
         return _gap_form(partition, bank, x, context, remat)
     return _run_form(partition, bank, x, context, remat)
@@ -70,6 +76,12 @@ def hidden_states(
 def outside(bank: Bank, path: str) -> jax.Array:
     """A weight outside the blocks, whichever group it is in."""
     return next(entries[path] for entries in bank.values() if path in entries)
+
+
+def _between_blocks(mesh: Mesh, length: int) -> NamedSharding:
+    """Rows over ``data`` and ``fsdp``, positions over ``tensor``: what is kept for the backward pass is split by all."""
+    rows = batch_sharding(mesh).spec[0]
+    return NamedSharding(mesh, PartitionSpec(rows, None if length % mesh.shape["tensor"] else "tensor"))
 
 
 def _run_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:

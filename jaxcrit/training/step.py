@@ -69,10 +69,19 @@ Evaluate = Callable[[Bank, Arrays, TokenBatch], LossSums]
 
 
 def batch_loss(
-    partition: Partition, bank: Bank, batch: TokenBatch, *, dtype: Any, remat: bool = True, form: Form | None = None
+    partition: Partition,
+    bank: Bank,
+    batch: TokenBatch,
+    *,
+    dtype: Any,
+    remat: bool = True,
+    form: Form | None = None,
+    mesh: Mesh | None = None,
 ) -> LossSums:
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
-    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form)
+    hidden = hidden_states(
+        partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh
+    )  # fmt: skip
     head = outside(bank, "embed" if partition.config.tied else "head")
     return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config.norm_eps)
 
@@ -112,6 +121,7 @@ def make_step(
     dtype: Any,
     remat: bool = True,
     form: Form | None = None,
+    mesh: Mesh | None = None,
     shardings: State | None = None,
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
@@ -125,6 +135,7 @@ def make_step(
         dtype: compute dtype.
         remat: see `hidden_states`.
         form: see `hidden_states`.
+        mesh: see `hidden_states`.
         shardings: of the state, to keep them from step to step.
     """
 
@@ -133,7 +144,7 @@ def make_step(
 
         def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
             bank = {**params, FROZEN: frozen}
-            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form)
+            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh)
             return sums.loss / total, sums
 
         gradient = jax.grad(loss, has_aux=True)
@@ -154,11 +165,11 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_evaluation(partition: Partition, *, dtype: Any) -> Evaluate:
+def make_evaluation(partition: Partition, *, dtype: Any, mesh: Mesh | None = None) -> Evaluate:
     """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
 
     def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:
-        return batch_loss(partition, {**params, FROZEN: frozen}, batch, dtype=dtype, remat=False)
+        return batch_loss(partition, {**params, FROZEN: frozen}, batch, dtype=dtype, remat=False, mesh=mesh)
 
     return jax.jit(evaluate)
 
