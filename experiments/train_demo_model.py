@@ -128,10 +128,12 @@ def export(decoder: Decoder, hf: dict, tokenizer: tokenizers.Tokenizer, out: Pat
     print(f"{out}: {count:,} parameters, {size:,} bytes", flush=True)
 
 
-def exact_match(decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int) -> dict[str, tuple[int, int]]:
+def exact_match(
+    decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int, families: tuple[str, ...] = demo.FAMILIES
+) -> dict[str, tuple[int, int]]:
     """By family, how many greedy answers equal the reference word for word, and of how many test rows."""
     right = {}
-    for family in demo.FAMILIES:
+    for family in families:
         pairs = [recipe.encode(tokenizer, row) for row in demo.generate(family, count, seed=0, split="test")]
         lengths = np.array([len(prompt) for prompt, _ in pairs], np.int32)
         tokens = np.full((count, 48), demo_tokenizer.PAD, np.int32)
@@ -201,7 +203,9 @@ def main(argv: list[str]) -> None:
     elif FLAGS.compare:
         compare(out, Path(FLAGS.compare))
     elif FLAGS.evaluate:
-        for family, (hits, asked) in exact_match(load(open_checkpoint(out)), _tokenizer(out), FLAGS.rows).items():
+        families = (*demo.FAMILIES, *demo.HELD_OUT)
+        right = exact_match(load(open_checkpoint(out)), _tokenizer(out), FLAGS.rows, families)
+        for family, (hits, asked) in right.items():
             low, high = wilson(hits, asked)
             print(f"{family:<11} {hits}/{asked} = {hits / asked:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     else:
