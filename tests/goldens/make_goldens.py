@@ -1,7 +1,7 @@
 """Writes decoders.npz: what transformers computes, so that the decoder is checked where torch is not installed.
 
 Weights are not stored: `family_models.recipe` makes them again from the tensors' names. Run, with the parity
-extra installed, as ``PYTHONPATH=tests:tests/parity python tests/goldens/make_goldens.py``.
+extra installed, as ``PYTHONPATH=tests python tests/goldens/make_goldens.py``.
 """
 
 from __future__ import annotations
