@@ -183,12 +183,10 @@ class Decoder(nnx.Module):
         self.head = None if config.tied else nnx.Param(weights["head"])
 
     def weights(self) -> dict[str, Any]:
-        """The arrays by weight-table path: what checkpoints store."""
-        found = {
-            f"blocks.{name}": value[...] for name, value in vars(self.blocks).items() if isinstance(value, nnx.Param)
-        }
-        found |= {name: value[...] for name, value in vars(self).items() if isinstance(value, nnx.Param)}
-        return found
+        """The arrays (or abstract shapes) by weight-table path: what checkpoints store."""
+        blocks = {f"blocks.{name}": value for name, value in vars(self.blocks).items()}
+        found = {**blocks, **vars(self)}
+        return {path: value.get_value() for path, value in found.items() if isinstance(value, nnx.Param)}
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:

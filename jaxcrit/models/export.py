@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -17,6 +18,7 @@ from jaxcrit.core.files import atomic_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, Progress, load, locate, open_checkpoint
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.weights import hf_shapes, to_hf
+from jaxcrit.parallel.mesh import make_mesh
 
 # Everything beside the weights that a user of the directory needs.
 _CARRIED = (
@@ -46,7 +48,9 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
     checkpoint = open_checkpoint(locate(model))
     target = Path(out).expanduser()
     _check_free(target)
-    return write_checkpoint(load(checkpoint, progress=progress), checkpoint, target, dtype=dtype)
+    # Nothing is computed, so the weights stay on the host and no accelerator needs room for them.
+    host = make_mesh({"data": 1}, jax.devices("cpu")[:1])
+    return write_checkpoint(load(checkpoint, mesh=host, progress=progress), checkpoint, target, dtype=dtype)
 
 
 def write_checkpoint(

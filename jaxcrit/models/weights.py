@@ -140,10 +140,11 @@ def to_hf(decoder: Decoder, layers: range | None = None) -> Iterator[tuple[str, 
     config, weights = decoder.config, decoder.weights()
     parts: dict[str, list[Weight]] = {}
     for row in table(config):
-        parts.setdefault(row.hf, []).append(row)
+        if row.stacked or layers is None:
+            parts.setdefault(row.hf, []).append(row)
     for hf, rows in parts.items():
         stacked = rows[0].stacked
-        for layer in (layers or range(config.num_layers)) if stacked else range(0 if layers else 1):
+        for layer in (range(config.num_layers) if layers is None else layers) if stacked else range(1):
             pieces = [
                 np.asarray(weights[row.path][layer] if stacked else weights[row.path]).reshape(row.hf_shape(config))
                 for row in rows
