@@ -234,7 +234,8 @@ def _json(raw: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} of it, " if error.lineno > 1 else ""
         raise UserError(
-            f"{where}: expected one JSON object per line, or one array, got broken JSON ({line}column {error.colno}: {error.msg})"
+            f"{where}: expected one JSON object per line, or one array, got broken JSON"
+            f" ({line}column {error.colno}: {error.msg})"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise UserError(f"{where}: expected a JSON object, got what cannot be read ({error})") from None
