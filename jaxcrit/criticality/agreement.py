@@ -16,7 +16,7 @@ def spearman_matrix(scores: Sequence[LayerScores]) -> np.ndarray:
     Adjacent layers are much alike, so the layers are far fewer independent observations than there are of them.
 
     Args:
-        scores: M of one model, all of which rank the critical layers at the same end or not (directions are applied).
+        scores: M of one model; one whose direction is ``high`` is turned round.
 
     Returns:
         ``[M, M]``; NaN where a score is constant.

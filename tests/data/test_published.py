@@ -9,6 +9,8 @@ import make_renderings as goldens
 import pytest
 from conftest import SHARED
 from family_tokenizers import family_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.datasets import load, read_rows
@@ -298,3 +300,32 @@ def test_masked_prefix_of_real_rows_is_the_prompt(tmp_path):
                     list(one.token_ids[: one.prompt_length])
                     == tokenizer(one.prompt, add_special_tokens=False)["input_ids"]
                 )
+
+
+_KEYS = st.sampled_from(
+    ["instruction", "input", "output", "context", "response", "question", "stem", "answer", "passage", "question_stem",
+     "choices", "text", "label", "answerKey", "fact1", "messages", "role", "content"]
+)  # fmt: skip
+_LEAVES = st.none() | st.booleans() | st.integers(0, 9) | st.sampled_from(["A", "", "user", "assistant"])
+_JSON = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(dataset=st.sampled_from(sorted(PUBLISHED)), data=st.data())
+def test_whatever_a_row_holds_is_read_or_one_line(dataset, data):
+    """Real rows with one part replaced, and rows made of the fields that the sets have."""
+    row = data.draw(st.sampled_from([row for name, row in goldens.CASES if name == dataset]))
+    if data.draw(st.booleans()):
+        row = data.draw(st.dictionaries(_KEYS, _JSON, max_size=5) | _JSON)
+    else:
+        part = row = json.loads(json.dumps(row))
+        while isinstance(part, dict | list) and part:
+            key = data.draw(st.sampled_from(list(part) if isinstance(part, dict) else range(len(part))))
+            if data.draw(st.booleans()):
+                part[key] = data.draw(_JSON)
+                break
+            part = part[key]
+    try:
+        assert PUBLISHED[dataset].read(row, "row 1").instruction
+    except UserError as error:
+        assert str(error).startswith("row 1") and "\n" not in str(error)
