@@ -230,6 +230,8 @@ class TestBadInput:
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a"}}, ["no 'choices', found 'stem'"]),
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a", "choices": {}}}, ["got an object"]),
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a", "choices": [3]}}, ["got a number"]),
+            ("openbookqa", goldens.OPENBOOKQA | {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, ["got A, A"]),
+            ("pure_bad", {"messages": [*goldens.PURE_BAD["messages"], 5]}, ["at most {label}"]),
             ("pure_bad", {"messages": "a"}, ["got a string"]),
             ("pure_bad", {"messages": []}, ["got a list"]),
             ("pure_bad", {"messages": [{"role": "user", "content": "a"}]}, ["got 'user'"]),
