@@ -101,15 +101,19 @@ def placement(row: Row) -> tuple[tuple[str | int, ...], tuple[str | int, ...] | 
 
 
 def _text(row: Any, name: str, where: str, wanted: str, *, blank: bool = True) -> str:
-    value = _field(row, name, where, wanted)
+    return check_text(_field(row, name, where, wanted), f"{where}: {name}", blank)
+
+
+def check_text(value: Any, where: str, blank: bool = True) -> str:
+    """Refuses what is no text; with ``blank`` off, also what is empty or white space only."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}: expected text, got {type_name(value)}")
+        raise UserError(f"{where}: expected text, got {type_name(value)}")
     if not blank and not value.strip():
-        raise UserError(f"{where}: {name}: expected text, got {'white space' if value else 'an empty string'}")
+        raise UserError(f"{where}: expected text, got {'an empty string' if not value else 'only white space'}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name}: half a surrogate pair at character {error.start + 1}") from None
+        raise UserError(f"{where}: expected text, got half a surrogate pair at character {error.start + 1}") from None
     return value
 
 
