@@ -14,6 +14,7 @@ from jaxcrit.core.hashing import sample_id
 from jaxcrit.data.templates import render, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.studies.rendering import DataConfig
+from jaxcrit.studies.session import EMBEDDED_MODEL
 
 
 @pytest.fixture(scope="module")
@@ -59,6 +60,13 @@ def test_shows_rows_lengths_and_hash(model, files, capsys):
     assert out[table + 2].split()[0] == "2" and out[table + 2].split()[-1] == "dolly"
     assert out[-1] == f"template hash: {template_hash(load_tokenizer(model))}"
     assert max(map(len, out[table : table + 4])) <= 100
+
+
+@pytest.mark.skipif(not EMBEDDED_MODEL.is_dir(), reason="no embedded model in this checkout")
+def test_by_default_the_embedded_model_and_prompts(capsys):
+    assert main(["data", "--limit=5"]) == 0
+    out = lines(capsys)
+    assert sum("tokens masked" in line for line in out) == 3 and out[-1].startswith("template hash: ")
 
 
 def test_paper_edition(model, files, capsys):
