@@ -7,16 +7,15 @@ from typing import Any
 
 from absl.flags import FlagValues
 
+from jaxcrit.cli.data import RENDERING, ROWS
 from jaxcrit.cli.flags import Flag
 
 FLAGS = {
     "what": (
         Flag("model", "", "checkpoint directory or hub id (default: the embedded model)", word="DIR"),
-        Flag("data", "", "prompts as JSONL; several with commas (default: embedded)", word="FILE"),
+        *ROWS,
         Flag("out", "", "run directory to write (default: a new one here)", word="DIR"),
-        Flag("template", "auto", "how prompts are wrapped", ("auto", "none", "chat")),
-        Flag("limit", 0, "first N rows of each dataset only; 0 for all", lowest=0),
-        Flag("truncate", "", "cut prompts too long for the model (default: refuse)", ("left",)),
+        *RENDERING,
     ),
     "capture": (
         Flag("position", "last", "token that stands for a prompt", ("last", "mean", "all")),

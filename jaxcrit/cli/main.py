@@ -17,6 +17,7 @@ from jaxcrit.core.errors import UserError, did_you_mean
 # name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code.
 COMMANDS = {
     "analyze": ("jaxcrit.cli.analyze", "find the critical layers of a model, and say how sure that is"),
+    "data": ("jaxcrit.cli.data", "show what a model will see of a dataset: rows, mask, lengths"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
 }

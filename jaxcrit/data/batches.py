@@ -90,7 +90,6 @@ def make_batches(
     prompt_only: bool = True,
     *,
     max_length: int | None = None,
-    truncate: str = "",
 ) -> list[Batch]:
     """Sorts examples into buckets and cuts each bucket into batches of one shape.
 
@@ -101,26 +100,21 @@ def make_batches(
         batch_size: B rows in every batch; a short last batch of a bucket is filled up.
         buckets: bucket lengths; default `choose_buckets` of these examples.
         prompt_only: leave the responses out.
-        max_length: the model's context.
-        truncate: ``left`` keeps the last `max_length` tokens of what is too long; empty refuses it.
+        max_length: the model's context; what is longer must be cut before (`jaxcrit.data.truncation`).
 
     Raises:
-        UserError: a batch size below 1, an unknown `truncate`, examples longer than the context, or
-            buckets that do not hold the longest example.
+        UserError: a batch size below 1, examples longer than the context, or buckets that do not hold the
+            longest example.
     """
     if batch_size < 1:
         raise UserError(f"--batch_size={batch_size}: expected at least 1")
-    if truncate not in ("", "left"):
-        raise UserError(f"--truncate={truncate}: expected left, or nothing to refuse prompts that are too long")
     if not examples:
         return []
     sequences = [
         example.token_ids[: example.prompt_length] if prompt_only else example.token_ids for example in examples
     ]
     if max_length is not None:
-        if truncate != "left":
-            refuse_long([len(sequence) for sequence in sequences], max_length)
-        sequences = [sequence[-max_length:] for sequence in sequences]
+        refuse_long([len(sequence) for sequence in sequences], max_length)
     lengths = np.array([len(sequence) for sequence in sequences])
     ladder = np.array(sorted(set(buckets)) if buckets else choose_buckets(lengths, batch_size, max_length))
     if ladder[0] < 1 or ladder[-1] < lengths.max():
@@ -164,5 +158,6 @@ def refuse_long(lengths: Sequence[int], max_length: int, where: str = "") -> Non
         raise UserError(
             f"{where}{': ' if where else ''}expected prompts of at most {max_length} tokens, the model's context;"
             f" {len(too_long)} of {len(lengths)} are longer, the longest is row {lengths.index(max(too_long)) + 1}"
-            f" with {max(too_long)}; remove them or keep their ends with --truncate=left"
+            f" with {max(too_long)}; remove them or keep their ends with"
+            " --truncate=left (their beginnings with right)"
         )

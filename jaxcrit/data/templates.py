@@ -1,7 +1,8 @@
-"""Renders raw rows into the token ids a model is given, the prompt first.
+"""Renders raw rows into the token ids a model is given, the prompt first: for analysis, training and evaluation alike.
 
-What is analysed is ``token_ids[:prompt_length]``; it depends on the prompt alone, so a row scores the same
-with and without its response.
+What is analysed is ``token_ids[:prompt_length]``, what is trained on is the rest. In the clean edition the prompt's
+tokens depend on the prompt alone, so a row scores the same with and without its response, and a model is trained on
+the very prompt it will be given; the paper edition does what the paper's code did (`jaxcrit.data.paper`).
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.hashing import sample_id, sha256_json
+from jaxcrit.data import paper
 from jaxcrit.data.datasets import Row, split_messages
+from jaxcrit.data.published import EDITIONS, PUBLISHED, Fields
 
-TEMPLATES = ("auto", "none", "chat")
+TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
+_CHUNK = 512  # rows tokenised at once: a tokenizer's answer takes tens of times the memory of the token ids in it
 # Llama 3's templates (and others) write today's date into every prompt; a fixed one, Llama's own default, keeps
 # the numbers of a run the same tomorrow.
 _DATE = datetime.date(2024, 7, 26)
@@ -54,29 +58,57 @@ class _Text:
     templated: bool
 
 
-def render(rows: Sequence[Row], tokenizer: Any, template: str = "auto", where: str = "") -> list[Example]:
+def render(
+    rows: Sequence[Row],
+    tokenizer: Any,
+    template: str = "auto",
+    where: str = "",
+    *,
+    dataset: str = "",
+    edition: str = "clean",
+) -> list[Example]:
     """Renders rows of any kind.
 
     With the chat template the string is rendered first, generation prompt included, and tokenised without
     further special tokens, so that a BOS the template writes is not doubled. Without it the prompt is tokenised
     as it stands, after whatever the tokenizer puts in front of a text (BOS, unless the text begins with it).
     The whole is tokenised at once; where a token would span the boundary, prompt and response are tokenised
-    apart, as they are when the model generates.
+    apart, as they are when the model generates. (Parting the spanning token by offsets would give the same mask,
+    but a prompt that changes with its response, which no model is ever asked.)
 
     Args:
         rows: checked raw rows.
         tokenizer: from `load_tokenizer`.
         template: ``auto`` (chat where the tokenizer has a chat template and the row is no plain text),
-            ``none`` or ``chat``.
+            ``none`` or ``chat``; a family, llama2, llama3 or phi3, is ``chat`` in the clean edition, and in the
+            paper edition names whose strings, ``auto`` going by the tokenizer.
         where: the dataset, for messages.
+        dataset: which of the paper's datasets the rows are of; empty for rows of one's own.
+        edition: ``clean`` or ``paper``.
 
     Raises:
-        UserError: unknown template, a chat template is needed and absent or refuses the conversation,
-            or a prompt of no tokens.
+        UserError: unknown template or edition, a chat template is needed and absent or refuses the conversation,
+            a paper edition of rows or a tokenizer that it does not know, or a prompt of no tokens.
     """
-    chat = _chat_template(tokenizer, template)
-    places = [f"{where}{': ' if where else ''}row {number}" for number in range(1, len(rows) + 1)]
-    texts = [_text(row, tokenizer, chat, place) for row, place in zip(rows, places, strict=True)]
+    _check(template, edition)
+    family = paper.family_of(tokenizer, template) if edition == "paper" else None
+    chat = None if family else _chat_template(tokenizer, template)
+    examples: list[Example] = []
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        places = [f"{where}{': ' if where else ''}row {start + number}" for number in range(1, len(part) + 1)]
+        if family:
+            examples += _render_paper(part, places, tokenizer, family, dataset, where)
+        else:
+            examples += _render_clean(part, places, tokenizer, chat, dataset)
+    return examples
+
+
+def _render_clean(
+    rows: Sequence[Row], places: Sequence[str], tokenizer: Any, chat: str | None, dataset: str
+) -> list[Example]:
+    plain = [_clean_row(row, place, dataset, chat) for row, place in zip(rows, places, strict=True)]
+    texts = [_text(row, tokenizer, chat, place) for row, place in zip(plain, places, strict=True)]
     prompts = _encode(tokenizer, [text.prompt for text in texts])
     wholes = _encode(tokenizer, [text.prompt + text.rest for text in texts])
     front = _front(tokenizer)
@@ -85,30 +117,90 @@ def render(rows: Sequence[Row], tokenizer: Any, template: str = "auto", where: s
         if not prompt:
             raise UserError(f"{place}: the prompt {text.prompt[:40]!r} has no tokens in this vocabulary")
         if whole[: len(prompt)] != prompt:
-            whole = prompt + _encode(tokenizer, [text.rest])[0]
+            whole = prompt + _continuation(tokenizer, text.rest)
         before = [] if text.templated or prompt[: len(front)] == front else front
         ids = np.array(before + whole, dtype=np.int32)
         examples.append(Example(sample_id(row), ids, len(before) + len(prompt), text.prompt, text.response))
     return examples
 
 
-def template_hash(tokenizer: Any, template: str = "auto") -> str:
-    """Identity of the rendering: chat template, BOS and EOS. Compared within one tokenizer only.
+def _render_paper(
+    rows: Sequence[Row], places: Sequence[str], tokenizer: Any, family: str, dataset: str, where: str
+) -> list[Example]:
+    if dataset not in PUBLISHED:
+        raise UserError(
+            f"{where}{': ' if where else ''}--edition=paper has strings for {', '.join(PUBLISHED)} only;"
+            " name the dataset (--data=dolly:PATH) or use --edition=clean"
+        )
+    fields = [PUBLISHED[dataset].read(row, place) for row, place in zip(rows, places, strict=True)]
+    renderings = [paper.rendering(family, dataset, one) for one in fields]
+    return [
+        Example(sample_id(row), np.array(ids, dtype=np.int32), length, "".join(shown.prompt), one.response)
+        for row, one, shown, (ids, length) in zip(
+            rows, fields, renderings, paper.tokenise(renderings, tokenizer, where), strict=True
+        )
+    ]
+
+
+def _clean_row(row: Row, place: str, dataset: str, chat: str | None) -> Row:
+    """A published row as prompt and response; without chat template a line break stands between the two."""
+    if not dataset:
+        return row
+    fields = PUBLISHED[dataset].read(row, place)
+    prompt = PUBLISHED[dataset].prompt(fields) + ("\n" if chat is None else "")
+    return {"prompt": prompt, "response": PUBLISHED[dataset].answer(fields)}
+
+
+def template_hash(tokenizer: Any, template: str = "auto", edition: str = "clean") -> str:
+    """Identity of the rendering: edition, family or chat template, the strings of all datasets, BOS and EOS.
+
+    Compared within one tokenizer only, and independent of which datasets a run has.
 
     Raises:
-        UserError: unknown template, or a chat template is asked for and absent.
+        UserError: see `render`.
     """
+    _check(template, edition)
     special = {"front": _front(tokenizer), "bos": tokenizer.bos_token, "eos": tokenizer.eos_token}
-    return sha256_json({"chat_template": _chat_template(tokenizer, template), **special})
+    if edition == "paper":
+        strings = {"strings": paper.outline(paper.family_of(tokenizer, template))}
+        return sha256_json({"edition": edition, **strings, **special})
+    chat = _chat_template(tokenizer, template)
+    named = dict(instruction="{i}", response="{r}", choices=("{c}", "{d}"), key="{k}", fact="{f}")
+    rows = [Fields(**named, context=context) for context in ("", "{x}")]  # type: ignore[arg-type]
+    clean = {name: [[kind.prompt(row), kind.answer(row)] for row in rows] for name, kind in PUBLISHED.items()}
+    return sha256_json({"edition": edition, "chat_template": chat, "strings": clean, **special})
+
+
+def check_same_rendering(first: str, second: str, *, allow_template_mismatch: bool = False) -> None:
+    """Refuses to compare two runs whose prompts were rendered otherwise.
+
+    Args:
+        first: template hash of one run.
+        second: of the other.
+        allow_template_mismatch: compare all the same.
+
+    Raises:
+        UserError: they differ; both are named.
+    """
+    if first != second and not allow_template_mismatch:
+        raise UserError(
+            f"expected two runs of one rendering, got template hashes {first} and {second}: their prompts differ;"
+            " give both the same --template and --edition, or compare all the same with --allow_template_mismatch"
+        )
+
+
+def _check(template: str, edition: str) -> None:
+    for flag, value, known in (("template", template, TEMPLATES), ("edition", edition, EDITIONS)):
+        if value not in known:
+            raise UserError(f"--{flag}={value}: expected {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
 
 
 def _chat_template(tokenizer: Any, template: str) -> str | None:
     """The chat template to use, its calls for today's date replaced, or None to use none."""
-    if template not in TEMPLATES:
-        hint = did_you_mean(template, TEMPLATES)
-        raise UserError(f"--template={template}: expected {', '.join(TEMPLATES)}, got {template!r}{hint}")
-    if template == "chat" and not tokenizer.chat_template:
-        raise UserError("--template=chat: this tokenizer has no chat template; use --template=none for the raw prompt")
+    if template not in ("auto", "none") and not tokenizer.chat_template:
+        raise UserError(
+            f"--template={template}: this tokenizer has no chat template; use --template=none for the raw prompt"
+        )
     if template == "none" or not tokenizer.chat_template:
         return None
     call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
@@ -150,6 +242,12 @@ def _apply(tokenizer: Any, chat: str, messages: list[dict[str, str]], where: str
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:
     """Token ids of each text, nothing added. `verbose` would warn of long texts; the batches refuse them."""
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+
+
+def _continuation(tokenizer: Any, rest: str) -> list[int]:
+    """Token ids of text that goes on: after a line break, so that no tokenizer puts a space in front of it."""
+    before, both, alone = _encode(tokenizer, ["\n", "\n" + rest, rest])
+    return both[len(before) :] if both[: len(before)] == before else alone
 
 
 def _front(tokenizer: Any) -> list[int]:

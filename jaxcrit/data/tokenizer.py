@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path) -> Any:
             f"{path}: expected a tokenizer ({', '.join(_VOCABULARIES)}), found none;"
             " copy the tokenizer files of the model there"
         )
-    with _quiet():
+    with quiet():
         from transformers import AutoTokenizer
 
         try:
@@ -51,7 +51,7 @@ def load_tokenizer(path: str | Path) -> Any:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Holds back log lines up to warnings: transformers greets a machine without torch with one."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -23,7 +23,7 @@ def _probability(probability: np.ndarray | None, layer: int, score: LayerScores)
     return _number(probability[layer], 2) if score.valid[layer] else "-"
 
 
-def _lines(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> list[str]:
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> list[str]:
     """Aligns columns to the right, the last one to the left; strips the ends."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
@@ -73,7 +73,7 @@ def layer_table(
             ]
         )
     bold = [style and layer in chosen.layers for layer in range(chosen.num_layers)]
-    return "\n".join(_lines(header, rows, bold))
+    return "\n".join(aligned(header, rows, bold))
 
 
 def consensus_table(
@@ -107,7 +107,7 @@ def consensus_table(
         mark = "◀ critical" if layer in chosen.layers else ""
         rows.append([str(layer), *values, _number(consensus.values[layer], 2), sure, mark])
     header = ["layer", *(names[name] for name in shown), "mean rank", "P(chosen)", ""]
-    lines = _lines(header, rows, [style and layer in chosen.layers for layer in range(chosen.num_layers)])
+    lines = aligned(header, rows, [style and layer in chosen.layers for layer in range(chosen.num_layers)])
     hidden = len(deltas) - len(shown)
     return "\n".join(lines + ([f"({hidden} more datasets are in the report)"] if hidden else []))
 

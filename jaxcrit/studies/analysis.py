@@ -23,12 +23,12 @@ from jaxcrit.criticality.cautions import cautions
 from jaxcrit.criticality.score import layer_scores, values_without_each
 from jaxcrit.criticality.selection import mean_rank, selection_probability
 from jaxcrit.data.batches import refuse_long
-from jaxcrit.data.datasets import load
-from jaxcrit.data.templates import render, template_hash
+from jaxcrit.data.templates import template_hash
 from jaxcrit.similarity.cka import from_tables
 from jaxcrit.similarity.grams import KERNELS, gram_tables
 from jaxcrit.similarity.inference import null_mean, participation_ratio
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.studies.rendering import render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
@@ -135,8 +135,6 @@ def _check(config: AnalysisConfig) -> LayerSpec:
         raise UserError(f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)")
     if config.bias not in ("biased", "debiased"):
         raise UserError(f"--bias={config.bias}: expected biased or debiased")
-    if config.truncate not in ("", "left"):
-        raise UserError(f"--truncate={config.truncate}: expected left")
     if config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
     if config.embed and not config.save_activations:
@@ -146,10 +144,9 @@ def _check(config: AnalysisConfig) -> LayerSpec:
 
 def _datasets(config: AnalysisConfig, session: Session) -> list[Dataset]:
     datasets = []
-    for named in load(config.data, config.limit):
-        examples = render(named.rows, session.tokenizer, config.template, where=named.source)
-        if config.truncate != "left":
-            refuse_long([example.prompt_length for example in examples], session.config.max_length, named.source)
+    for rendered in render_sets(config, session.tokenizer, session.config.max_length):
+        named, examples = rendered.named, rendered.cut
+        refuse_long([example.prompt_length for example in examples], session.config.max_length, named.source)
         largest = max(int(example.token_ids.max()) for example in examples)
         if largest >= session.config.vocab_size:
             raise UserError(
@@ -163,13 +160,14 @@ def _datasets(config: AnalysisConfig, session: Session) -> list[Dataset]:
 def _determines(config: AnalysisConfig, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = dataclasses.asdict(config)
-    for name in ("model", "data", "out", "batch_size", "mesh", "limit"):  # identity is in the hashes, not the paths
+    # The identity of the rows is in the hashes, not in how they were come by.
+    for name in ("model", "data", "split", "out", "batch_size", "mesh", "limit", "shuffle_seed"):
         del asked[name]
     return {
         "command": "analyze",
         "config": {**asked, "dtype": session.dtype},
         "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template),
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
         "data": {dataset.name: sha256_json(dataset.sample_ids) for dataset in datasets},
         "jaxcrit": __version__,
     }
@@ -192,7 +190,7 @@ def _run_record(
             "width": session.config.width,
             "dtype": session.dtype,
         },
-        "template": {"mode": config.template, "hash": determines["template_hash"]},
+        "template": {"mode": config.template, "edition": config.edition, "hash": determines["template_hash"]},
         "data": {
             dataset.name: {
                 "source": dataset.source,

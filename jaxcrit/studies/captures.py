@@ -32,9 +32,11 @@ class AnalysisConfig:
 
     Attributes:
         model: checkpoint directory or hub id; empty for the embedded model.
-        data: JSONL files with commas; empty for the embedded prompts.
+        data: JSONL files and datasets of the paper with commas; empty for the embedded prompts.
+        split: of the paper's datasets; empty for ``test``.
         out: run directory; empty for one named after the inputs.
-        template: auto, none or chat.
+        template: auto, none, chat, or a family of the paper.
+        edition: clean or paper.
         position: last, mean or all.
         embed: save the embedding output too.
         save_activations: keep the hidden states.
@@ -49,14 +51,17 @@ class AnalysisConfig:
         bias: which delta selects, debiased or biased.
         trim: layers at each end that are never critical.
         limit: first rows of each dataset only; 0 for all.
-        truncate: ``left`` to cut prompts that are too long.
+        shuffle_seed: of the order of the rows, before the limit; -1 for the order of the file.
+        truncate: ``left``, ``right`` or ``paper`` to cut prompts that are too long.
         seed: of everything random.
     """
 
     model: str = ""
     data: str = ""
+    split: str = ""
     out: str = ""
     template: str = "auto"
+    edition: str = "clean"
     position: Position = "last"
     embed: bool = False
     save_activations: bool = False
@@ -71,6 +76,7 @@ class AnalysisConfig:
     bias: str = "debiased"
     trim: int = 2
     limit: int = 0
+    shuffle_seed: int = -1
     truncate: str = ""
     seed: int = 0
 
@@ -121,8 +127,6 @@ class Captures:
         self.taken: dict[str, dict[str, Any]] = {}
         self.began = time.time()
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
-        if config.truncate == "left":
-            lengths = [min(length, session.config.max_length) for length in lengths]
         split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
         self.batch_size = -(-config.batch_size // split) * split
         self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
@@ -159,7 +163,7 @@ class Captures:
                 "format_version": 1,
                 "identity": self.directory.identity,
                 "model_hash": self.session.model_hash,
-                "template_hash": template_hash(self.session.tokenizer, self.config.template),
+                "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
                 "position": self.config.position,
                 "kernel": self.config.kernel,
                 "num_layers": self.session.config.num_layers,
@@ -184,7 +188,6 @@ class Captures:
             self.batch_size,
             buckets=self.buckets,
             max_length=self.session.config.max_length,
-            truncate=config.truncate,
         )
         bar = None if self.progress is None else self.progress(total=len(dataset.examples), desc=dataset.name)
         activations = capture(

@@ -26,6 +26,11 @@ MISTAKES = {
     "analyze stray": "expected flags only, got 'stray'",
     "analyze model=x": "did you mean --model=x?",
     "analyze --seed=1 -- --limit=3": "expected flags only",
+    "analyze --truncate=lef": "did you mean 'left'?",
+    "data --template=lama3": "did you mean 'llama3'?",
+    "data --edition=papr": "did you mean 'paper'?",
+    "data --split=tset": "did you mean 'test'?",
+    "data --model=/absent": "/absent",
     "select": "expected --scores=FILE",
     "select --scores=/absent.json": "/absent.json: no such file",
     "export": "expected --model=DIR",
@@ -71,7 +76,7 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxcrit {jaxcrit.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "analyze --help", "export --help", "select --help"])
+@pytest.mark.parametrize("arguments", ["--help", "analyze --help", "data --help", "export --help", "select --help"])
 def test_help_imports_nothing_slow(arguments):
     code = (
         "import sys; from jaxcrit.cli.main import main; code = main(sys.argv[1:]);"

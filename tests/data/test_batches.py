@@ -136,13 +136,6 @@ class TestMakeBatches:
         with pytest.raises(UserError, match=r"^a\.jsonl: expected prompts of at most 9"):
             refuse_long([9, 10], 9, "a.jsonl")
 
-    def test_truncate_left_keeps_the_end(self):
-        (batch,) = make_batches([example(12, response=2)], 1, max_length=9, truncate="left")
-        np.testing.assert_array_equal(batch.tokens[0], example(12, response=2).token_ids[3:12])
-        assert batch.lengths.tolist() == [9]
-
     def test_refuses_arguments(self):
-        with pytest.raises(UserError, match="--truncate=right: expected left"):
-            make_batches(examples_of([3]), 1, truncate="right")
         with pytest.raises(UserError, match="--batch_size=0: expected at least 1"):
             make_batches(examples_of([3]), 0)
