@@ -21,6 +21,7 @@ from pathlib import Path
 import demo_recipe as recipe
 import demo_tokenizer
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import tokenizers
@@ -43,7 +44,7 @@ flags.DEFINE_string("out", "runs/demo_model", "checkpoint directory; the state o
 flags.DEFINE_integer("seed", 0, "of the weights and of the data", lower_bound=0)
 flags.DEFINE_integer("layers", 16, "blocks", lower_bound=1)
 flags.DEFINE_integer("width", 96, "of the residual stream; a multiple of 32", lower_bound=32)
-flags.DEFINE_integer("steps", 2000, "optimizer steps", lower_bound=1)
+flags.DEFINE_integer("steps", 2000, "optimizer steps before the model settles", lower_bound=1)
 flags.DEFINE_float("rate", 0.02, "peak learning rate")
 flags.DEFINE_integer("save_every", 200, "steps between two states on disk", lower_bound=1)
 flags.DEFINE_bool("evaluate", False, "print exact match of OUT instead of training")
@@ -84,15 +85,17 @@ def train(out: Path) -> None:
         functools.partial(recipe.update, config=config, steps=FLAGS.steps, rate=FLAGS.rate), donate_argnums=(0, 1, 2)
     )
     began, losses = time.perf_counter() - seconds, []
-    bar = tqdm(range(start, FLAGS.steps), initial=start, total=FLAGS.steps, unit="step", mininterval=2)
-    for step in bar:
+    total = FLAGS.steps + recipe.SETTLE_STEPS
+    for step in (bar := tqdm(range(start, total), initial=start, total=total, unit="step", mininterval=2)):
+        if step == FLAGS.steps:
+            weights = recipe.soften({path: jnp.asarray(value) for path, value in weights.items()})
         batch = recipe.batch_at(tokenizer, FLAGS.seed, step, FLAGS.steps)
         weights, first, second, loss = update(weights, first, second, batch, np.int32(step))
         losses.append(loss)
         done = step + 1
         if done % 50 == 0:
             bar.set_postfix(loss=f"{np.mean(jax.device_get(losses[-50:])):.3f}")
-        if done % FLAGS.save_every == 0 or done == FLAGS.steps:
+        if done % FLAGS.save_every == 0 or done in (FLAGS.steps, total):
             arrays = {
                 f"{key}/{path}": np.asarray(value)
                 for key, tree in zip(_KEYS, (weights, first, second), strict=True)
@@ -102,7 +105,7 @@ def train(out: Path) -> None:
             write_npz(state, arrays, {"settings": settings, "step": done, "seconds": elapsed})
             print(f"step {done}: {elapsed:.0f} s, response loss {np.mean(jax.device_get(losses)):.3f}", flush=True)
             losses = []
-            if done < FLAGS.steps:
+            if done < total:
                 print(f"    {_line(exact_match(Decoder(config, weights), tokenizer, 50))}", flush=True)
     export(Decoder(config, weights), hf, tokenizer, out)
 
@@ -125,10 +128,12 @@ def export(decoder: Decoder, hf: dict, tokenizer: tokenizers.Tokenizer, out: Pat
     print(f"{out}: {count:,} parameters, {size:,} bytes", flush=True)
 
 
-def exact_match(decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int) -> dict[str, tuple[int, int]]:
+def exact_match(
+    decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int, families: tuple[str, ...] = demo.FAMILIES
+) -> dict[str, tuple[int, int]]:
     """By family, how many greedy answers equal the reference word for word, and of how many test rows."""
     right = {}
-    for family in demo.FAMILIES:
+    for family in families:
         pairs = [recipe.encode(tokenizer, row) for row in demo.generate(family, count, seed=0, split="test")]
         lengths = np.array([len(prompt) for prompt, _ in pairs], np.int32)
         tokens = np.full((count, 48), demo_tokenizer.PAD, np.int32)
@@ -198,7 +203,9 @@ def main(argv: list[str]) -> None:
     elif FLAGS.compare:
         compare(out, Path(FLAGS.compare))
     elif FLAGS.evaluate:
-        for family, (hits, asked) in exact_match(load(open_checkpoint(out)), _tokenizer(out), FLAGS.rows).items():
+        families = (*demo.FAMILIES, *demo.HELD_OUT)
+        right = exact_match(load(open_checkpoint(out)), _tokenizer(out), FLAGS.rows, families)
+        for family, (hits, asked) in right.items():
             low, high = wilson(hits, asked)
             print(f"{family:<11} {hits}/{asked} = {hits / asked:.3f}, 95 % interval {low:.3f} to {high:.3f}")
     else:

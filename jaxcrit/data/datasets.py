@@ -20,8 +20,7 @@ from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.data.published import PUBLISHED, Cut, Row, cut_of, form
-from jaxcrit.data.published import type_name as _kind
+from jaxcrit.data.published import PUBLISHED, Cut, Row, check_text, cut_of, form, type_name
 from jaxcrit.data.tokenizer import quiet
 
 DEMO_PROMPTS = Path(__file__).parents[1] / "assets" / "demo_prompts"
@@ -234,7 +233,8 @@ def _json(raw: bytes, where: str) -> Any:
     except json.JSONDecodeError as error:
         line = f"line {error.lineno} of it, " if error.lineno > 1 else ""
         raise UserError(
-            f"{where}: expected one JSON object per line, got broken JSON ({line}column {error.colno}: {error.msg})"
+            f"{where}: expected one JSON object per line, or one array, got broken JSON"
+            f" ({line}column {error.colno}: {error.msg})"
         ) from None
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise UserError(f"{where}: expected a JSON object, got what cannot be read ({error})") from None
@@ -243,7 +243,7 @@ def _json(raw: bytes, where: str) -> Any:
 def _check(row: Any, where: str) -> None:
     """Refuses what is not a row of exactly one kind with something in it."""
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected a JSON object {_EXPECTED}, got {_kind(row)}")
+        raise UserError(f"{where}: expected a JSON object {_EXPECTED}, got {type_name(row)}")
     kinds = [kind for kind in KINDS if kind in row]
     found = listed([repr(field) for field in row]) or "no fields"
     if len(kinds) != 1:
@@ -255,9 +255,9 @@ def _check(row: Any, where: str) -> None:
     if kinds == ["messages"]:
         _check_messages(row["messages"], where)
     else:
-        _check_text(row[kinds[0]], f"{where}: {kinds[0]}")
+        check_text(row[kinds[0]], f"{where}: {kinds[0]}", blank=False)
     if row.get("response") is not None:
-        _check_text(row["response"], f"{where}: response", blank=True)
+        check_text(row["response"], f"{where}: response")
 
 
 def _published_hint(row: Row) -> str:
@@ -273,16 +273,16 @@ def _published_hint(row: Row) -> str:
 
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list):
-        raise UserError(f"{where}: expected messages to be a list of {{role, content}}, got {_kind(messages)}")
+        raise UserError(f"{where}: expected messages to be a list of {{role, content}}, got {type_name(messages)}")
     for index, message in enumerate(messages, 1):
         here = f"{where}: message {index}"
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            fields = listed([repr(field) for field in message]) if isinstance(message, dict) else _kind(message)
+            fields = listed([repr(field) for field in message]) if isinstance(message, dict) else type_name(message)
             raise UserError(f"{here}: expected an object with role and content, got {fields or 'no fields'}")
         role = message["role"]
         if role not in ROLES:
             raise UserError(f"{here}: expected role {', '.join(ROLES)}, got {role!r}{did_you_mean(str(role), ROLES)}")
-        _check_text(message["content"], f"{here}: content", blank=role != "user")
+        check_text(message["content"], f"{here}: content", blank=role != "user")
     prompt, _ = split_messages(messages)
     if not prompt or prompt[-1]["role"] != "user":
         last = f"one of {prompt[-1]['role']}" if prompt else "none"
@@ -294,14 +294,3 @@ def split_messages(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]]
     if messages and messages[-1]["role"] == "assistant":
         return messages[:-1], messages[-1]["content"]
     return messages, None
-
-
-def _check_text(value: Any, where: str, blank: bool = False) -> None:
-    if not isinstance(value, str):
-        raise UserError(f"{where}: expected text, got {_kind(value)}")
-    if not blank and not value.strip():
-        raise UserError(f"{where}: expected text, got {'an empty string' if not value else 'only white space'}")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: expected text, got half a surrogate pair at character {error.start + 1}") from None

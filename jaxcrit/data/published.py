@@ -101,15 +101,19 @@ def placement(row: Row) -> tuple[tuple[str | int, ...], tuple[str | int, ...] | 
 
 
 def _text(row: Any, name: str, where: str, wanted: str, *, blank: bool = True) -> str:
-    value = _field(row, name, where, wanted)
+    return check_text(_field(row, name, where, wanted), f"{where}: {name}", blank)
+
+
+def check_text(value: Any, where: str, blank: bool = True) -> str:
+    """Refuses what is no text; with ``blank`` off, also what is empty or white space only."""
     if not isinstance(value, str):
-        raise UserError(f"{where}: {name}: expected text, got {type_name(value)}")
+        raise UserError(f"{where}: expected text, got {type_name(value)}")
     if not blank and not value.strip():
-        raise UserError(f"{where}: {name}: expected text, got {'white space' if value else 'an empty string'}")
+        raise UserError(f"{where}: expected text, got {'an empty string' if not value else 'only white space'}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise UserError(f"{where}: {name}: half a surrogate pair at character {error.start + 1}") from None
+        raise UserError(f"{where}: expected text, got half a surrogate pair at character {error.start + 1}") from None
     return value
 
 
@@ -171,6 +175,8 @@ def _read_openbookqa(row: Row, where: str) -> Fields:
         pairs = list(zip(labels, texts, strict=True))
     key = _text(row, "answerKey", where, wanted)
     answers = dict(pairs)
+    if len(answers) < len(pairs):
+        raise UserError(f"{where}: choices: expected different labels, got {listed([label for label, _ in pairs])}")
     if key not in answers:
         raise UserError(f"{where}: answerKey: expected one of {', '.join(answers) or 'some choices'}, got {key!r}")
     fact = _text(row, "fact1", where, wanted)
@@ -182,17 +188,14 @@ def _read_pure_bad(row: Row, where: str) -> Fields:
     messages = _field(row, "messages", where, wanted)
     if isinstance(messages, dict):
         return Fields(_text(messages, "instruction", where, "messages {instruction}", blank=False))
-    roles = (
-        [one.get("role") if isinstance(one, dict) else None for one in messages] if isinstance(messages, list) else []
-    )
-    labels = messages[2:] if len(roles) > 2 else []
-    if roles[:2] != ["user", "assistant"] or len(roles) > 3 or any("label" not in (one or {}) for one in labels):
+    listing = messages if isinstance(messages, list) else []
+    roles = [one.get("role") if isinstance(one, dict) else None for one in listing]
+    labelled = all(isinstance(one, dict) and "label" in one for one in listing[2:])
+    if roles[:2] != ["user", "assistant"] or len(roles) > 3 or not labelled:
         found = listed([repr(role) for role in roles]) if roles else type_name(messages)
         raise UserError(f"{where}: expected {wanted}, then at most {{label}}; got {found}")
-    user, assistant = (
-        _text(one, "content", where, "role, content", blank=one is not messages[0]) for one in messages[:2]
-    )
-    return Fields(user, assistant)
+    user = _text(listing[0], "content", where, "role, content", blank=False)
+    return Fields(user, _text(listing[1], "content", where, "role, content"))
 
 
 def _with_context(fields: Fields) -> str:

@@ -23,6 +23,7 @@ from jaxcrit.data.datasets import Row, split_messages
 from jaxcrit.data.published import EDITIONS, PUBLISHED, Fields
 
 TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
+_CHUNK = 512  # rows tokenised at once: a tokenizer's answer takes tens of times the memory of the token ids in it
 # Llama 3's templates (and others) write today's date into every prompt; a fixed one, Llama's own default, keeps
 # the numbers of a run the same tomorrow.
 _DATE = datetime.date(2024, 7, 26)
@@ -90,10 +91,22 @@ def render(
             a paper edition of rows or a tokenizer that it does not know, or a prompt of no tokens.
     """
     _check(template, edition)
-    places = [f"{where}{': ' if where else ''}row {number}" for number in range(1, len(rows) + 1)]
-    if edition == "paper":
-        return _render_paper(rows, places, tokenizer, paper.family_of(tokenizer, template), dataset, where)
-    chat = _chat_template(tokenizer, template)
+    family = paper.family_of(tokenizer, template) if edition == "paper" else None
+    chat = None if family else _chat_template(tokenizer, template)
+    examples: list[Example] = []
+    for start in range(0, len(rows), _CHUNK):
+        part = rows[start : start + _CHUNK]
+        places = [f"{where}{': ' if where else ''}row {start + number}" for number in range(1, len(part) + 1)]
+        if family:
+            examples += _render_paper(part, places, tokenizer, family, dataset, where)
+        else:
+            examples += _render_clean(part, places, tokenizer, chat, dataset)
+    return examples
+
+
+def _render_clean(
+    rows: Sequence[Row], places: Sequence[str], tokenizer: Any, chat: str | None, dataset: str
+) -> list[Example]:
     plain = [_clean_row(row, place, dataset, chat) for row, place in zip(rows, places, strict=True)]
     texts = [_text(row, tokenizer, chat, place) for row, place in zip(plain, places, strict=True)]
     prompts = _encode(tokenizer, [text.prompt for text in texts])

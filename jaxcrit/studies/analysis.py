@@ -160,16 +160,8 @@ def _datasets(config: AnalysisConfig, session: Session) -> list[Dataset]:
 def _determines(config: AnalysisConfig, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = dataclasses.asdict(config)
-    for name in (
-        "model",
-        "data",
-        "split",
-        "out",
-        "batch_size",
-        "mesh",
-        "limit",
-        "shuffle_seed",
-    ):  # identity is in the hashes, not the paths
+    # The identity of the rows is in the hashes, not in how they were come by.
+    for name in ("model", "data", "split", "out", "batch_size", "mesh", "limit", "shuffle_seed"):
         del asked[name]
     return {
         "command": "analyze",

@@ -7,7 +7,7 @@ import pytest
 from conftest import SHARED
 
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criticality import choose, delta
+from jaxcrit.criticality import choose, delta, spearman_matrix
 
 PAPER = SHARED / "paper"
 DATASETS = ["dolly", "alpaca", "gsm8k", "boolq", "openbookqa"]
@@ -46,6 +46,28 @@ def test_published_delta5(dataset):
     np.testing.assert_array_equal(np.flatnonzero(valid), sorted(drawn))
     compare(values, drawn)
     np.testing.assert_array_equal(delta(matrix(dataset), 5, edges="clip")[0][2:30], values[2:30])
+
+
+# As printed in the paper's figure, whose curves are read off it.
+PRINTED = {
+    ("dolly", "alpaca"): 0.78, ("dolly", "openbookqa"): 0.82, ("dolly", "gsm8k"): 0.87, ("dolly", "boolq"): 0.76,
+    ("alpaca", "openbookqa"): 0.86, ("alpaca", "gsm8k"): 0.94, ("alpaca", "boolq"): 0.92,
+    ("openbookqa", "gsm8k"): 0.89, ("openbookqa", "boolq"): 0.95, ("gsm8k", "boolq"): 0.91,
+}  # fmt: skip
+
+
+def test_cross_dataset_matrix():
+    curves = []
+    for dataset in DATASETS:
+        values = np.full(32, np.nan)
+        for layer, value in column("llama2_7b_chat_delta5_figures.csv", dataset).items():
+            values[layer] = value
+        curves.append(LayerScores("delta", values, np.isfinite(values), "low"))
+    matrix = spearman_matrix(curves)
+    np.testing.assert_allclose(matrix, matrix.T)
+    np.testing.assert_allclose(np.diagonal(matrix), 1)
+    for (one, other), printed in PRINTED.items():
+        assert abs(matrix[DATASETS.index(one), DATASETS.index(other)] - printed) <= 0.03, (one, other)
 
 
 def test_bottom_five_on_dolly():

@@ -9,6 +9,8 @@ import make_renderings as goldens
 import pytest
 from conftest import SHARED
 from family_tokenizers import family_tokenizer
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.datasets import load, read_rows
@@ -212,8 +214,12 @@ class TestBadInput:
             ("dolly", {"instruction": "a", "contxt": "", "response": "b"}, ["did you mean 'contxt'?"]),
             ("alpaca", goldens.DOLLY, ["expected instruction, input, output; no 'output'"]),
             ("alpaca", goldens.ALPACA | {"input": None}, ["input: expected text, got null"]),
-            ("alpaca", goldens.ALPACA | {"instruction": " "}, ["instruction: expected text, got white space"]),
-            ("alpaca", goldens.ALPACA | {"output": "\ud800"}, ["output: half a surrogate pair at character 1"]),
+            ("alpaca", goldens.ALPACA | {"instruction": " "}, ["instruction: expected text, got only white space"]),
+            (
+                "alpaca",
+                goldens.ALPACA | {"output": "\ud800"},
+                ["output: expected text, got half a surrogate pair at character 1"],
+            ),
             ("alpaca", goldens.ALPACA | {"n": float("nan")}, ["finite"]),
             ("alpaca", {}, ["found no fields"]),
             ("gsm8k", {"question": "a", "answer": 3}, ["answer: expected text, got a number"]),
@@ -228,6 +234,8 @@ class TestBadInput:
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a"}}, ["no 'choices', found 'stem'"]),
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a", "choices": {}}}, ["got an object"]),
             ("openbookqa", goldens.AI2 | {"question": {"stem": "a", "choices": [3]}}, ["got a number"]),
+            ("openbookqa", goldens.OPENBOOKQA | {"choices": {"text": ["a", "b"], "label": ["A", "A"]}}, ["got A, A"]),
+            ("pure_bad", {"messages": [*goldens.PURE_BAD["messages"], 5]}, ["at most {label}"]),
             ("pure_bad", {"messages": "a"}, ["got a string"]),
             ("pure_bad", {"messages": []}, ["got a list"]),
             ("pure_bad", {"messages": [{"role": "user", "content": "a"}]}, ["got 'user'"]),
@@ -298,3 +306,32 @@ def test_masked_prefix_of_real_rows_is_the_prompt(tmp_path):
                     list(one.token_ids[: one.prompt_length])
                     == tokenizer(one.prompt, add_special_tokens=False)["input_ids"]
                 )
+
+
+_KEYS = st.sampled_from(
+    ["instruction", "input", "output", "context", "response", "question", "stem", "answer", "passage", "question_stem",
+     "choices", "text", "label", "answerKey", "fact1", "messages", "role", "content"]
+)  # fmt: skip
+_LEAVES = st.none() | st.booleans() | st.integers(0, 9) | st.sampled_from(["A", "", "user", "assistant"])
+_JSON = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=4))
+
+
+@settings(deadline=None, max_examples=300)
+@given(dataset=st.sampled_from(sorted(PUBLISHED)), data=st.data())
+def test_whatever_a_row_holds_is_read_or_one_line(dataset, data):
+    """Real rows with one part replaced, and rows made of the fields that the sets have."""
+    row = data.draw(st.sampled_from([row for name, row in goldens.CASES if name == dataset]))
+    if data.draw(st.booleans()):
+        row = data.draw(st.dictionaries(_KEYS, _JSON, max_size=5) | _JSON)
+    else:
+        part = row = json.loads(json.dumps(row))
+        while isinstance(part, dict | list) and part:
+            key = data.draw(st.sampled_from(list(part) if isinstance(part, dict) else range(len(part))))
+            if data.draw(st.booleans()):
+                part[key] = data.draw(_JSON)
+                break
+            part = part[key]
+    try:
+        assert PUBLISHED[dataset].read(row, "row 1").instruction
+    except UserError as error:
+        assert str(error).startswith("row 1") and "\n" not in str(error)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from conftest import SHARED
+from family_tokenizers import family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import CHAT_TEMPLATE, tiny_tokenizer_dir
@@ -12,7 +13,8 @@ from tokenizers import normalizers
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.data.templates import render, template_hash
+from jaxcrit.data.inspection import texts
+from jaxcrit.data.templates import check_same_rendering, render, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
 
 BOS = 0
@@ -178,6 +180,60 @@ def test_response_never_changes_the_prompt(chat, prompt, response, mode):
     assert list(with_response.token_ids[: with_response.prompt_length]) == list(alone.token_ids)
     end = "<|end|>\n" if mode == "chat" else ""
     assert chat.decode(with_response.token_ids[with_response.prompt_length :]) == response + end
+
+
+def test_two_renderings_are_compared_only_when_allowed(chat):
+    first, second = template_hash(chat), template_hash(chat, "none")
+    check_same_rendering(first, first)
+    check_same_rendering(first, second, allow_template_mismatch=True)
+    with pytest.raises(UserError) as caught:
+        check_same_rendering(first, second)
+    message = str(caught.value)
+    assert first in message and second in message and "--allow_template_mismatch" in message and "\n" not in message
+
+
+_LETTERS = "".join(map(chr, range(32, 127))) + "\n"
+_RESPONSES = st.text(_LETTERS, min_size=1, max_size=20).map(str.strip).filter(bool)  # Llama-3's template strips
+
+
+@pytest.fixture(scope="module")
+def stand_ins(tmp_path_factory):
+    path = tmp_path_factory.mktemp("families")
+    return {name: family_tokenizer(path / name, name, strip=False) for name in ("llama2", "llama3", "phi3")}
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    family=st.sampled_from(["llama2", "llama3", "phi3"]),
+    prompt=st.text(_LETTERS, min_size=1, max_size=20).filter(str.strip),
+    response=_RESPONSES,
+    mode=st.sampled_from(["none", "chat", "named"]),
+)
+def test_unmasked_text_is_the_response(stand_ins, family, prompt, response, mode):
+    """With tokenizers that put a space in front of a text, that merge letters, that have bytes for tokens."""
+    tokenizer = stand_ins[family]
+    if mode == "named":
+        row, options = {"question": prompt, "answer": response}, {"dataset": "gsm8k", "template": "none"}
+    else:
+        row, options = {"prompt": prompt, "response": response}, {"template": mode}
+    (example,) = render([row], tokenizer, **options)
+    around = {"llama2": (" ", " </s>"), "llama3": ("", "<|eot_id|>"), "phi3": ("", "<|end|> \n")}[family]
+    # (Phi-3's tokenizer puts a space in front of whatever follows a special token, the template's line break too.)
+    before, after = around if mode == "chat" else ("", "")
+    shown, unmasked = texts(example, tokenizer)
+    assert unmasked == before + response + after
+    if mode == "named":
+        assert shown.endswith(prompt + "\n"), "a line break, so that question and answer do not run together"
+
+
+@settings(deadline=None, max_examples=80)
+@given(family=st.sampled_from(["llama2", "llama3"]), prompt=_RESPONSES, response=_RESPONSES)
+def test_unmasked_text_of_the_paper_is_the_response_and_its_slips(stand_ins, family, prompt, response):
+    row = {"question": prompt, "answer": response}
+    (example,) = render([row], stand_ins[family], dataset="gsm8k", edition="paper")
+    _, unmasked = texts(example, stand_ins[family])
+    end = {"llama2": f" {response} </s>", "llama3": f"<|begin_of_text|>{response}<|eot_id|>"}[family]
+    assert unmasked == end
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data")
