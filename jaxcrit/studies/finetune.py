@@ -396,9 +396,11 @@ def _critical(
     analysis = AnalysisConfig(
         model=config.model, data=config.data, split=split_of, limit=_ANALYSIS_PROMPTS,
         shuffle_seed=max(config.shuffle_seed, 0), out=config.analysis or str(out / "analysis"),
-        template=config.template, edition=config.edition, truncate=config.truncate, mesh=config.mesh, layers=str(spec),
+        template=config.template, edition=config.edition, truncate=config.truncate, mesh=config.mesh,
     )  # fmt: skip
-    return run_analysis(analysis, progress=progress).chosen
+    found = run_analysis(analysis, progress=progress)
+    scores = found.scores[analysis.criterion]  # the analysis is the same whatever number of layers is asked for
+    return resolve(spec, session.config.num_layers, scores=scores, trim=analysis.trim, model_hash=session.model_hash)
 
 
 def _out(config: FinetuneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
