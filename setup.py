@@ -50,6 +50,7 @@ setup(
     extras_require={
         "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
         "lint": ["mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
+        "tensorboard": ["tensorboardX>=2.6,<3"],
         # A CPU build is enough: torch only checks numbers here.
         "parity": ["torch==2.13.0"],
         # jax pins the libtpu and CUDA plug-ins that go with each of its releases.

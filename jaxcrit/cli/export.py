@@ -20,10 +20,10 @@ FLAGS = {
 
 def run(values: FlagValues) -> int:
     """Loads and writes; says what rounding cost."""
-    if not values.out:
-        raise UserError("export: expected --out=DIR")
     if bool(values.model) == bool(values.run):
         raise UserError("export: expected --model=DIR or --run=DIR, one of them")
+    if not values.out:
+        raise UserError("export: expected --out=DIR")
     from jaxcrit.cli.progress import bars
     from jaxcrit.studies.exporting import export_model
 

@@ -79,7 +79,7 @@ def outside(bank: Bank, path: str) -> jax.Array:
 
 
 def _between_blocks(mesh: Mesh, length: int) -> NamedSharding:
-    """Rows over ``data`` and ``fsdp``, positions over ``tensor``: what is kept for the backward pass is split by all."""
+    """Rows over ``data`` and ``fsdp``, positions over ``tensor``: what the backward pass needs is split by all."""
     rows = batch_sharding(mesh).spec[0]
     return NamedSharding(mesh, PartitionSpec(rows, None if length % mesh.shape["tensor"] else "tensor"))
 

@@ -114,10 +114,12 @@ def test_all_of_them_cut_short(saved, tmp_path):
 def full_disk():
     """Files cannot grow: every write beyond a few bytes fails, as on a full disk."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    jax.config.update("jax_enable_compilation_cache", False)  # that cannot be written either, and would warn
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
     try:
         yield
     finally:
+        jax.config.update("jax_enable_compilation_cache", True)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 

@@ -1,0 +1,224 @@
+"""What ``jaxcrit finetune`` is given: flags, checked; rows, rendered; layers, found; and what the results depend on."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxcrit import __version__
+from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.data.published import PUBLISHED
+from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.parallel.mesh import parse_mesh
+from jaxcrit.studies.analysis import run_analysis
+from jaxcrit.studies.captures import AnalysisConfig
+from jaxcrit.studies.rendering import render_sets
+from jaxcrit.studies.session import Bars, Session
+from jaxcrit.training.data import check_rows, hold_out
+from jaxcrit.training.optimizer import make_schedule
+from jaxcrit.training.partition import OUTSIDE, Partition, partition
+
+MODES = ("only", "freeze")
+_ANALYSIS_PROMPTS = 300  # as many as the paper's
+# Where the results do not depend on a field, or do so only through hashes that stand beside it.
+_FREE = ("model", "data", "split", "limit", "shuffle_seed", "eval_data", "eval_split", "out", "analysis", "mesh",
+         "checkpoint_every", "keep", "tensorboard")  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig:
+    """What ``jaxcrit finetune`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
+        data, split, limit, shuffle_seed: rows, as of `AnalysisConfig`; of the paper's datasets the train split.
+        eval_data, eval_split: rows to test on; empty for a tenth of the rows, held out.
+        out: run directory; empty for one named after the inputs.
+        template, edition, truncate, max_length: rendering, as of `DataConfig`.
+        layers: LayerSpec.
+        mode: ``only`` trains these layers, ``freeze`` trains all others.
+        train_embeddings, train_norms, train_head: outside the blocks; None trains them with ``freeze`` alone.
+        analysis: run directory of the analysis that ``critical`` needs; empty for one inside ``out``.
+        steps: optimizer steps; 0 goes by ``epochs``.
+        epochs: passes over the rows; 0 for one, unless steps are given.
+        batch_size: rows per micro-batch.
+        accumulate: micro-batches per step.
+        optimizer, learning_rate, schedule, warmup, weight_decay, clip: see `make_optimizer`, `make_schedule`.
+        dtype: of compute and frozen weights; empty for float32 on CPU, else bfloat16.
+        remat: recompute blocks in the backward pass.
+        mesh: devices by axis.
+        eval_every: steps between tests; 0 for a twentieth of the run.
+        checkpoint_every: steps between checkpoints; 0 for a tenth of the run.
+        keep: newest checkpoints to keep, besides the best.
+        patience: tests without improvement before stopping; 0 for never.
+        tensorboard: write event files too.
+        seed: of the order of rows.
+    """
+
+    model: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    eval_data: str = ""
+    eval_split: str = ""
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    max_length: int = 0
+    layers: str = "critical"
+    mode: str = "only"
+    train_embeddings: bool | None = None
+    train_norms: bool | None = None
+    train_head: bool | None = None
+    analysis: str = ""
+    steps: int = 0
+    epochs: int = 0
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    dtype: str = ""
+    remat: bool = True
+    mesh: str = ""
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    keep: int = 2
+    patience: int = 0
+    tensorboard: bool = False
+    seed: int = 0
+
+
+def check(config: FinetuneConfig) -> LayerSpec:
+    """Checks the flags that need neither model nor data.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if config.mode not in MODES:
+        raise UserError(f"--mode={config.mode}: expected only or freeze{did_you_mean(config.mode, MODES)}")
+    if config.steps and config.epochs:
+        raise UserError(f"--steps={config.steps} --epochs={config.epochs}: give one of them")
+    for name, lowest in (("steps", 0), ("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 1),
+                         ("eval_every", 0), ("checkpoint_every", 0), ("patience", 0), ("seed", 0)):  # fmt: skip
+        if getattr(config, name) < lowest:
+            raise UserError(f"--{name}={getattr(config, name)}: expected {lowest} or more")
+    if config.dtype not in ("", "float32", "bfloat16"):
+        raise UserError(f"--dtype={config.dtype}: expected float32 or bfloat16")
+    make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)
+    parse_mesh(config.mesh)
+    return LayerSpec.parse(config.layers)
+
+
+def check_mesh(config: FinetuneConfig, session: Session) -> None:
+    """Checks that a micro-batch divides over the mesh.
+
+    Raises:
+        UserError: it does not.
+    """
+    parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    if config.batch_size % parts:
+        raise UserError(
+            f"--batch_size={config.batch_size}: does not divide over the {parts} parts of the mesh (data x fsdp); take"
+            f" a multiple of {parts}, or another --mesh"
+        )
+
+
+def compute_dtype(config: FinetuneConfig) -> str:
+    """The dtype asked for; by default float32 on CPU, where bfloat16 is slower, and bfloat16 elsewhere."""
+    return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+
+
+def resolve_fixed(config: FinetuneConfig, spec: LayerSpec, session: Session) -> LayerSet:
+    """The layers of a rule that needs no scores, checked before anything is written.
+
+    Raises:
+        UserError: see `resolve` and `partition_of`.
+    """
+    chosen = resolve(spec, session.config.num_layers, model_hash=session.model_hash)
+    partition_of(config, session, chosen)
+    return chosen
+
+
+def partition_of(config: FinetuneConfig, session: Session, chosen: LayerSet) -> Partition:
+    """What trains: the chosen layers or all others, and what is outside the blocks.
+
+    Raises:
+        UserError: no layer is named, or none is left to train; see `partition`.
+    """
+    layers = chosen.layers if config.mode == "only" else chosen.complement()
+    if not chosen.layers:
+        raise UserError(f"--layers={config.layers}: names no layer")
+    if not layers:
+        raise UserError(
+            f"--layers={config.layers} --mode=freeze: freezes all {chosen.num_layers} layers, and none is left to train"
+        )
+    asked = dict(zip(OUTSIDE, (config.train_embeddings, config.train_norms, config.train_head), strict=True))
+    trains = {path for path, given in asked.items() if given or (given is None and config.mode == "freeze")}
+    return partition(session.config, layers, trains)
+
+
+def read_examples(config: FinetuneConfig, session: Session) -> tuple[list[Example], list[Example]]:
+    """Rows to train and to test on, rendered and checked.
+
+    Raises:
+        UserError: see `render_sets`, `check_rows` and `hold_out`.
+    """
+    most = min(config.max_length or session.config.max_length, session.config.max_length)
+
+    def rendered(data: str, splits: str, limit: int) -> list[Example]:
+        published = any(part.strip().partition(":")[0] in PUBLISHED for part in data.split(","))
+        asked = dataclasses.replace(config, data=data, split=splits if published else config.split, limit=limit)
+        found: list[Example] = []
+        for one in render_sets(asked, session.tokenizer, most, training=True):
+            check_rows(one.cut, one.limit if config.truncate == "paper" else most, session.config.vocab_size,
+                       one.named.source)  # fmt: skip
+            found += one.cut
+        return found
+
+    rows = rendered(config.data, config.split or "train", config.limit)
+    if config.eval_data:
+        return rows, rendered(config.eval_data, config.eval_split or "test", 0)
+    return hold_out(rows, config.data or "demo")
+
+
+def determined_by(config: FinetuneConfig, session: Session, fixed: LayerSet | None, rows: list[Example],
+                held: list[Example]) -> dict[str, Any]:  # fmt: skip
+    """Everything that the trained weights depend on; a run goes on only where all of it is the same."""
+    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
+    ids = {name: sha256_json([example.sample_id for example in part]) for name, part in
+           (("train", rows), ("eval", held))}  # fmt: skip
+    return {
+        "command": "finetune",
+        "config": {**asked, "dtype": compute_dtype(config), "layers": list(fixed.layers) if fixed else config.layers},
+        "model_hash": session.model_hash,
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
+        "data": ids,
+        "jaxcrit": __version__,
+    }
+
+
+def critical_layers(
+    config: FinetuneConfig, spec: LayerSpec, session: Session, out: Path, progress: Bars | None
+) -> LayerSet:  # fmt: skip
+    """The layers an analysis of the training prompts chooses; an analysis that is there already is used."""
+    published = any(part.strip().partition(":")[0] in PUBLISHED for part in config.data.split(","))
+    split_of = config.split or ("train" if published else "")
+    analysis = AnalysisConfig(
+        model=config.model, data=config.data, split=split_of, limit=_ANALYSIS_PROMPTS,
+        shuffle_seed=max(config.shuffle_seed, 0), out=config.analysis or str(out / "analysis"),
+        template=config.template, edition=config.edition, truncate=config.truncate, mesh=config.mesh,
+    )  # fmt: skip
+    found = run_analysis(analysis, progress=progress)
+    scores = found.scores[analysis.criterion]  # the analysis is the same whatever number of layers is asked for
+    return resolve(spec, session.config.num_layers, scores=scores, trim=analysis.trim, model_hash=session.model_hash)
