@@ -11,7 +11,7 @@ from jaxcrit.cli.flags import Flag
 # The flags that say which rows a command reads and how they are rendered.
 ROWS = (
     Flag("data", "", "JSONL, or dolly:JSONL, ...; with commas (default: embedded)", word="FILE"),
-    Flag("split", "", "of alpaca, dolly, ... (default: test)", ("train", "val", "test", "all")),
+    Flag("split", "", "of alpaca, dolly, ... (default: test; to train: train)", ("train", "val", "test", "all")),
     Flag("limit", 0, "first N rows of each dataset only; 0 for all", lowest=0),
     Flag("shuffle_seed", -1, "shuffles rows before --limit; -1 does not", lowest=-1),
 )
