@@ -131,8 +131,11 @@ def test_a_full_disk_is_one_line_and_loses_nothing(saved, tmp_path):
         checkpoints.save(trainer.state, {})
         checkpoints.wait()
     with Checkpoints(tmp_path / "run") as checkpoints:
-        same(checkpoints.restore(target(trainer)).state, held[2])
-        checkpoints.save(trainer.state, {})
+        found = checkpoints.restore(target(trainer)).state
+        # Room comes back before orbax's threads have ended, so step 3 may get through after all: whole, then, too.
+        same(found, {2: held[2], 3: trainer.state}[int(found.step)])
+        if checkpoints.last == 2:
+            checkpoints.save(trainer.state, {})
     with Checkpoints(tmp_path / "run") as checkpoints:
         same(checkpoints.restore(target(trainer)).state, trainer.state)
 
