@@ -19,6 +19,9 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 
 Tap = Callable[[jax.Array], Any]
+# (site, residual stream before it, after it, this step's data) -> the stream that goes on; site is static: "attn" and
+# "mlp" for the two halves of a block, "block" for the whole.
+Edit = Callable[[str, jax.Array, jax.Array, Any], jax.Array]
 _EVERYTHING = 2**30  # a window wider than any context
 
 
@@ -94,6 +97,7 @@ class Block(nnx.Module):
         context: Context,
         window: jax.Array | None = None,
         cache: tuple[jax.Array, jax.Array] | None = None,
+        edit: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Runs the block.
 
@@ -102,15 +106,18 @@ class Block(nnx.Module):
             context: positions, rotations, segments.
             window: how many tokens back attention sees; None sees all.
             cache: keys and values ``[B, S, K, head_dim]``, each, of this block.
+            edit: replaces the stream after ``attn``, ``mlp`` and ``block``: see `Edit`, its data filled in.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
         """
+        edit = edit or (lambda site, before, after: after)
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
-            x = x + mixed
+            middle = edit("attn", x, x + mixed)
         with jax.named_scope("mlp"):
-            return x + self.mlp(self.norm(x, "mlp_norm")), cache
+            after = edit("mlp", middle, middle + self.mlp(self.norm(middle, "mlp_norm")))
+        return edit("block", x, after), cache
 
     def attention(
         self,
@@ -212,6 +219,8 @@ def run(
     *,
     windows: jax.Array | None = None,
     cache: Cache | None = None,
+    edit: Edit | None = None,
+    edits: Any = None,
     tap: Tap | None = None,
     remat: bool = False,
 ) -> Output:
@@ -228,6 +237,8 @@ def run(
         context: positions, rotations, segments.
         windows: ``[n]`` int32 attention windows of the steps, or None.
         cache: keys and values by step ``[n, B, S, K, head_dim]``, or None.
+        edit: changes the stream inside the blocks; ablations and interventions are such functions.
+        edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
         tap: function of each block's output ``[B, T, D]``; what it returns is stacked, nothing else is kept.
         remat: recompute block activations in the backward pass instead of keeping them.
 
@@ -235,16 +246,17 @@ def run(
         Output with taps ``[n, ...]``.
     """
 
-    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None]) -> Any:
+    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any]) -> Any:
         x, cache = carry
-        index, block, window = inputs
+        index, block, window, data = inputs
         if slots is not None:
             slot = block
             block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
         mine = None
         if cache is not None:
             mine = tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (cache.keys, cache.values))
-        x, mine = block(x, context, window, mine)
+        changed = None if edit is None else (lambda site, before, after: edit(site, before, after, data))
+        x, mine = block(x, context, window, mine, changed)
         if cache is not None:
             cache = Cache(
                 jax.lax.dynamic_update_index_in_dim(cache.keys, mine[0], index, 0),
@@ -254,7 +266,7 @@ def run(
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
-    steps = (jnp.arange(count), stack if slots is None else slots, windows)
+    steps = (jnp.arange(count), stack if slots is None else slots, windows, edits)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
 
@@ -273,6 +285,8 @@ def forward(
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
     cache: Cache | None = None,
+    edit: Edit | None = None,
+    edits: Any = None,
     tap: Tap | None = None,
     remat: bool = False,
     dtype: Any = None,
@@ -286,6 +300,8 @@ def forward(
         positions: ``[B, T]`` int32; default 0..T-1.
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
+        edit: see `run`.
+        edits: see `run`; ``[L, ...]``.
         tap: see `run`.
         remat: see `run`.
         dtype: compute dtype.
@@ -303,9 +319,10 @@ def forward(
     with jax.named_scope("embed"):
         x = embed(decoder, tokens, dtype)
     slots = jnp.arange(config.num_layers, dtype=jnp.int32)
+    windows = layer_windows(config)
     return run(
-        decoder.blocks, slots, x, context, windows=layer_windows(config), cache=cache, tap=tap, remat=remat
-    )  # fmt: skip
+        decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap, remat=remat
+    )
 
 
 def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:

@@ -97,3 +97,24 @@ def test_windows_of_an_order_follow_the_layers():
     windows = layer_windows(config, [2, 0])
     assert windows is not None and windows[0] == 6 and windows[1] > config.max_length
     assert layer_windows(config, [0]) is None
+
+
+def test_an_edit_sees_every_site_with_its_steps_data(decoder):
+    """Closing one layer's gate by data skips that block; each layer's own data reaches it and no other."""
+    tokens, _ = sequences(96, lengths=(12,))
+    tokens = jnp.asarray(tokens[:, :12])
+    layers = decoder.config.num_layers
+
+    @jax.jit
+    def states(gates):
+        def gate(site, before, after, open_):
+            return after if site == "block" else jnp.where(open_, after, before)
+
+        return forward(decoder, tokens, edit=gate, edits=gates, tap=lambda x: x).taps
+
+    plain = jax.jit(lambda: forward(decoder, tokens, tap=lambda x: x).taps)()
+    np.testing.assert_array_equal(states(jnp.ones(layers, bool)), plain)
+    skipped = states(jnp.arange(layers) != 1)
+    np.testing.assert_array_equal(skipped[0], plain[0])
+    np.testing.assert_array_equal(skipped[1], plain[0])
+    assert not np.allclose(skipped[2], plain[2], atol=1e-3)
