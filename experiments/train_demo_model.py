@@ -35,7 +35,7 @@ from jaxcrit.data import demo
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.generation import greedy
+from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import to_hf
 from jaxcrit.similarity.cka import cka
 
@@ -139,7 +139,7 @@ def exact_match(
         tokens = np.full((count, 48), demo_tokenizer.PAD, np.int32)
         for index, (prompt, _) in enumerate(pairs):
             tokens[index, : len(prompt)] = prompt
-        answers = greedy(decoder, tokens, lengths, 24, stop=(demo_tokenizer.EOS,))
+        answers = generate(decoder, tokens, lengths, 24, stop=(demo_tokenizer.EOS,)).token_ids
         hits = sum(answer == response[:-1] for answer, (_, response) in zip(answers, pairs, strict=True))
         right[family] = hits, count
     return right

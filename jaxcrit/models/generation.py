@@ -1,74 +1,236 @@
-"""Greedy generation with a key/value cache: one compile per (batch, prompt length, new tokens)."""
+"""Generation with a key/value cache: one compiled prefill and one compiled loop per (batch, prompt length, new tokens).
+
+The prefill fills the cache; the loop begins with the last prompt token, so every token whose successor is wanted
+passes through one and the same compiled step. An edit (`jaxcrit.models.interventions`) acts in that step alone, that is
+from the last prompt token on, and one prefill serves any number of edits.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.models.decoder import Cache, Decoder, forward, logits
+from jaxcrit.models.decoder import Cache, Decoder, Edit, forward, logits
+from jaxcrit.models.sampling import Sampling, pick
+from jaxcrit.parallel.mesh import RULES, batch_sharding, spec_for
+
+GREEDY = Sampling()
 
 
-def greedy(
-    decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int, *, stop: tuple[int, ...] = ()
-) -> list[list[int]]:
-    """Continues every prompt with its most likely tokens.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prefilled:
+    """Prompts, and what the model's layers keep of them.
+
+    Attributes:
+        tokens: ``[B, T]`` int32, right padded.
+        lengths: ``[B]`` int32.
+        cache: of ``T + max_new_tokens`` positions.
+        max_new_tokens: there is room for.
+        mesh: devices, or None for wherever the model is.
+    """
+
+    tokens: jax.Array
+    lengths: jax.Array
+    cache: Cache
+    max_new_tokens: int
+    mesh: Mesh | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generated:
+    """Continuations.
+
+    Attributes:
+        token_ids: of each prompt, the new tokens; the ending token is not part of them.
+        stopped: ``[B]`` bool, whether an ending token came; else ``max_new_tokens`` were reached.
+        scores: ``[B, V]`` float32 logits of the first new token, on the device.
+    """
+
+    token_ids: list[list[int]]
+    stopped: np.ndarray
+    scores: jax.Array
+
+
+def generate(
+    decoder: Decoder,
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    max_new_tokens: int,
+    *,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    samples: np.ndarray | None = None,
+    edit: Edit | None = None,
+    edits: Any = None,
+    mesh: Mesh | None = None,
+) -> Generated:
+    """Continues every prompt.
+
+    A row's answer depends on its prompt, the seed and its number in ``samples`` alone, never on the batch around it.
+    Models with longrope take the other frequencies as soon as a row's own sequence passes the boundary, and its cache
+    is then computed anew (as transformers does for Phi-3, there by the longest row of a batch).
 
     Args:
         decoder: the model.
         tokens: ``[B, T]`` int prompts, right padded.
         lengths: ``[B]`` int, real tokens of each prompt.
         max_new_tokens: how many to add at most.
-        stop: token ids that end a continuation; the ending token is not part of it.
-
-    Returns:
-        B lists of new token ids.
+        stop: token ids that end a continuation.
+        sampling: how tokens are picked; greedily by default.
+        seed: of the draws.
+        samples: ``[B]`` int, a number for each row that its draws follow from; default 0..B-1. A negative one marks a
+            row that only fills up the batch, and for which nobody waits.
+        edit: changes the residual stream of the last prompt token and of each new one; see `run`.
+        edits: its data, leaves ``[L, ...]``.
+        mesh: rows are split over its ``data`` and ``fsdp`` axes; None leaves them where the model is.
 
     Raises:
-        UserError: the context of the model is too short, or a longrope boundary would be crossed.
+        UserError: prompt and new tokens do not fit the model's context.
     """
+    prompts = prefill(decoder, tokens, lengths, max_new_tokens, mesh=mesh)
+    return decode(decoder, prompts, stop=stop, sampling=sampling, seed=seed, samples=samples, edit=edit, edits=edits)
+
+
+def prefill(
+    decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, max_new_tokens: int, *, mesh: Mesh | None = None
+) -> Prefilled:
+    """Runs the prompts; arguments and errors as of `generate`."""
     longest = int(np.max(lengths)) + max_new_tokens
-    rope = decoder.config.rope
     if longest > decoder.config.max_length:
-        raise UserError(f"prompt and new tokens need {longest} positions, the model has {decoder.config.max_length}")
-    if rope.boundary is not None and int(np.min(lengths)) <= rope.boundary < longest:
-        raise UserError(f"generation would cross the model's RoPE boundary at {rope.boundary} tokens; ask for fewer")
-    found = _greedy(decoder, jnp.asarray(tokens), jnp.asarray(lengths), max_new_tokens, tuple(stop))
+        raise UserError(
+            f"prompt and new tokens need {longest} positions, the model has {decoder.config.max_length}; lower"
+            " --max_new_tokens, or cut the prompts with --truncate=left"
+        )
+    prompts, ends = (jax.device_put(np.asarray(array, np.int32), _rows(mesh)) for array in (tokens, lengths))
+    return Prefilled(prompts, ends, _prefill(decoder, prompts, ends, max_new_tokens, mesh), max_new_tokens, mesh)
+
+
+def decode(
+    decoder: Decoder,
+    prompts: Prefilled,
+    *,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    samples: np.ndarray | None = None,
+    edit: Edit | None = None,
+    edits: Any = None,
+) -> Generated:
+    """Continues prompts that have been run; arguments as of `generate`. The prompts can be continued again."""
+    numbers = np.arange(len(prompts.lengths)) if samples is None else samples
+    places = jax.device_put(np.asarray(numbers, np.int32), _rows(prompts.mesh))
+    new, done, scores = _decode(
+        decoder, prompts.tokens, prompts.lengths, prompts.cache, np.asarray(stop, np.int32), jax.random.key(seed),
+        places, edits, max_new_tokens=prompts.max_new_tokens, sampling=sampling, edit=edit, mesh=prompts.mesh,
+    )  # fmt: skip
     rows = []
-    for row in np.asarray(found):
-        ends = np.flatnonzero(np.isin(row, stop))
+    for row in np.asarray(new):
+        ends = np.flatnonzero(np.isin(row, np.asarray(stop)))
         rows.append([int(token) for token in (row[: ends[0]] if len(ends) else row)])
-    return rows
+    return Generated(rows, np.asarray(done), scores)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "stop"))
-def _greedy(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, stop: tuple[int, ...]) -> Any:
+def compiled_programs() -> tuple[int, int]:
+    """How many prefills and how many loops have compiled in this process: at most one of each per bucket."""
+    return _prefill._cache_size(), _decode._cache_size()  # type: ignore[attr-defined]
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
+def _prefill(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None) -> Cache:
+    empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
+    found = forward(decoder, tokens, lengths=lengths, cache=empty).cache
+    assert found is not None
+    return found
+
+
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "edit", "mesh"))
+def _decode(
+    decoder: Decoder,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    cache: Cache,
+    stop: jax.Array,
+    key: jax.Array,
+    samples: jax.Array,
+    edits: Any,
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    edit: Edit | None,
+    mesh: Mesh | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """New tokens ``[B, new]``, whether each row was ended by a stop token, and the first scores ``[B, V]``."""
     batch, length = tokens.shape
-    config = decoder.config
-    shape = (config.num_layers, batch, length + max_new_tokens, config.num_kv_heads, config.head_dim)
-    dtype = decoder.embed[...].dtype
-    prompt = forward(decoder, tokens, lengths=lengths, cache=Cache(jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)))
-    last = jnp.take_along_axis(prompt.hidden, lengths[:, None, None] - 1, axis=1)[:, 0]
-    endings = jnp.asarray(stop, jnp.int32)
+    rows, boundary = jnp.arange(batch), decoder.config.rope.boundary or 0
+    crosses = 0 < boundary < length + max_new_tokens
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples)
+    vocabulary = decoder.config.vocab_size
+
+    def rerun(step: jax.Array, new: jax.Array, cache: Cache) -> Cache:
+        """The cache of rows that pass the boundary now, computed anew with the frequencies of long sequences."""
+        at = lengths[:, None] + jnp.arange(max_new_tokens)
+        so_far = jnp.pad(tokens, ((0, 0), (0, max_new_tokens))).at[rows[:, None], at].set(new)
+        edited = (jnp.arange(so_far.shape[1]) >= lengths[:, None] - 1)[..., None]
+
+        def some(site: str, before: jax.Array, after: jax.Array, data: Any) -> jax.Array:
+            return after if edit is None else jnp.where(edited, edit(site, before, after, data), after)
+
+        fresh = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits).cache
+        passes = (lengths + step == boundary + 1)[None, :, None, None, None]
+        return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), fresh, cache)
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
-        step, _, _, done, _ = state
+        step, _, _, done, _, _, _ = state
         return (step < max_new_tokens) & ~jnp.all(done)
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, hidden, cache, done, new = state
-        token = jnp.argmax(logits(decoder, hidden), axis=-1).astype(jnp.int32)
+        step, token, cache, done, new, seen, first = state
+        if crosses:
+            passing = (step > 0) & jnp.any(lengths + step == boundary + 1)
+            cache = jax.lax.cond(passing, rerun, lambda _, __, cache: cache, step, new, cache)
+        positions = (lengths - 1 + step)[:, None].astype(jnp.int32)
+        out = forward(decoder, token[:, None], positions=positions, lengths=lengths + step, cache=cache, edit=edit,
+                      edits=edits)  # fmt: skip
+        scores = logits(decoder, out.hidden[:, 0]).astype(jnp.float32)
+        token = pick(scores, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
+        if sampling.repetition_penalty != 1:
+            seen = seen.at[rows, token].set(True)
         new = new.at[:, step].set(token)
-        done = done | jnp.any(token[:, None] == endings, axis=1)
-        positions = (lengths + step)[:, None].astype(jnp.int32)
-        out = forward(decoder, token[:, None], positions=positions, lengths=lengths + step + 1, cache=cache)
-        return step + 1, out.hidden[:, 0], out.cache, done, new
+        done = done | jnp.any(token[:, None] == stop, axis=1)
+        return step + 1, token, out.cache, done, new, seen, jnp.where(step == 0, scores, first)
 
-    filler = stop[0] if stop else 0
-    new = jnp.full((batch, max_new_tokens), filler, jnp.int32)
-    state = (0, last, prompt.cache, jnp.zeros(batch, bool), new)
-    return jax.lax.while_loop(unfinished, advance, state)[-1]
+    seen = jnp.zeros((batch, vocabulary if sampling.repetition_penalty != 1 else 0), bool)
+    real = jnp.arange(length) < lengths[:, None]
+    seen = seen.at[rows[:, None], jnp.where(real, tokens, vocabulary)].set(True, mode="drop")
+    last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
+    new = jnp.zeros((batch, max_new_tokens), jnp.int32)
+    first = jnp.zeros((batch, vocabulary), jnp.float32)
+    state = (jnp.int32(0), last, cache, samples < 0, new, seen, first)
+    _, _, _, done, new, _, first = jax.lax.while_loop(unfinished, advance, state)
+    if mesh is not None:  # every process reads all rows
+        new, done = jax.lax.with_sharding_constraint((new, done), NamedSharding(mesh, PartitionSpec()))
+    return new, done, first
+
+
+def _rows(mesh: Mesh | None) -> NamedSharding | None:
+    return None if mesh is None else batch_sharding(mesh)
+
+
+def _empty_cache(decoder: Decoder, batch: int, length: int, mesh: Mesh | None) -> Cache:
+    config = decoder.config
+    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    empty = jnp.zeros(shape, decoder.embed[...].dtype)
+    if mesh is not None:
+        heads = spec_for(("kv_heads",), (config.num_kv_heads,), mesh, "cache")[0]
+        spec = PartitionSpec(None, RULES["batch"], None, heads, None)
+        empty = jax.lax.with_sharding_constraint(empty, NamedSharding(mesh, spec))
+    return Cache(empty, empty)

@@ -10,7 +10,7 @@ from jaxcrit.data import demo
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.checkpoint import open_checkpoint
-from jaxcrit.models.generation import greedy
+from jaxcrit.models.generation import generate
 from jaxcrit.studies.session import EMBEDDED_MODEL
 
 ROWS = 16
@@ -44,6 +44,7 @@ def test_answers_held_out_rows(family, tokenizer, decoder):
     rows = demo.generate(family, ROWS, seed=11, split="test")
     prompts = [example.token_ids[: example.prompt_length] for example in render(rows, tokenizer)]
     tokens = np.array([[*prompt, *[0] * (48 - len(prompt))] for prompt in prompts], np.int32)
-    answers = greedy(decoder, tokens, np.array([len(p) for p in prompts], np.int32), 24, stop=(tokenizer.eos_token_id,))
+    lengths = np.array([len(p) for p in prompts], np.int32)
+    answers = generate(decoder, tokens, lengths, 24, stop=(tokenizer.eos_token_id,)).token_ids
     right = sum(tokenizer.decode(answer).strip() == row["response"] for answer, row in zip(answers, rows, strict=True))
     assert right >= ROWS * 3 // 4

@@ -6,7 +6,7 @@ import reference
 from conftest import SHARED
 from family_models import BOUND, error, load_path, states
 
-from jaxcrit.models.generation import greedy
+from jaxcrit.models.generation import generate
 
 NAMES = ("stories260K-hf", "babyllama-tok105-hf")
 pytestmark = pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason=f"no checkpoints in {SHARED / 'weights'}")
@@ -35,4 +35,4 @@ def test_greedy_tokens(name):
             reference.torch.tensor([[1]]), max_new_tokens=200, do_sample=False, eos_token_id=None, pad_token_id=0
         )[0, 1:].tolist()
     assert len(expected) == 200
-    assert greedy(load_path(path), np.array([[1]]), np.array([1]), 200)[0] == expected
+    assert generate(load_path(path), np.array([[1]]), np.array([1]), 200).token_ids[0] == expected
