@@ -19,6 +19,7 @@ COMMANDS = {
     "analyze": ("jaxcrit.cli.analyze", "find the critical layers of a model, and say how sure that is"),
     "data": ("jaxcrit.cli.data", "show what a model will see of a dataset: rows, mask, lengths"),
     "finetune": ("jaxcrit.cli.finetune", "train exactly the layers you choose"),
+    "generate": ("jaxcrit.cli.generate", "write a model's answers to every prompt"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),

@@ -28,7 +28,7 @@ from jaxcrit.similarity.cka import from_tables
 from jaxcrit.similarity.grams import KERNELS, gram_tables
 from jaxcrit.similarity.inference import null_mean, participation_ratio
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
-from jaxcrit.studies.rendering import render_sets
+from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
 
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
@@ -106,7 +106,7 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)
-    datasets = _datasets(config, session)
+    datasets = read_datasets(config, session)
     determines = _determines(config, session, datasets)
     directory = RunDirectory.open(_out(config, session, determines), determines)
     run = _run_record(config, session, datasets, determines)
@@ -142,11 +142,23 @@ def _check(config: AnalysisConfig) -> LayerSpec:
     return LayerSpec.parse(config.layers)
 
 
-def _datasets(config: AnalysisConfig, session: Session) -> list[Dataset]:
+def read_datasets(config: Rendering, session: Session, *, reserve: int = 0) -> list[Dataset]:
+    """Reads and renders the prompts of ``--data``; ``reserve`` tokens of the model's context are left free.
+
+    Raises:
+        UserError: see `render_sets`; prompts that are too long; or a tokenizer that knows more than the model.
+    """
     datasets = []
-    for rendered in render_sets(config, session.tokenizer, session.config.max_length):
+    room = session.config.max_length - reserve
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens={reserve}: leaves no room for a prompt in the model's context of"
+            f" {session.config.max_length} tokens"
+        )
+    for rendered in render_sets(config, session.tokenizer, room):
         named, examples = rendered.named, rendered.cut
-        refuse_long([example.prompt_length for example in examples], session.config.max_length, named.source)
+        where = named.source if not reserve else f"{named.source}: {reserve} new tokens take part of the context"
+        refuse_long([example.prompt_length for example in examples], room, where)
         largest = max(int(example.token_ids.max()) for example in examples)
         if largest >= session.config.vocab_size:
             raise UserError(

@@ -1,0 +1,241 @@
+"""Answers of a model to every prompt of ``--data``: a run directory with ``generations.jsonl``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit import __version__
+from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import write_text
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.data.batches import Batch, choose_buckets, make_batches
+from jaxcrit.data.templates import template_hash
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.generation import generate
+from jaxcrit.models.sampling import Sampling
+from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.captures import Dataset
+from jaxcrit.studies.session import Bars, Session, open_session
+
+GENERATIONS = "generations.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """What ``jaxcrit generate`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
+        data, split, limit, shuffle_seed, template, edition, truncate: as of `AnalysisConfig`.
+        out: run directory; empty for one named after the inputs.
+        max_new_tokens: per prompt.
+        stop: further tokens that end an answer, ids or texts, with commas.
+        temperature, top_k, top_p, repetition_penalty: as of `Sampling`.
+        seed: of the draws.
+        batch_size: prompts at a time.
+        dtype: of weights and compute; empty for the session's default.
+        mesh: devices by axis.
+    """
+
+    model: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    max_new_tokens: int = 64
+    stop: str = ""
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    batch_size: int = 16
+    dtype: str = ""
+    mesh: str = ""
+
+    @property
+    def sampling(self) -> Sampling:
+        """How tokens are picked."""
+        return Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generations:
+    """A finished run.
+
+    Attributes:
+        run: what ``run.json`` holds.
+        rows: by dataset, the rows of its ``generations.jsonl``.
+        out: run directory.
+    """
+
+    run: dict[str, Any]
+    rows: dict[str, list[dict[str, Any]]]
+    out: Path
+
+
+def run_generate(config: GenerateConfig, *, progress: Bars | None = None) -> Generations:
+    """Runs ``jaxcrit generate``; goes on where an earlier, interrupted run of the same configuration stopped.
+
+    Args:
+        config: what is asked.
+        progress: makes progress bars (tqdm's signature), or None for silence.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    """
+    sampling = config.sampling
+    if config.batch_size < 1 or config.max_new_tokens < 1:
+        flag = "batch_size" if config.batch_size < 1 else "max_new_tokens"
+        raise UserError(f"--{flag}={getattr(config, flag)}: expected at least 1")
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    stop = stop_tokens(config.stop, session)
+    datasets = read_datasets(config, session, reserve=config.max_new_tokens)
+    determines = {
+        "command": "generate",
+        "config": {"max_new_tokens": config.max_new_tokens, "stop": stop, "seed": config.seed, "dtype": session.dtype,
+                   **dataclasses.asdict(sampling)},
+        "model_hash": session.model_hash,
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
+        "data": {dataset.name: sha256_json(dataset.sample_ids) for dataset in datasets},
+        "jaxcrit": __version__,
+    }  # fmt: skip
+    directory = RunDirectory.open(_out(config, session, determines), determines)
+    run: dict[str, Any] = {
+        "command": "generate",
+        "config": dataclasses.asdict(config),
+        "seed": config.seed,
+        "determines": determines,
+        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash, "family": session.config.family},
+        "data": {dataset.name: {"source": dataset.source, "num_prompts": len(dataset.examples)}
+                 for dataset in datasets},
+        "versions": versions(),
+    }  # fmt: skip
+    directory.begin(run)
+    began = time.perf_counter()
+    try:
+        job = _Job(config, session, stop, datasets, directory, progress)
+        rows = {dataset.name: job.rows(dataset) for dataset in datasets}
+    except UserError:
+        directory.discard()
+        raise
+    directory.finish({**run, "time": {"seconds": round(time.perf_counter() - began, 3), "new_tokens": job.new_tokens}})
+    return Generations(run, rows, directory.path)
+
+
+def stop_tokens(text: str, session: Session) -> list[int]:
+    """Ids of the tokens that end an answer: the model's own, and those of ``--stop``, ids or texts with commas.
+
+    Raises:
+        UserError: an id that the model does not know, or a text that is no single token.
+    """
+    tokenizer = session.tokenizer
+    known = [*session.config.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
+    vocabulary = tokenizer.get_vocab()
+    for part in filter(None, text.split(",")):
+        if part in vocabulary and not part.isdecimal():
+            known.append(vocabulary[part])
+            continue
+        ids = [int(part)] if part.isdecimal() else tokenizer.encode(part, add_special_tokens=False)
+        if len(ids) != 1 or not 0 <= ids[0] < session.config.vocab_size:
+            found = "no token id" if part.isdecimal() else f"{len(ids)} tokens"
+            raise UserError(
+                f"--stop={text}: expected one token of this tokenizer or an id below {session.config.vocab_size}, but"
+                f" {part!r} is {found}{did_you_mean(part, vocabulary)}"
+            )
+        known += ids
+    return sorted(set(known))
+
+
+class _Job:
+    """The model and what all datasets of one run share; the weights are read when the first prompt needs them."""
+
+    def __init__(self, config: GenerateConfig, session: Session, stop: list[int], datasets: list[Dataset],
+                 directory: RunDirectory, progress: Bars | None):  # fmt: skip
+        self.config, self.session, self.stop, self.directory, self.progress = config, session, stop, directory, progress
+        self.alone = len(datasets) == 1
+        self.decoder: Decoder | None = None
+        self.new_tokens = 0
+        split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+        self.batch_size = -(-config.batch_size // split) * split
+        lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
+        self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
+
+    def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
+        """Answers of one dataset in the order of its rows, those of an interrupted run included."""
+        folder = self.directory.path if self.alone else self.directory.path / dataset.name
+        folder.mkdir(parents=True, exist_ok=True)
+        file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
+        done = {row["row"]: row for row in [*_read(part), *_read(file)]}
+        if done:  # whole lines only, whatever an interruption left
+            write_text(part, "".join(map(_line, done.values())))
+        bar = None if self.progress is None else self.progress(
+            total=len(dataset.examples), desc=dataset.name, initial=len(done))  # fmt: skip
+        for batch in make_batches(dataset.examples, self.batch_size, self.buckets):
+            if all(row in done or row == len(dataset.examples) for row in batch.rows.tolist()):
+                continue
+            found = self._answers(dataset, batch)
+            done |= {row["row"]: row for row in found}
+            with part.open("a", encoding="utf-8") as log:
+                log.write("".join(map(_line, found)))
+            if bar is not None:
+                bar.update(len(found))
+        if bar is not None:
+            bar.close()
+        rows = [done[row] for row in sorted(done)]
+        write_text(file, "".join(map(_line, rows)))
+        part.unlink(missing_ok=True)
+        return rows
+
+    def _answers(self, dataset: Dataset, batch: Batch) -> list[dict[str, Any]]:
+        if self.decoder is None:
+            self.decoder = self.session.decoder(self.progress)
+        config, tokenizer = self.config, self.session.tokenizer
+        fills = batch.rows == len(dataset.examples)
+        found = generate(
+            self.decoder, batch.tokens, batch.lengths, config.max_new_tokens, stop=self.stop, sampling=config.sampling,
+            seed=config.seed, samples=np.where(fills, -1, batch.rows), mesh=self.session.mesh,
+        )  # fmt: skip
+        rows = []
+        for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
+            if row == len(dataset.examples):
+                continue
+            example = dataset.examples[row]
+            self.new_tokens += len(ids)
+            rows.append({"sample_id": example.sample_id, "row": row, "prompt": example.prompt, "token_ids": ids,
+                         "text": tokenizer.decode(ids, skip_special_tokens=True), "stopped": stopped})  # fmt: skip
+        return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _read(file: Path) -> list[dict[str, Any]]:
+    """Rows written so far; what an interruption cut short is left off."""
+    rows = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def _out(config: GenerateConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+    if config.out:
+        return Path(config.out)
+    name = session.checkpoint.path.resolve().name if config.model else "embedded"
+    return Path("jaxcrit-runs") / f"generate-{name}-{sha256_json(dict(determines))[:8]}"
