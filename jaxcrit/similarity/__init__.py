@@ -12,15 +12,21 @@ from jaxcrit.similarity.grams import (
     unpack_upper,
 )
 from jaxcrit.similarity.inference import cka_without_each, null_mean, participation_ratio
+from jaxcrit.similarity.spectrum import Spectrum, canonical_correlations, cca, decompose, directions
 
 __all__ = [
     "Bias",
     "DegenerateError",
     "GramTables",
     "Kernel",
+    "Spectrum",
+    "canonical_correlations",
+    "cca",
     "centred_grams",
     "cka",
     "cka_without_each",
+    "decompose",
+    "directions",
     "from_tables",
     "gram_tables",
     "null_mean",
