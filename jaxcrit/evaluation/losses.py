@@ -94,9 +94,19 @@ def response_loss(
         learn: ``[B, T]`` bool, tokens of the response; the first of a row has nothing before it and never counts.
         eps: of the norm.
     """
-    targets = jnp.roll(tokens, -1, axis=1)
-    counted = jnp.roll(learn, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
-    losses = token_losses(hidden, norm, head, targets, eps) * counted
+    losses, counted = response_losses(hidden, norm, head, tokens, learn, eps)
     count = counted.sum(axis=1)
     has = (count > 0).astype(jnp.float32)
     return LossSums(losses.sum(), count.sum(), (losses.sum(axis=1) / jnp.maximum(count, 1)).sum(), has.sum())
+
+
+def response_losses(
+    hidden: jax.Array, norm: jax.Array, head: jax.Array, tokens: jax.Array, learn: jax.Array, eps: float
+) -> tuple[jax.Array, jax.Array]:
+    """The same token by token: ``[B, T]`` losses, 0 where nothing is to be predicted, and ``[B, T]`` 1 where it is.
+
+    Place t stands for the prediction of token t+1. Arguments as of `response_loss`.
+    """
+    targets = jnp.roll(tokens, -1, axis=1)
+    counted = jnp.roll(learn, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
+    return token_losses(hidden, norm, head, targets, eps) * counted, counted
