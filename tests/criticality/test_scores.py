@@ -3,7 +3,8 @@ import pytest
 from oracles import states
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.criticality import CRITERIA, delta, layer_scores, step, values_without_each
+from jaxcrit.criticality import delta, step
+from jaxcrit.criticality.score import CRITERIA, layer_scores, values_without_each
 from jaxcrit.similarity import from_tables, sweep
 
 

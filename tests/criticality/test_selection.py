@@ -6,7 +6,8 @@ from oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criticality import choose, layer_scores, mean_rank, selection_probability, values_without_each
+from jaxcrit.criticality import choose, mean_rank, selection_probability
+from jaxcrit.criticality.score import layer_scores, values_without_each
 from jaxcrit.similarity import sweep
 
 

@@ -1,0 +1,49 @@
+"""What each score would be without each sample, kept beside ``scores.json`` for intervals of what follows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_npz, write_npz
+
+DELETIONS_FORMAT = "jaxcrit.deletions"
+_FILE = "deletions.npz"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Deletions:
+    """One score with each sample left out in turn.
+
+    Attributes:
+        values: ``[N, L]`` float64; NaN where invalid.
+        sample_ids: ``[N]`` identity of each sample, by which two scores know the samples they share.
+    """
+
+    values: np.ndarray
+    sample_ids: Sequence[str]
+
+
+def write_deletions(folder: Path, values: Mapping[str, np.ndarray], sample_ids: Sequence[str]) -> None:
+    """Writes ``deletions.npz``: by score key ``[N, L]``, and the samples that were left out."""
+    meta = {"format": DELETIONS_FORMAT, "format_version": 1}
+    write_npz(folder / _FILE, {**values, "sample_ids": np.array(sample_ids)}, meta)
+
+
+def read_deletions(folder: Path, key: str) -> Deletions | None:
+    """Reads one score's deletions from a folder; None where it has none.
+
+    Raises:
+        UserError: the file is there, but is no such file.
+    """
+    path = folder / _FILE
+    if not path.exists():
+        return None
+    arrays, meta = read_npz(path)
+    if meta.get("format") != DELETIONS_FORMAT:
+        raise UserError(f"{path}: expected format {DELETIONS_FORMAT}, got {meta.get('format')!r}")
+    return Deletions(arrays[key], arrays["sample_ids"].tolist()) if key in arrays else None
