@@ -131,6 +131,13 @@ def make_batches(
     return batches
 
 
+def response_mask(batch: Batch, examples: Sequence[Example]) -> np.ndarray:
+    """``[B, T]`` bool, the tokens of a batch that belong to a response; none in rows that fill up the batch."""
+    prompts = np.asarray([example.prompt_length for example in examples] + [1])
+    at = np.arange(batch.tokens.shape[1])
+    return (at >= prompts[batch.rows][:, None]) & (at < batch.lengths[:, None])
+
+
 def _batch(members: np.ndarray, sequences: list[np.ndarray], batch_size: int, width: int) -> Batch:
     tokens = np.zeros((batch_size, width), dtype=np.int32)
     lengths = np.ones(batch_size, dtype=np.int32)

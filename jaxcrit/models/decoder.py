@@ -23,6 +23,7 @@ Tap = Callable[[jax.Array], Any]
 # "mlp" for the two halves of a block, "block" for the whole.
 Edit = Callable[[str, jax.Array, jax.Array, Any], jax.Array]
 _EVERYTHING = 2**30  # a window wider than any context
+_MLP_HALF = ("mlp_norm", "gate", "up", "down")  # beginnings of the names of a block's weights behind its attention
 
 
 @jax.tree_util.register_dataclass
@@ -231,8 +232,9 @@ def run(
 
     Args:
         stack: block weights with a leading axis.
-        slots: ``[n]`` int32, which block of the stack runs at each step; None runs all of them in their order,
-            and a gradient of the stack is then written layer by layer instead of summed whole at every step.
+        slots: ``[n]`` int32, which block of the stack runs at each step, or ``[n, 2]``, whose attention and whose
+            MLP; None runs all of them in their order, and a gradient of the stack is then written layer by layer
+            instead of summed whole at every step.
         x: ``[B, T, D]`` residual stream that enters.
         context: positions, rotations, segments.
         windows: ``[n]`` int32 attention windows of the steps, or None.
@@ -250,8 +252,7 @@ def run(
         x, cache = carry
         index, block, window, data = inputs
         if slots is not None:
-            slot = block
-            block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
+            block = _take(stack, block)
         mine = None
         if cache is not None:
             mine = tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (cache.keys, cache.values))
@@ -269,6 +270,60 @@ def run(
     steps = (jnp.arange(count), stack if slots is None else slots, windows, edits)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
+
+
+def run_span(
+    stack: Block,
+    slots: jax.Array,
+    x: jax.Array,
+    context: Context,
+    start: jax.Array,
+    stop: jax.Array,
+    *,
+    windows: jax.Array | None = None,
+    edit: Edit | None = None,
+    edits: Any = None,
+) -> jax.Array:
+    """Runs steps ``start`` to ``stop`` (half-open) of an order; the bounds are data too, so any span compiles once.
+
+    It has no gradient: a loop of unknown length is not differentiable in reverse.
+
+    Args:
+        stack: see `run`.
+        slots: of the whole order; see `run`.
+        x: ``[B, T, D]`` residual stream that enters step ``start``.
+        context: see `run`.
+        start: int32 scalar.
+        stop: int32 scalar; none runs where it is not above ``start``.
+        windows: of the whole order; see `run`.
+        edit: see `run`.
+        edits: of the whole order; see `run`.
+
+    Returns:
+        ``[B, T, D]`` residual stream after step ``stop - 1``.
+    """
+
+    def step(index: jax.Array, x: jax.Array) -> jax.Array:
+        slot, window, data = (
+            jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
+            for tree in (slots, windows, edits)
+        )
+        changed = None if edit is None else (lambda site, before, after: edit(site, before, after, data))
+        return _take(stack, slot)(x, context, window, edit=changed)[0]
+
+    return jax.lax.fori_loop(start, stop, step, x)
+
+
+def _take(stack: Block, slot: jax.Array) -> Block:
+    """The block at a slot; of two slots, attention from the first and MLP from the second."""
+    if slot.ndim == 0:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
+    weights = {name: value.get_value() for name, value in vars(stack).items() if isinstance(value, nnx.Param)}
+    halves = {name: slot[int(name.startswith(_MLP_HALF))] for name in weights}
+    taken = {
+        name: jax.lax.dynamic_index_in_dim(value, halves[name], keepdims=False) for name, value in weights.items()
+    }  # fmt: skip
+    return Block(stack.config, taken)
 
 
 def embed(decoder: Decoder, tokens: jax.Array, dtype: Any = None) -> jax.Array:

@@ -131,6 +131,44 @@ def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, 
     return _png(figure)
 
 
+def layer_losses(
+    scores: LayerScores, lines: Mapping[str, float], *, label: str, random: Sequence[float] = (), title: str = ""
+) -> bytes:
+    """Loss of a changed model over the layer that was changed, with ±1.96 standard errors.
+
+    Args:
+        scores: losses in nats.
+        lines: losses that do not depend on a layer, by name; one far outside is named with its value instead.
+        label: of the axis.
+        random: losses of random sets of as many layers; drawn as a band from the 5th to the 95th percentile.
+        title: of the figure.
+    """
+    layers, values = np.arange(scores.num_layers), scores.values
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    if len(random):
+        low, high = np.percentile(random, (5, 95))
+        axes.axhspan(low, high, color=NULL, alpha=0.18, linewidth=0, label=f"{len(random)} random sets, 5-95 %")
+    if scores.stderr is not None:
+        half = 1.96 * scores.stderr
+        axes.fill_between(layers, values - half, values + half, color=DEBIASED, alpha=0.22, linewidth=0)
+    axes.plot(layers, values, "o-", color=DEBIASED, markersize=4, label=f"{label}, ±1.96 s.e.")
+    low, high = np.nanmin(values), np.nanmax(values)
+    reach = max(high - low, 1e-12)
+    for (name, value), color in zip(lines.items(), LINES, strict=False):
+        near = low - 1.5 * reach <= value <= high + 1.5 * reach
+        text = f"{name}: {value:.4f}" + ("" if near else " (outside)")
+        axes.plot(
+            [0, scores.num_layers - 1] if near else [], [value] * 2 if near else [], "--", color=color, label=text
+        )
+    _layer_axis(axes, scores.num_layers)
+    axes.set_ylabel("loss (nats, mean of sample means)")
+    if title:
+        axes.set_title(title, fontsize=11, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     """Test loss over optimizer steps, one line each.
 

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 
 # Of run.json: stands higher on the page already, or repeats other entries to identify the run.
-SHOWN_ELSEWHERE = ("chosen", "warnings", "determines")
+SHOWN_ELSEWHERE = ("chosen", "warnings", "determines", "result")
 CAVEATS = (
     "A layer here is a 0-based decoder block; its state is what leaves the block, before the final norm.",
     "Biased CKA is high for any two layers when there are fewer samples than dimensions: compare it with the null, or"
@@ -75,6 +75,7 @@ def render_report(
     sections: Sequence[Section],
     configs: Mapping[str, str],
     run: Mapping[str, Any],
+    caveats: Sequence[str] = CAVEATS,
 ) -> str:
     """Renders the page; all text is escaped.
 
@@ -82,8 +83,9 @@ def render_report(
         headlines: the answer, then how sure it is.
         warnings: one line each.
         sections: tables and figures.
-        configs: text for other trainers, by file name.
+        configs: text for other trainers, by file name; their section is left out where there are none.
         run: what ``run.json`` holds.
+        caveats: how to read it, one sentence each.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
@@ -97,6 +99,7 @@ def render_report(
         warnings=warnings,
         sections=sections,
         configs=configs,
-        caveats=CAVEATS,
+        caveats=caveats,
+        command=run.get("command", "analyze"),
         provenance=list(_flat({key: value for key, value in run.items() if key not in SHOWN_ELSEWHERE})),
     )

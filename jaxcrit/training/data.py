@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
 from jaxcrit.training.step import TokenBatch
@@ -82,10 +82,7 @@ def micro_batches(steps: Steps, step: int, micro: int) -> TokenBatch:
 
 def evaluation_batches(examples: Sequence[Example], batch_size: int) -> list[TokenBatch]:
     """All rows once, in buckets of like length; rows that fill up a batch have nothing to learn."""
-    prompts = np.asarray([example.prompt_length for example in examples] + [1])
-    batches = []
-    for batch in make_batches(examples, batch_size, prompt_only=False):
-        at = np.arange(batch.tokens.shape[1])
-        learn = (at >= prompts[batch.rows][:, None]) & (at < batch.lengths[:, None])
-        batches.append(TokenBatch(batch.tokens, batch.lengths, learn))
-    return batches
+    return [
+        TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
+        for batch in make_batches(examples, batch_size, prompt_only=False)
+    ]

@@ -1,0 +1,137 @@
+"""The loss of many variants of one model, each a change from some layer on: what they share is run once.
+
+A variant that departs from the reference at layer s has the reference's hidden state in front of s. The variants are
+run in the order of s; the reference's state is carried upwards beside them, a layer at a time, and a variant runs only
+the layers from s on. All single layers, or all windows of layers, then cost about half of a full forward pass each, and
+the reference's own loss nothing more. Which block runs where, and from where, is data: one compile per batch shape.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Block, Context, Edit, layer_windows, run_span
+
+Batch = tuple[Any, Any, Any]  # tokens [B, T] int32, lengths [B] int32, learn [B, T] bool
+_PRECISION = "highest"  # differences between variants are small; only this makes float32 exact on TPU and recent GPUs
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Variant:
+    """One model of a sweep.
+
+    Attributes:
+        slots: ``[L, 2]`` int32, whose attention and whose MLP runs at each layer.
+        edits: data of the edit, arrays ``[L, ...]``, or None.
+        start: first layer at which it differs from the reference; L where it is the reference.
+    """
+
+    slots: np.ndarray
+    edits: Any = None
+    start: int = 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Swept:
+    """Losses of one batch.
+
+    Attributes:
+        losses: ``[V, B]`` float32, nats summed over each row's response.
+        tokens: ``[B]`` int, of each row's response; 0 for a row that fills up the batch.
+        evaluations: how many times a block was run on the batch.
+    """
+
+    losses: np.ndarray
+    tokens: np.ndarray
+    evaluations: int
+
+
+def sweep(
+    blocks: Block,
+    outside: Mapping[str, jax.Array],
+    reference: Variant,
+    variants: Sequence[Variant],
+    batch: Batch,
+    *,
+    edit: Edit | None = None,
+    progress: Callable[[int], None] | None = None,
+) -> Swept:
+    """Runs all variants on one batch.
+
+    Memory: the weights and, of the batch, the reference's hidden state and one variant's, ``[B, T, D]`` each.
+
+    Args:
+        blocks: stack that the slots point into.
+        outside: ``embed``, ``norm`` and, where not tied, ``head``; of all variants.
+        reference: what the variants are departures from; its ``start`` has no meaning.
+        variants: in any order.
+        batch: on the devices.
+        edit: see `jaxcrit.models.decoder.run`; a function that stays the same object, or it compiles anew.
+        progress: called with the number of block evaluations just done.
+    """
+    config, depth = blocks.config, blocks.config.num_layers
+    tokens, lengths, learn = batch
+    losses: list[Any] = [None] * len(variants)
+    at = evaluations = 0
+    with jax.default_matmul_precision(_PRECISION):
+        state, context = _enter(outside["embed"], tokens, lengths, config)
+
+        def span(variant: Variant, x: jax.Array, start: int, stop: int) -> jax.Array:
+            nonlocal evaluations
+            if start == stop:
+                return x
+            evaluations += stop - start
+            return _span(blocks, variant.slots, x, context, np.int32(start), np.int32(stop), variant.edits, edit)
+
+        for place in sorted(range(len(variants)), key=lambda place: variants[place].start):
+            variant, before = variants[place], evaluations
+            state, at = span(reference, state, at, variant.start), variant.start
+            hidden = span(variant, state, at, depth)
+            losses[place], counts = _losses(outside, hidden, tokens, learn, config)
+            if progress is not None:
+                losses[place].block_until_ready()
+                progress(evaluations - before)
+    summed, counted = jax.device_get((jnp.stack(losses), counts))
+    return Swept(summed, counted.astype(np.int64), evaluations)
+
+
+def planned_evaluations(variants: Sequence[Variant], num_layers: int) -> int:
+    """How often `sweep` runs a block on a batch: every variant's own layers, and the reference's up to the last."""
+    return sum(num_layers - variant.start for variant in variants) + max(variant.start for variant in variants)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _enter(table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> tuple[jax.Array, Context]:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    return table[tokens], Context(positions, *config.rope.cos_sin(positions, lengths))
+
+
+@functools.partial(jax.jit, static_argnames="edit")
+def _span(
+    blocks: Block, slots: Any, x: jax.Array, context: Context, start: Any, stop: Any, edits: Any, edit: Edit | None
+) -> jax.Array:
+    windows = layer_windows(blocks.config)
+    return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _losses(
+    outside: Mapping[str, jax.Array], hidden: jax.Array, tokens: jax.Array, learn: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    head = outside.get("head", outside["embed"])
+    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps)
+    return losses.sum(axis=1), counted.sum(axis=1)
+
+
+def compiled_spans() -> int:
+    """How many programs the blocks have compiled to in this process: one per batch shape, model shape and edit."""
+    return _span._cache_size()  # type: ignore[attr-defined]

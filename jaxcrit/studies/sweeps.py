@@ -1,0 +1,125 @@
+"""What substitution and ablation have in common: rows with responses, and losses that outlive an interruption."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import jax
+import numpy as np
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.criticality.sweep import Batch
+from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.templates import Example
+from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.studies.rendering import Rendering, render_sets
+from jaxcrit.studies.session import Bars, Session
+from jaxcrit.training.data import check_rows
+
+_SAVE_SECONDS = 10.0
+# batch, progress -> losses [V, B] summed over each row's response, tokens [B]
+Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
+
+
+class Asked(Rendering, Protocol):
+    """The flags that say which rows are tested on."""
+
+    @property
+    def max_length(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+def read_rows(config: Asked, session: Session) -> list[Example]:
+    """The rows of every dataset of ``--data``, with their responses.
+
+    Raises:
+        UserError: see `render_sets` and `check_rows`; among them rows without a response.
+    """
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
+    most = min(config.max_length or session.config.max_length, session.config.max_length)
+    found: list[Example] = []
+    for one in render_sets(config, session.tokenizer, most, training=True):
+        limit = one.limit if config.truncate == "paper" else most
+        check_rows(one.cut, limit, session.config.vocab_size, one.named.source)
+        found += one.cut
+    return found
+
+
+def sample_losses(
+    examples: Sequence[Example],
+    batch_size: int,
+    session: Session,
+    directory: RunDirectory,
+    take: Take,
+    num_variants: int,
+    evaluations: int,
+    progress: Bars | None,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean loss of each sample under each variant, batch by batch.
+
+    What is done is kept in ``partial.npz`` and not done again when an interrupted run is given anew.
+
+    Args:
+        examples: N rows.
+        batch_size: rows per batch; rounded up to what divides over the mesh.
+        session: of the mesh.
+        directory: of the run.
+        take: does one batch.
+        num_variants: V.
+        evaluations: block evaluations of one batch, for the progress bar.
+        progress: makes the bar.
+
+    Returns:
+        ``[V, N]`` float64 in nats, ``[N]`` response tokens, and the number of batches in all.
+    """
+    losses, tokens = np.full((num_variants, len(examples)), np.nan), np.zeros(len(examples), np.int64)
+    file = directory.path / "partial.npz"
+    if directory.resumed and file.exists():
+        arrays, meta = read_npz(file)
+        if meta.get("identity") == directory.identity:
+            losses, tokens = arrays["losses"], arrays["tokens"]
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    batches = make_batches(examples, -(-batch_size // split) * split, prompt_only=False)
+    left = [batch for batch in batches if not _done(losses, batch.rows[batch.rows < len(examples)])]
+    bar = None if progress is None else progress(
+        total=len(batches) * evaluations, desc="layers", unit=" block evaluations",
+        initial=(len(batches) - len(left)) * evaluations)  # fmt: skip
+    saved = time.monotonic()
+
+    def save() -> None:
+        meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
+        write_npz(file, {"losses": losses, "tokens": tokens}, meta)
+
+    try:
+        for batch in left:
+            rows = (batch.tokens, batch.lengths, response_mask(batch, examples))
+            placed = jax.device_put(rows, batch_sharding(session.mesh))
+            sums, counts = take(placed, None if bar is None else bar.update)
+            real = batch.rows < len(examples)
+            losses[:, batch.rows[real]] = sums[:, real].astype(np.float64) / counts[real]
+            tokens[batch.rows[real]] = counts[real]
+            if time.monotonic() - saved > _SAVE_SECONDS:
+                save()
+                saved = time.monotonic()
+    finally:
+        if np.isfinite(losses).any():
+            save()
+        if bar is not None:
+            bar.close()
+    return losses, tokens, len(batches)
+
+
+def forget_partial(out: Path) -> None:
+    """Removes what `sample_losses` kept for a resumption."""
+    (out / "partial.npz").unlink(missing_ok=True)
+
+
+def _done(losses: np.ndarray, rows: np.ndarray) -> bool:
+    return bool(np.isfinite(losses[:, rows]).all())
