@@ -16,7 +16,8 @@ class Flag:
 
     Attributes:
         name: without dashes.
-        default: its type is the flag's type (str, int, float or bool); None is a bool that may stay open.
+        default: its type is the flag's type (str, int, float or bool); None is a bool that may stay open, an empty
+            tuple a text that may be given several times.
         help: one line.
         choices: words it may be besides the default, where not free.
         lowest: least whole number.
@@ -24,7 +25,7 @@ class Flag:
     """
 
     name: str
-    default: str | int | float | bool | None
+    default: str | int | float | bool | tuple[()] | None
     help: str
     choices: tuple[str, ...] = ()
     lowest: int | None = None
@@ -49,6 +50,8 @@ def parse(groups: Groups, command: str, arguments: Sequence[str]) -> flags.FlagV
             flags.DEFINE_integer(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
         elif isinstance(flag.default, float):
             flags.DEFINE_float(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
+        elif isinstance(flag.default, tuple):
+            flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
         else:
             flags.DEFINE_string(flag.name, flag.default, flag.help, flag_values=values)
     try:
@@ -80,6 +83,6 @@ def usage(groups: Groups, command: str, summary: str) -> str:
                 left, default = f"--[no]{flag.name}", shown[flag.default]
             else:
                 word = "|".join(flag.choices) or ("N" if isinstance(flag.default, int | float) else flag.word)
-                left, default = f"--{flag.name}={word}", str(flag.default)
+                left, default = f"--{flag.name}={word}", str(flag.default) if flag.default != () else ""
             lines.append(f"  {left:<33} {flag.help}" + (f" [{default}]" if default else ""))
     return "\n".join(lines)

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("jaxcrit.cli.generate", "write a model's answers to every prompt"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
+    "correlate": ("jaxcrit.cli.correlate", "compare two scores of the layers, or every score in a folder"),
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
 }

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.criticality.correlation import FEW_LAYERS, Correlation
 
 # Unrelated layers that score this much leave biased CKA little room to say anything.
 _HIGH_NULL = 0.5
@@ -64,4 +65,35 @@ def cautions(
             )
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
+    return found
+
+
+def correlation_cautions(pair: Correlation, names: Sequence[str]) -> list[str]:
+    """Warnings about a correlation over layers.
+
+    Args:
+        pair: of two scores.
+        names: of both.
+
+    Returns:
+        Warnings, none where nothing misleads.
+    """
+    found = []
+    if pair.num_layers < FEW_LAYERS:
+        found.append(
+            f"{pair.num_layers} layers say little: even if they were independent, only |ρ| of {pair.smallest:.3f} and"
+            " above would be significant at 0.05"
+        )
+    if pair.num_layers < 20:
+        found.append(f"{pair.num_layers} layers cannot bring the circular-shift p below {1 / pair.num_layers:.3f}")
+    if pair.p_naive < 0.05 < pair.p_shift:
+        found.append(
+            f"the naive p of {pair.p_naive:.1e} comes of neighbouring layers being alike: {pair.p_shift:.0%} of the"
+            " circular shifts correlate as strongly"
+        )
+    for own, other, name in ((0, 1, names[0]), (1, 0, names[1])):
+        if abs(pair.depth[own]) >= max(abs(pair.rho), 1e-9):
+            found.append(f"depth alone predicts {name} (ρ {pair.depth[own]:.3f}) no worse than {names[other]} does")
+    if not np.isfinite(pair.partial):
+        found.append("a score that is monotone in depth leaves nothing to correlate given depth")
     return found

@@ -169,6 +169,39 @@ def layer_losses(
     return _png(figure)
 
 
+def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
+    """Two scores over the layers, each on an axis of its own, as the paper draws δ and substitution loss."""
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    left = figure.subplots()
+    right = left.twinx()
+    for axes, score, name, color, marker in ((left, a, names[0], LINES[0], "o"), (right, b, names[1], LINES[1], "s")):
+        axes.plot(np.arange(score.num_layers), score.values, f"{marker}-", color=color, markersize=4)
+        if score.stderr is not None:
+            low, high = score.values - 1.96 * score.stderr, score.values + 1.96 * score.stderr
+            axes.fill_between(np.arange(score.num_layers), low, high, color=color, alpha=0.18, linewidth=0)
+        axes.set_ylabel(name, color=color)
+        axes.tick_params(axis="y", labelcolor=color)
+    _layer_axis(left, a.num_layers)
+    right.spines["top"].set_visible(False)
+    return _png(figure)
+
+
+def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
+    """Each layer that both scores are valid for, by both, numbered; darker is deeper."""
+    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
+    axes = figure.subplots()
+    layers = np.flatnonzero(a.valid & b.valid)
+    axes.scatter(a.values[layers], b.values[layers], c=layers, cmap="viridis_r", s=24)
+    for layer in layers:
+        place = (a.values[layer], b.values[layer])
+        axes.annotate(str(layer), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    axes.set_xlabel(names[0])
+    axes.set_ylabel(names[1])
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    return _png(figure)
+
+
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     """Test loss over optimizer steps, one line each.
 

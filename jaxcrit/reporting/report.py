@@ -75,6 +75,7 @@ def render_report(
     sections: Sequence[Section],
     configs: Mapping[str, str],
     run: Mapping[str, Any],
+    *,
     caveats: Sequence[str] = CAVEATS,
 ) -> str:
     """Renders the page; all text is escaped.

@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.capture import POSITIONS
+from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import write_npz
 from jaxcrit.core.hashing import sha256_json
@@ -117,7 +118,7 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
             dataset.name: _score(config, session, spec, dataset, captures.grams(dataset)) for dataset in datasets
         }
         analysis = _combine(config, session, spec, results, directory.path)
-        _write(analysis)
+        _write(analysis, datasets)
     except UserError:
         directory.discard()
         raise
@@ -291,9 +292,10 @@ def _combine(
     return Analysis(config, {}, results, scores, chosen, probability, out)
 
 
-def _write(analysis: Analysis) -> None:
+def _write(analysis: Analysis, datasets: Sequence[Dataset]) -> None:
     """Writes scores, CKA and layers: of each dataset, and, where there are several, of their consensus."""
     alone = len(analysis.datasets) == 1
+    ids = {dataset.name: dataset.sample_ids for dataset in datasets}
     for name, result in analysis.datasets.items():
         folder = analysis.out if alone else analysis.out / name
         folder.mkdir(parents=True, exist_ok=True)
@@ -301,6 +303,8 @@ def _write(analysis: Analysis) -> None:
         meta = {"format": "jaxcrit.cka", "format_version": 1, "dataset": name, "num_samples": result.num_samples}
         write_npz(folder / "cka.npz", {"biased": result.cka["biased"], "debiased": result.cka["debiased"]}, meta)
         result.chosen.save(folder / "layers.json")
+        if result.without_each is not None:
+            write_deletions(folder, {analysis.config.criterion: result.without_each}, ids[name])
     if not alone:
         write_scores(analysis.out / "scores.json", analysis.scores)
         analysis.chosen.save(analysis.out / "layers.json")

@@ -73,7 +73,7 @@ def test_help_of_a_command_has_one_line_per_flag_within_100_columns(command, cap
         rows = [line for line in lines if line.strip().startswith((f"--{flag.name}=", f"--[no]{flag.name} "))]
         assert len(rows) == 1
         assert flag.help in rows[0]
-        if flag.default not in ("", None, True, False):
+        if flag.default not in ("", (), None, True, False):
             assert rows[0].endswith(f"[{flag.default}]")
 
 

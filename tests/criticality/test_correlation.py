@@ -1,8 +1,6 @@
 """Correlation of two scores: against scipy and written-out permutations, and honest where layers are alike."""
 
 import itertools
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -165,7 +163,8 @@ def test_matrix_turns_high_scores_round_and_takes_what_each_pair_has():
     expected = spearmanr([3, 1, 2, 2], [-1, -4, -2, -3]).statistic
     np.testing.assert_allclose(found, [[1, expected, 1], [expected, 1, expected], [1, expected, 1]])
     assert spearman_matrix([a]).shape == (1, 1)
-    assert np.isnan(spearman_matrix([scores([1, 2, 3]), scores([1, 1, 1])])[0, 1])
+    for too_little in ([1, 1, 1], [1, 2, nan]):
+        assert np.isnan(spearman_matrix([scores([1, 2, 3]), scores(too_little)])[0, 1])
 
 
 def test_refuses():
@@ -173,7 +172,6 @@ def test_refuses():
     for given_scores, message in (
         ([], "got none"),
         ([scores([1, 2, 3]), scores([1, 2])], r"got \[2, 3\] layers"),
-        ([scores([1, 2, nan])], "3 layers valid in both, got 2"),
     ):
         with pytest.raises(UserError, match=message):
             spearman_matrix(given_scores)
@@ -186,11 +184,6 @@ def test_refuses():
             correlate(scores(a), scores(b))
     with pytest.raises(UserError, match="at least 1 layer"):
         block_permutation_p(np.arange(3), np.arange(3), 0)
-
-
-def test_needs_no_jax():
-    code = "import sys, jaxcrit.criticality.correlation; assert 'jax' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_overlap():
