@@ -1,0 +1,73 @@
+"""Interventions on the residual stream, as data of one edit: adding a vector, and projecting directions out.
+
+Which layers, which vectors and how strongly is data: a sweep over layers, components and controls, the empty
+intervention among them, compiles once. `jaxcrit.models.generation.generate` applies it from the last prompt token on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Intervention:
+    """What `edit` does after each block; all leaves ``[L, ...]`` float32.
+
+    Attributes:
+        active: ``[L]`` bool; where False the stream passes bit for bit.
+        shift: ``[L, B, D]`` added to every edited position of a sample.
+        mean: ``[L, D]`` point about which is projected.
+        basis: ``[L, k, D]`` orthonormal directions projected out; rows of zeros do nothing.
+    """
+
+    active: jax.Array | np.ndarray
+    shift: jax.Array | np.ndarray
+    mean: jax.Array | np.ndarray
+    basis: jax.Array | np.ndarray
+
+
+def edit(site: str, before: jax.Array, after: jax.Array, data: Intervention) -> jax.Array:
+    """The `jaxcrit.models.decoder.Edit` of an `Intervention`; acts on the output of whole blocks, ``[B, T, D]``."""
+    if site != "block":
+        return after
+    x, highest = after.astype(jnp.float32), jax.lax.Precision.HIGHEST
+    along = jnp.einsum("btd,kd->btk", x - data.mean, data.basis, precision=highest)
+    changed = x + data.shift[:, None] - jnp.einsum("btk,kd->btd", along, data.basis, precision=highest)
+    return jnp.where(data.active, changed.astype(after.dtype), after)
+
+
+def intervention(
+    shape: tuple[int, int, int],
+    *,
+    shifts: Mapping[int, np.ndarray] | None = None,
+    projections: Mapping[int, tuple[np.ndarray, np.ndarray]] | None = None,
+    rank: int = 1,
+) -> Intervention:
+    """Lays out an intervention; without shifts and projections, the empty one.
+
+    Args:
+        shape: (L, B, D).
+        shifts: by layer, ``[D]`` or ``[B, D]`` to add.
+        projections: by layer, a mean ``[D]`` and orthonormal directions ``[k, D]`` to remove about it.
+        rank: the most k; part of what is compiled for.
+
+    Example:
+        >>> intervention((2, 1, 4), shifts={1: np.ones(4)}).active.tolist()
+        [False, True]
+    """
+    layers, batch, width = shape
+    found = Intervention(
+        np.zeros(layers, bool), np.zeros((layers, batch, width), np.float32), np.zeros((layers, width), np.float32),
+        np.zeros((layers, rank, width), np.float32),
+    )  # fmt: skip
+    for layer, shift in (shifts or {}).items():
+        found.active[layer], found.shift[layer] = True, shift
+    for layer, (mean, basis) in (projections or {}).items():
+        found.active[layer], found.mean[layer], found.basis[layer, : len(basis)] = True, mean, basis
+    return found
