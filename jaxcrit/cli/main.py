@@ -20,6 +20,10 @@ COMMANDS = {
     "data": ("jaxcrit.cli.data", "show what a model will see of a dataset: rows, mask, lengths"),
     "finetune": ("jaxcrit.cli.finetune", "train exactly the layers you choose"),
     "generate": ("jaxcrit.cli.generate", "write a model's answers to every prompt"),
+    "intervene": (
+        "jaxcrit.cli.intervene",
+        "remove components, or steer, and see what an answer becomes",
+    ),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
     "correlate": ("jaxcrit.cli.correlate", "compare two scores of the layers, or every score in a folder"),

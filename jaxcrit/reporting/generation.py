@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jaxcrit.reporting.tables import WIDTH
+from jaxcrit.reporting.tables import shortened
 from jaxcrit.studies.generation import GENERATIONS, Generations
 
 _SHOWN = 3
@@ -21,8 +21,3 @@ def generations_text(found: Generations) -> str:
     alone = len(found.rows) == 1
     lines.append(f"generations: {found.out / GENERATIONS if alone else found.out / '*' / GENERATIONS}")
     return "\n".join(lines)
-
-
-def shortened(text: str) -> str:
-    """One line of at most `WIDTH` columns."""
-    return text if len(text) <= WIDTH else text[: WIDTH - 1] + "…"

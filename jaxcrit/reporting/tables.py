@@ -34,6 +34,11 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence
     return lines
 
 
+def shortened(text: str, width: int = WIDTH) -> str:
+    """One line of at most so many columns."""
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
 def layer_table(
     scores: Mapping[str, LayerScores],
     chosen: LayerSet,

@@ -1,0 +1,312 @@
+"""One prompt with and without an intervention: components of a layer removed, or a mean difference of prompts added."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcrit import __version__
+from jaxcrit.capture import capture
+from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.files import write_json
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.criticality.score import layer_scores
+from jaxcrit.data.batches import make_batches
+from jaxcrit.data.templates import template_hash
+from jaxcrit.models.decoder import Decoder, logits
+from jaxcrit.models.generation import decode, prefill
+from jaxcrit.models.interventions import Intervention, edit, intervention
+from jaxcrit.similarity.components import Components, principal_components
+from jaxcrit.similarity.grams import centred_grams, gram_tables
+from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.captures import Dataset
+from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.session import Bars, Session, open_session
+
+MODES = ("paper", "project", "steer", "none")
+INTERVENTION = "intervention.json"
+_WORDS = 8  # that a component is read as, in each direction
+_LIKELY = 3  # next tokens shown
+
+
+@dataclasses.dataclass(frozen=True)
+class InterveneConfig:
+    """What ``jaxcrit intervene`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
+        data, split, limit, shuffle_seed, template, edition, truncate: as of `AnalysisConfig`; one dataset.
+        out: run directory; empty for one named after the inputs.
+        layers: LayerSpec of the layers that are edited, together.
+        components: numbers from 0, with commas; empty for none.
+        prompt_index: row, from 0, of the prompt that is answered.
+        mode: ``paper`` subtracts what the prompt's last token has of the components, the same vector at every new
+            token; ``project`` removes them from the state of each; ``steer`` adds a mean difference; ``none``.
+        steer_from, steer_to: rows whose mean states are subtracted and added.
+        strength: factor of the difference.
+        max_new_tokens: of each answer.
+        stop: further tokens that end an answer.
+        dtype: of weights and compute; empty for the session's default.
+        mesh: devices by axis.
+    """
+
+    model: str = ""
+    data: str = "demo:arithmetic"
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    layers: str = "critical:1"
+    components: str = "0,1,2"
+    prompt_index: int = 0
+    mode: str = "paper"
+    steer_from: str = ""
+    steer_to: str = ""
+    strength: float = 1.0
+    max_new_tokens: int = 64
+    stop: str = ""
+    dtype: str = ""
+    mesh: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Intervened:
+    """A finished run.
+
+    Attributes:
+        found: what ``intervention.json`` holds.
+        warnings: what would mislead a reader.
+        out: run directory.
+    """
+
+    found: dict[str, Any]
+    warnings: list[str]
+    out: Path
+
+
+def run_intervene(config: InterveneConfig, *, progress: Bars | None = None) -> Intervened:
+    """Runs ``jaxcrit intervene``.
+
+    Args:
+        config: what is asked.
+        progress: makes progress bars (tqdm's signature), or None for silence.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    """
+    components = _check(config)
+    spec = LayerSpec.parse(config.layers)
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    if not spec.needs_scores:
+        resolve(spec, session.config.num_layers, model_hash=session.model_hash)
+    stop = stop_tokens(config.stop, session)
+    dataset = one_dataset(config, session, config.max_new_tokens)
+    if not 0 <= config.prompt_index < len(dataset.examples):
+        raise UserError(
+            f"--prompt_index={config.prompt_index}: expected 0 to {len(dataset.examples) - 1}, the rows of"
+            f" {dataset.source}"
+        )
+    steering = [
+        one_dataset(dataclasses.replace(config, data=path, limit=0), session)
+        for path in (config.steer_from, config.steer_to)
+        if path
+    ]
+    free = ("model", "data", "split", "out", "limit", "shuffle_seed", "mesh", "steer_from", "steer_to")
+    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
+    determines = {
+        "command": "intervene",
+        "config": {**asked, "dtype": session.dtype, "stop": stop},
+        "model_hash": session.model_hash,
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
+        "data": [sha256_json(one.sample_ids) for one in (dataset, *steering)],
+        "jaxcrit": __version__,
+    }
+    directory = RunDirectory.open(_out(config, session, determines), determines)
+    run = {
+        "command": "intervene", "config": dataclasses.asdict(config), "seed": 0, "determines": determines,
+        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash}, "versions": versions(),
+    }  # fmt: skip
+    directory.begin(run)
+    try:
+        decoder = session.decoder(progress)
+        hidden = states(decoder, dataset, session, progress)
+        layers = critical_layers(spec, hidden, session)
+        found, warnings = _measure(config, session, decoder, dataset, steering, hidden, layers, components, stop,
+                                   progress)  # fmt: skip
+        write_json(directory.path / INTERVENTION, "jaxcrit.intervention", found)
+    except UserError:
+        directory.discard()
+        raise
+    directory.finish({**run, "warnings": warnings})
+    return Intervened(found, warnings, directory.path)
+
+
+def parse_components(text: str, flag: str = "components") -> tuple[int, ...]:
+    """Reads ``0,1,2``; empty for none.
+
+    Raises:
+        UserError: not of that form.
+    """
+    parts = [part.strip() for part in text.split(",")] if text.strip() else []
+    if not all(part.isdecimal() for part in parts) or len(set(parts)) < len(parts):
+        raise UserError(f"--{flag}={text}: expected different whole numbers from 0, such as 0,1,2; empty for none")
+    return tuple(sorted(map(int, parts)))
+
+
+def one_dataset(config: Any, session: Session, reserve: int = 0) -> Dataset:
+    """The only dataset of ``--data``.
+
+    Raises:
+        UserError: there are several; see `read_datasets`.
+    """
+    datasets = read_datasets(config, session, reserve=reserve)
+    if len(datasets) > 1:
+        names = [dataset.source for dataset in datasets]
+        raise UserError(f"--data={config.data}: components are of one dataset, got {listed(names)}; name one of them")
+    return datasets[0]
+
+
+def states(decoder: Decoder, dataset: Dataset, session: Session, progress: Bars | None) -> np.ndarray:
+    """Last-token states ``[L, N, D]`` of all prompts, on the host."""
+    batches = make_batches(dataset.examples, batch_rows(session, 16))
+    bar = None if progress is None else progress(total=len(dataset.examples), desc=dataset.name)
+    found = capture(
+        decoder, batches, len(dataset.examples), mesh=session.mesh,
+        progress=None if bar is None else lambda done, _: bar.update(done - bar.n),
+    )  # fmt: skip
+    if bar is not None:
+        bar.close()
+    return np.asarray(found.hidden)
+
+
+def batch_rows(session: Session, asked: int) -> int:
+    """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    return -(-asked // split) * split
+
+
+def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Session) -> LayerSet:
+    """The layers of a rule; one that ranks goes by debiased δ over these very prompts."""
+    scores = layer_scores(gram_tables(centred_grams(hidden)))["delta_debiased"] if spec.needs_scores else None
+    return resolve(spec, session.config.num_layers, scores=scores, model_hash=session.model_hash)
+
+
+def lens(decoder: Decoder, directions: np.ndarray, tokenizer: Any, count: int = _WORDS) -> list[dict[str, list[str]]]:
+    """What directions ``[k, D]`` say: the tokens that final norm and head score highest for each, and for its negative.
+
+    The sign of a component is a convention, so both ends are read (the logit lens, nostalgebraist 2020).
+    """
+    both = jnp.asarray(np.stack([directions, -directions], axis=1), jnp.float32)
+    top = np.asarray(jax.lax.top_k(logits(decoder, both), count)[1])
+    return [
+        dict(zip("+-", [[tokenizer.decode([i]) for i in end] for end in ends.tolist()], strict=True)) for ends in top
+    ]
+
+
+@jax.jit
+def divergence(scores: jax.Array, other: jax.Array) -> jax.Array:
+    """KL(softmax(scores) || softmax(other)) in nats: ``[..., V]`` both, ``[...]``."""
+    log_p, log_q = jax.nn.log_softmax(scores), jax.nn.log_softmax(other)
+    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def _check(config: InterveneConfig) -> tuple[int, ...]:
+    if config.mode not in MODES:
+        raise UserError(f"--mode={config.mode}: expected {listed(MODES)}{did_you_mean(config.mode, MODES)}")
+    given = [bool(config.steer_from), bool(config.steer_to)]
+    if config.mode == "steer" and not all(given):
+        raise UserError("--mode=steer: expected --steer_from=FILE and --steer_to=FILE, rows of two kinds")
+    if config.mode != "steer" and any(given):
+        raise UserError(f"--mode={config.mode}: --steer_from and --steer_to go with --mode=steer")
+    return parse_components(config.components)
+
+
+def _measure(
+    config: InterveneConfig, session: Session, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
+    hidden: np.ndarray, layers: LayerSet, components: tuple[int, ...], stop: list[int], progress: Bars | None,
+) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    example = dataset.examples[config.prompt_index]
+    (batch,) = make_batches([example], batch_rows(session, 1))
+    shape = (session.config.num_layers, len(batch.rows), session.config.width)
+    found: dict[str, Any] = {
+        "prompt": example.prompt, "prompt_index": config.prompt_index, "sample_id": example.sample_id,
+        "mode": config.mode, "layers": list(layers.layers),
+    }  # fmt: skip
+    warnings: list[str] = []
+    edits = intervention(shape)
+    if config.mode == "steer":
+        first, second = (states(decoder, one, session, progress).mean(axis=1) for one in steering)
+        difference = config.strength * (second - first)
+        edits = intervention(shape, shifts={layer: difference[layer] for layer in layers.layers})
+        found |= {"strength": config.strength, "steer_from": steering[0].source, "steer_to": steering[1].source,
+                  "lens": {str(layer): lens(decoder, difference[layer][None], session.tokenizer)
+                           for layer in layers.layers}}  # fmt: skip
+    elif components and config.mode != "none":
+        fit = principal_components(hidden, max(components) + 1)
+        warnings = fit.unidentified(components, layers.layers)
+        edits = removal(fit, layers.layers, components, config.mode, shape, np.full(shape[1], config.prompt_index))
+        found |= {"components": list(components), "of": described(fit, layers.layers, components),
+                  "lens": {str(layer): lens(decoder, fit.directions[layer][list(components)], session.tokenizer)
+                           for layer in layers.layers}}  # fmt: skip
+    prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
+    samples = np.where(batch.rows == 0, config.prompt_index, -1)
+    answers = {}
+    for name, data in (("before", intervention(shape, rank=edits.basis.shape[1])), ("after", edits)):
+        answers[name] = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
+        ids = answers[name].token_ids[0]
+        found[name] = {"text": session.tokenizer.decode(ids, skip_special_tokens=True), "token_ids": ids,
+                       "stopped": bool(answers[name].stopped[0]),
+                       "next_tokens": _likely(answers[name].scores[0], session.tokenizer)}  # fmt: skip
+    found["next_token_kl"] = float(divergence(answers["before"].scores[0], answers["after"].scores[0]))
+    return found, warnings
+
+
+def removal(
+    fit: Components, layers: Sequence[int], components: Sequence[int], mode: str, shape: tuple[int, int, int],
+    rows: np.ndarray,
+) -> Intervention:  # fmt: skip
+    """Takes components out of layers, in the way of a mode.
+
+    Args:
+        fit: the components.
+        layers: edited, together.
+        components: removed.
+        mode: ``paper`` or ``project``, see `InterveneConfig`.
+        shape: (L, B, D).
+        rows: ``[B]`` which sample of the fit each row of the batch is.
+    """
+    rank = fit.directions.shape[1]
+    if mode == "project":
+        about = {layer: (fit.mean[layer], fit.directions[layer][list(components)]) for layer in layers}
+        return intervention(shape, projections=about, rank=rank)
+    part = fit.part(components)
+    return intervention(shape, shifts={layer: -part[layer][rows] for layer in layers}, rank=rank)
+
+
+def described(fit: Components, layers: Sequence[int], components: Sequence[int]) -> dict[str, Any]:
+    """By layer, the share of the variance that each removed component has."""
+    shares = fit.spectrum.explained_variance
+    return {str(layer): [round(float(shares[layer, c]), 6) for c in components] for layer in layers}
+
+
+def _likely(scores: jax.Array, tokenizer: Any) -> list[list[Any]]:
+    values, ids = jax.lax.top_k(jax.nn.softmax(scores), min(_LIKELY, len(scores)))
+    return [[tokenizer.decode([i]), round(p, 6)] for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
+
+
+def _out(config: InterveneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+    if config.out:
+        return Path(config.out)
+    name = session.checkpoint.path.resolve().name if config.model else "embedded"
+    return Path("jaxcrit-runs") / f"intervene-{name}-{sha256_json(dict(determines))[:8]}"
