@@ -12,6 +12,7 @@ from jaxcrit.similarity.grams import (
     unpack_upper,
 )
 from jaxcrit.similarity.inference import cka_without_each, null_mean, participation_ratio
+from jaxcrit.similarity.measures import knn, measure, procrustes, rsa, svcca, unit_rows
 from jaxcrit.similarity.spectrum import Spectrum, canonical_correlations, cca, decompose, directions
 
 __all__ = [
@@ -29,9 +30,15 @@ __all__ = [
     "directions",
     "from_tables",
     "gram_tables",
+    "knn",
+    "measure",
     "null_mean",
     "pack_upper",
     "participation_ratio",
+    "procrustes",
+    "rsa",
+    "svcca",
     "sweep",
+    "unit_rows",
     "unpack_upper",
 ]
