@@ -27,9 +27,11 @@ FLAGS = {
         Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
     ),
     "scores": (
+        Flag("normalize", "", "row: every sample's activations to unit length first", ("row",)),
         Flag("kernel", "linear", "of CKA", ("linear", "rbf")),
         Flag("window", 5, "layers that δ averages over; odd", lowest=3),
         Flag("include_self", True, "count the layer itself in its window"),
+        Flag("measures", "", "also procrustes,rsa,rsa_spearman,knn,cca,svcca", word="NAMES"),
     ),
     "selection": (
         Flag("layers", "critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC"),

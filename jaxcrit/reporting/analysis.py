@@ -8,6 +8,7 @@ from pathlib import Path
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import exporters, plots, tables, views
+from jaxcrit.reporting.measures import measures_table
 from jaxcrit.reporting.report import Figure, Section, render_report
 
 
@@ -72,7 +73,9 @@ def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
     if consensus is not None:
         table = _consensus_table(analysis, consensus, style)
     else:
-        table = _dataset_table(analysis, next(iter(analysis.datasets.values())), style)
+        dataset = next(iter(analysis.datasets.values()))
+        others = measures_table(dataset.scores)
+        table = _dataset_table(analysis, dataset, style) + (f"\n\nδ by other measures:\n{others}" if others else "")
     sentences = [*headlines(analysis), *(f"warning: {line}" for line in warnings(analysis))]
     return "\n".join([table, "", *(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)])
 
@@ -115,6 +118,8 @@ def write_analysis(analysis: views.AnalysisView) -> Path:
         title = f"{name}: {dataset.num_samples} samples"
         note = f"{tables.headline(dataset.chosen)}. {sure}" if consensus is not None else ""
         sections.append(Section(title, note, _dataset_table(analysis, dataset), figures))
+        if others := measures_table(dataset.scores):
+            sections.append(Section(f"{name}: δ by other measures", "", others, []))
     exporters.layer_files(out, analysis.chosen, model_type)
     configs = {
         name: exporters.export_selection(analysis.chosen, fmt, model_type)

@@ -191,13 +191,16 @@ def parse_measures(text: str) -> tuple[str, ...]:
     return names
 
 
-def measure(grams: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
+def measure(
+    grams: Any, names: Iterable[str], *, progress: Callable[[int], object] | None = None
+) -> dict[str, np.ndarray]:
     """Several measures between all layers of one model; their spectra are computed once.
 
     Args:
         grams: ``[L, N, N]`` centred Grams.
         names: of `MEASURES`; there ``knn`` counts 10 neighbours, ``cca`` 10 components, ``svcca`` those that explain
             99 % of the variance.
+        progress: called with a number of layers as each measure goes on.
 
     Returns:
         Name -> ``[L, L]`` float64.
@@ -205,9 +208,19 @@ def measure(grams: Any, names: Iterable[str]) -> dict[str, np.ndarray]:
     Raises:
         UserError: too few samples, or components beyond the rank of a layer.
     """
-    names = list(names)
-    spectrum = decompose(grams) if any(MEASURES[name][0] for name in names) else None
-    return {name: MEASURES[name][1](spectrum if MEASURES[name][0] else grams) for name in names}
+    found: dict[str, np.ndarray] = {}
+    spectrum: Spectrum | None = None
+    for name in names:
+        spectral, function = MEASURES[name]
+        if spectral and spectrum is None:
+            spectrum = decompose(grams)
+        if name == "procrustes":
+            found[name] = function(spectrum, progress=progress)
+            continue
+        found[name] = function(spectrum if spectral else grams)
+        if progress:
+            progress(len(grams))
+    return found
 
 
 def _coordinates(spectrum: Spectrum) -> list[np.ndarray]:

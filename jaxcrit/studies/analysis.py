@@ -21,6 +21,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criticality.cautions import cautions
+from jaxcrit.criticality.measures import measure_scores
 from jaxcrit.criticality.score import layer_scores, values_without_each
 from jaxcrit.criticality.selection import mean_rank, selection_probability
 from jaxcrit.data.batches import refuse_long
@@ -28,7 +29,9 @@ from jaxcrit.data.templates import template_hash
 from jaxcrit.similarity.cka import from_tables
 from jaxcrit.similarity.grams import KERNELS, gram_tables
 from jaxcrit.similarity.inference import null_mean, participation_ratio
+from jaxcrit.similarity.measures import parse_measures
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.studies.measures import measured
 from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
 
@@ -43,6 +46,7 @@ class DatasetResult:
         name: of the dataset.
         num_samples: N.
         scores: by score key.
+        measures: by name, ``[L, L]``; what ``--measures`` asked for.
         cka: ``biased``, ``debiased`` and ``null`` (what unrelated layers would score by the biased one), ``[L, L]``.
         chosen: layers this dataset alone would choose.
         selection_probability: ``[L]``, in how many bootstrap draws a layer is chosen; None for fixed layers.
@@ -54,6 +58,7 @@ class DatasetResult:
     name: str
     num_samples: int
     scores: dict[str, LayerScores]
+    measures: dict[str, np.ndarray]
     cka: dict[str, np.ndarray]
     chosen: LayerSet
     selection_probability: np.ndarray | None
@@ -115,7 +120,8 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     try:
         captures = Captures(config, session, datasets, directory, progress)
         results = {
-            dataset.name: _score(config, session, spec, dataset, captures.grams(dataset)) for dataset in datasets
+            dataset.name: _score(config, session, spec, dataset, captures.grams(dataset), progress)
+            for dataset in datasets
         }
         analysis = _combine(config, session, spec, results, directory.path)
         _write(analysis, datasets)
@@ -136,6 +142,9 @@ def _check(config: AnalysisConfig) -> LayerSpec:
         raise UserError(f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)")
     if config.bias not in ("biased", "debiased"):
         raise UserError(f"--bias={config.bias}: expected biased or debiased")
+    if config.normalize not in ("", "row"):
+        raise UserError(f"--normalize={config.normalize}: expected row, or nothing")
+    parse_measures(config.measures)
     if config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
     if config.embed and not config.save_activations:
@@ -232,7 +241,12 @@ def _out(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]
 
 
 def _score(
-    config: AnalysisConfig, session: Session, spec: LayerSpec, dataset: Dataset, grams: np.ndarray | jax.Array
+    config: AnalysisConfig,
+    session: Session,
+    spec: LayerSpec,
+    dataset: Dataset,
+    grams: np.ndarray | jax.Array,
+    progress: Bars | None,
 ) -> DatasetResult:
     tables = gram_tables(grams)
     meta = {
@@ -240,6 +254,7 @@ def _score(
         "model_hash": session.model_hash,
         "dataset": dataset.name,
         "position": config.position,
+        "normalize": config.normalize,
         "kernel": config.kernel,
     }
     scores = layer_scores(tables, window=config.window, include_self=config.include_self, meta=meta)
@@ -248,11 +263,15 @@ def _score(
         scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}
     elif tables.num_samples > 4:  # deleting one must leave the 4 that the debiased estimator needs
         left = values_without_each(tables, config.criterion, config.window, config.include_self)
+    measures = measured(grams, config.measures, progress)
+    scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
+                             meta={**meta, "num_samples": tables.num_samples})  # fmt: skip
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null": null_mean(tables)}
     return DatasetResult(
         name=dataset.name,
         num_samples=tables.num_samples,
         scores=scores,
+        measures=measures,
         cka=cka,
         chosen=_choose(config, session, spec, scores[config.criterion]),
         selection_probability=_probability(config, spec, [scores[config.criterion]], [left]),
@@ -302,6 +321,8 @@ def _write(analysis: Analysis, datasets: Sequence[Dataset]) -> None:
         write_scores(folder / "scores.json", result.scores)
         meta = {"format": "jaxcrit.cka", "format_version": 1, "dataset": name, "num_samples": result.num_samples}
         write_npz(folder / "cka.npz", {"biased": result.cka["biased"], "debiased": result.cka["debiased"]}, meta)
+        if result.measures:
+            write_npz(folder / "measures.npz", result.measures, {**meta, "format": "jaxcrit.measures"})
         result.chosen.save(folder / "layers.json")
         if result.without_each is not None:
             write_deletions(folder, {analysis.config.criterion: result.without_each}, ids[name])

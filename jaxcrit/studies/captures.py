@@ -20,6 +20,7 @@ from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.similarity.grams import Kernel, centred_grams, pack_upper, unpack_upper
+from jaxcrit.similarity.measures import unit_rows
 from jaxcrit.studies.session import Bars, Session
 
 FINGERPRINT_SAMPLES = 4096  # above it the Grams outgrow what one wants in a run directory
@@ -44,9 +45,11 @@ class AnalysisConfig:
         dtype: of weights and compute; empty for the session's default.
         precision: of matrix products.
         mesh: devices by axis.
+        normalize: ``row`` to give every sample's activations unit length; empty to leave them as they are.
         kernel: linear or rbf.
         window: layers that delta averages over.
         include_self: whether a layer is in its own window.
+        measures: of `jaxcrit.similarity.measures.MEASURES`, with commas, beside CKA.
         layers: LayerSpec of the selection.
         bias: which delta selects, debiased or biased.
         trim: layers at each end that are never critical.
@@ -69,9 +72,11 @@ class AnalysisConfig:
     dtype: str = ""
     precision: str = "highest"
     mesh: str = ""
+    normalize: str = ""
     kernel: Kernel = "linear"
     window: int = 5
     include_self: bool = True
+    measures: str = ""
     layers: str = "critical"
     bias: str = "debiased"
     trim: int = 2
@@ -152,8 +157,9 @@ class Captures:
                 f" {GRAM_BYTES / 2**30:.0f} are taken; give fewer prompts with --limit"
             )
         activations = self._capture(dataset)
+        hidden = unit_rows(activations.hidden) if self.config.normalize == "row" else activations.hidden
         grams: np.ndarray | jax.Array = centred_grams(
-            activations.hidden, self.config.kernel, allow_repeats=self.config.position == "all"
+            hidden, self.config.kernel, allow_repeats=self.config.position == "all"
         )
         folder.mkdir(parents=True, exist_ok=True)
         if count <= FINGERPRINT_SAMPLES:
@@ -166,6 +172,7 @@ class Captures:
                 "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
                 "position": self.config.position,
                 "kernel": self.config.kernel,
+                "normalize": self.config.normalize,
                 "num_layers": self.session.config.num_layers,
             }
             ids = np.array(dataset.sample_ids)[activations.units]

@@ -7,6 +7,7 @@ import json
 import shutil
 
 import numpy as np
+import oracles
 import pytest
 from safetensors.numpy import load_file
 from tiny_model import prompts_file, tiny_checkpoint
@@ -157,6 +158,35 @@ def test_positions(config, position, tmp_path):
     assert samples == 12 if position == "mean" else samples > 12
 
 
+def test_other_measures(config, tmp_path, capsys):
+    """Matrices in measures.npz, δ of each in scores.json, a table; nothing else changes."""
+    analysis = run_analysis(config)
+    names = "procrustes,rsa,rsa_spearman,svcca"
+    out = tmp_path / "more"
+    with_more = [f"--model={config.model}", f"--data={config.data}", "--layers=critical:2", f"--out={out}"]
+    assert main(["analyze", *with_more, f"--measures={names}"]) == 0
+    said = capsys.readouterr().out
+    assert "δ by other measures" in said and "rsa_spearman" in said and max(map(len, said.splitlines())) <= 100
+    arrays, meta = read_npz(out / "measures.npz")
+    assert meta["format"] == "jaxcrit.measures" and set(arrays) == set(names.split(","))
+    scores = read_scores(out / "scores.json")
+    assert set(scores) == set(analysis.scores) | {f"delta_{name}" for name in arrays}
+    for name, matrix in arrays.items():
+        score = scores[f"delta_{name}"]
+        np.testing.assert_allclose(score.values[2:5], [matrix[i - 2 : i + 3, i].mean() for i in (2, 3, 4)])
+        assert score.valid.tolist() == [False, False, True, True, True, False, False] and score.stderr is None
+    np.testing.assert_array_equal(scores["delta"].values, analysis.scores["delta"].values)
+
+
+def test_rows_of_unit_length(config, tmp_path):
+    plain = run_analysis(dataclasses.replace(config, save_activations=True))
+    unit = run_analysis(dataclasses.replace(config, normalize="row", out=str(tmp_path / "unit")))
+    hidden = load_file(tmp_path / "run" / "activations.safetensors")["hidden"]
+    rows = hidden / np.linalg.norm(hidden, axis=2, keepdims=True)
+    np.testing.assert_allclose(unit.datasets["prompts"].cka["biased"], oracles.oracle(rows), atol=1e-6)
+    assert np.abs(unit.scores["delta"].values[2:5] - plain.scores["delta"].values[2:5]).max() > 1e-4
+
+
 def test_biased_selection(config):
     analysis = run_analysis(dataclasses.replace(config, bias="biased"))
     assert analysis.chosen.criterion == "delta"
@@ -210,6 +240,9 @@ BAD = {
     "layer outside": (lambda m, t: {"layers": "3-9"}, "expected layers 0 to 6"),
     "even window": (lambda m, t: {"window": 4}, "odd"),
     "window wider than the model": (lambda m, t: {"window": 9}, "9"),
+    "unknown measure": (lambda m, t: {"measures": "rsa,procrusts"}, "did you mean 'procrustes'"),
+    "too few samples for a measure": (lambda m, t: {"data": lines(t / "d.jsonl", *rows(8)), "measures": "cca"}, "more"),
+    "unknown normalisation": (lambda m, t: {"normalize": "rows"}, "row"),
     "embed alone": (lambda m, t: {"embed": True}, "--save_activations"),
     "mesh": (lambda m, t: {"mesh": "data=3"}, "--mesh=data=3"),
 }
