@@ -108,14 +108,14 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
-    spec = _check(config)
+    spec = check_flags(config)
     session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)
     datasets = read_datasets(config, session)
-    determines = _determines(config, session, datasets)
-    directory = RunDirectory.open(_out(config, session, determines), determines)
-    run = _run_record(config, session, datasets, determines)
+    determines = determines_of(config, session, datasets)
+    directory = RunDirectory.open(out_of(config, session, determines), determines)
+    run = run_record(config, session, datasets, determines)
     directory.begin(run)
     try:
         captures = Captures(config, session, datasets, directory, progress)
@@ -133,7 +133,8 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     return dataclasses.replace(analysis, run={**analysis.run, **run, "time": captures.times()})
 
 
-def _check(config: AnalysisConfig) -> LayerSpec:
+def check_flags(config: AnalysisConfig) -> LayerSpec:
+    """Refuses values that no flag may have, before anything is read; returns the selection."""
     if config.position not in POSITIONS:
         raise UserError(f"--position={config.position}: expected {listed(POSITIONS)}")
     if config.kernel not in KERNELS:
@@ -179,7 +180,7 @@ def read_datasets(config: Rendering, session: Session, *, reserve: int = 0) -> l
     return datasets
 
 
-def _determines(config: AnalysisConfig, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
+def determines_of(config: AnalysisConfig, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = dataclasses.asdict(config)
     # The identity of the rows is in the hashes, not in how they were come by.
@@ -195,12 +196,13 @@ def _determines(config: AnalysisConfig, session: Session, datasets: Sequence[Dat
     }
 
 
-def _run_record(
+def run_record(
     config: AnalysisConfig, session: Session, datasets: Sequence[Dataset], determines: Mapping[str, Any]
 ) -> dict[str, Any]:
+    """What ``run.json`` says before the results."""
     device = jax.devices()[0]
     return {
-        "command": "analyze",
+        "command": determines["command"],
         "config": dataclasses.asdict(config),
         "seed": config.seed,
         "determines": dict(determines),
@@ -233,11 +235,12 @@ def versions() -> dict[str, str]:
     return {"jaxcrit": __version__, "python": platform.python_version(), **packages}
 
 
-def _out(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def out_of(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+    """``--out``, or a directory here named after the command, the model and what determines the results."""
     if config.out:
         return Path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"analyze-{name}-{sha256_json(dict(determines))[:8]}"
+    return Path("jaxcrit-runs") / f"{determines['command']}-{name}-{sha256_json(dict(determines))[:8]}"
 
 
 def _score(
