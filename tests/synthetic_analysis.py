@@ -71,7 +71,7 @@ def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 
         for name in names:
             (out / name).mkdir(parents=True, exist_ok=True)
     run = {
-        "command": ["jaxcrit", "analyze", "--model=<b>dir</b>"],
+        "command": "analyze",
         "config": {"model": "<b>dir</b>", "window": 5, "include_self": True, "trim": 2, "bias": "debiased", "out": ""},
         "versions": {"jax": "0.10.2"},
         "model_hash": META["model_hash"],

@@ -17,6 +17,7 @@ from jaxcrit.core.errors import UserError, did_you_mean
 # name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code.
 COMMANDS = {
     "analyze": ("jaxcrit.cli.analyze", "find the critical layers of a model, and say how sure that is"),
+    "spectrum": ("jaxcrit.cli.spectrum", "principal components of every layer, and which of them track δ"),
     "data": ("jaxcrit.cli.data", "show what a model will see of a dataset: rows, mask, lengths"),
     "finetune": ("jaxcrit.cli.finetune", "train exactly the layers you choose"),
     "generate": ("jaxcrit.cli.generate", "write a model's answers to every prompt"),

@@ -202,6 +202,38 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes
     return _png(figure)
 
 
+def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], *, title: str = "") -> bytes:
+    """CCA of principal components over bars of δ, as the paper draws them: two axes, both cut to what is on them.
+
+    Args:
+        delta: bars.
+        curves: lines with ±1.96 standard errors, by label.
+        title: of the figure.
+    """
+    layers = np.arange(delta.num_layers)
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    left = figure.subplots()
+    least, most = np.nanmin(delta.values), np.nanmax(delta.values)
+    base = least - 0.15 * max(most - least, 1e-6)
+    left.bar(layers, delta.values - base, bottom=base, color=NULL, alpha=0.35, width=0.8)
+    left.set_ylim(base, most + 0.05 * (most - base))
+    left.set_ylabel(delta.name.replace("delta", "δ").replace("_", " ") + " (bars)")
+    right = left.twinx()
+    for index, (label, score) in enumerate(curves.items()):
+        color = LINES[index % len(LINES)]
+        right.plot(layers, score.values, "o-", color=color, markersize=3.5, linewidth=1.4, label=label)
+        if score.stderr is not None:
+            low, high = score.values - 1.96 * score.stderr, np.minimum(score.values + 1.96 * score.stderr, 1)
+            right.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
+    right.set_ylabel("mean CCA with the neighbours (lines)")
+    _layer_axis(left, delta.num_layers)
+    right.spines["top"].set_visible(False)
+    if title:
+        left.set_title(title, fontsize=11, loc="left")
+    right.legend(frameon=False, fontsize=9, loc="lower right")
+    return _png(figure)
+
+
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     """Test loss over optimizer steps, one line each.
 

@@ -98,6 +98,7 @@ def render_report(
     return environment.get_template("report.html.j2").render(
         headlines=headlines,
         warnings=warnings,
+        command=run["command"],
         sections=sections,
         configs=configs,
         caveats=caveats,

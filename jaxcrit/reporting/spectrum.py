@@ -1,0 +1,215 @@
+"""What `jaxcrit spectrum` shows: tables for the terminal; the paper's figure and a page for the run directory."""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxcrit.core.files import write_bytes, write_text
+from jaxcrit.core.layers import LayerScores
+from jaxcrit.criticality.tracking import Tracking
+from jaxcrit.reporting import plots
+from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.similarity.spectrum import Spectrum
+
+CAVEATS = (
+    "CCA of the first k principal components compares which directions two layers vary in, whatever their size; δ is"
+    " of CKA, which weighs them by their variance.",
+    "Which component is the k-th is settled only where its variance is apart from the next one's by more than other"
+    " samples would change it (North et al. 1982); ~ marks where it is not.",
+    "Neighbouring layers are alike, so that layers are fewer independent observations than they are layers: p is the"
+    " share of all circular shifts of one curve against the other that correlate as much, never below one over the"
+    " number of layers.",
+    "Curves that both drift with depth correlate whatever else they measure: read ρ given depth beside ρ.",
+    "Standard errors are of the samples (infinitesimal jackknife), not of another kind of prompt or another model.",
+)
+
+
+class SpectrumView(Protocol):
+    """The components of one dataset."""
+
+    @property
+    def name(self) -> str:
+        """Of the dataset."""
+
+    @property
+    def num_samples(self) -> int:
+        """N."""
+
+    @property
+    def scores(self) -> Mapping[str, LayerScores]:
+        """``delta``, ``delta_debiased``, and ``cca_K``."""
+
+    @property
+    def spectrum(self) -> Spectrum:
+        """Of every layer."""
+
+    @property
+    def tracking(self) -> Tracking | None:
+        """Of δ by the CCA curves."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What would mislead a reader, one line each."""
+
+
+class SpectralView(Protocol):
+    """One run of ``jaxcrit spectrum``."""
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What ``run.json`` holds."""
+
+    @property
+    def datasets(self) -> Mapping[str, Any]:
+        """A `SpectrumView` by name, in order."""
+
+    @property
+    def ks(self) -> tuple[int, ...]:
+        """Numbers of components, ascending."""
+
+    @property
+    def out(self) -> Path:
+        """Run directory."""
+
+
+def headlines(analysis: SpectralView) -> list[str]:
+    """Which number of components tracks δ best: a sentence per dataset."""
+    lines = []
+    for name, dataset in analysis.datasets.items():
+        found = dataset.tracking
+        where = f"{name}: " if len(analysis.datasets) > 1 else ""
+        if found is None:
+            lines.append(f"{where}Nothing to correlate: see the warning.")
+            continue
+        best = found.correlations[found.best]
+        if best.rho <= 0:
+            lines.append(f"{where}CCA of none of these numbers of components rises and falls with δ.")
+            continue
+        lines.append(
+            f"{where}CCA of {_components(found.best)} tracks δ best: Spearman's ρ = {best.rho:+.2f} over"
+            f" {best.num_layers} layers (circular-shift p = {found.p_best:.3f} for the best of"
+            f" {len(found.correlations)}); given depth {_signed(best.partial)}."
+        )
+    return lines
+
+
+def tracking_table(found: Tracking) -> str:
+    """One row per number of components: how its curve goes along with δ."""
+    rows = [
+        [
+            name.removeprefix("cca_"),
+            _signed(one.rho),
+            _number(one.p_shift, 3),
+            _signed(one.partial),
+            _number(one.p_partial, 3),
+            _signed(one.depth[1]),
+            "◀ best" if name == found.best else "",
+        ]
+        for name, one in found.correlations.items()
+    ]
+    header = ["k", f"ρ with {_shown(found.reference)}", "p (shifts)", "ρ given depth", "p (shifts)", "ρ with depth", ""]
+    return "\n".join(aligned(header, rows, [False] * len(rows)))
+
+
+def layer_table(dataset: SpectrumView, ks: Sequence[int], reference: str) -> str:
+    """One row per layer: δ, CCA with its neighbours by number of components, and how many directions carry it.
+
+    Errors are left out, then the largest numbers of components, until the table fits.
+    """
+    for errors, count in [(True, len(ks)), *((False, count) for count in range(len(ks), 0, -1))]:
+        lines = _layer_lines(dataset, ks[:count], reference, errors)
+        if max(map(len, lines)) <= WIDTH:
+            break
+    if count < len(ks):
+        lines.append(f"(k = {', '.join(map(str, ks[count:]))} are in scores.json)")
+    return "\n".join(lines)
+
+
+def _layer_lines(dataset: SpectrumView, ks: Sequence[int], reference: str, errors: bool) -> list[str]:
+    spectrum, curves = dataset.spectrum, [dataset.scores[f"cca_{k}"] for k in ks]
+    delta = dataset.scores[reference]
+    explained = spectrum.explained_variance[:, : ks[-1]].sum(axis=1)
+    header = ["layer", _shown(reference), *(f"CCA top {k}" for k in ks), f"var {ks[-1]}", "PR", "eff. rank", ""]
+    rows = []
+    for layer in range(delta.num_layers):
+        cells = []
+        for k, curve in zip(ks, curves, strict=True):
+            cell = _number(curve.values[layer])
+            if errors and curve.stderr is not None and curve.valid[layer]:
+                cell += f" ±{_number(curve.stderr[layer])}"
+            cells.append(cell + ("~" if spectrum.gaps[layer, k - 1] < spectrum.sampling_gap else " "))
+        facts = [explained[layer], spectrum.participation_ratio[layer], spectrum.effective_rank[layer]]
+        rows.append([str(layer), _number(delta.values[layer]), *cells,
+                     _number(facts[0], 2), _number(facts[1], 1), _number(facts[2], 1), ""])  # fmt: skip
+    return aligned(header, rows, [False] * len(rows))
+
+
+def spectrum_text(analysis: SpectralView) -> str:
+    """The result for a terminal: the layers of a single dataset, which k tracks δ, warnings."""
+    parts = []
+    for name, dataset in analysis.datasets.items():
+        several = len(analysis.datasets) > 1
+        parts += [f"{name}:"] if several else [layer_table(dataset, analysis.ks, _reference(analysis)), ""]
+        parts += [] if dataset.tracking is None else [tracking_table(dataset.tracking), ""]
+    sentences = [*headlines(analysis), *(f"warning: {line}" for line in warnings(analysis))]
+    return "\n".join([*parts, *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in sentences)])
+
+
+def warnings(analysis: SpectralView) -> list[str]:
+    """Every dataset's warnings, with its name in front where there are several."""
+    several = len(analysis.datasets) > 1
+    return [
+        f"{name}: {line}" if several else line
+        for name, dataset in analysis.datasets.items()
+        for line in dataset.warnings
+    ]
+
+
+def write_spectrum(analysis: SpectralView) -> Path:
+    """Writes ``spectrum.png`` of every dataset and ``report.html``; returns the report."""
+    sections = []
+    for name, dataset in analysis.datasets.items():
+        directory = analysis.out if len(analysis.datasets) == 1 else analysis.out / name
+        picture = plots.component_curves(
+            dataset.scores[_reference(analysis)],
+            {f"top {k}": dataset.scores[f"cca_{k}"] for k in analysis.ks},
+            title=f"{name}, {dataset.num_samples} samples",
+        )
+        write_bytes(directory / "spectrum.png", picture)
+        caption = "Bars: δ. Lines: mean CCA of the first k principal components of a layer and of its neighbours."
+        table = layer_table(dataset, analysis.ks, _reference(analysis))
+        if dataset.tracking is not None:
+            table += f"\n\n{tracking_table(dataset.tracking)}"
+        figures = [Figure("spectrum.png", picture, caption)]
+        sections.append(Section(f"{name}: {dataset.num_samples} samples", "", table, figures))
+    page = render_report(headlines(analysis), warnings(analysis), sections, {}, analysis.run, caveats=CAVEATS)
+    write_text(analysis.out / "report.html", page)
+    return analysis.out / "report.html"
+
+
+def _reference(analysis: SpectralView) -> str:
+    return "delta" if analysis.run["config"]["bias"] == "biased" else "delta_debiased"
+
+
+def _shown(key: str) -> str:
+    return {"delta": "δ biased", "delta_debiased": "δ debiased"}[key]
+
+
+def _components(key: str) -> str:
+    k = int(key.removeprefix("cca_"))
+    return f"the first {k} components" if k > 1 else "the first component"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}" if math.isfinite(value) else "-"
+
+
+def _number(value: float | np.floating, digits: int = 4) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"

@@ -1,0 +1,331 @@
+"""Principal components of every layer, and whether CCA between neighbours tells the same story as δ."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcrit import __version__
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import write_json, write_npz
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.criticality.measures import component_scores
+from jaxcrit.criticality.score import layer_scores
+from jaxcrit.criticality.tracking import Tracking, tracking
+from jaxcrit.similarity.grams import gram_tables
+from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
+from jaxcrit.studies.analysis import check_flags, determines_of, load_datasets, out_of, run_record, versions
+from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.studies.fingerprints import read_run
+from jaxcrit.studies.session import Bars, Session, open_session
+
+SPECTRUM_FORMAT = "jaxcrit.spectrum"
+COMPLETE_BYTES = 2 * 2**30  # all scores of all layers, which errors need
+# What may be said of a run that exists already; everything else says how to make one.
+_OF_A_RUN = ("run", "k", "window", "include_self", "bias", "out")
+
+
+@dataclasses.dataclass(frozen=True)
+class SpectrumConfig:
+    """What ``jaxcrit spectrum`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
+
+    Attributes:
+        run: directory of an earlier analysis, whose Grams are used instead of a model's.
+        k: numbers of components, with commas.
+        window: layers that δ and CCA average over; CCA leaves the layer itself out.
+        bias: which δ is tracked.
+    """
+
+    model: str = ""
+    run: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    position: Any = "last"
+    batch_size: int = 8
+    dtype: str = ""
+    precision: str = "highest"
+    mesh: str = ""
+    normalize: str = ""
+    kernel: Any = "linear"
+    k: str = "1,3,10"
+    window: int = 5
+    include_self: bool = True
+    bias: str = "debiased"
+
+    def analysis(self) -> AnalysisConfig:
+        """The same as far as it is about capturing and δ."""
+        shared = {field.name for field in dataclasses.fields(AnalysisConfig)}
+        return AnalysisConfig(**{key: value for key, value in dataclasses.asdict(self).items() if key in shared})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpectrumResult:
+    """What one dataset says.
+
+    Attributes:
+        name: of the dataset.
+        num_samples: N.
+        scores: ``delta``, ``delta_debiased``, ``step``, ``step_debiased``, and ``cca_K`` for every K.
+        cca: ``[L, L]`` by K.
+        spectrum: its scores ``[L, N, K]`` up to the largest K only.
+        tracking: of δ by the CCA curves; None where there is nothing to correlate.
+        warnings: what would mislead a reader.
+        sample_ids: of the samples.
+    """
+
+    name: str
+    num_samples: int
+    scores: dict[str, LayerScores]
+    cca: dict[int, np.ndarray]
+    spectrum: Spectrum
+    tracking: Tracking | None
+    warnings: list[str]
+    sample_ids: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SpectralAnalysis:
+    """A finished run.
+
+    Attributes:
+        run: what ``run.json`` holds.
+        datasets: by name, in order.
+        ks: numbers of components, ascending.
+        out: run directory.
+    """
+
+    run: dict[str, Any]
+    datasets: dict[str, SpectrumResult]
+    ks: tuple[int, ...]
+    out: Path
+
+
+def parse_components(text: str) -> tuple[int, ...]:
+    """Reads ``--k``: whole numbers from 1, with commas; ascending, each once.
+
+    Raises:
+        UserError: anything else.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        raise UserError(f"--k={text}: expected numbers of components from 1 with commas, such as 1,3,10")
+    return tuple(sorted({int(part) for part in parts}))
+
+
+def run_spectrum(config: SpectrumConfig, *, progress: Bars | None = None) -> SpectralAnalysis:
+    """Runs ``jaxcrit spectrum``: decomposes, correlates, and writes the run directory's data files.
+
+    Args:
+        config: what is asked.
+        progress: makes progress bars (tqdm's signature), or None for silence.
+
+    Returns:
+        The finished run; pictures and pages are the reporting room's.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint, data or run; then nothing is left in the run directory.
+    """
+    ks = parse_components(config.k)
+    check_flags(config.analysis())
+    return _of_run(config, ks, progress) if config.run else _of_model(config, ks, progress)
+
+
+def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
+    default = SpectrumConfig()
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in _OF_A_RUN]
+    if given := [name for name in fields if getattr(config, name) != getattr(default, name)]:
+        raise UserError(f"--run={config.run}: has its model, data and Grams already; leave out --{' --'.join(given)}")
+    earlier, fingerprints = read_run(config.run)
+    asked = {key: getattr(config, key) for key in ("window", "include_self", "bias")}
+    determines = {
+        "command": "spectrum",
+        "config": {**asked, "k": list(ks)},
+        "run": earlier["identity"],
+        "jaxcrit": __version__,
+    }
+    kept: dict[str, Any] = {key: earlier[key] for key in ("model", "template", "data") if key in earlier}
+    out = config.out or f"jaxcrit-runs/spectrum-{Path(config.run).resolve().name}-{sha256_json(determines)[:8]}"
+    directory = RunDirectory.open(Path(out), determines)
+    run: dict[str, Any] = {
+        "command": "spectrum",
+        "config": dataclasses.asdict(config),
+        "determines": determines,
+        "of_run": {"path": config.run, "identity": earlier["identity"]},
+        **kept,
+        "versions": versions(),
+    }
+    directory.begin(run)
+    try:
+        results = {}
+        for one in fingerprints:
+            meta = _meta(run, one.name, {key: one.meta.get(key) for key in ("position", "kernel", "normalize")})
+            results[one.name] = _decomposed(config, ks, meta, one.grams(), one.sample_ids, progress)
+        return _finish(directory, run, results, ks)
+    except UserError:
+        directory.discard()
+        raise
+
+
+def _of_model(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
+    asked = config.analysis()
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    datasets = load_datasets(asked, session)
+    _refuse_components(ks, config, session, datasets)
+    determines = {**determines_of(asked, session, datasets), "command": "spectrum", "k": list(ks)}
+    directory = RunDirectory.open(out_of(asked, session, determines), determines)
+    run = {**run_record(asked, session, datasets, determines), "config": dataclasses.asdict(config)}
+    directory.begin(run)
+    try:
+        captures = Captures(asked, session, datasets, directory, progress)
+        results = {}
+        for dataset in datasets:
+            meta = _meta(run, dataset.name, {key: getattr(asked, key) for key in ("position", "kernel", "normalize")})
+            ids = np.array(dataset.sample_ids)
+            if config.position == "all":
+                ids = np.repeat(ids, [example.prompt_length for example in dataset.examples])
+            results[dataset.name] = _decomposed(config, ks, meta, captures.grams(dataset), ids, progress)
+        return _finish(directory, {**run, "time": captures.times()}, results, ks)
+    except UserError:
+        directory.discard()
+        raise
+
+
+def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dict[str, Any]:
+    model = run["model"]
+    return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
+
+
+def _refuse_components(
+    ks: Sequence[int], config: SpectrumConfig, session: Session, datasets: Sequence[Dataset]
+) -> None:
+    """Before the model runs: no layer has more components than its width, or than samples less one."""
+    if config.kernel == "linear" and ks[-1] > session.config.width:
+        raise UserError(f"--k={config.k}: expected at most {session.config.width}, the width of the model")
+    for dataset in datasets:
+        if config.position != "all" and ks[-1] > len(dataset.examples) - 1:
+            raise UserError(
+                f"--k={config.k}: {dataset.name} has {len(dataset.examples)} samples, so at most"
+                f" {len(dataset.examples) - 1} components; give more prompts, or ask for fewer"
+            )
+
+
+def _decomposed(
+    config: SpectrumConfig,
+    ks: tuple[int, ...],
+    meta: dict[str, Any],
+    grams: np.ndarray | jax.Array,
+    sample_ids: np.ndarray,
+    progress: Bars | None,
+) -> SpectrumResult:
+    tables = gram_tables(grams)
+    num_layers, num_samples = grams.shape[:2]
+    scores = layer_scores(tables, window=config.window, include_self=config.include_self, meta=meta)
+    warnings = []
+    independent = meta["position"] != "all"  # the tokens of a prompt are not: errors over them would be too small
+    if not independent:
+        scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}
+    needed = num_layers * num_samples**2 * 8
+    errors = independent and needed <= COMPLETE_BYTES
+    if independent and not errors:
+        warnings.append(
+            f"standard errors of CCA are not estimated: {num_samples} samples need {needed / 2**30:.1f} GiB for them,"
+            f" at most {COMPLETE_BYTES / 2**30:.0f} are taken"
+        )
+    if progress is None:
+        spectrum = decompose(grams, None if errors else ks[-1])
+    else:
+        with progress(total=num_layers, desc=f"{meta['dataset']}: spectra", unit=" layers") as bar:
+            spectrum = decompose(grams, None if errors else ks[-1], progress=bar.update)
+    facts = {**meta, "num_samples": num_samples}
+    curves = component_scores(spectrum, ks, window=config.window, errors=errors, meta=facts)
+    found = None
+    try:
+        found = tracking(scores[config.analysis().criterion], list(curves.values()))
+    except UserError as error:
+        warnings.append(f"which CCA tracks δ cannot be said: {error}")
+    return SpectrumResult(
+        name=meta["dataset"],
+        num_samples=num_samples,
+        scores={**scores, **curves},
+        cca={k: cca(spectrum, k) for k in ks},
+        spectrum=dataclasses.replace(spectrum, scores=spectrum.scores[:, :, : ks[-1]]),
+        tracking=found,
+        warnings=warnings + [line for k in ks if (line := _unidentified(spectrum, k))],
+        sample_ids=sample_ids,
+    )
+
+
+def _unidentified(spectrum: Spectrum, k: int) -> str:
+    """A warning where other samples might have other first k components; empty where not."""
+    if k >= spectrum.gaps.shape[1]:
+        return ""
+    gaps = spectrum.gaps[:, k - 1]
+    layers = np.flatnonzero(gaps < spectrum.sampling_gap).tolist()
+    if not layers:
+        return ""
+    least = int(gaps.argmin())
+    where = f"layers {', '.join(map(str, layers))}" if len(layers) < len(gaps) else "any layer"
+    return (
+        f"k={k}: {spectrum.num_samples} samples do not tell component {k} from the next in {where} (smallest relative"
+        f" gap {gaps[least]:.4f}, layer {least}; sampling error {spectrum.sampling_gap:.4f}): another draw of prompts"
+        f" may put another component there, and CCA drops for no other reason"
+    )
+
+
+def _finish(
+    directory: RunDirectory, run: dict[str, Any], results: dict[str, SpectrumResult], ks: tuple[int, ...]
+) -> SpectralAnalysis:
+    for name, result in results.items():
+        folder = directory.path if len(results) == 1 else directory.path / name
+        folder.mkdir(parents=True, exist_ok=True)
+        _write(folder, result)
+    run = {**run, "warnings": {name: result.warnings for name, result in results.items()}}
+    directory.finish(run)
+    return SpectralAnalysis(run, results, ks, directory.path)
+
+
+def _write(folder: Path, result: SpectrumResult) -> None:
+    write_scores(folder / "scores.json", result.scores)
+    spectrum = result.spectrum
+    arrays = {
+        "scores": spectrum.scores.astype(np.float32),
+        "singular_values": spectrum.singular_values,
+        "sample_ids": result.sample_ids,
+        **{f"cca_{k}": matrix for k, matrix in result.cca.items()},
+    }
+    meta = {"format": SPECTRUM_FORMAT, "format_version": 1, "dataset": result.name}
+    write_npz(folder / "spectrum.npz", arrays, meta)
+    content: dict[str, Any] = {
+        "num_samples": result.num_samples,
+        "participation_ratio": spectrum.participation_ratio.tolist(),
+        "effective_rank": spectrum.effective_rank.tolist(),
+        "rank": spectrum.rank.tolist(),
+        "sampling_gap": spectrum.sampling_gap,
+        "gaps": {str(k): spectrum.gaps[:, k - 1].tolist() for k in result.cca},
+        "explained_variance": {str(k): spectrum.explained_variance[:, :k].sum(axis=1).tolist() for k in result.cca},
+        "tracking": None if result.tracking is None else _plain(dataclasses.asdict(result.tracking)),
+        "warnings": result.warnings,
+    }
+    write_json(folder / "spectrum.json", SPECTRUM_FORMAT, content)
+
+
+def _plain(value: Any) -> Any:
+    """NaN as null."""
+    if isinstance(value, Mapping):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value
