@@ -102,6 +102,5 @@ def render_report(
         sections=sections,
         configs=configs,
         caveats=caveats,
-        command=run.get("command", "analyze"),
         provenance=list(_flat({key: value for key, value in run.items() if key not in SHOWN_ELSEWHERE})),
     )
