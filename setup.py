@@ -52,7 +52,7 @@ setup(
         "lint": ["mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         # A CPU build is enough: torch only checks numbers here.
-        "parity": ["torch==2.13.0"],
+        "parity": ["scikit-learn>=1.5,<2", "torch==2.13.0"],
         # jax pins the libtpu and CUDA plug-ins that go with each of its releases.
         "tpu": ["jax[tpu]>=0.10.1,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.1,<0.13"],

@@ -19,8 +19,8 @@ class Tracking:
         reference: key of the one.
         correlations: by key of each other.
         best: key of the one of highest rho.
-        p_best: how many of the circular shifts of the reference give *some* of the scores as high a rho: what the best
-            of several is worth. Never below 1/V.
+        p_best: share of the circular shifts of the reference at which *some* of the scores has as large a |rho|: what
+            the best of several is worth. Never below 1/V.
     """
 
     reference: str
@@ -44,6 +44,7 @@ def tracking(reference: LayerScores, scores: Sequence[LayerScores]) -> Tracking:
     valid = np.flatnonzero(np.logical_and.reduce([reference.valid, *(score.valid for score in scores)]))
     values = reference.values[valid]
     shifted = [
-        max(spearman(np.roll(values, shift), score.values[valid]) for score in scores) for shift in range(len(valid))
+        max(abs(spearman(np.roll(values, shift), score.values[valid])) for score in scores)
+        for shift in range(len(valid))
     ]
-    return Tracking(reference.name, found, best, float(np.mean(np.array(shifted) >= shifted[0] - 1e-12)))
+    return Tracking(reference.name, found, best, float(np.mean(np.array(shifted) >= abs(found[best].rho) - 1e-12)))

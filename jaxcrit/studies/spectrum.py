@@ -21,7 +21,7 @@ from jaxcrit.criticality.score import layer_scores
 from jaxcrit.criticality.tracking import Tracking, tracking
 from jaxcrit.similarity.grams import gram_tables
 from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
-from jaxcrit.studies.analysis import check_flags, determines_of, load_datasets, out_of, run_record, versions
+from jaxcrit.studies.analysis import check_flags, determines_of, out_of, read_datasets, run_record, versions
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
 from jaxcrit.studies.fingerprints import read_run
 from jaxcrit.studies.session import Bars, Session, open_session
@@ -182,7 +182,7 @@ def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) 
 def _of_model(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
     asked = config.analysis()
     session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
-    datasets = load_datasets(asked, session)
+    datasets = read_datasets(asked, session)
     _refuse_components(ks, config, session, datasets)
     determines = {**determines_of(asked, session, datasets), "command": "spectrum", "k": list(ks)}
     directory = RunDirectory.open(out_of(asked, session, determines), determines)
