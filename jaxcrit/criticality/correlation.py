@@ -143,8 +143,9 @@ def circular_shift_p(x: np.ndarray, y: np.ndarray) -> float:
 
     A shift keeps each score's likeness between neighbours and breaks the tie between the two. Exact over all shifts,
     the identity included: p is a multiple of 1/V and never below it, so that fewer than 20 layers cannot reach 0.05.
-    Assumes that a score behaves alike at all depths: uniform for averages over windows, but 15 % of unrelated random walks
-    come out below 0.05 (benchmarks/correlation_null.py). Where both drift with depth, p says that they share the drift. Layers are taken in order; one that is invalid in the middle is passed over.
+    Assumes that a score behaves alike at all depths: uniform for averages over windows, but 15 % of unrelated random
+    walks come out below 0.05 (benchmarks/correlation_null.py). Where both drift with depth, p says that they share the
+    drift. Layers are taken in order; one that is invalid in the middle is passed over.
 
     Args:
         x: ``[L]``.

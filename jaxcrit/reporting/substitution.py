@@ -65,7 +65,7 @@ def write_substitution(
         ]
     section = Section("Loss after substitution", "", _table(run), figures)
     headlines = _sentences(run)
-    write_text(out / "report.html", render_report(headlines, warnings, [section], {}, run, CAVEATS))
+    write_text(out / "report.html", render_report(headlines, warnings, [section], {}, run, caveats=CAVEATS))
     return out / "report.html"
 
 
