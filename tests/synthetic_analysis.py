@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.criticality.confidence import Certainty, SampleSizes
 from jaxcrit.criticality.delta import delta
 
 
@@ -19,7 +20,7 @@ class Dataset:
     scores: dict[str, LayerScores]
     cka: dict[str, np.ndarray]
     chosen: LayerSet
-    selection_probability: np.ndarray | None
+    certainty: Certainty | None
     warnings: list[str]
 
 
@@ -29,7 +30,7 @@ class Analysis:
     datasets: dict[str, Dataset]
     consensus: LayerScores | None
     chosen: LayerSet
-    selection_probability: np.ndarray | None
+    certainty: Certainty | None
     out: Path
 
 
@@ -52,9 +53,16 @@ def dataset(name: str = "alpaca", num_layers: int = 32, transition: float = 12.0
         values = np.concatenate([[np.nan], np.diagonal(matrix, 1)])
         scores[key] = LayerScores(key, values, layers > 0, "low", None, META)
     chosen = resolve(LayerSpec.parse("critical"), num_layers, scores=scores["delta_debiased"])
-    probability = np.where(np.isin(layers, chosen.layers), 0.93, 0.02)
-    cka = {"biased": biased, "debiased": debiased, "null": null}
-    return Dataset(name, 300, scores, cka, chosen, probability, list(warnings))
+    cka = {"biased": biased, "debiased": debiased, "null_mean": null}
+    return Dataset(name, 300, scores, cka, chosen, certainty(chosen), list(warnings))
+
+
+def certainty(chosen: LayerSet, num_prompts: int = 300, least: float = 0.93) -> Certainty:
+    """Of a choice that is made this often."""
+    probability = np.where(np.isin(np.arange(chosen.num_layers), chosen.layers), least, 0.02)
+    same = np.array([0.3, 0.5, 0.7, 0.9, 0.96, 0.99, 1.0])
+    sizes = SampleSizes(np.array([75, 150, 300, 600, 1200, 2400, 4800]) * num_prompts // 300, same, (1 + same) / 2)
+    return Certainty(num_prompts, probability, chosen.layers[:2], sizes)
 
 
 def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 32, warnings: tuple[str, ...] = ()):
@@ -76,5 +84,4 @@ def analysis(out: Path, names: tuple[str, ...] = ("alpaca",), num_layers: int = 
         "versions": {"jax": "0.10.2"},
         "model_hash": META["model_hash"],
     }
-    probability = np.where(np.isin(np.arange(num_layers), chosen.layers), 0.93, 0.02)
-    return Analysis(run, datasets, consensus, chosen, probability, out)
+    return Analysis(run, datasets, consensus, chosen, certainty(chosen, 300 * len(names)), out)

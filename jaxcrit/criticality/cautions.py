@@ -3,35 +3,59 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.criticality.confidence import Certainty
 from jaxcrit.criticality.correlation import FEW_LAYERS, Correlation
+from jaxcrit.criticality.leverage import Leverage
 
 # Unrelated layers that score this much leave biased CKA little room to say anything.
 _HIGH_NULL = 0.5
 # A curve whose range is within so many standard errors is flat.
 _FLAT = 3.0
 _UNSURE = 0.5
+# One prompt that makes up so much of the jackknife's variance moves the score by 0.7 standard errors by itself; of 300
+# ordinary prompts the largest share is about 0.03.
+_LEVERAGE = 0.5
+_UNRELATED = 0.05
 
 
-def cautions(
-    scores: Mapping[str, LayerScores],
-    null: np.ndarray,
-    chosen: LayerSet,
-    probability: np.ndarray | None,
-    *,
-    trim: int,
-    dtype: str = "float32",
-) -> list[str]:
+class Measured(Protocol):
+    """One dataset's result, as far as cautions look at it; see `jaxcrit.studies.analysis.DatasetResult`."""
+
+    @property
+    def scores(self) -> Mapping[str, LayerScores]:
+        """With ``delta`` and ``delta_debiased``."""
+
+    @property
+    def cka(self) -> Mapping[str, np.ndarray]:
+        """``null_mean``, and where it is known ``null_p``, each ``[L, L]``."""
+
+    @property
+    def chosen(self) -> LayerSet:
+        """Layers this dataset chooses."""
+
+    @property
+    def certainty(self) -> Certainty | None:
+        """Of the choice."""
+
+    @property
+    def leverage(self) -> Leverage | None:
+        """On the score that chose."""
+
+    @property
+    def sample_ids(self) -> Sequence[str]:
+        """Of the prompts."""
+
+
+def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str]:
     """Warnings about one dataset's scores.
 
     Args:
-        scores: with ``delta`` and ``delta_debiased``.
-        null: ``[L, L]`` biased CKA expected of unrelated layers.
-        chosen: the layers this dataset chooses.
-        probability: ``[L]`` how often resampled prompts choose each layer, or None.
+        result: what was measured.
         trim: layers at each end that selection leaves out.
         dtype: of the forward pass.
 
@@ -39,9 +63,9 @@ def cautions(
         Warnings, none where nothing misleads.
     """
     found = []
-    debiased = scores["delta_debiased"]
+    debiased = result.scores["delta_debiased"]
     count = debiased.meta.get("num_samples")
-    neighbours = np.diagonal(null, offset=1)
+    neighbours = np.diagonal(result.cka["null_mean"], offset=1)
     if neighbours.max() > _HIGH_NULL:
         layer = int(neighbours.argmax()) + 1
         found.append(
@@ -56,13 +80,23 @@ def cautions(
                 f"flat δ curve: its range {np.ptp(values):.4f} is within {_FLAT:.0f} standard errors ({error:.4f});"
                 " base models often look so, and the choice means little"
             )
-    if probability is not None:
-        unsure = [layer for layer in chosen.layers if probability[layer] < _UNSURE]
+    if "null_p" in result.cka:
+        steps = np.diagonal(result.cka["null_p"], offset=1)
+        unrelated = (1 + np.flatnonzero(steps > _UNRELATED)).tolist()
+        if unrelated:
+            found.append(
+                f"layers {', '.join(map(str, unrelated))} are no more like the layer before than unrelated ones may be"
+                f" (permutation p > {_UNRELATED}): all changes there, or {count} samples are too few to see what stays"
+            )
+    if result.certainty is not None:
+        unsure = [layer for layer in result.chosen.layers if result.certainty.probability[layer] < _UNSURE]
         if unsure:
             found.append(
                 f"the chosen set is not determined by {count} samples: layers {', '.join(map(str, unsure))} are"
                 " chosen in less than half of the draws; give more prompts"
             )
+    if result.leverage is not None:
+        found += _heavy_prompts(result.leverage, result.sample_ids, trim)
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
     return found
@@ -97,3 +131,19 @@ def correlation_cautions(pair: Correlation, names: Sequence[str]) -> list[str]:
     if not np.isfinite(pair.partial):
         found.append("a score that is monotone in depth leaves nothing to correlate given depth")
     return found
+
+
+def _heavy_prompts(most: Leverage, sample_ids: Sequence[str], trim: int) -> list[str]:
+    """A line for each prompt that makes up over half of the variance of a layer that could be chosen."""
+    layers = np.arange(len(most.prompt))
+    heavy = (most.share > _LEVERAGE) & (layers >= trim) & (layers < len(layers) - trim)
+    lines = []
+    for prompt in np.unique(most.prompt[heavy]).tolist():
+        at = layers[heavy & (most.prompt == prompt)]
+        worst = at[np.abs(most.shift[at]).argmax()]
+        lines.append(
+            f"one prompt makes up {most.share[at].max():.0%} of the variance of δ: prompt {prompt}, counted from 0"
+            f" (sample {sample_ids[prompt][:12]}), at layers {', '.join(map(str, at))}; without it δ of layer {worst}"
+            f" changes by {most.shift[worst]:+.4f}; look at it"
+        )
+    return lines

@@ -12,7 +12,8 @@ from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.criticality.delta import delta
 from jaxcrit.criticality.step import step
-from jaxcrit.similarity import Bias, GramTables, cka_without_each, from_tables
+from jaxcrit.similarity import Bias, GramTables, cka_without_each, cka_without_units, from_tables
+from jaxcrit.similarity.units import MIN_SAMPLES, MIN_UNITS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +42,12 @@ CRITERIA: Mapping[str, Criterion] = {
 
 
 def layer_scores(
-    tables: GramTables, *, window: int = 5, include_self: bool = True, meta: Mapping[str, Any] | None = None
+    tables: GramTables,
+    *,
+    window: int = 5,
+    include_self: bool = True,
+    meta: Mapping[str, Any] | None = None,
+    without: Mapping[Bias, np.ndarray] | None = None,
 ) -> dict[str, LayerScores]:
     """Scores all layers by ``delta``, ``delta_debiased``, ``step`` and ``step_debiased``.
 
@@ -50,29 +56,55 @@ def layer_scores(
         window: of delta.
         include_self: whether delta counts the layer itself.
         meta: what was measured on what; kept in every score, beside the estimator, the window and N.
+        without: CKA with each unit of resampling deleted, as `deletions` gives it; by default of single samples.
 
     Returns:
-        Score key -> LayerScores, direction ``low``; ``stderr`` by the delete-1 jackknife (debiased: None where N = 4,
-        since 4 samples must be left).
+        Score key -> LayerScores, direction ``low``; ``stderr`` by the jackknife, None where ``without`` has no values.
 
     Raises:
         UserError: the window does not fit the model.
     """
     matrices = {bias: from_tables(tables, bias) for bias in ("biased", "debiased")}
+    without = deletions(tables) if without is None else without
     scores = {}
     for key, criterion in CRITERIA.items():
         values, valid = criterion(matrices[criterion.bias], window, include_self)
-        left = None if _too_few(tables, criterion) else values_without_each(tables, key, window, include_self)
+        deleted = without.get(criterion.bias)
+        left = None if deleted is None else criterion(deleted, window, include_self)[0]
         shape = {"window": window, "include_self": include_self} if criterion.windowed else {}
         facts = {**(meta or {}), "bias": criterion.bias, "num_samples": tables.num_samples, **shape}
         scores[key] = LayerScores(key, values, valid, "low", None if left is None else jackknife_stderr(left), facts)
     return scores
 
 
+def deletions(tables: GramTables, grams: Any = None, units: np.ndarray | None = None) -> dict[Bias, np.ndarray]:
+    """CKA with each unit of resampling deleted in turn, by estimator ``[U, L, L]``.
+
+    Args:
+        tables: of one model on N samples.
+        grams: ``[L, N, N]``; needed with ``units``.
+        units: ``[N]`` int, which prompt each sample comes from; by default each is one of its own.
+
+    Returns:
+        No entry where too few would be left: debiased with N = 4, and of prompts fewer than 3, or too unequal.
+    """
+    if units is not None and len(np.unique(units)) < len(units):
+        counts = np.bincount(units)
+        few = len(counts) < MIN_UNITS or len(units) - counts.max() < MIN_SAMPLES
+        return {} if few else cka_without_units(grams, tables, units)
+    estimators: tuple[Bias, ...] = ("biased", "debiased") if tables.num_samples > 4 else ("biased",)
+    return {bias: cka_without_each(tables, bias) for bias in estimators}
+
+
 def values_without_each(
-    tables: GramTables, key: str = "delta_debiased", window: int = 5, include_self: bool = True
+    tables: GramTables,
+    key: str = "delta_debiased",
+    window: int = 5,
+    include_self: bool = True,
+    *,
+    without: Mapping[Bias, np.ndarray] | None = None,
 ) -> np.ndarray:
-    """One criterion's values with each sample deleted in turn: ``[N, L]`` float64, NaN where invalid.
+    """One criterion's values with each sample, or unit, deleted in turn: ``[U, L]`` float64, NaN where invalid.
 
     Raises:
         UserError: unknown score key, or a debiased one with fewer than 5 samples.
@@ -80,16 +112,15 @@ def values_without_each(
     if key not in CRITERIA:
         raise UserError(f"score {key!r}: expected one of {', '.join(CRITERIA)}{did_you_mean(key, CRITERIA)}")
     criterion = CRITERIA[key]
-    return criterion(cka_without_each(tables, criterion.bias), window, include_self)[0]
+    deleted = (without or {}).get(criterion.bias)
+    if deleted is None:
+        deleted = cka_without_each(tables, criterion.bias)
+    return criterion(deleted, window, include_self)[0]
 
 
 def jackknife_stderr(left: np.ndarray) -> np.ndarray:
-    """Delete-1 jackknife: ``sqrt((N-1)/N sum_m (left_m - mean)^2)`` of ``[N, L]``.
+    """Jackknife: ``sqrt((U-1)/U sum_m (left_m - mean)^2)`` of ``[U, L]``, one value per sample or prompt left out.
 
     About 1.5 times too wide for nearly unrelated layers of many dimensions, right otherwise.
     """
     return np.sqrt((len(left) - 1) * left.var(axis=0))
-
-
-def _too_few(tables: GramTables, criterion: Criterion) -> bool:
-    return criterion.bias == "debiased" and tables.num_samples < 5

@@ -10,6 +10,8 @@ import numpy as np
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, default_count, resolve
 
+Multiplier = Literal["gaussian", "exponential"]
+DRAWS = 2000
 _MULTIPLIERS: dict[str, Callable[[np.random.Generator, tuple[int, int]], np.ndarray]] = {
     "gaussian": lambda rng, shape: rng.standard_normal(shape),
     "exponential": lambda rng, shape: rng.standard_exponential(shape) - 1,
@@ -79,9 +81,9 @@ def selection_probability(
     count: int | None = None,
     *,
     trim: int = 2,
-    draws: int = 2000,
+    draws: int = DRAWS,
     seed: int = 0,
-    multiplier: Literal["gaussian", "exponential"] = "gaussian",
+    multiplier: Multiplier = "gaussian",
 ) -> np.ndarray:
     """How often each layer would be among the K chosen if other samples had been drawn.
 
@@ -108,19 +110,42 @@ def selection_probability(
         UserError: more layers asked for than there are.
     """
     consensus = mean_rank(scores)
-    num_layers = consensus.num_layers
-    count = len(choose(consensus, count, trim=trim).layers)
-    rng = np.random.default_rng(seed)
     layers = np.flatnonzero(consensus.valid)
-    drawn = []
-    for score, left in zip(scores, without_each, strict=True):
-        influence = (left.mean(axis=0) - left)[:, layers] * np.sqrt((len(left) - 1) / len(left))
-        values = score.values[layers] + _MULTIPLIERS[multiplier](rng, (draws, len(left))) @ influence
-        drawn.append(values if score.direction == "low" else -values)
-    joined = drawn[0] if len(drawn) == 1 else np.mean([_ranks(values) for values in drawn], axis=0)
+    chosen = choose(consensus, count, trim=trim).layers
+    rng = np.random.default_rng(seed)
+    drawn = [
+        score.values[layers] + jackknife_noise(left[:, layers], rng, draws, multiplier)
+        for score, left in zip(scores, without_each, strict=True)
+    ]
+    picked = lowest(drawn, layers, len(chosen), consensus.num_layers, scores[0].direction, trim)
+    return np.bincount(picked.ravel(), minlength=consensus.num_layers) / draws
+
+
+def jackknife_noise(
+    left: np.ndarray, rng: np.random.Generator, draws: int, multiplier: Multiplier = "gaussian"
+) -> np.ndarray:
+    """Deviations ``[draws, V]`` of mean 0 whose covariance is the jackknife's of ``[U, V]`` values left."""
+    influence = (left.mean(axis=0) - left) * np.sqrt((len(left) - 1) / len(left))
+    return _MULTIPLIERS[multiplier](rng, (draws, len(left))) @ influence
+
+
+def lowest(
+    drawn: Sequence[np.ndarray], layers: np.ndarray, count: int, num_layers: int, direction: str, trim: int
+) -> np.ndarray:
+    """The ``count`` most critical layers of each draw, as `choose` picks them: ``[draws, count]``.
+
+    Args:
+        drawn: values ``[draws, V]`` of each dataset, joined by mean rank where there are several.
+        layers: ``[V]`` which layers they are of.
+        count: K.
+        num_layers: L.
+        direction: of the values.
+        trim: layers at each end that are never chosen.
+    """
+    signed = [values if direction == "low" else -values for values in drawn]
+    joined = signed[0] if len(signed) == 1 else np.mean([_ranks(values) for values in signed], axis=0)
     inside = (layers >= trim) & (layers < num_layers - trim)
-    chosen = layers[inside][np.argsort(joined[:, inside], axis=1, kind="stable")[:, :count]]
-    return np.bincount(chosen.ravel(), minlength=num_layers) / draws
+    return layers[inside][np.argsort(joined[:, inside], axis=1, kind="stable")[:, :count]]
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -5,16 +5,36 @@ from __future__ import annotations
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import exporters, plots, tables, views
 from jaxcrit.reporting.measures import measures_table
 from jaxcrit.reporting.report import Figure, Section, render_report
 
+_SIZES = (
+    "How often so many prompts of this kind would make the same choice, predicted from how much each prompt moves the"
+    " scores; beyond the prompts given an extrapolation."
+)
+
 
 def _chosen_by(dataset: views.DatasetView) -> LayerScores:
     """The score that chose; debiased δ where no score did (``--layers=3-5``)."""
     return dataset.scores.get(dataset.chosen.criterion, dataset.scores["delta_debiased"])
+
+
+def _probability(view: views.DatasetView | views.AnalysisView) -> np.ndarray | None:
+    return None if view.certainty is None else view.certainty.probability
+
+
+def _sizes(view: views.DatasetView | views.AnalysisView, directory: Path) -> list[Figure]:
+    """The sample-size curve as a figure, already written; none where it was not estimated."""
+    if view.certainty is None:
+        return []
+    picture = plots.sample_size_curve(view.certainty.sample_sizes, view.certainty.num_prompts)
+    write_bytes(directory / "sample_size.png", picture)
+    return [Figure("sample_size.png", picture, _SIZES)]
 
 
 def _consensus(analysis: views.AnalysisView) -> LayerScores | None:
@@ -24,13 +44,12 @@ def _consensus(analysis: views.AnalysisView) -> LayerScores | None:
 def headlines(analysis: views.AnalysisView) -> list[str]:
     """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
     chosen, datasets = analysis.chosen, analysis.datasets
-    num_samples = sum(dataset.num_samples for dataset in datasets.values())
     scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
     candidates = views.num_candidates(scores, analysis.run["config"])
-    sure = tables.certainty(chosen, analysis.selection_probability, num_samples, candidates)
+    sure = tables.certainty(chosen, analysis.certainty, candidates)
     alone = {name: dataset.chosen for name, dataset in datasets.items()}
     agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
-    return [tables.headline(chosen, len(datasets)), sure, *agreement]
+    return [tables.headline(chosen, len(datasets)), *sure, *agreement]
 
 
 def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, style: bool = False) -> str:
@@ -39,17 +58,16 @@ def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, sty
         dataset.scores,
         dataset.chosen,
         null=views.null_delta(dataset, config),
-        probability=dataset.selection_probability,
+        probability=_probability(dataset),
         paper=views.paper_choice(dataset, config),
+        step_score=views.step_score(dataset),
         style=style,
     )
 
 
 def _consensus_table(analysis: views.AnalysisView, consensus: LayerScores, style: bool = False) -> str:
     deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
-    return tables.consensus_table(
-        deltas, consensus, analysis.chosen, probability=analysis.selection_probability, style=style
-    )
+    return tables.consensus_table(deltas, consensus, analysis.chosen, probability=_probability(analysis), style=style)
 
 
 def warnings(analysis: views.AnalysisView) -> list[str]:
@@ -93,7 +111,8 @@ def write_analysis(analysis: views.AnalysisView) -> Path:
         write_bytes(out / "consensus.png", picture)
         figure = Figure("consensus.png", picture, "δ of each dataset, and the mean rank over them that chose.")
         table = _consensus_table(analysis, consensus)
-        sections.append(Section(f"Consensus of {len(deltas)} datasets", "", table, [figure]))
+        figures = [figure, *_sizes(analysis, out)]
+        sections.append(Section(f"Consensus of {len(deltas)} datasets", "", table, figures))
     for name, dataset in analysis.datasets.items():
         directory = out if consensus is None else out / name
         null = views.null_delta(dataset, config)
@@ -111,10 +130,11 @@ def write_analysis(analysis: views.AnalysisView) -> Path:
         ]
         for figure in figures:
             write_bytes(directory / figure.name, figure.png)
+        figures += _sizes(dataset, directory)
         if consensus is not None:
             exporters.layer_files(directory, dataset.chosen, model_type)
         candidates = views.num_candidates(_chosen_by(dataset), config)
-        sure = tables.certainty(dataset.chosen, dataset.selection_probability, dataset.num_samples, candidates)
+        sure = " ".join(tables.certainty(dataset.chosen, dataset.certainty, candidates))
         title = f"{name}: {dataset.num_samples} samples"
         note = f"{tables.headline(dataset.chosen)}. {sure}" if consensus is not None else ""
         sections.append(Section(title, note, _dataset_table(analysis, dataset), figures))

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.criticality.confidence import SampleSizes
 
 DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
@@ -231,6 +232,33 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], *, t
     if title:
         left.set_title(title, fontsize=11, loc="left")
     right.legend(frameon=False, fontsize=9, loc="lower right")
+    return _png(figure)
+
+
+def sample_size_curve(sizes: SampleSizes, num_prompts: int) -> bytes:
+    """How often n prompts would make the same choice, over n.
+
+    Args:
+        sizes: the curve.
+        num_prompts: there are now, marked.
+    """
+    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(0.95, color=NULL, linestyle="--", linewidth=1)
+    axes.axvline(num_prompts, color=NULL, linestyle=":", linewidth=1)
+    axes.plot(sizes.num_prompts, sizes.same, "o-", color=DEBIASED, markersize=4, label="the same layers")
+    axes.plot(
+        sizes.num_prompts, sizes.overlap, "s-", color=BIASED, markersize=3, linewidth=1, label="share of them in common"
+    )
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(sizes.num_prompts, [f"{count:,}" for count in sizes.num_prompts])
+    axes.minorticks_off()
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_xlabel(f"prompts (dotted: the {num_prompts:,} of this run)")
+    axes.set_ylabel("how often")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9, loc="lower right")
     return _png(figure)
 
 

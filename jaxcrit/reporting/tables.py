@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.criticality.confidence import Certainty
 
 WIDTH = 100
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
@@ -46,6 +47,7 @@ def layer_table(
     null: np.ndarray | None = None,
     probability: np.ndarray | None = None,
     paper: LayerSet | None = None,
+    step_score: np.ndarray | None = None,
     style: bool = False,
 ) -> str:
     """One row per layer of one dataset.
@@ -56,10 +58,13 @@ def layer_table(
         null: ``[L]`` δ that unrelated layers would score.
         probability: ``[L]`` how often resampled prompts choose the layer.
         paper: the choice by the biased δ, marked where it differs.
+        step_score: ``[L]`` how far step is above chance, where that is in doubt.
         style: bold marks, for a terminal.
     """
     debiased, biased, step = scores["delta_debiased"], scores["delta"], scores["step"]
-    header = ["layer", "δ debiased ± s.e.", "δ biased", "null δ", "step", "P(chosen)", ""]
+    header = ["layer", "δ debiased ± s.e.", "δ biased", "null δ", "step", "step z", "P(chosen)", ""]
+    if step_score is None:
+        header.remove("step z")
     rows = []
     for layer in range(chosen.num_layers):
         error = "" if debiased.stderr is None else f" ± {_number(debiased.stderr[layer])}"
@@ -73,6 +78,7 @@ def layer_table(
                 _number(biased.values[layer]),
                 "" if null is None else _number(null[layer]),
                 _number(step.values[layer]),
+                *([] if step_score is None else [_number(step_score[layer], 1)]),
                 _probability(probability, layer, debiased),
                 " ".join(marks),
             ]
@@ -134,28 +140,58 @@ def headline(chosen: LayerSet, num_datasets: int = 1) -> str:
     )
 
 
-def certainty(chosen: LayerSet, probability: np.ndarray | None, num_samples: int, candidates: int) -> str:
-    """How sure a choice is, in one sentence.
+def certainty(chosen: LayerSet, sure: Certainty | None, candidates: int) -> list[str]:
+    """How sure a choice is, a sentence each: the chosen layers, the most critical one, how many prompts it takes.
 
     Args:
         chosen: the layers.
-        probability: ``[L]`` how often resampled prompts choose each layer.
-        num_samples: N, of all datasets together.
+        sure: what resampled prompts say.
         candidates: how many layers could have been chosen.
     """
-    if probability is None:
-        return "How sure: not estimated for this choice."
+    if sure is None:
+        return ["How sure: not estimated for this choice."]
     if candidates <= len(chosen.layers):
-        return f"How sure: there was nothing to choose; {candidates} of {chosen.num_layers} layers have a score."
-    least = float(np.min(probability[list(chosen.layers)]))
-    doubtful = [str(layer) for layer in chosen.layers if probability[layer] < 0.5]
+        return [f"How sure: there was nothing to choose; {candidates} of {chosen.num_layers} layers have a score."]
+    return [_how_sure(chosen, sure), _which_is_lowest(sure, candidates), _how_many(sure)]
+
+
+def _how_sure(chosen: LayerSet, sure: Certainty) -> str:
+    least = float(np.min(sure.probability[list(chosen.layers)]))
+    doubtful = [str(layer) for layer in chosen.layers if sure.probability[layer] < 0.5]
     if doubtful:
         return (
-            f"How sure: {num_samples} samples do not settle layer{'s' if len(doubtful) > 1 else ''}"
+            f"How sure: {sure.num_prompts} prompts do not settle layer{'s' if len(doubtful) > 1 else ''}"
             f" {', '.join(doubtful)}: another draw of prompts would more often choose otherwise."
         )
-    often = "every time" if least > 0.9995 else f"at least {least:.0%} of the time"
-    return f"How sure: another draw of {num_samples} samples would choose each of them {often}."
+    if least < 1:
+        often = f"in at least {math.floor(100 * least)}% of draws"
+    else:  # the rule of three: what happens in none of n draws has a chance below 3/n, at 95 %
+        often = f"in all of {sure.draws:,} bootstrap draws, hence {100 - 300 / sure.draws:.2f}% of the time or more"
+    return f"How sure: another draw of {sure.num_prompts} prompts would choose each of them {often}."
+
+
+def _which_is_lowest(sure: Certainty, candidates: int) -> str:
+    layers = sure.confidence_set
+    if len(layers) == candidates:
+        return f"Change-point layer: any of {candidates} candidates; {sure.num_prompts} prompts exclude none at 95%."
+    if len(layers) == 1:
+        return f"Change-point layer: {layers[0]} at 95% confidence (1 of {candidates} candidates)."
+    listed = ", ".join(map(str, layers))
+    return f"Change-point layer: one of {listed} at 95% confidence ({len(layers)} of {candidates} candidates)."
+
+
+def _how_many(sure: Certainty) -> str:
+    sizes = sure.sample_sizes
+    now = float(sizes.same[list(sizes.num_prompts).index(sure.num_prompts)])
+    start = f"Sample size: {sure.num_prompts} prompts make this very choice {_percent(now)} of the time"
+    enough, least, most = sizes.enough(), int(sizes.num_prompts[0]), int(sizes.num_prompts[-1])
+    if enough is None:
+        return f"{start}; for 95% more than {most:,} would be needed."
+    return f"{start}; for 95% it takes {'at most' if enough == least else 'about'} {float(f'{enough:.2g}'):,.0f}."
+
+
+def _percent(share: float) -> str:
+    return "over 99%" if share > 0.99 else "under 1%" if share < 0.01 else f"{share:.0%}"
 
 
 def agreement(chosen: LayerSet, alone: Mapping[str, LayerSet]) -> str:

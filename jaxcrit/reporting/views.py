@@ -9,7 +9,10 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.criticality.confidence import Certainty
 from jaxcrit.criticality.delta import delta
+
+_PLAIN = 0.001
 
 
 class DatasetView(Protocol):
@@ -29,15 +32,18 @@ class DatasetView(Protocol):
 
     @property
     def cka(self) -> Mapping[str, np.ndarray]:
-        """``biased``, ``debiased`` and ``null`` (biased CKA expected of unrelated layers), each ``[L, L]``."""
+        """``biased``, ``debiased``, ``null_mean`` (biased CKA expected of unrelated layers), each ``[L, L]``.
+
+        Where the samples are prompts also ``null_stddev`` and ``null_p``.
+        """
 
     @property
     def chosen(self) -> LayerSet:
         """Layers that this dataset alone would choose."""
 
     @property
-    def selection_probability(self) -> np.ndarray | None:
-        """``[L]`` how often resampled prompts choose each layer."""
+    def certainty(self) -> Certainty | None:
+        """Of the choice, as far as the prompts drawn go."""
 
     @property
     def warnings(self) -> Sequence[str]:
@@ -64,8 +70,8 @@ class AnalysisView(Protocol):
         """The critical layers."""
 
     @property
-    def selection_probability(self) -> np.ndarray | None:
-        """``[L]`` how often resampled prompts (of every dataset) choose each layer."""
+    def certainty(self) -> Certainty | None:
+        """Of the choice over all datasets."""
 
     @property
     def out(self) -> Path:
@@ -74,10 +80,22 @@ class AnalysisView(Protocol):
 
 def null_delta(dataset: DatasetView, config: Mapping[str, Any]) -> np.ndarray:
     """δ that unrelated layers would score, ``[L]``: the window mean of the null, a layer with itself still being 1."""
-    null = np.array(dataset.cka["null"], dtype=np.float64)
+    null = np.array(dataset.cka["null_mean"], dtype=np.float64)
     np.fill_diagonal(null, 1.0)
     values, valid = delta(null, window=config["window"], include_self=config["include_self"])
     return np.where(valid, values, np.nan)
+
+
+def step_score(dataset: DatasetView) -> np.ndarray | None:
+    """How far ``step`` is above chance, in standard deviations of the null, ``[L]``.
+
+    None where chance is out of the question at every layer (p < 0.001), as it mostly is within one model.
+    """
+    if "null_p" not in dataset.cka or np.diagonal(dataset.cka["null_p"], offset=1).max() < _PLAIN:
+        return None
+    matrices = (dataset.cka[key] for key in ("biased", "null_mean", "null_stddev"))
+    values, mean, stddev = (np.diagonal(matrix, offset=1) for matrix in matrices)
+    return np.concatenate([[np.nan], (values - mean) / stddev])
 
 
 def paper_choice(dataset: DatasetView, config: Mapping[str, Any]) -> LayerSet | None:

@@ -11,21 +11,31 @@ from jaxcrit.similarity.grams import (
     sweep,
     unpack_upper,
 )
-from jaxcrit.similarity.inference import cka_without_each, null_mean, participation_ratio
+from jaxcrit.similarity.inference import (
+    PermutationNull,
+    cka_without_each,
+    null_mean,
+    null_variance,
+    participation_ratio,
+    permutation_null,
+)
 from jaxcrit.similarity.measures import knn, measure, procrustes, rsa, svcca, unit_rows
 from jaxcrit.similarity.spectrum import Spectrum, canonical_correlations, cca, decompose, directions
+from jaxcrit.similarity.units import cka_without_units
 
 __all__ = [
     "Bias",
     "DegenerateError",
     "GramTables",
     "Kernel",
+    "PermutationNull",
     "Spectrum",
     "canonical_correlations",
     "cca",
     "centred_grams",
     "cka",
     "cka_without_each",
+    "cka_without_units",
     "decompose",
     "directions",
     "from_tables",
@@ -33,8 +43,10 @@ __all__ = [
     "knn",
     "measure",
     "null_mean",
+    "null_variance",
     "pack_upper",
     "participation_ratio",
+    "permutation_null",
     "procrustes",
     "rsa",
     "svcca",

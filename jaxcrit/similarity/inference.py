@@ -1,11 +1,13 @@
-"""How far a CKA value can be trusted: its null mean, its deletion values, and how many dimensions carry a layer."""
+"""How far a CKA value can be trusted: its null, its deletion values, and how many dimensions carry a layer."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity.cka import Bias, hsic, normalised
+from jaxcrit.similarity.cka import Bias, from_tables, hsic, normalised
 from jaxcrit.similarity.grams import GramTables
 
 
@@ -19,6 +21,66 @@ def null_mean(tables: GramTables) -> np.ndarray:
     """
     relative = tables.diagonals.sum(axis=1) / np.sqrt(hsic(tables, "biased").diagonal())
     return tables.pairs(np.outer(relative, relative) / (tables.num_samples - 1))
+
+
+def null_variance(tables: GramTables) -> np.ndarray:
+    """The exact variance of biased CKA when the samples of one side are permuted at random.
+
+    The second moment of Kazi-Aoual et al. 1995, from trace, norm and diagonal of each Gram alone: with T = tr G,
+    Q = |G|^2 and S = sum of G_mm^2, the variance of <G, G'> is
+
+        2 A A' / ((N-1)^2 (N+1) (N-2)) + B B' / ((N+1) N (N-1) (N-2) (N-3)),
+
+    A = (N-1) Q - T^2 and B = N(N+1) S - (N-1) (T^2 + 2 Q).
+
+    Returns:
+        ``[L, L]`` float64, or ``[L, L']`` where two models are compared.
+    """
+    n = tables.num_samples
+    norm = hsic(tables, "biased").diagonal()
+    trace = tables.diagonals.sum(axis=1)
+    squares = (tables.diagonals**2).sum(axis=1)
+    # Of Grams of norm 1, whose inner product is the CKA.
+    spectral = ((n - 1) * norm - trace**2) / norm
+    leverage = (n * (n + 1) * squares - (n - 1) * (trace**2 + 2 * norm)) / norm
+    first = 2 * np.outer(spectral, spectral) / ((n - 1) ** 2 * (n + 1) * (n - 2))
+    second = np.outer(leverage, leverage) / ((n + 1) * n * (n - 1) * (n - 2) * (n - 3))
+    return tables.pairs(first + second)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PermutationNull:
+    """CKA beside what it would be if the samples of one side were permuted; each ``[L, L]`` or ``[L, L']`` float64.
+
+    Attributes:
+        mean: of biased CKA over all permutations, exact.
+        stddev: over all permutations, exact.
+        score: (biased CKA - mean) / stddev.
+        p: chance of a biased CKA as high, by the gamma distribution of this mean and variance (which a sum of
+            weighted squares nearly follows; Gretton et al. 2008 use it for HSIC).
+    """
+
+    mean: np.ndarray
+    stddev: np.ndarray
+    score: np.ndarray
+    p: np.ndarray
+
+
+def permutation_null(tables: GramTables) -> PermutationNull:
+    """Mean, deviation, calibrated score and p of every pair, without permuting anything.
+
+    Layers of one network are never independent of each other, so that p of neighbours is 0 for all practical
+    purposes; it says something about layers far apart, of two models, or of very few samples. The samples must be
+    exchangeable: tokens of one prompt are not.
+    """
+    from scipy.stats import gamma
+
+    values, mean, variance = from_tables(tables), null_mean(tables), null_variance(tables)
+    # Permuting does nothing where all samples are equally far apart: 0/0, and no evidence.
+    with np.errstate(invalid="ignore", divide="ignore"):
+        score = (values - mean) / np.sqrt(variance)
+        p = gamma.sf(values, mean**2 / variance, scale=variance / mean)
+    return PermutationNull(mean, np.sqrt(variance), score, p)
 
 
 def participation_ratio(tables: GramTables) -> np.ndarray:
@@ -56,8 +118,15 @@ def cka_without_each(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
         raise UserError(f"expected at least 5 samples to delete one of, got {n + 1}; give more prompts")
     else:
         trace = tables.diagonals.sum(axis=1) - 2 * tables.diagonals.T
-        cross = rows.sum(axis=0) - 2 * rows
-        aligned = own.sum(axis=0) - own + rows + tables.weighted + tables.weighted.swapaxes(1, 2)
-        totals = trace[:, :, None] * trace[:, None, :]
-        products = cross + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * aligned
+        # In place: a new array for every term of the sum takes twice the time.
+        aligned = tables.weighted + tables.weighted.swapaxes(1, 2)
+        aligned += rows
+        aligned -= own
+        aligned += own.sum(axis=0)
+        aligned *= 2 / (n - 2)
+        products = trace[:, :, None] * trace[:, None, :]
+        products /= (n - 1) * (n - 2)
+        products -= aligned
+        products -= 2 * rows
+        products += rows.sum(axis=0)
     return tables.pairs(normalised(products))

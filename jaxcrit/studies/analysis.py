@@ -16,25 +16,28 @@ from jaxcrit import __version__
 from jaxcrit.capture import POSITIONS
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import write_npz
+from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criticality.cautions import cautions
+from jaxcrit.criticality.confidence import Certainty, certainty
+from jaxcrit.criticality.leverage import Leverage, leverage
 from jaxcrit.criticality.measures import measure_scores
-from jaxcrit.criticality.score import layer_scores, values_without_each
-from jaxcrit.criticality.selection import mean_rank, selection_probability
+from jaxcrit.criticality.score import deletions, layer_scores, values_without_each
+from jaxcrit.criticality.selection import mean_rank
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.templates import template_hash
 from jaxcrit.similarity.cka import from_tables
 from jaxcrit.similarity.grams import KERNELS, gram_tables
-from jaxcrit.similarity.inference import null_mean, participation_ratio
+from jaxcrit.similarity.inference import participation_ratio, permutation_null
 from jaxcrit.similarity.measures import parse_measures
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
 from jaxcrit.studies.measures import measured
 from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
 
+UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -47,12 +50,15 @@ class DatasetResult:
         num_samples: N.
         scores: by score key.
         measures: by name, ``[L, L]``; what ``--measures`` asked for.
-        cka: ``biased``, ``debiased`` and ``null`` (what unrelated layers would score by the biased one), ``[L, L]``.
+        cka: ``biased``, ``debiased``, ``null_mean`` (what unrelated layers would score by the biased one), ``[L, L]``;
+            where samples are prompts also ``null_stddev`` and ``null_p``, how likely they would score as much.
         chosen: layers this dataset alone would choose.
-        selection_probability: ``[L]``, in how many bootstrap draws a layer is chosen; None for fixed layers.
+        certainty: of the choice; None for fixed layers, and where too few prompts are left to estimate it.
+        leverage: the prompt that moves each layer's selecting score most; None where not estimated.
         participation_ratio: ``[L]``, how many directions carry a layer.
         warnings: what would mislead a reader.
-        without_each: ``[N, L]`` the selecting score with each sample left out; None where not estimated.
+        without_each: ``[U, L]`` the selecting score with each prompt left out; None where not estimated.
+        sample_ids: of the prompts.
     """
 
     name: str
@@ -61,10 +67,12 @@ class DatasetResult:
     measures: dict[str, np.ndarray]
     cka: dict[str, np.ndarray]
     chosen: LayerSet
-    selection_probability: np.ndarray | None
+    certainty: Certainty | None
+    leverage: Leverage | None
     participation_ratio: np.ndarray
     warnings: list[str]
     without_each: np.ndarray | None
+    sample_ids: list[str]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -77,7 +85,7 @@ class Analysis:
         datasets: by name, in the order given.
         scores: by score key: the dataset's own, or mean ranks over several.
         chosen: the layers.
-        selection_probability: ``[L]`` of the choice over all datasets, or None.
+        certainty: of the choice over all datasets, or None.
         out: run directory.
     """
 
@@ -86,7 +94,7 @@ class Analysis:
     datasets: dict[str, DatasetResult]
     scores: dict[str, LayerScores]
     chosen: LayerSet
-    selection_probability: np.ndarray | None
+    certainty: Certainty | None
     out: Path
 
     @property
@@ -124,7 +132,7 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
             for dataset in datasets
         }
         analysis = _combine(config, session, spec, results, directory.path)
-        _write(analysis, datasets)
+        _write(analysis)
     except UserError:
         directory.discard()
         raise
@@ -260,27 +268,33 @@ def _score(
         "normalize": config.normalize,
         "kernel": config.kernel,
     }
-    scores = layer_scores(tables, window=config.window, include_self=config.include_self, meta=meta)
-    left = None
-    if config.position == "all":  # a prompt's tokens are not independent samples: errors over them would be too small
-        scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}
-    elif tables.num_samples > 4:  # deleting one must leave the 4 that the debiased estimator needs
-        left = values_without_each(tables, config.criterion, config.window, config.include_self)
+    tokens = config.position == "all"
+    lengths = [example.prompt_length for example in dataset.examples]
+    # The tokens of a prompt are one draw: errors over them would be too small.
+    without = deletions(tables, grams, np.repeat(np.arange(len(lengths)), lengths) if tokens else None)
+    shape = config.window, config.include_self
+    scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
+    score, left = scores[config.criterion], None
+    if len(without) == 2:
+        left = values_without_each(tables, config.criterion, *shape, without=without)
     measures = measured(grams, config.measures, progress)
     scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
                              meta={**meta, "num_samples": tables.num_samples})  # fmt: skip
-    cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null": null_mean(tables)}
+    null = permutation_null(tables)
+    cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null_mean": null.mean}
     return DatasetResult(
         name=dataset.name,
         num_samples=tables.num_samples,
         scores=scores,
         measures=measures,
-        cka=cka,
-        chosen=_choose(config, session, spec, scores[config.criterion]),
-        selection_probability=_probability(config, spec, [scores[config.criterion]], [left]),
+        cka=cka if tokens else {**cka, "null_stddev": null.stddev, "null_p": null.p},
+        chosen=_choose(config, session, spec, score),
+        certainty=_certainty(config, spec, [score], [left]),
+        leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
         warnings=[],
         without_each=left,
+        sample_ids=dataset.sample_ids,
     )
 
 
@@ -289,13 +303,13 @@ def _choose(config: AnalysisConfig, session: Session, spec: LayerSpec, scores: L
     return resolve(spec, layers, scores=scores, trim=config.trim, model_hash=session.model_hash)
 
 
-def _probability(
+def _certainty(
     config: AnalysisConfig, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray | None]
-) -> np.ndarray | None:
+) -> Certainty | None:
     known = [values for values in left if values is not None]
     if spec.kind != "critical" or len(known) < len(left):
         return None
-    return selection_probability(scores, known, spec.count, trim=config.trim, seed=config.seed)
+    return certainty(scores, known, spec.count, trim=config.trim, seed=config.seed)
 
 
 def _combine(
@@ -304,31 +318,43 @@ def _combine(
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}
     own = [result.scores[config.criterion] for result in everyone]
-    probability = _probability(config, spec, own, [result.without_each for result in everyone])
+    sure = _certainty(config, spec, own, [result.without_each for result in everyone])
     results = {
-        name: dataclasses.replace(result, warnings=cautions(result.scores, result.cka["null"], result.chosen,
-                                  result.selection_probability, trim=config.trim, dtype=session.dtype))
+        name: dataclasses.replace(result, warnings=cautions(result, trim=config.trim, dtype=session.dtype))
         for name, result in results.items()
-    }  # fmt: skip
+    }
     chosen = _choose(config, session, spec, scores[config.criterion])
-    return Analysis(config, {}, results, scores, chosen, probability, out)
+    return Analysis(config, {}, results, scores, chosen, sure, out)
 
 
-def _write(analysis: Analysis, datasets: Sequence[Dataset]) -> None:
+def _write(analysis: Analysis) -> None:
     """Writes scores, CKA and layers: of each dataset, and, where there are several, of their consensus."""
     alone = len(analysis.datasets) == 1
-    ids = {dataset.name: dataset.sample_ids for dataset in datasets}
     for name, result in analysis.datasets.items():
         folder = analysis.out if alone else analysis.out / name
         folder.mkdir(parents=True, exist_ok=True)
         write_scores(folder / "scores.json", result.scores)
         meta = {"format": "jaxcrit.cka", "format_version": 1, "dataset": name, "num_samples": result.num_samples}
-        write_npz(folder / "cka.npz", {"biased": result.cka["biased"], "debiased": result.cka["debiased"]}, meta)
+        write_npz(folder / "cka.npz", {key: values for key, values in result.cka.items() if key != "null_p"}, meta)
         if result.measures:
             write_npz(folder / "measures.npz", result.measures, {**meta, "format": "jaxcrit.measures"})
         result.chosen.save(folder / "layers.json")
+        _write_uncertainty(folder, result.chosen, result.certainty, result)
         if result.without_each is not None:
-            write_deletions(folder, {analysis.config.criterion: result.without_each}, ids[name])
+            write_deletions(folder, {analysis.config.criterion: result.without_each}, result.sample_ids)
     if not alone:
         write_scores(analysis.out / "scores.json", analysis.scores)
         analysis.chosen.save(analysis.out / "layers.json")
+        _write_uncertainty(analysis.out, analysis.chosen, analysis.certainty)
+
+
+def _write_uncertainty(
+    folder: Path, chosen: LayerSet, sure: Certainty | None, result: DatasetResult | None = None
+) -> None:
+    content: dict[str, Any] = {"criterion": chosen.criterion, "rule": chosen.rule}
+    content["choice"] = None if sure is None else sure.to_json()
+    if result is not None and result.leverage is not None:
+        most = result.leverage.to_json()
+        ids = [None if prompt is None else result.sample_ids[prompt] for prompt in most["prompt"]]
+        content["largest_leverage"] = {"sample_id": ids, **most}
+    write_json(folder / "uncertainty.json", UNCERTAINTY_FORMAT, content)

@@ -8,6 +8,7 @@ import numpy as np
 import synthetic_analysis as synthetic
 
 from jaxcrit.core.layers import LayerSet
+from jaxcrit.criticality import Certainty, SampleSizes
 from jaxcrit.reporting import tables
 from jaxcrit.reporting.analysis import analysis_text, warnings
 
@@ -15,7 +16,7 @@ from jaxcrit.reporting.analysis import analysis_text, warnings
 def test_a_row_says_what_was_measured():
     data = synthetic.dataset(num_layers=32)
     null = np.full(32, 0.9)
-    lines = tables.layer_table(data.scores, data.chosen, null=null, probability=data.selection_probability).splitlines()
+    lines = tables.layer_table(data.scores, data.chosen, null=null, probability=data.certainty.probability).splitlines()
     assert len(lines) == 33
     score, layer = data.scores["delta_debiased"], data.chosen.layers[0]
     assert lines[1 + layer].split() == [
@@ -70,20 +71,45 @@ def test_warnings_shared_by_datasets_stand_once(tmp_path):
 class TestHowSure:
     chosen = LayerSet((3, 4), "delta_debiased", "critical:2", 8)
 
+    def of(self, *probability, confidence=(3,), same=0.7):
+        sizes = SampleSizes(np.array([150, 300, 600]), np.array([0.5, same, 1.0]), np.ones(3))
+        return Certainty(300, np.array(probability, float), confidence, sizes)
+
     def test_names_the_least_certain(self):
-        probability = np.array([0, 0, 0, 0.9, 0.8, 0.1, 0, 0])
-        assert "at least 80% of the time" in tables.certainty(self.chosen, probability, 300, 4)
-        assert "every time" in tables.certainty(self.chosen, np.ones(8), 300, 4)
+        sentences = tables.certainty(self.chosen, self.of(0, 0, 0, 0.9, 0.859, 0.1, 0, 0), 4)
+        assert "another draw of 300 prompts" in sentences[0] and "in at least 85% of draws" in sentences[0]
+
+    def test_never_is_more_than_the_draws_can_say(self):
+        sentence = tables.certainty(self.chosen, self.of(*np.ones(8)), 4)[0]
+        assert "in all of 2,000 bootstrap draws, hence 99.85% of the time or more" in sentence
+        almost = tables.certainty(self.chosen, self.of(*np.full(8, 0.9995)), 4)[0]
+        assert "in at least 99% of draws" in almost
 
     def test_says_when_there_was_no_choice(self):
-        assert "nothing to choose; 2 of 8" in tables.certainty(self.chosen, np.ones(8), 300, 2)
+        assert "nothing to choose; 2 of 8" in tables.certainty(self.chosen, self.of(*np.ones(8)), 2)[0]
 
     def test_says_when_the_choice_is_not_settled(self):
-        probability = np.array([0, 0, 0, 0.9, 0.4, 0.6, 0, 0])
-        assert "300 samples do not settle layer 4:" in tables.certainty(self.chosen, probability, 300, 4)
+        sentences = tables.certainty(self.chosen, self.of(0, 0, 0, 0.9, 0.4, 0.6, 0, 0), 4)
+        assert "300 prompts do not settle layer 4:" in sentences[0]
 
     def test_says_when_it_does_not_know(self):
-        assert "not estimated" in tables.certainty(self.chosen, None, 300, 4)
+        assert "not estimated" in tables.certainty(self.chosen, None, 4)[0]
+
+    def test_confidence_set(self):
+        def sentence(*layers):
+            return tables.certainty(self.chosen, self.of(*np.ones(8), confidence=layers), 4)[1]
+
+        assert sentence(3).startswith("Change-point layer: 3 at 95% confidence")
+        assert sentence(3, 5) == "Change-point layer: one of 3, 5 at 95% confidence (2 of 4 candidates)."
+        assert "any of 4 candidates; 300 prompts exclude none" in sentence(2, 3, 4, 5)
+
+    def test_sample_size(self):
+        def sentence(same):
+            return tables.certainty(self.chosen, self.of(*np.ones(8), same=same), 4)[2]
+
+        assert sentence(0.9).startswith("Sample size: 300 prompts make this very choice 90% of the time; for 95%")
+        assert "about 420" in sentence(0.9), "halfway between 300 and 600 on a scale of ratios"
+        assert "over 99% of the time; for 95% it takes about 280" in sentence(1.0)
 
     def test_counts_datasets_that_agree(self):
         other = dataclasses.replace(self.chosen, layers=(4, 5))

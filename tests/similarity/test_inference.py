@@ -6,7 +6,18 @@ import pytest
 from oracles import tables_of
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity import cka, cka_without_each, gram_tables, null_mean, participation_ratio, sweep
+from jaxcrit.similarity import (
+    centred_grams,
+    cka,
+    cka_without_each,
+    cka_without_units,
+    gram_tables,
+    null_mean,
+    null_variance,
+    participation_ratio,
+    permutation_null,
+    sweep,
+)
 
 PRODUCTS = {"biased": oracles.biased_product, "debiased": oracles.song}
 
@@ -63,6 +74,84 @@ def test_null_mean_where_all_permutations_are_few():
     values = [np.sum(k * g[np.ix_(p, p)]) for p in map(list, itertools.permutations(range(4)))]
     expected = np.mean(values) / np.linalg.norm(k) / np.linalg.norm(g)
     np.testing.assert_allclose(null_mean(tables_of([k, g]))[0, 1], expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("samples", [4, 5, 6])
+@pytest.mark.parametrize("heavy", [False, True])
+def test_null_moments_are_those_of_all_permutations(samples, heavy):
+    """In float64 over all N! orders, and with a sample far from the rest."""
+    hidden = np.array(oracles.chain(2, samples, 5, power=0.7), np.float64)
+    hidden[:, 0] *= 9 if heavy else 1
+    k, g = (oracles.gram(x) for x in hidden)
+    values = [np.sum(k * g[np.ix_(p, p)]) for p in map(list, itertools.permutations(range(samples)))]
+    values = np.array(values) / np.linalg.norm(k) / np.linalg.norm(g)
+    tables = tables_of([k, g])
+    np.testing.assert_allclose(null_mean(tables)[0, 1], values.mean(), rtol=1e-12)
+    np.testing.assert_allclose(null_variance(tables)[0, 1], values.var(), rtol=1e-10)
+    null = permutation_null(tables)
+    np.testing.assert_allclose(null.score[0, 1], (values[0] - values.mean()) / values.std(), rtol=1e-9)
+
+
+def test_null_p_is_the_share_of_permutations():
+    """Its own tail: few dimensions, where a normal distribution would be wrong; and two models."""
+    rng = np.random.default_rng(0)
+    left, right = rng.standard_normal((1, 40, 3)), rng.standard_normal((1, 40, 2))
+    right[0, :, 0] += 0.45 * left[0, :, 0]
+    null = permutation_null(sweep(left.astype(np.float32), other=right.astype(np.float32)))
+    assert null.p.shape == (1, 1)
+    k, g = oracles.gram(left[0]), oracles.gram(right[0])
+    orders = [rng.permutation(40) for _ in range(20_000)]
+    drawn = np.array([np.sum(k * g[np.ix_(order, order)]) for order in orders])
+    share = np.mean(drawn >= np.sum(k * g))
+    assert 0.002 < share < 0.2
+    assert null.p[0, 0] == pytest.approx(share, rel=0.25)
+    np.testing.assert_allclose(permutation_null(sweep(np.repeat(left, 2, 0).astype(np.float32))).p[0, 1], 0, atol=1e-9)
+
+
+UNITS = np.array([0, 0, 0, 1, 2, 2, 3, 3, 3, 3, 4, 5, 5, 6])
+
+
+@pytest.mark.parametrize("order", ["sorted", "mixed"])
+@pytest.mark.parametrize("bias", ["biased", "debiased"])
+def test_units_are_deleted_together(bias, order):
+    units = UNITS if order == "sorted" else np.random.default_rng(0).permutation(UNITS)
+    hidden = oracles.with_outliers(oracles.chain(3, len(units), 25), 100, 3)
+    grams = centred_grams(hidden)
+    deleted = cka_without_units(grams, gram_tables(grams), units)[bias]
+    expected = [oracles.oracle(hidden[:, units != unit], bias) for unit in range(7)]
+    np.testing.assert_allclose(deleted, expected, atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bias", ["biased", "debiased"])
+def test_units_of_one_sample_are_samples(bias):
+    grams = centred_grams(oracles.chain(3, 40, 25))
+    tables = gram_tables(grams)
+    deleted = cka_without_units(grams, tables, np.arange(40))[bias]
+    np.testing.assert_allclose(deleted, cka_without_each(tables, bias), atol=1e-7, rtol=0)
+
+
+def test_tokens_of_a_prompt_are_one_draw():
+    """Each prompt five times over, nearly: the error over prompts is that of the prompts, over tokens far too small."""
+    rng = np.random.default_rng(0)
+    hidden = oracles.chain(2, 60, 30)
+    tokens = (np.repeat(hidden, 5, axis=1) + 0.02 * rng.standard_normal((2, 300, 30))).astype(np.float32)
+
+    def stderr(left):
+        return np.sqrt((len(left) - 1) * left[:, 0, 1].var())
+
+    grams = centred_grams(tokens)
+    tables = gram_tables(grams)
+    by_prompt = stderr(cka_without_units(grams, tables, np.repeat(np.arange(60), 5))["biased"])
+    once = stderr(cka_without_each(sweep(hidden), "biased"))
+    assert by_prompt == pytest.approx(once, rel=0.05)
+    assert stderr(cka_without_each(tables, "biased")) < 0.6 * by_prompt
+
+
+def test_too_few_units():
+    grams = centred_grams(oracles.chain(2, 9, 5))
+    for units in (np.repeat([0, 1], [4, 5]), np.repeat([0, 1, 2], [6, 2, 1])):
+        with pytest.raises(UserError, match="at least 3 prompts, and 4 samples beside each"):
+            cka_without_units(grams, gram_tables(grams), units)
 
 
 def test_participation_ratio():

@@ -64,7 +64,7 @@ def test_files_of_one_dataset(config, tmp_path):
     assert scores["delta"].valid.tolist() == [False, False, True, True, True, False, False]
     assert np.isfinite(scores["delta_debiased"].stderr[2:5]).all()
     arrays, meta = read_npz(out / "cka.npz")
-    assert set(arrays) == {"biased", "debiased"} and arrays["biased"].shape == (7, 7)
+    assert set(arrays) == {"biased", "debiased", "null_mean", "null_stddev"} and arrays["biased"].shape == (7, 7)
     assert meta["format"] == "jaxcrit.cka"
     np.testing.assert_allclose(np.diagonal(arrays["debiased"]), 1)
     chosen = LayerSet.load(out / "layers.json")
@@ -140,7 +140,12 @@ def test_several_datasets_have_a_consensus(model, data, tmp_path):
     for name, result in analysis.datasets.items():
         assert read_scores(tmp_path / "run" / name / "scores.json").keys() == result.scores.keys()
     assert analysis.consensus is analysis.scores["delta_debiased"]
-    assert analysis.selection_probability.sum() == pytest.approx(len(analysis.chosen.layers))
+    assert analysis.certainty.probability.sum() == pytest.approx(len(analysis.chosen.layers))
+    assert analysis.certainty.num_prompts == 24
+    for folder in ("", "prompts", "others"):
+        assert (
+            read_json(tmp_path / "run" / folder / "uncertainty.json", "jaxcrit.uncertainty")["choice"]["draws"] == 2000
+        )
 
 
 def test_activations_are_kept_on_request(config, tmp_path):
@@ -154,8 +159,11 @@ def test_activations_are_kept_on_request(config, tmp_path):
 @pytest.mark.parametrize("position", ["mean", "all"])
 def test_positions(config, position, tmp_path):
     analysis = run_analysis(dataclasses.replace(config, position=position))
-    samples = analysis.datasets["prompts"].num_samples
-    assert samples == 12 if position == "mean" else samples > 12
+    result = analysis.datasets["prompts"]
+    assert result.num_samples == 12 if position == "mean" else result.num_samples > 12
+    assert result.certainty.num_prompts == len(result.without_each) == 12, "prompts are resampled, never tokens"
+    assert np.isfinite(result.scores["delta_debiased"].stderr[2:5]).all()
+    assert ("null_p" in result.cka) == (position == "mean"), "tokens of a prompt cannot be permuted"
 
 
 def test_other_measures(config, tmp_path, capsys):
