@@ -35,8 +35,14 @@ class Flag:
 Groups = Mapping[str, tuple[Flag, ...]]
 
 
-def parse(groups: Groups, command: str, arguments: Sequence[str]) -> flags.FlagValues:
+def parse(groups: Groups, command: str, arguments: Sequence[str], positional: Sequence[str] = ()) -> flags.FlagValues:
     """Reads ``--flag=value``, ``--flag value``, ``--flag`` and ``--noflag``.
+
+    Args:
+        groups: the flags.
+        command: for messages.
+        arguments: as given.
+        positional: names of flags that words without a flag are the values of, in this order.
 
     Raises:
         UserError: unknown flag, bad value, or anything that is not a flag; with the nearest that would do.
@@ -61,7 +67,13 @@ def parse(groups: Groups, command: str, arguments: Sequence[str]) -> flags.FlagV
         raise UserError(f"{command}: unknown flag --{error.flagname}{nearest}; see jaxcrit {command} --help") from None
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}") from None
-    if stray:
+    if positional and len(stray) == len(positional) and not any(values[name].present for name in positional):
+        for name, given in zip(positional, stray, strict=True):
+            values[name].value = given
+    elif stray and positional:
+        words = " ".join(name.upper() for name in positional)
+        raise UserError(f"{command}: expected {words}, got {' '.join(stray)}; see jaxcrit {command} --help")
+    elif stray:
         hint = f" (did you mean --{stray[0]}?)" if "=" in stray[0] else ""
         raise UserError(f"{command}: expected flags only, got {stray[0]!r}{hint}; write --flag=value")
     for flag in known:
@@ -72,9 +84,10 @@ def parse(groups: Groups, command: str, arguments: Sequence[str]) -> flags.FlagV
     return values
 
 
-def usage(groups: Groups, command: str, summary: str) -> str:
+def usage(groups: Groups, command: str, summary: str, positional: Sequence[str] = ()) -> str:
     """The help page: one line per flag with its default, in groups, at most 100 columns wide."""
-    lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} [flags]"]
+    words = "".join(f"{name.upper()} " for name in positional)
+    lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} {words}[flags]"]
     for title, group in groups.items():
         lines += ["", f"{title}:"]
         for flag in group:

@@ -14,7 +14,8 @@ import jaxcrit
 from jaxcrit.cli import flags
 from jaxcrit.core.errors import UserError, did_you_mean
 
-# name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code.
+# name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code, and may have
+# POSITIONAL: names of flags that may be given without them, in this order.
 COMMANDS = {
     "analyze": ("jaxcrit.cli.analyze", "find the critical layers of a model, and say how sure that is"),
     "spectrum": ("jaxcrit.cli.spectrum", "principal components of every layer, and which of them track δ"),
@@ -25,6 +26,7 @@ COMMANDS = {
         "jaxcrit.cli.intervene",
         "remove components, or steer, and see what an answer becomes",
     ),
+    "compare": ("jaxcrit.cli.compare", "CKA between two models over the same prompts, from their fingerprints"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
     "correlate": ("jaxcrit.cli.correlate", "compare two scores of the layers, or every score in a folder"),
@@ -76,10 +78,11 @@ def dispatch(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
+    positional = getattr(module, "POSITIONAL", ())
     if "--help" in rest or "-h" in rest:
-        print(flags.usage(module.FLAGS, name, summary))
+        print(flags.usage(module.FLAGS, name, summary, positional))
         return 0
-    return int(module.run(flags.parse(module.FLAGS, name, rest)))
+    return int(module.run(flags.parse(module.FLAGS, name, rest, positional)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

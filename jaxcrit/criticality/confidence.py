@@ -202,11 +202,12 @@ def sample_sizes(
         centres.append(values.mean() + keep * (values - values.mean()))
         noises.append(noise)
     total = sum(map(len, without_each))
+    factors = [factor for factor in _FACTORS if total * factor >= 4 * len(scores)]
     shared = []
-    for factor in _FACTORS:
+    for factor in factors:
         drawn = [centre + noise / np.sqrt(factor) for centre, noise in zip(centres, noises, strict=True)]
         picked = lowest(drawn, layers, len(chosen), consensus.num_layers, scores[0].direction, trim)
         shared.append(np.isin(picked, chosen).mean(axis=1))
     common = np.array(shared)
-    sizes = np.array([max(1, round(total * factor)) for factor in _FACTORS])
+    sizes = np.array([round(total * factor) for factor in factors])
     return SampleSizes(sizes, (common == 1).mean(axis=1), common.mean(axis=1))

@@ -45,22 +45,23 @@ def _layer_axis(axes: Axes, num_layers: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def cka_heatmap(biased: np.ndarray, debiased: np.ndarray) -> bytes:
+def cka_heatmap(biased: np.ndarray, debiased: np.ndarray, labels: tuple[str, str] = ("layer ℓ", "layer ℓ")) -> bytes:
     """CKA of every pair of layers, biased and debiased side by side.
 
     Args:
-        biased: ``[L, L]``, the paper's estimator, on the paper's scale of 0 to 1.
-        debiased: ``[L, L]``, on the same scale; values below 0, which this estimator can have, look like 0.
+        biased: ``[L, L']``, the paper's estimator, on the paper's scale of 0 to 1.
+        debiased: ``[L, L']``, on the same scale; values below 0, which this estimator can have, look like 0.
+        labels: of the rows and the columns.
     """
     figure = Figure(figsize=(10.4, 5.0), layout="compressed")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, matrix, name in zip(panels, (biased, debiased), ("biased", "debiased"), strict=True):
         image = axes.imshow(matrix, cmap="magma", vmin=0, vmax=1, origin="lower", interpolation="nearest")
         axes.set_title(f"CKA, {name} (data {np.nanmin(matrix):.2f} to {np.nanmax(matrix):.2f})", fontsize=11)
-        axes.set_xlabel("layer ℓ")
+        axes.set_xlabel(labels[1])
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-    panels[0].set_ylabel("layer ℓ")
+    panels[0].set_ylabel(labels[0])
     figure.colorbar(image, ax=panels, label="CKA", shrink=0.92)
     return _png(figure)
 
@@ -235,6 +236,26 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], *, t
     return _png(figure)
 
 
+def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+    """Test loss over optimizer steps, one line each.
+
+    Args:
+        curves: by name, (step, loss in nats per token).
+    """
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, (name, points) in enumerate(curves.items()):
+        steps, losses = zip(*points, strict=True)
+        axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("test loss (nats per response token)")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    return _png(figure)
+
+
 def sample_size_curve(sizes: SampleSizes, num_prompts: int) -> bytes:
     """How often n prompts would make the same choice, over n.
 
@@ -262,21 +283,35 @@ def sample_size_curve(sizes: SampleSizes, num_prompts: int) -> bytes:
     return _png(figure)
 
 
-def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
-    """Test loss over optimizer steps, one line each.
+def cross_curve(
+    values: np.ndarray, *, biased: np.ndarray, null: np.ndarray, stderr: np.ndarray | None, title: str
+) -> bytes:
+    """CKA of each layer of one model with its partner in another: debiased with errors, biased and null beside it.
 
     Args:
-        curves: by name, (step, loss in nats per token).
+        values: ``[L]`` debiased.
+        biased: ``[L]``.
+        null: ``[L]`` what unrelated layers would score by the biased one.
+        stderr: ``[L]`` of the debiased values.
+        title: of the figure.
     """
+    layers = np.arange(len(values))
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for index, (name, points) in enumerate(curves.items()):
-        steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("test loss (nats per response token)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.errorbar(
+        layers,
+        values,
+        None if stderr is None else 1.96 * stderr,
+        fmt="o-",
+        color=DEBIASED,
+        markersize=4,
+        capsize=2,
+        label="debiased, ±1.96 s.e.",
+    )
+    axes.plot(layers, biased, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased")
+    axes.plot(layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased, unrelated layers (null mean)")
+    _layer_axis(axes, len(values))
+    axes.set_ylabel("CKA between the models")
+    axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)

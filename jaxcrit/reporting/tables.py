@@ -166,7 +166,9 @@ def _how_sure(chosen: LayerSet, sure: Certainty) -> str:
     if least < 1:
         often = f"in at least {math.floor(100 * least)}% of draws"
     else:  # the rule of three: what happens in none of n draws has a chance below 3/n, at 95 %
-        often = f"in all of {sure.draws:,} bootstrap draws, hence {100 - 300 / sure.draws:.2f}% of the time or more"
+        often = (
+            f"in all of {sure.draws:,} bootstrap draws (at 95%, in over {100 - 300 / sure.draws:.2f}% of such draws)"
+        )
     return f"How sure: another draw of {sure.num_prompts} prompts would choose each of them {often}."
 
 

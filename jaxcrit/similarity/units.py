@@ -31,12 +31,12 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
     floating-point operations, as for ``gram_tables``.
 
     Args:
-        grams: ``[L, N, N]`` centred Grams.
+        grams: ``[L, N, N]`` centred Grams; of two models one after the other.
         tables: of these Grams.
         units: ``[N]`` int, which unit each sample belongs to, 0 to U-1.
 
     Returns:
-        By estimator ``[U, L, L]`` float64.
+        By estimator ``[U, L, L]`` float64, or ``[U, L, L']`` where two models are compared.
 
     Raises:
         UserError: fewer than 3 units, or one that leaves fewer than 4 samples.
@@ -69,7 +69,7 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
         "biased": cross + diagonal.sum(axis=0) - removed - 2 / n * aligned[:, v, v] + outer[:, v, v] / n**2,
         "debiased": cross + outer[:, u, u] / ((n - 1) * (n - 2)) - 2 / (n - 2) * aligned[:, u, u],
     }
-    return {bias: normalised(values) for bias, values in products.items()}
+    return {bias: tables.pairs(normalised(values)) for bias, values in products.items()}
 
 
 @jax.jit

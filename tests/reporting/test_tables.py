@@ -81,7 +81,7 @@ class TestHowSure:
 
     def test_never_is_more_than_the_draws_can_say(self):
         sentence = tables.certainty(self.chosen, self.of(*np.ones(8)), 4)[0]
-        assert "in all of 2,000 bootstrap draws, hence 99.85% of the time or more" in sentence
+        assert "in all of 2,000 bootstrap draws (at 95%, in over 99.85% of such draws)" in sentence
         almost = tables.certainty(self.chosen, self.of(*np.full(8, 0.9995)), 4)[0]
         assert "in at least 99% of draws" in almost
 

@@ -1,0 +1,139 @@
+"""What `jaxcrit compare` shows: text for the terminal; figures and page for the run directory."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from jaxcrit.core.files import write_bytes, write_text
+from jaxcrit.core.layers import LayerScores
+from jaxcrit.reporting import plots, tables
+from jaxcrit.reporting.report import CAVEATS, Figure, Section, render_report
+
+# A layer that no step of training has touched has a CKA of 1 with itself, but for rounding.
+_SAME = 1 - 1e-6
+
+
+class ComparisonView(Protocol):
+    """One run of ``jaxcrit compare``; see `jaxcrit.studies.comparison.Comparison`."""
+
+    @property
+    def run(self) -> Mapping[str, Any]:
+        """What ``run.json`` holds."""
+
+    @property
+    def cka(self) -> Mapping[str, np.ndarray]:
+        """``biased``, ``debiased``, ``null_mean``, perhaps ``null_stddev`` and ``stderr``, each ``[L, L']``."""
+
+    @property
+    def score(self) -> LayerScores | None:
+        """``cross_cka``, where both models have the same depth."""
+
+    @property
+    def changed_most(self) -> tuple[int, ...] | None:
+        """Layers that may have the lowest of it, at 95 %."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Compared."""
+
+    @property
+    def warnings(self) -> Sequence[str]:
+        """What would mislead a reader, one line each."""
+
+    @property
+    def out(self) -> Path:
+        """Run directory."""
+
+
+def partners(comparison: ComparisonView) -> np.ndarray:
+    """``[L]`` which layer of b each layer of a stands beside: the same one, or the most alike where depths differ."""
+    debiased = comparison.cka["debiased"]
+    return np.arange(len(debiased)) if comparison.score is not None else debiased.argmax(axis=1)
+
+
+def comparison_table(comparison: ComparisonView) -> str:
+    """One row per layer of a."""
+    cka, beside = comparison.cka, partners(comparison)
+    header = ["a", "b", "CKA debiased ± s.e.", "biased", "null", "z", "most alike in b"]
+    rows = []
+    for layer, other in enumerate(beside):
+        values = {key: float(matrix[layer, other]) for key, matrix in cka.items()}
+        error = f" ± {values['stderr']:.4f}" if "stderr" in values else ""
+        score = ""
+        if "null_stddev" in values:
+            score = f"{(values['biased'] - values['null_mean']) / values['null_stddev']:.1f}"
+        best = int(cka["debiased"][layer].argmax())
+        rows.append(
+            [
+                str(layer),
+                str(other),
+                f"{values['debiased']:.4f}{error}",
+                f"{values['biased']:.4f}",
+                f"{values['null_mean']:.4f}",
+                score,
+                str(best) + (f" ({cka['debiased'][layer, best]:.4f})" if best != other else ""),
+            ]
+        )
+    return "\n".join(tables.aligned(header, rows, [False] * len(rows)))
+
+
+def headlines(comparison: ComparisonView) -> list[str]:
+    """Which layers differ most, and how sure, a sentence each."""
+    score, prompts = comparison.score, comparison.num_prompts
+    if score is None:
+        depth, other = comparison.cka["debiased"].shape
+        return [f"Models of {depth} and {other} layers on {prompts} prompts; each layer beside the most alike."]
+    lowest = int(score.values.argmin())
+    if score.values[lowest] > _SAME:
+        return [f"No layer differs: all {score.num_layers} have CKA 1 with themselves on {prompts} prompts."]
+    same = int((score.values > _SAME).sum())
+    error = "" if score.stderr is None else f" ± {score.stderr[lowest]:.4f}"
+    first = f"Changed most: layer {lowest} of {score.num_layers} (CKA {score.values[lowest]:.4f}{error})"
+    if same:
+        first += f"; {same} layers are unchanged"
+    sure = comparison.changed_most
+    if sure is None:
+        return [first]
+    if len(sure) == 1:
+        return [first, f"How sure: with {prompts} prompts it is this layer at 95% confidence."]
+    among = ", ".join(map(str, sure))
+    return [first, f"How sure: with {prompts} prompts the layer changed most is one of {among} at 95% confidence."]
+
+
+def comparison_text(comparison: ComparisonView) -> str:
+    """The result for a terminal: table, headlines, warnings."""
+    sentences = [*headlines(comparison), *(f"warning: {line}" for line in comparison.warnings)]
+    filled = (textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)
+    return "\n".join([comparison_table(comparison), "", *filled])
+
+
+def write_comparison(comparison: ComparisonView) -> Path:
+    """Writes ``cka.png``, ``cross_cka.png`` and ``report.html`` into the run directory; returns the report."""
+    cka, beside, out = comparison.cka, partners(comparison), comparison.out
+    places = np.arange(len(beside)), beside
+    same = comparison.score is not None
+    curve = plots.cross_curve(
+        cka["debiased"][places],
+        biased=cka["biased"][places],
+        null=cka["null_mean"][places],
+        stderr=cka["stderr"][places] if "stderr" in cka else None,
+        title=f"{comparison.num_prompts} prompts",
+    )
+    heatmap = plots.cka_heatmap(cka["biased"], cka["debiased"], ("layer of a", "layer of b"))
+    partner = "the same layer" if same else "the most alike layer"
+    figures = [
+        Figure("cross_cka.png", curve, f"CKA of each layer of a with {partner} of b; low where they differ."),
+        Figure("cka.png", heatmap, "CKA of every layer of a with every layer of b."),
+    ]
+    for figure in figures:
+        write_bytes(out / figure.name, figure.png)
+    section = Section("Layer by layer", "", comparison_table(comparison), figures)
+    answer, warnings, run = headlines(comparison), comparison.warnings, comparison.run
+    page = render_report(answer, warnings, [section], {}, run, caveats=CAVEATS[:3])
+    write_text(out / "report.html", page)
+    return out / "report.html"
