@@ -65,7 +65,7 @@ def layer_scores(
         UserError: the window does not fit the model.
     """
     matrices = {bias: from_tables(tables, bias) for bias in ("biased", "debiased")}
-    without = deletions(tables) if without is None else without
+    without = deletions(tables, reach=window // 2) if without is None else without
     scores = {}
     for key, criterion in CRITERIA.items():
         values, valid = criterion(matrices[criterion.bias], window, include_self)
@@ -77,13 +77,16 @@ def layer_scores(
     return scores
 
 
-def deletions(tables: GramTables, grams: Any = None, units: np.ndarray | None = None) -> dict[Bias, np.ndarray]:
+def deletions(
+    tables: GramTables, grams: Any = None, units: np.ndarray | None = None, *, reach: int | None = None
+) -> dict[Bias, np.ndarray]:
     """CKA with each unit of resampling deleted in turn, by estimator ``[U, L, L]``.
 
     Args:
         tables: of one model on N samples.
         grams: ``[L, N, N]``; needed with ``units``.
         units: ``[N]`` int, which prompt each sample comes from; by default each is one of its own.
+        reach: pairs of layers further apart may be left out, as `cka_without_each` does.
 
     Returns:
         No entry where too few would be left: debiased with N = 4, and of prompts fewer than 3, or too unequal.
@@ -93,7 +96,7 @@ def deletions(tables: GramTables, grams: Any = None, units: np.ndarray | None = 
         few = len(counts) < MIN_UNITS or len(units) - counts.max() < MIN_SAMPLES
         return {} if few else cka_without_units(grams, tables, units)
     estimators: tuple[Bias, ...] = ("biased", "debiased") if tables.num_samples > 4 else ("biased",)
-    return {bias: cka_without_each(tables, bias) for bias in estimators}
+    return {bias: cka_without_each(tables, bias, reach=reach) for bias in estimators}
 
 
 def values_without_each(
@@ -114,7 +117,7 @@ def values_without_each(
     criterion = CRITERIA[key]
     deleted = (without or {}).get(criterion.bias)
     if deleted is None:
-        deleted = cka_without_each(tables, criterion.bias)
+        deleted = cka_without_each(tables, criterion.bias, reach=window // 2)
     return criterion(deleted, window, include_self)[0]
 
 

@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity.cka import Bias, from_tables, hsic, normalised
+from jaxcrit.similarity.cka import Bias, from_tables, hsic
 from jaxcrit.similarity.grams import GramTables
 
 
@@ -91,7 +91,7 @@ def participation_ratio(tables: GramTables) -> np.ndarray:
     return tables.diagonals.sum(axis=1) ** 2 / hsic(tables, "biased").diagonal()
 
 
-def cka_without_each(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
+def cka_without_each(tables: GramTables, bias: Bias = "biased", *, reach: int | None = None) -> np.ndarray:
     """CKA of all pairs with each sample deleted in turn, exactly, from the Grams of all samples.
 
     Deleting sample m takes its row and column out of the Gram and centres again; with r = ``rows[m]``, d_m the diagonal
@@ -103,6 +103,12 @@ def cka_without_each(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
 
     For the RBF kernel the bandwidth stays that of all samples.
 
+    Args:
+        tables: of a sweep.
+        bias: which estimate of CKA.
+        reach: of one model, only the pairs of layers at most so far apart; the others are left 0. A window of 5 of 32
+            layers takes a quarter of the time.
+
     Returns:
         ``[N, L, L]`` float64, or ``[N, L, L']`` where two models are compared.
 
@@ -110,23 +116,32 @@ def cka_without_each(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
         UserError: debiased with fewer than 5 samples (4 must be left).
     """
     n = tables.num_samples - 1
-    own = tables.diagonals.T[:, :, None] * tables.diagonals.T[:, None, :]
-    rows = tables.rows
+    i, j = _wanted(tables, reach)
+    diagonals, rows = tables.diagonals.T, tables.rows[:, i, j]
+    own = diagonals[:, i] * diagonals[:, j]
     if bias == "biased":
-        products = hsic(tables, bias) - 2 * rows * (1 + 1 / n) - own * (1 - 1 / n**2)
+        products = hsic(tables, bias)[i, j] - 2 * (1 + 1 / n) * rows - (1 - 1 / n**2) * own
     elif n < 4:
         raise UserError(f"expected at least 5 samples to delete one of, got {n + 1}; give more prompts")
     else:
-        trace = tables.diagonals.sum(axis=1) - 2 * tables.diagonals.T
-        # In place: a new array for every term of the sum takes twice the time.
-        aligned = tables.weighted + tables.weighted.swapaxes(1, 2)
-        aligned += rows
-        aligned -= own
-        aligned += own.sum(axis=0)
-        aligned *= 2 / (n - 2)
-        products = trace[:, :, None] * trace[:, None, :]
-        products /= (n - 1) * (n - 2)
-        products -= aligned
-        products -= 2 * rows
-        products += rows.sum(axis=0)
-    return tables.pairs(normalised(products))
+        trace = diagonals.sum(axis=0) - 2 * diagonals
+        cross = rows.sum(axis=0) - 2 * rows
+        aligned = own.sum(axis=0) - own + rows + tables.weighted[:, i, j] + tables.weighted[:, j, i]
+        products = cross + trace[:, i] * trace[:, j] / ((n - 1) * (n - 2)) - 2 / (n - 2) * aligned
+    norms = np.sqrt(products[:, i == j])
+    values = np.where(i == j, 1.0, products / (norms[:, i] * norms[:, j]))
+    deleted = np.zeros_like(tables.rows)
+    deleted[:, i, j] = values
+    deleted[:, j, i] = values
+    return tables.pairs(deleted)
+
+
+def _wanted(tables: GramTables, reach: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Pairs of layers i <= j that are asked for, and each layer with itself, whose norm they need."""
+    layers, left = np.arange(len(tables.diagonals)), tables.num_left
+    apart = layers - layers[:, None]
+    wanted = (apart >= 0) & (apart <= (len(layers) if reach is None else reach))
+    if left is not None:
+        wanted &= (apart == 0) | ((layers[:, None] < left) & (layers >= left))
+    i, j = np.nonzero(wanted)
+    return i, j

@@ -271,7 +271,8 @@ def _score(
     tokens = config.position == "all"
     lengths = [example.prompt_length for example in dataset.examples]
     # The tokens of a prompt are one draw: errors over them would be too small.
-    without = deletions(tables, grams, np.repeat(np.arange(len(lengths)), lengths) if tokens else None)
+    units = np.repeat(np.arange(len(lengths)), lengths) if tokens else None
+    without = deletions(tables, grams, units, reach=config.window // 2)
     shape = config.window, config.include_self
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
     score, left = scores[config.criterion], None
