@@ -2,10 +2,11 @@
 
     python benchmarks/statistics_cost.py
 
-One thread and one core, the two in turn, the least of the rounds. Bare: Grams and one product of all of them, biased
-CKA and nothing else. All: biased and debiased CKA, mean, variance, score and p of the permutation null, four scores of
-every layer with the errors of the delete-one jackknife, participation ratio, and the sample of largest leverage.
-Processor time is the steadier of the two on a busy machine. Writes benchmarks/results/statistics_cost.json.
+One thread and one core, the two in turn, the least of the rounds. Bare: Grams, the check for degenerate data that both
+make, one product of all Grams, biased CKA. All: biased and debiased CKA, mean, variance, score and p of the permutation
+null, four scores of every layer with the errors of the delete-one jackknife, participation ratio, and the sample of
+largest leverage. Processor time is the steadier of the two on a busy machine. Writes
+benchmarks/results/statistics_cost.json.
 """
 
 # cka_sweep comes first: it sets the threads before anything that starts them.
@@ -21,20 +22,22 @@ from environment import write_result
 from jaxcrit.criticality import leverage
 from jaxcrit.criticality.score import deletions, layer_scores, values_without_each
 from jaxcrit.similarity import participation_ratio, permutation_null, sweep
-from jaxcrit.similarity.grams import _grams
+from jaxcrit.similarity.grams import _grams, _refuse_degenerate
 
 
 @jax.jit
 def products(hidden):
-    """``<G, G'>`` of all layers, ``[L, L]``."""
-    grams, _ = _grams(hidden, "linear", True)
+    """``<G, G'>`` of all layers, ``[L, L]``, and what tells degenerate data."""
+    grams, health = _grams(hidden, "linear", True)
     flat = grams.reshape(len(grams), -1)
-    return jnp.matmul(flat, flat.T, precision="highest")
+    return jnp.matmul(flat, flat.T, precision="highest"), health
 
 
 def bare(hidden):
     """Biased CKA alone."""
-    values = np.asarray(products(hidden), np.float64)
+    found, health = products(hidden)
+    _refuse_degenerate(health, hidden)
+    values = np.asarray(found, np.float64)
     norms = np.sqrt(values.diagonal())
     return values / norms[:, None] / norms
 
