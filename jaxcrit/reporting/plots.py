@@ -315,3 +315,32 @@ def cross_curve(
     axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
     return _png(figure)
+
+
+def removal_curves(
+    panels: Mapping[str, Mapping[str, np.ndarray]], layers: Sequence[int], chosen: LayerSet, *, title: str = ""
+) -> bytes:
+    """Shares over the layers, a panel per measure and a line per set.
+
+    Args:
+        panels: by measure and set, share and interval ``[layers, 3]``.
+        layers: that were measured.
+        chosen: layers to shade.
+        title: of the figure.
+    """
+    figure = Figure(figsize=(8.4, 3.2 * len(panels)), layout="constrained")
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for place, (axes, (measure, curves)) in enumerate(zip(rows, panels.items(), strict=True)):
+        _mark(axes, chosen.layers, label=place == 0)
+        for index, (name, points) in enumerate(curves.items()):
+            color = LINES[index % len(LINES)]
+            axes.fill_between(layers, points[:, 1], points[:, 2], color=color, alpha=0.15, linewidth=0)
+            axes.plot(layers, points[:, 0], "o-", color=color, markersize=3, linewidth=1.4, label=name)
+        _layer_axis(axes, chosen.num_layers)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(measure)
+        axes.set_xlabel(axes.get_xlabel() if place == len(panels) - 1 else "")
+    rows[0].legend(frameon=False, fontsize=9, title="removed components", title_fontsize=9)
+    if title:
+        rows[0].set_title(title, fontsize=11, loc="left", pad=18)
+    return _png(figure)

@@ -1,0 +1,104 @@
+"""What removing components does, as a table and a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from jaxcrit.evaluation.intervals import wilson
+from jaxcrit.reporting.plots import removal_curves
+from jaxcrit.reporting.tables import aligned, shortened
+from jaxcrit.studies.removal import Cell, Removal
+
+_SHOWN_WARNINGS = 3
+
+
+def removal_text(found: Removal) -> str:
+    """Per layer and set: share of answers changed, exact match, KL of the next token; then the controls."""
+    sets = list(dict.fromkeys(cell.name for cell in found.cells))
+    layers = list(dict.fromkeys(cell.layer for cell in found.cells))
+    cells = {(cell.layer, cell.name): cell for cell in found.cells}
+    plain = found.plain
+    lines = [f"warning: {text}" for text in found.warnings[:_SHOWN_WARNINGS]]
+    if len(found.warnings) > _SHOWN_WARNINGS:
+        lines.append(f"({len(found.warnings) - _SHOWN_WARNINGS} more such warnings are in the file)")
+    lines += [
+        f"{found.dataset}: {plain.n} prompts",
+        f"nothing removed: exact match {_share(plain.exact, plain.n)}, rationale before the conclusion"
+        f" {_share(plain.rationale, plain.n)}",
+    ]
+    for title, value in _COLUMNS.items():
+        if plain.exact is None and title.startswith("exact"):
+            continue
+        rows = []
+        for layer in layers:
+            shown = [value(cells[layer, name]) for name in sets]
+            rows.append([str(layer), *shown, "◀ critical" if layer in found.critical.layers else ""])
+        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows, [False] * len(rows))]
+    lines += ["", *contrast_lines(found), "", *example_lines(found)]
+    lines.append(
+        f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s; {found.buckets} buckets,"
+        f" {found.compiled[0]} + {found.compiled[1]} compiled"
+    )
+    return "\n".join(lines)
+
+
+def contrast_lines(found: Removal) -> list[str]:
+    """Differences with intervals, a line for each set and contrast."""
+    shown = ["changed", *([] if found.plain.exact is None else ["exact"]), "kl"]
+    rows = []
+    for name, kinds in found.contrasts.items():
+        for kind, measures in kinds.items():
+            cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*measures[measure]) for measure in shown]
+            rows.append([*cells, f"{name}: {kind}"])
+    title = "differences of means over the layers, paired by prompt, 95 % intervals:"
+    return [title, *aligned([*shown, "set"], rows, [False] * len(rows))]
+
+
+def example_lines(found: Removal) -> list[str]:
+    """One prompt's answers at the first critical layer."""
+    answers = found.example["answers"]
+    edited = [layer for layer in answers if layer != "none"]
+    layer = next((str(one) for one in found.critical.layers if str(one) in answers), edited[0])
+    lines = [shortened(f"prompt {found.example['prompt_index']} at layer {layer}: {found.example['prompt']}")]
+    lines += [shortened(f"  {name}: {text!r}") for name, text in {**answers["none"], **answers[layer]}.items()]
+    return lines
+
+
+def removal_figure(found: Removal) -> bytes:
+    """Share of answers changed and exact match over the layers, a line per set, Wilson's 95 % intervals; PNG."""
+    panels: dict[str, Mapping[str, np.ndarray]] = {"answers changed": _curves(found, lambda cell: cell.changed)}
+    if found.plain.exact is not None:
+        panels["exact match"] = _curves(found, lambda cell: cell.exact)
+    layers = list(dict.fromkeys(cell.layer for cell in found.cells if cell.layer is not None))
+    return removal_curves(panels, layers, found.critical, title=found.dataset)
+
+
+def _curves(found: Removal, count: Callable[[Cell], int | None]) -> dict[str, np.ndarray]:
+    """By set, share with its interval ``[layers, 3]``."""
+    curves: dict[str, list[tuple[float, float, float]]] = {}
+    for cell in found.cells:
+        k = count(cell) or 0
+        curves.setdefault(cell.name, []).append((k / cell.n, *wilson(k, cell.n)))
+    return {name: np.array(points) for name, points in curves.items()}
+
+
+def _share(k: int | None, n: int) -> str:
+    if k is None:
+        return "unknown"
+    low, high = wilson(k, n)
+    return f"{k / n:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _mean(value: tuple[float, float, float]) -> str:
+    return f"{value[0]:.2f} [{value[1]:.2f}, {value[2]:.2f}]"
+
+
+_COLUMNS = {
+    "share of answers changed": lambda cell: _share(cell.changed, cell.n),
+    "exact match": lambda cell: _share(cell.exact, cell.n),
+    "rationale before the conclusion": lambda cell: _share(cell.rationale, cell.n),
+    "KL of the next token, nats": lambda cell: _mean(cell.kl),
+    "tokens more": lambda cell: _mean(cell.length_change),
+}

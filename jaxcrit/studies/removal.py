@@ -1,0 +1,363 @@
+"""What components say, over a whole dataset: every prompt answered without each set of components, at each layer.
+
+Beside the sets stand their controls: other components, random directions of the same length (``random:SET``), and the
+same sets at layers that are not critical. One prefill of a batch serves all of them, and all are data of one program.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.evaluation.rationale import BEFORE, rationale
+from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.generation import compiled_programs, decode, prefill
+from jaxcrit.models.interventions import Intervention, edit, intervention
+from jaxcrit.similarity.components import Components, principal_components
+from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.captures import Dataset
+from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.interventions import (
+    batch_rows,
+    critical_layers,
+    described,
+    divergence,
+    lens,
+    parse_components,
+    removal,
+    states,
+)
+from jaxcrit.studies.session import Bars, Session, open_session
+
+RANDOM = "random:"
+_DRAWS = 2000  # of the bootstrap
+
+
+@dataclasses.dataclass(frozen=True)
+class RemovalConfig:
+    """What ``experiments/pc_removal.py`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model, data, split, limit, shuffle_seed, template, edition, truncate, max_new_tokens, stop, batch_size, dtype,
+            mesh: as of `jaxcrit.studies.generation.GenerateConfig`; ``limit`` counts for each dataset.
+        layers: LayerSpec of the layers that are edited, one at a time.
+        critical: LayerSpec of those that count as critical.
+        sets: components removed together, sets apart by semicolons; ``random:SET`` for random directions in which
+            every prompt loses as much as of SET.
+        mode: ``paper`` or ``project``, as of `InterveneConfig`.
+        prompt_index: row of the prompt whose answers are kept as an example.
+        seed: of random directions and of the bootstrap.
+    """
+
+    model: str = ""
+    data: str = "demo:arithmetic,demo:choice"
+    split: str = ""
+    limit: int = 300
+    shuffle_seed: int = -1
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    layers: str = "all"
+    critical: str = "critical"
+    sets: str = "0;0,1,2;3,4,5;random:0,1,2"
+    mode: str = "paper"
+    prompt_index: int = 101
+    max_new_tokens: int = 32
+    stop: str = ""
+    batch_size: int = 64
+    seed: int = 0
+    dtype: str = ""
+    mesh: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """One set removed at one layer, or nothing (layer None). Means over the prompts come as (mean, low, high).
+
+    Attributes:
+        layer: that was edited.
+        name: of the set.
+        n: prompts.
+        changed: answers that differ from those without removal.
+        exact: answers that equal the reference; None where there is none.
+        rationale: answers with reasons before the conclusion (`jaxcrit.evaluation.rationale`).
+        ended: answers that came to an end by themselves.
+        exact_change: mean of exact match after less before; None without references.
+        length_change: mean of tokens after less before.
+        kl: mean KL of the next token, before to after, in nats.
+        removed: mean length of what was subtracted from the last prompt token, relative to its distance from the mean.
+    """
+
+    layer: int | None
+    name: str
+    n: int
+    changed: int
+    exact: int | None
+    rationale: int
+    ended: int
+    exact_change: tuple[float, float, float] | None
+    length_change: tuple[float, float, float]
+    kl: tuple[float, float, float]
+    removed: float
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Removal:
+    """What one dataset says.
+
+    Attributes:
+        dataset: its source.
+        critical: the layers that count as critical.
+        plain: nothing removed.
+        cells: every layer and set.
+        contrasts: differences between cells, paired by prompt: per set, ``critical - others`` over the layers, and
+            ``set - random`` for sets with a random control, each by measure (mean, low, high).
+        example: prompt, and by layer and set its answer.
+        lens: by layer and component, the tokens it is read as.
+        variance: by layer, shares of the components.
+        warnings: what would mislead a reader.
+        buckets: batch shapes.
+        compiled: prefills and loops compiled for them.
+        seconds: wall time.
+    """
+
+    dataset: str
+    critical: LayerSet
+    plain: Cell
+    cells: list[Cell]
+    contrasts: dict[str, dict[str, dict[str, tuple[float, float, float]]]]
+    example: dict[str, Any]
+    lens: dict[str, Any]
+    variance: dict[str, Any]
+    warnings: list[str]
+    buckets: int
+    compiled: tuple[int, int]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values."""
+        return {**dataclasses.asdict(self), "critical": list(self.critical.layers)}
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Outcomes:
+    """Answers of one cell, in the order of the rows."""
+
+    token_ids: list[list[int]]
+    stopped: np.ndarray
+    kl: np.ndarray
+
+    @classmethod
+    def empty(cls, count: int) -> _Outcomes:
+        return cls([[]] * count, np.zeros(count, bool), np.zeros(count))
+
+
+Place = tuple[int | None, str]
+_PLAIN: Place = (None, "nothing")
+
+
+def run_removal(config: RemovalConfig, *, progress: Bars | None = None) -> tuple[list[Removal], dict[str, Any]]:
+    """Measures every dataset.
+
+    Args:
+        config: what is asked.
+        progress: makes progress bars (tqdm's signature), or None for silence.
+
+    Returns:
+        A result per dataset, and what they were computed with.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data.
+    """
+    if config.mode not in ("paper", "project"):
+        raise UserError(f"--mode={config.mode}: expected paper or project")
+    sets = parse_sets(config.sets)
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    layers = resolve(LayerSpec.parse(config.layers), session.config.num_layers).layers
+    stop = stop_tokens(config.stop, session)
+    datasets = read_datasets(config, session, reserve=config.max_new_tokens)
+    decoder = session.decoder(progress)
+    found = [_dataset(config, session, decoder, one, sets, layers, stop, progress) for one in datasets]
+    return found, {"model_hash": session.model_hash, "versions": versions()}
+
+
+def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
+    """Reads ``0;0,1,2;random:0,1,2``: components by name of the set.
+
+    Raises:
+        UserError: not of that form, or no set.
+    """
+    names = [name.strip() for name in text.split(";") if name.strip()]
+    sets = {name: parse_components(name.removeprefix(RANDOM), "sets") for name in names}
+    if not sets or not all(sets.values()):
+        raise UserError(f"--sets={text}: expected sets of components such as 0;0,1,2;random:0,1,2")
+    return sets
+
+
+def _dataset(
+    config: RemovalConfig, session: Session, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
+    layers: Sequence[int], stop: list[int], progress: Bars | None,
+) -> Removal:  # fmt: skip
+    began, compiled = time.perf_counter(), compiled_programs()
+    hidden = states(decoder, dataset, session, progress)
+    critical = critical_layers(LayerSpec.parse(config.critical), hidden, session)
+    fit = principal_components(hidden, 1 + max(max(components) for components in sets.values()))
+    named = [components for name, components in sets.items() if not name.startswith(RANDOM)]
+    warnings = list(dict.fromkeys(text for components in named for text in fit.unidentified(components, layers)))
+    shifts: dict[Place, np.ndarray] = {
+        (layer, name): _random_part(fit.part(components)[layer], [config.seed, layer])
+        for layer in layers
+        for name, components in sets.items()
+        if name.startswith(RANDOM)
+    }
+    places: list[Place] = [(layer, name) for layer in layers for name in sets]
+    count = len(dataset.examples)
+    outcomes = {place: _Outcomes.empty(count) for place in (_PLAIN, *places)}
+    rows_of_batch = batch_rows(session, config.batch_size)
+    buckets = choose_buckets([one.prompt_length for one in dataset.examples], rows_of_batch, session.config.max_length)
+    bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
+    for batch in make_batches(dataset.examples, rows_of_batch, buckets):
+        real = batch.rows < count
+        shape = (session.config.num_layers, len(real), session.config.width)
+        rows = np.where(real, batch.rows, 0)
+        prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
+        plain = None
+        for place, edits in _edits(fit, sets, shifts, places, config.mode, shape, rows):
+            found = decode(decoder, prompts, stop=stop, samples=np.where(real, batch.rows, -1), edit=edit, edits=edits)
+            plain = plain or found
+            into, kl = outcomes[place], np.asarray(divergence(plain.scores, found.scores))
+            for at in np.flatnonzero(real):
+                into.token_ids[batch.rows[at]] = found.token_ids[at]
+            into.stopped[batch.rows[real]], into.kl[batch.rows[real]] = found.stopped[real], kl[real]
+            if bar is not None:
+                bar.update(int(real.sum()))
+    if bar is not None:
+        bar.close()
+    measures = _Measures(config, session, dataset, outcomes)
+    cells = [measures.cell(place, _removed(fit, sets, place)) for place in places]
+    index = config.prompt_index % count
+    everything = sorted({component for components in sets.values() for component in components})
+    return Removal(
+        dataset.source, critical, measures.cell(_PLAIN, 0.0), cells,
+        measures.contrasts(sets, layers, critical), measures.example(index),
+        {str(layer): lens(decoder, fit.directions[layer][everything], session.tokenizer) for layer in layers},
+        described(fit, layers, everything), warnings, len(buckets),
+        tuple(after - before for before, after in zip(compiled, compiled_programs(), strict=True)),  # type: ignore[arg-type]
+        round(time.perf_counter() - began, 1),
+    )  # fmt: skip
+
+
+def _edits(
+    fit: Components, sets: Mapping[str, tuple[int, ...]], shifts: Mapping[Place, np.ndarray], places: Sequence[Place],
+    mode: str, shape: tuple[int, int, int], rows: np.ndarray,
+) -> Iterator[tuple[Place, Intervention]]:  # fmt: skip
+    rank = fit.directions.shape[1]
+    yield _PLAIN, intervention(shape, rank=rank)
+    for place in places:
+        layer, name = place
+        assert layer is not None
+        if place in shifts:
+            yield place, intervention(shape, shifts={layer: -shifts[place][rows]}, rank=rank)
+        else:
+            yield place, removal(fit, [layer], sets[name], mode, shape, rows)
+
+
+def _random_part(part: np.ndarray, seed: Sequence[int]) -> np.ndarray:
+    """For every sample a random direction, as long as what the components have of it: ``[N, D]``."""
+    drawn = np.random.default_rng(seed).standard_normal(part.shape)
+    lengths = np.linalg.norm(part, axis=1, keepdims=True)
+    return (drawn * lengths / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+
+
+def _removed(fit: Components, sets: Mapping[str, tuple[int, ...]], place: Place) -> float:
+    layer, name = place
+    chosen = list(sets[name])
+    part = np.linalg.norm(fit.coordinates[layer][:, chosen], axis=1)
+    whole = np.sqrt((fit.spectrum.singular_values[layer] ** 2).sum() / len(part))
+    return float(np.sqrt((part**2).mean()) / whole)
+
+
+class _Measures:
+    """Numbers of the cells, and their intervals: one bootstrap over the prompts for all, so that all are paired."""
+
+    def __init__(self, config: RemovalConfig, session: Session, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
+        self.dataset, self.outcomes, count = dataset, outcomes, len(dataset.examples)
+        rng = np.random.default_rng(config.seed)
+        self.weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count
+        decode_ids = session.tokenizer.batch_decode
+        self.texts = {
+            place: decode_ids(one.token_ids, skip_special_tokens=True) for place, one in outcomes.items()
+        }  # fmt: skip
+        gold = [one.response for one in dataset.examples]
+        known = None not in gold
+        before = outcomes[_PLAIN].token_ids
+        self.values: dict[str, dict[Place, np.ndarray]] = {
+            "changed": {place: np.array([a != b for a, b in zip(one.token_ids, before, strict=True)], float)
+                        for place, one in outcomes.items()},
+            "rationale": {place: np.array([rationale(text) == BEFORE for text in texts], float)
+                          for place, texts in self.texts.items()},
+            "length": {place: np.array([len(ids) for ids in one.token_ids], float) for place, one in outcomes.items()},
+            "kl": {place: one.kl for place, one in outcomes.items()},
+        }  # fmt: skip
+        if known:
+            wanted = [str(text) for text in gold]
+            self.values["exact"] = {
+                place: exact_match(texts, wanted).astype(float) for place, texts in self.texts.items()
+            }
+
+    def interval(self, values: np.ndarray) -> tuple[float, float, float]:
+        """Mean over the prompts, and its 95 % percentile interval."""
+        low, high = np.quantile(self.weights @ values, [0.025, 0.975])
+        return round(float(values.mean()), 6), round(float(low), 6), round(float(high), 6)
+
+    def cell(self, place: Place, removed: float) -> Cell:
+        """The numbers of one cell."""
+        values, exact = self.values, self.values.get("exact")
+        return Cell(
+            *place, len(self.dataset.examples), int(values["changed"][place].sum()),
+            None if exact is None else int(exact[place].sum()), int(values["rationale"][place].sum()),
+            int(self.outcomes[place].stopped.sum()),
+            None if exact is None else self.interval(exact[place] - exact[_PLAIN]),
+            self.interval(values["length"][place] - values["length"][_PLAIN]), self.interval(values["kl"][place]),
+            round(removed, 4),
+        )  # fmt: skip
+
+    def contrasts(
+        self, sets: Mapping[str, tuple[int, ...]], layers: Sequence[int], critical: LayerSet
+    ) -> dict[str, dict[str, dict[str, tuple[float, float, float]]]]:
+        """Differences of means over layers, paired by prompt."""
+        chosen = [layer for layer in layers if layer in critical.layers]
+        others = [layer for layer in layers if layer not in critical.layers]
+
+        def mean(measure: str, name: str, over: Sequence[int]) -> np.ndarray:
+            return np.mean([self.values[measure][layer, name] for layer in over], axis=0)
+
+        found: dict[str, dict[str, dict[str, tuple[float, float, float]]]] = {}
+        for name in sets:
+            found[name] = {}
+            if chosen and others:
+                found[name]["critical - others"] = {
+                    measure: self.interval(mean(measure, name, chosen) - mean(measure, name, others))
+                    for measure in self.values
+                }
+            if (control := RANDOM + name) in sets:
+                found[name]["set - random"] = {
+                    measure: self.interval(mean(measure, name, layers) - mean(measure, control, layers))
+                    for measure in self.values
+                }
+        return found
+
+    def example(self, index: int) -> dict[str, Any]:
+        """One prompt and all its answers."""
+        answers: dict[str, dict[str, str]] = {}
+        for (layer, name), texts in self.texts.items():
+            answers.setdefault("none" if layer is None else str(layer), {})[name] = texts[index]
+        return {"prompt_index": index, "prompt": self.dataset.examples[index].prompt, "answers": answers}
