@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import math
 import os
 import tempfile
 import zipfile
@@ -56,6 +57,15 @@ def json_text(kind: str, content: Mapping[str, Any]) -> str:
 def write_json(path: Path, kind: str, content: Mapping[str, Any]) -> None:
     """Writes `json_text` atomically."""
     write_text(path, json_text(kind, content))
+
+
+def plain(value: Any) -> Any:
+    """The same JSON value with NaN and infinities as null, which JSON does not know."""
+    if isinstance(value, Mapping):
+        return {key: plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_json(path: str | Path, kind: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_json, write_npz
+from jaxcrit.core.files import plain, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -316,16 +316,7 @@ def _write(folder: Path, result: SpectrumResult) -> None:
         "sampling_gap": spectrum.sampling_gap,
         "gaps": {str(k): spectrum.gaps[:, k - 1].tolist() for k in result.cca},
         "explained_variance": {str(k): spectrum.explained_variance[:, :k].sum(axis=1).tolist() for k in result.cca},
-        "tracking": None if result.tracking is None else _plain(dataclasses.asdict(result.tracking)),
+        "tracking": None if result.tracking is None else plain(dataclasses.asdict(result.tracking)),
         "warnings": result.warnings,
     }
     write_json(folder / "spectrum.json", SPECTRUM_FORMAT, content)
-
-
-def _plain(value: Any) -> Any:
-    """NaN as null."""
-    if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
