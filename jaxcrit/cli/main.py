@@ -29,6 +29,7 @@ COMMANDS = {
     "compare": ("jaxcrit.cli.compare", "CKA between two models over the same prompts, from their fingerprints"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
+    "ablate": ("jaxcrit.cli.ablate", "put each layer out of action: loss and right answers without it"),
     "correlate": ("jaxcrit.cli.correlate", "compare two scores of the layers, or every score in a folder"),
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),

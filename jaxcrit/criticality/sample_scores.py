@@ -37,24 +37,30 @@ class SampleLosses:
     def scores(
         self, name: str, num_layers: int, meta: Mapping[str, Any], direction: Direction = "high"
     ) -> dict[str, LayerScores]:
-        """Scores ``name``, the mean of the samples' means, and ``name_per_token``, the mean over all tokens.
+        """Scores ``name``, the mean of the samples' means, and ``name_per_token``, the mean over all tokens."""
+        return {
+            key: self.score(key, num_layers, meta, direction, per_token=per_token)
+            for key, per_token in ((name, False), (f"{name}_per_token", True))
+        }
+
+    def score(
+        self, key: str, num_layers: int, meta: Mapping[str, Any], direction: Direction, *, per_token: bool = False
+    ) -> LayerScores:
+        """One score of the layers.
 
         ``stderr`` is the delete-1 jackknife of the difference from the unchanged model: the samples differ much more
         from each other than the variants do on one sample. None for a single sample.
         """
-        made = {}
-        for key, per_token in ((name, False), (f"{name}_per_token", True)):
-            weights = self._weights(per_token)
-            values, errors = np.full((2, num_layers), np.nan)
-            values[self.layers] = mean(self.losses, weights)
-            if len(self.tokens) > 1:
-                errors[self.layers] = jackknife_stderr(_without_each(self.losses - self.reference, weights).T)
-            facts = {**meta, "average": "tokens" if per_token else "samples", "num_samples": len(self.tokens),
-                     "unchanged_loss": float(mean(self.reference, weights)),
-                     "stderr": "of the difference from unchanged_loss"}  # fmt: skip
-            stderr = errors if len(self.tokens) > 1 else None
-            made[key] = LayerScores(key, values, np.isfinite(values), direction, stderr, facts)
-        return made
+        weights = self._weights(per_token)
+        values, errors = np.full((2, num_layers), np.nan)
+        values[self.layers] = mean(self.losses, weights)
+        if len(self.tokens) > 1:
+            errors[self.layers] = jackknife_stderr(_without_each(self.losses - self.reference, weights).T)
+        facts = {**meta, "average": "tokens" if per_token else "samples", "num_samples": len(self.tokens),
+                 "unchanged": float(mean(self.reference, weights)),
+                 "stderr": "of the difference from the unchanged model"}  # fmt: skip
+        stderr = errors if len(self.tokens) > 1 else None
+        return LayerScores(key, values, np.isfinite(values), direction, stderr, facts)
 
     def _weights(self, per_token: bool) -> np.ndarray:
         return self.tokens.astype(np.float64) if per_token else np.ones(len(self.tokens))

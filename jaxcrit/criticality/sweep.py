@@ -83,7 +83,7 @@ def sweep(
     losses: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
-        state, context = _enter(outside["embed"], tokens, lengths, config)
+        state, context = enter(outside["embed"], tokens, lengths, config)
 
         def span(variant: Variant, x: jax.Array, start: int, stop: int) -> jax.Array:
             nonlocal evaluations
@@ -110,7 +110,8 @@ def planned_evaluations(variants: Sequence[Variant], num_layers: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="config")
-def _enter(table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> tuple[jax.Array, Context]:
+def enter(table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> tuple[jax.Array, Context]:
+    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, and the context."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     return table[tokens], Context(positions, *config.rope.cos_sin(positions, lengths))
 

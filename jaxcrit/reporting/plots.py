@@ -134,7 +134,13 @@ def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, 
 
 
 def layer_losses(
-    scores: LayerScores, lines: Mapping[str, float], *, label: str, random: Sequence[float] = (), title: str = ""
+    scores: LayerScores,
+    lines: Mapping[str, float],
+    *,
+    label: str,
+    random: Sequence[float] = (),
+    title: str = "",
+    axis: str = "loss (nats, mean of sample means)",
 ) -> bytes:
     """Loss of a changed model over the layer that was changed, with ±1.96 standard errors.
 
@@ -144,6 +150,7 @@ def layer_losses(
         label: of the axis.
         random: losses of random sets of as many layers; drawn as a band from the 5th to the 95th percentile.
         title: of the figure.
+        axis: what the values are.
     """
     layers, values = np.arange(scores.num_layers), scores.values
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
@@ -164,7 +171,7 @@ def layer_losses(
             [0, scores.num_layers - 1] if near else [], [value] * 2 if near else [], "--", color=color, label=text
         )
     _layer_axis(axes, scores.num_layers)
-    axes.set_ylabel("loss (nats, mean of sample means)")
+    axes.set_ylabel(axis)
     if title:
         axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -85,9 +85,8 @@ def sample_losses(
         arrays, meta = read_npz(file)
         if meta.get("identity") == directory.identity:
             losses, tokens = arrays["losses"], arrays["tokens"]
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    batches = make_batches(examples, -(-batch_size // split) * split, prompt_only=False)
-    left = [batch for batch in batches if not _done(losses, batch.rows[batch.rows < len(examples)])]
+    batches = list(batches_of(examples, batch_size, session))
+    left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
     bar = None if progress is None else progress(
         total=len(batches) * evaluations, desc="layers", unit=" block evaluations",
         initial=(len(batches) - len(left)) * evaluations)  # fmt: skip
@@ -98,13 +97,11 @@ def sample_losses(
         write_npz(file, {"losses": losses, "tokens": tokens}, meta)
 
     try:
-        for batch in left:
-            rows = (batch.tokens, batch.lengths, response_mask(batch, examples))
-            placed = jax.device_put(rows, batch_sharding(session.mesh))
-            sums, counts = take(placed, None if bar is None else bar.update)
-            real = batch.rows < len(examples)
-            losses[:, batch.rows[real]] = sums[:, real].astype(np.float64) / counts[real]
-            tokens[batch.rows[real]] = counts[real]
+        for rows, batch in left:
+            sums, counts = take(batch, None if bar is None else bar.update)
+            real = rows < len(examples)
+            losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
+            tokens[rows[real]] = counts[real]
             if time.monotonic() - saved > _SAVE_SECONDS:
                 save()
                 saved = time.monotonic()
@@ -114,6 +111,20 @@ def sample_losses(
         if bar is not None:
             bar.close()
     return losses, tokens, len(batches)
+
+
+def batches_of(examples: Sequence[Example], batch_size: int, session: Session) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
+
+    Args:
+        examples: N rows.
+        batch_size: rows per batch; rounded up to what divides over the mesh.
+        session: of the mesh.
+    """
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):
+        arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
+        yield batch.rows, jax.device_put(arrays, batch_sharding(session.mesh))
 
 
 def forget_partial(out: Path) -> None:

@@ -6,14 +6,14 @@ import jax
 import numpy as np
 import pytest
 from family_models import CASES, raw_config
-from tiny_training import random_batch, random_weights
+from plain_loss import batch_of, placed, plain
+from tiny_training import random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criticality.substitution import host_variant, join, random_sets, variants, windows
 from jaxcrit.criticality.sweep import compiled_spans, planned_evaluations, sweep
-from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Block, Decoder, forward
+from jaxcrit.models.decoder import Block, Decoder
 
 DEPTH = 7
 MLP = ("blocks.mlp_norm", "blocks.gate", "blocks.up", "blocks.down")
@@ -22,26 +22,6 @@ MLP = ("blocks.mlp_norm", "blocks.gate", "blocks.up", "blocks.down")
 def make(case="llama-gqa", depth=DEPTH):
     config = ModelConfig.from_hf({**raw_config(case), "num_hidden_layers": depth})
     return config, random_weights(config, 0), random_weights(config, 1)
-
-
-def batch_of(config, seed=1):
-    batch = random_batch(rows=4, length=12, seed=seed, vocab=config.vocab_size)
-    return placed(jax.tree.map(lambda leaf: leaf[0], (batch.tokens, batch.lengths, batch.learn)))
-
-
-def placed(tree):
-    """On a device for good, as loaded weights are."""
-    return jax.device_put(tree, jax.devices()[0])
-
-
-@jax.jit
-def plain(decoder, tokens, lengths, learn):
-    """The loss as everything else computes it: a scan over the model's own blocks."""
-    with jax.default_matmul_precision("highest"):
-        hidden = forward(decoder, tokens, lengths=lengths).hidden
-        head = (decoder.embed if decoder.head is None else decoder.head)[...]
-        losses, _ = response_losses(hidden, decoder.norm[...], head, tokens, learn, decoder.config.norm_eps)
-        return losses.sum(axis=1)
 
 
 def swapped(config, host, guest, layers, sites):

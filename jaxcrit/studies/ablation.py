@@ -1,0 +1,270 @@
+"""``jaxcrit ablate``: what a model loses without each layer, in loss and in right answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from jaxcrit import __version__
+from jaxcrit.core.deletions import write_deletions
+from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.files import read_json
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerScores, read_scores, write_scores
+from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
+from jaxcrit.criticality.ablation import METHODS, ablate, intact, silenced, update_sums, variants
+from jaxcrit.criticality.sample_scores import SampleLosses
+from jaxcrit.criticality.substitution import SITES, Sites
+from jaxcrit.criticality.sweep import Batch, planned_evaluations, sweep
+from jaxcrit.data.batches import make_batches
+from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.models.decoder import Block, Decoder
+from jaxcrit.models.generation import generate
+from jaxcrit.studies.analysis import versions
+from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.session import Bars, Session, open_session
+from jaxcrit.studies.sweeps import batches_of, forget_partial, read_rows, sample_losses
+
+_ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
+
+
+@dataclasses.dataclass(frozen=True)
+class AblationConfig:
+    """What ``jaxcrit ablate`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
+        data, split, limit, shuffle_seed: rows to test on, as of `AnalysisConfig`; all datasets are one here.
+        out: run directory; empty for one named after the inputs.
+        template, edition, truncate, max_length: rendering, as of `DataConfig`.
+        methods: of ``skip`` and ``mean``, with commas.
+        sites: ``blocks``, or of each layer ``attn`` or ``mlp`` alone.
+        generate: also let the model answer with each layer skipped, and count the right answers.
+        max_new_tokens: of each answer.
+        batch_size: rows per forward pass.
+        dtype: of weights and compute; empty for the session's default.
+        mesh: devices by axis.
+    """
+
+    model: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    max_length: int = 0
+    methods: str = "skip,mean"
+    sites: Sites = "blocks"
+    generate: bool = False
+    max_new_tokens: int = 64
+    batch_size: int = 8
+    dtype: str = ""
+    mesh: str = ""
+
+    def score(self, what: str) -> str:
+        """Score key: of a method, or of ``skip_accuracy``."""
+        return f"ablation_{what}{'' if self.sites == 'blocks' else f'_{self.sites}'}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ablation:
+    """A finished run.
+
+    Attributes:
+        config: what was asked.
+        run: what ``run.json`` holds; ``result`` has the counts.
+        scores: by method the mean of per-sample means, the same ``_per_token``, and ``_accuracy`` where generated.
+        out: run directory.
+    """
+
+    config: AblationConfig
+    run: dict[str, Any]
+    scores: dict[str, LayerScores]
+    out: Path
+
+
+def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Ablation:
+    """Runs ``jaxcrit ablate``; goes on where an earlier, interrupted run of the same configuration stopped.
+
+    Args:
+        config: what is asked.
+        progress: makes progress bars (tqdm's signature), or None for silence.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    """
+    methods = _check(config)
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    examples = read_rows(config, session)
+    determines = _determines(config, session, examples)
+    directory = RunDirectory.open(_out(config, session, determines), determines)
+    earlier = read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {}
+    if earlier.get("status") == "complete":
+        return Ablation(config, earlier, read_scores(directory.path / "scores.json"), directory.path)
+    run: dict[str, Any] = {
+        "command": "ablate",
+        "config": dataclasses.asdict(config),
+        "determines": determines,
+        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash,
+                  "family": session.config.family, "num_layers": session.config.num_layers,
+                  "width": session.config.width, "dtype": session.dtype},
+        "data": {"source": config.data or "demo", "num_samples": len(examples)},
+        "versions": versions(),
+    }  # fmt: skip
+    directory.begin(run)
+    began = time.perf_counter()
+    try:
+        job = _Job(config, session, examples, directory, progress)
+        samples = job.losses(methods)
+        if config.generate:
+            samples["skip_accuracy"] = job.accuracies()
+    except UserError:
+        directory.discard()
+        raise
+    depth, meta = session.config.num_layers, {
+        "model_type": session.config.family, "model_hash": session.model_hash, "sites": config.sites,
+    }  # fmt: skip
+    scores: dict[str, LayerScores] = {}
+    left: dict[str, np.ndarray] = {}
+    for name, one in samples.items():
+        key = config.score(name)
+        if name == "skip_accuracy":
+            scores[key] = one.score(key, depth, {**meta, "max_new_tokens": config.max_new_tokens}, "low")
+        else:
+            scores |= one.scores(key, depth, {**meta, "method": name})
+            left[f"{key}_per_token"] = one.without_each(depth, per_token=True)
+        left[key] = one.without_each(depth)
+    write_scores(directory.path / "scores.json", scores)
+    write_deletions(directory.path, left, [example.sample_id for example in examples])
+    run |= {"result": {"block_evaluations": job.counts, "seconds": round(time.perf_counter() - began, 3)}}
+    directory.finish(run)
+    forget_partial(directory.path)
+    return Ablation(config, run, scores, directory.path)
+
+
+def _check(config: AblationConfig) -> list[str]:
+    if config.sites not in SITES:
+        raise UserError(f"--sites={config.sites}: expected {listed(SITES)}{did_you_mean(config.sites, SITES)}")
+    methods = list(dict.fromkeys(part.strip() for part in config.methods.split(",")))
+    for method in methods:
+        if method not in METHODS:
+            hint = " (zeroing the weights is the same as skip)" if method == "zero" else did_you_mean(method, METHODS)
+            raise UserError(f"--methods={config.methods}: expected {listed(METHODS)} with commas, got {method!r}{hint}")
+    if config.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens={config.max_new_tokens}: expected at least 1")
+    return methods
+
+
+class _Job:
+    """The model and the rows of one run."""
+
+    def __init__(self, config: AblationConfig, session: Session, examples: Sequence[Example],
+                 directory: RunDirectory, progress: Bars | None):  # fmt: skip
+        self.config, self.session, self.examples = config, session, examples
+        self.directory, self.progress = directory, progress
+        self.depth = session.config.num_layers
+        self.weights = session.decoder(progress).weights()
+        self.counts: dict[str, Any] = {}
+
+    def losses(self, methods: Sequence[str]) -> dict[str, SampleLosses]:
+        """By method, losses of each sample without each layer."""
+        blocks = Block(self.session.config, {path.removeprefix("blocks."): value for path, value in
+                                             self.weights.items() if path.startswith("blocks.")})  # fmt: skip
+        width, extra = self.session.config.width, 0
+        made = []
+        for method in methods:
+            shift = jnp.zeros((self.depth, width))
+            if method == "mean":
+                shift, extra = self._mean_updates(blocks), self.depth
+            made += variants(self.depth, shift)
+        whole = intact(self.depth, width)
+        made.append(whole)
+
+        def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+            found = sweep(blocks, self.weights, whole, made, batch, edit=ablate(self.config.sites), progress=step)
+            return found.losses, found.tokens
+
+        planned = planned_evaluations(made, self.depth)
+        losses, tokens, batches = sample_losses(
+            self.examples, self.config.batch_size, self.session, self.directory, take, len(made), planned, self.progress
+        )
+        self.counts = {
+            "sweep": planned,
+            "forward_passes": planned / self.depth,
+            "a_pass_each": len(made) * self.depth,
+            "means": extra,
+            "batches": batches,
+        }
+        layers = np.arange(self.depth)
+        return {
+            method: SampleLosses(layers, losses[place * self.depth :][: self.depth], losses[-1], tokens)
+            for place, method in enumerate(methods)
+        }
+
+    def _mean_updates(self, blocks: Block) -> Any:
+        """``[L, D]`` what each layer's site adds to the stream, mean over all real tokens of all rows."""
+        total, count = np.zeros((self.depth, self.session.config.width)), 0
+        for _, placed in batches_of(self.examples, self.config.batch_size, self.session):
+            sums, tokens, _ = update_sums(blocks, self.weights, placed, self.config.sites)
+            total, count = total + sums, count + tokens
+        return jnp.asarray(total / count, jnp.float32)
+
+    def accuracies(self) -> SampleLosses:
+        """Whether each answer is the row's response word for word, with each layer skipped and with none."""
+        split = self.session.mesh.shape["data"] * self.session.mesh.shape["fsdp"]
+        batches = make_batches(self.examples, -(-self.config.batch_size // split) * split)
+        right = np.zeros((self.depth + 1, len(self.examples)))
+        bar = None if self.progress is None else self.progress(
+            total=right.size, desc="answers", unit=" answers")  # fmt: skip
+        for layer in range(self.depth + 1):
+            weights = self.weights if layer == self.depth else silenced(self.weights, layer, self.config.sites)
+            decoder = Decoder(self.session.config, weights)
+            for batch in batches:
+                rows = batch.rows[batch.rows < len(self.examples)]
+                right[layer, rows] = self._right(decoder, batch.tokens, batch.lengths, batch.rows)
+                if bar is not None:
+                    bar.update(len(rows))
+        if bar is not None:
+            bar.close()
+        return SampleLosses(np.arange(self.depth), right[:-1], right[-1], np.ones(len(self.examples), np.int64))
+
+    def _right(self, decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        fills = rows == len(self.examples)
+        found = generate(
+            decoder, tokens, lengths, self.config.max_new_tokens, stop=stop_tokens("", self.session),
+            samples=np.where(fills, -1, rows), mesh=self.session.mesh,
+        )  # fmt: skip
+        texts = [self.session.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.token_ids]
+        kept = [(text, self.examples[row].response or "") for text, row in zip(texts, rows, strict=True)
+                if row < len(self.examples)]  # fmt: skip
+        return exact_match([text for text, _ in kept], [gold for _, gold in kept])
+
+
+def _determines(config: AblationConfig, session: Session, examples: Sequence[Example]) -> dict[str, Any]:
+    """Everything that the results depend on; two runs that agree in it may share a directory."""
+    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _ELSEWHERE}
+    return {
+        "command": "ablate",
+        "config": {**asked, "dtype": session.dtype},
+        "model_hash": session.model_hash,
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
+        "data": sha256_json([example.sample_id for example in examples]),
+        "jaxcrit": __version__,
+    }
+
+
+def _out(config: AblationConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+    if config.out:
+        return Path(config.out)
+    name = session.checkpoint.path.resolve().name if config.model else "embedded"
+    return Path("jaxcrit-runs") / f"ablate-{name}-{sha256_json(dict(determines))[:8]}"
