@@ -1,0 +1,91 @@
+"""Layers of the embedded model are trained, one at a time or two: substitution must name them, and nothing but them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxcrit.criticality.substitution import host_variant, join, variants, windows
+from jaxcrit.criticality.sweep import sweep
+from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.demo import generate
+from jaxcrit.data.templates import render
+from jaxcrit.evaluation.losses import response_loss
+from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.studies.session import open_session
+
+DEPTH, STEPS, RATE, ROWS = 16, 2, 0.1, 4
+
+
+@pytest.fixture(scope="module")
+def session():
+    return open_session("", mesh=make_mesh(None, jax.devices()[:1]))
+
+
+@pytest.fixture(scope="module")
+def base(session):
+    return session.decoder()
+
+
+@pytest.fixture(scope="module")
+def batch(session):
+    """Rows of the task that the model has never seen."""
+    examples = render(generate("order", ROWS), session.tokenizer)
+    (one,) = make_batches(examples, ROWS, [max(len(example.token_ids) for example in examples)], prompt_only=False)
+    return jax.device_put((one.tokens, one.lengths, response_mask(one, examples)), jax.devices()[0])
+
+
+@jax.jit
+def descend(decoder, batch, trains):
+    """A step of length `RATE` down the gradient of the layers marked in ``trains`` [L], which is data: one compile."""
+    tokens, lengths, learn = batch
+
+    def loss(decoder):
+        hidden = forward(decoder, tokens, lengths=lengths).hidden
+        eps = decoder.config.norm_eps
+        return response_loss(hidden, decoder.norm[...], decoder.embed[...], tokens, learn, eps).per_token
+
+    slopes = jax.tree.map(
+        lambda leaf: leaf * trains.reshape(-1, *[1] * (leaf.ndim - 1)), jax.grad(loss)(decoder).blocks
+    )
+    length = jnp.sqrt(sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(slopes)))
+    return jax.tree.map(lambda leaf, slope: leaf - RATE / length * slope, decoder.blocks, slopes)
+
+
+def losses_of(base, batch, layers, window):
+    """Loss with each window from the base, that of the tuned model and that of the base, ``[C + 2]``."""
+    weights, tuned = base.weights(), base
+    for _ in range(STEPS):
+        blocks = descend(tuned, batch, np.isin(np.arange(DEPTH), layers).astype(np.float32))
+        moved = {f"blocks.{name}": value[...] for name, value in vars(blocks).items() if hasattr(value, "get_value")}
+        tuned = Decoder(base.config, {**weights, **moved})
+    stack = join(base.config, dict(weights), tuned.weights())
+    host = host_variant(DEPTH, base=False)
+    made = [*variants(list(windows(DEPTH, window).values()), DEPTH), host, *variants([range(DEPTH)], DEPTH)]
+    found = sweep(stack, weights, host, made, batch)
+    return (found.losses / found.tokens).mean(axis=1)
+
+
+@pytest.mark.parametrize("layer", range(DEPTH))
+def test_the_layer_that_trained_is_named(base, batch, layer):
+    *single, tuned, before = losses_of(base, batch, [layer], 1)
+    assert tuned < before
+    assert np.argmax(single) == layer and single[layer] == before
+    assert np.delete(single, layer).tolist() == [tuned] * (DEPTH - 1)
+
+
+@pytest.mark.parametrize("layers", [(2, 11), (0, 15), (7, 8)])
+def test_the_two_layers_that_trained_are_the_top_two(base, batch, layers):
+    *single, tuned, before = losses_of(base, batch, layers, 1)
+    assert tuned < min(single[layer] for layer in layers) and tuned < before
+    assert set(np.argsort(single)[-2:]) == set(layers)
+    assert np.delete(single, layers).tolist() == [tuned] * (DEPTH - 2)
+
+
+def test_in_windows_of_five_the_layer_lies_in_a_plateau(base, batch):
+    *windowed, tuned, before = losses_of(base, batch, [8], 5)
+    expected = [before if abs(centre - 8) <= 2 else tuned for centre in windows(DEPTH, 5)]
+    assert windowed == expected
