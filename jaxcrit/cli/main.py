@@ -31,6 +31,7 @@ COMMANDS = {
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
     "ablate": ("jaxcrit.cli.ablate", "put each layer out of action: loss and right answers without it"),
     "correlate": ("jaxcrit.cli.correlate", "compare two scores of the layers, or every score in a folder"),
+    "score": ("jaxcrit.cli.score", "score layers by other criteria: weights, states, gradients"),
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
 }

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 
-Tap = Callable[[jax.Array], Any]
+Tap = Callable[..., Any]
 # (site, residual stream before it, after it, this step's data) -> the stream that goes on; site is static: "attn" and
 # "mlp" for the two halves of a block, "block" for the whole.
 Edit = Callable[[str, jax.Array, jax.Array, Any], jax.Array]
@@ -223,6 +223,7 @@ def run(
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
+    tap_input: bool = False,
     remat: bool = False,
 ) -> Output:
     """Runs blocks of a stack in the order of ``slots``: one scan, so one compiled body whatever the depth.
@@ -242,6 +243,7 @@ def run(
         edit: changes the stream inside the blocks; ablations and interventions are such functions.
         edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
         tap: function of each block's output ``[B, T, D]``; what it returns is stacked, nothing else is kept.
+        tap_input: hand the block's input to the tap too, in front of its output.
         remat: recompute block activations in the backward pass instead of keeping them.
 
     Returns:
@@ -250,6 +252,7 @@ def run(
 
     def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any]) -> Any:
         x, cache = carry
+        before = (x,) if tap_input else ()
         index, block, window, data = inputs
         if slots is not None:
             block = _take(stack, block)
@@ -263,7 +266,7 @@ def run(
                 jax.lax.dynamic_update_index_in_dim(cache.keys, mine[0], index, 0),
                 jax.lax.dynamic_update_index_in_dim(cache.values, mine[1], index, 0),
             )
-        return (x, cache), (None if tap is None else tap(x))
+        return (x, cache), (None if tap is None else tap(*before, x))
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
@@ -343,6 +346,7 @@ def forward(
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
+    tap_input: bool = False,
     remat: bool = False,
     dtype: Any = None,
 ) -> Output:
@@ -358,6 +362,7 @@ def forward(
         edit: see `run`.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`.
+        tap_input: see `run`.
         remat: see `run`.
         dtype: compute dtype.
 
@@ -376,8 +381,9 @@ def forward(
     slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     windows = layer_windows(config)
     return run(
-        decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap, remat=remat
-    )
+        decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap,
+        tap_input=tap_input, remat=remat,
+    )  # fmt: skip
 
 
 def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:

@@ -195,6 +195,23 @@ def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
     return _png(figure)
 
 
+def score_grid(scores: Mapping[str, LayerScores]) -> bytes:
+    """Every score over the layers in a panel of its own, with ±1.96 standard errors where it has them."""
+    rows = -(-len(scores) // 2)
+    figure = Figure(figsize=(10.4, 2.4 * rows + 0.4), layout="constrained")
+    for place, (name, score) in enumerate(scores.items(), 1):
+        axes = figure.add_subplot(rows, 2, place)
+        layers = np.arange(score.num_layers)
+        axes.plot(layers, score.values, "o-", color=LINES[0], markersize=3, linewidth=1.2)
+        if score.stderr is not None:
+            low, high = score.values - 1.96 * score.stderr, score.values + 1.96 * score.stderr
+            axes.fill_between(layers, low, high, color=LINES[0], alpha=0.2, linewidth=0)
+        axes.set_title(f"{name} ({score.direction} is critical)", fontsize=9, loc="left")
+        _layer_axis(axes, score.num_layers)
+        axes.set_xlabel("")
+    return _png(figure)
+
+
 def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
     """Each layer that both scores are valid for, by both, numbered; darker is deeper."""
     figure = Figure(figsize=(5.6, 5.0), layout="constrained")

@@ -1,0 +1,23 @@
+"""effective_rank: over how many directions the samples spread in a layer (Roy and Vetterli 2007).
+
+``exp(H(s / sum s))``, H the entropy and s the singular values of the centred states ``[N, D]`` of the last prompt
+token; from 1 to N-1. Low is critical: the layer compresses. Sees a collapse or one dominating direction; blind to
+rotations, to scale, and to which directions are taken.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from jaxcrit.criticality.evidence import Measured, States
+
+
+def effective_rank(states: States) -> Measured:
+    """Effective rank of each layer, ``[L]``; NaN where all samples are the same."""
+    centred = states.hidden[1:].astype(np.float64)
+    centred = centred - centred.mean(axis=1, keepdims=True)
+    values = np.linalg.svd(centred, compute_uv=False)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = values / values.sum(axis=-1, keepdims=True)
+    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
+    return Measured(np.exp(entropy))

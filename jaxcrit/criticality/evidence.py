@@ -1,0 +1,92 @@
+"""What criteria are computed from; each kind is come by in one pass, however many criteria need it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectra:
+    """Singular values of weight matrices; of the weights alone.
+
+    Attributes:
+        shapes: by name of the matrix within its layer.
+        values: ``[L, min(shape)]`` float32, descending, by the same names.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    values: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightChanges:
+    """Of a tuned model's blocks from its base's.
+
+    Attributes:
+        apart: ``[L]`` float64, norm of the difference over all tensors of the layer.
+        base: ``[L]`` float64, norm of the base's.
+    """
+
+    apart: np.ndarray
+    base: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class States:
+    """Of one forward pass over N prompts.
+
+    Attributes:
+        hidden: ``[L+1, N, D]`` float32, residual stream at the last prompt token; the embedding output in front.
+        influence: ``[N, L]`` float64, ``1 - cos`` between each block's input and output, summed over the tokens.
+        tokens: ``[N]`` int, of each prompt.
+        lens: ``[N, L]`` float64 of `lens_kl`, or None where not asked for.
+    """
+
+    hidden: np.ndarray
+    influence: np.ndarray
+    tokens: np.ndarray
+    lens: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gradients:
+    """Of one backward pass over N rows, by the blocks' weights; embeddings, final norm and head are held fixed.
+
+    Attributes:
+        total: ``[L]`` float64, norm of the gradient of the loss per response token over all rows.
+        weights: ``[L]`` float64, norm of the weights.
+        sizes: ``[L]`` int, number of weights.
+        samples: ``[N, L]`` float64, squared norm of the gradient of each row's ``-log p(response | prompt)``; None
+            where not asked for.
+    """
+
+    total: np.ndarray
+    weights: np.ndarray
+    sizes: np.ndarray
+    samples: np.ndarray | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Measured:
+    """One criterion's result.
+
+    Attributes:
+        values: ``[L]`` float64; NaN where there is none.
+        without_each: ``[N, L]``, the same with each sample left out in turn; None where not computed.
+    """
+
+    values: np.ndarray
+    without_each: np.ndarray | None = None
+
+
+def mean_over(samples: np.ndarray, weights: np.ndarray | None = None) -> Measured:
+    """Mean of ``[N, L]`` over the samples, weighted ``[N]`` where given, and its deletions."""
+    weights = np.ones(len(samples)) if weights is None else weights
+    weighted = samples * weights[:, None]
+    total = weighted.sum(axis=0)
+    if len(samples) < 2:
+        return Measured(total / weights.sum())
+    return Measured(total / weights.sum(), (total - weighted) / (weights.sum() - weights)[:, None])

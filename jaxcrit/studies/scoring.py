@@ -1,0 +1,234 @@
+"""Layers scored by other criteria than δ: one pass for all that need the same, one scores.json for all."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit import __version__
+from jaxcrit.core.deletions import write_deletions
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.criticality.criteria import LAYER_CRITERIA, Needs, needed, parse_criteria
+from jaxcrit.criticality.evidence import Measured
+from jaxcrit.criticality.selection import mean_rank
+from jaxcrit.data.templates import template_hash
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.studies.analysis import versions
+from jaxcrit.studies.captures import Dataset
+from jaxcrit.studies.evidence import prompt_states, response_gradients, weight_changes, weight_spectra
+from jaxcrit.studies.rendering import render_sets
+from jaxcrit.studies.session import Bars, Session, open_session
+from jaxcrit.training.data import check_rows
+
+_OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
+
+
+@dataclasses.dataclass(frozen=True)
+class ScoreConfig:
+    """What ``jaxcrit score`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
+
+    Attributes:
+        base: model that ``model`` was tuned from, for ``weight_change``.
+        criteria: keys with commas; empty for all, without those of two models where no base is given.
+    """
+
+    model: str = ""
+    base: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    criteria: str = ""
+    batch_size: int = 8
+    dtype: str = ""
+    precision: str = "highest"
+    mesh: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """A finished run.
+
+    Attributes:
+        scores: by key; of several datasets their mean ranks, for criteria that need data.
+        datasets: by dataset, what needs its data.
+        warnings: what would mislead a reader.
+        run: what ``run.json`` holds.
+        out: run directory.
+    """
+
+    scores: dict[str, LayerScores]
+    datasets: dict[str, dict[str, LayerScores]]
+    warnings: list[str]
+    run: dict[str, Any]
+    out: Path
+
+
+def run_score(config: ScoreConfig, *, progress: Bars | None = None) -> Scored:
+    """Runs ``jaxcrit score`` and writes ``scores.json`` and ``deletions.npz``.
+
+    Raises:
+        UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
+    """
+    keys = parse_criteria(config.criteria, two_models=bool(config.base))
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
+    needs = needed(keys)
+    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    base = open_session(config.base, mesh=session.mesh, dtype=config.dtype) if "two models" in needs else None
+    datasets = _datasets(config, session, needs)
+    determines = _determines(config, keys, session, base, datasets)
+    name = session.checkpoint.path.resolve().name if config.model else "embedded"
+    out = Path(config.out) if config.out else Path("jaxcrit-runs") / f"score-{name}-{sha256_json(determines)[:8]}"
+    directory = RunDirectory.open(out, determines)
+    run = {
+        "command": "score",
+        "config": dataclasses.asdict(config),
+        "determines": determines,
+        "data": {one.name: {"source": one.source, "num_samples": len(one.examples)} for one in datasets},
+        "versions": versions(),
+    }
+    directory.begin(run)
+    try:
+        of_model = _of_model(keys, session, base, progress)
+        of_data = _of_data(config, keys, session, datasets, out, progress)
+        joined = {key: mean_rank([scores[key] for scores in of_data.values()]) for key in keys if key not in of_model}
+        scores = {key: {**of_model, **joined}[key] for key in keys}
+        write_scores(out / "scores.json", scores)
+    except UserError:
+        directory.discard()
+        raise
+    directory.finish(run)
+    return Scored(scores, of_data, _warnings(scores), run, out)
+
+
+def _datasets(config: ScoreConfig, session: Session, needs: set[Needs]) -> list[Dataset]:
+    if not needs - set(_OF_MODEL):
+        return []
+    found, training = [], "gradients" in needs
+    for one in render_sets(config, session.tokenizer, session.config.max_length, training=training):
+        if training:
+            check_rows(one.cut, session.config.max_length, session.config.vocab_size, one.named.source)
+        found.append(Dataset(one.named.name, one.named.source, one.cut))
+    return found
+
+
+def _determines(
+    config: ScoreConfig, keys: Sequence[str], session: Session, base: Session | None, datasets: Sequence[Dataset]
+) -> dict[str, Any]:
+    asked = {name: getattr(config, name) for name in ("template", "edition", "truncate", "precision")}
+    return {
+        "command": "score",
+        "config": {**asked, "criteria": list(keys), "dtype": session.dtype},
+        "model_hash": session.model_hash,
+        "base_hash": None if base is None else base.model_hash,
+        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
+        "data": {one.name: sha256_json(one.sample_ids) for one in datasets},
+        "jaxcrit": __version__,
+    }
+
+
+def _meta(session: Session) -> dict[str, Any]:
+    return {"model_type": session.config.family, "model_hash": session.model_hash}
+
+
+def _of_model(
+    keys: Sequence[str], session: Session, base: Session | None, progress: Bars | None
+) -> dict[str, LayerScores]:
+    """Scores that need no data."""
+    evidence: dict[str, Any] = {}
+    needs, layers = needed(keys), session.config.num_layers
+    if "weights" in needs:
+        with _Bar(progress, layers, "weights") as step:
+            evidence["weights"] = weight_spectra(session, step)
+    if base is not None:
+        with _Bar(progress, layers, "both models") as step:
+            evidence["two models"] = weight_changes(base, session, step)
+    meta = _meta(session) | ({} if base is None else {"base_hash": base.model_hash})
+    return {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in _measured(keys, evidence).items()}
+
+
+def _measured(keys: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Measured]:
+    """By key, every criterion whose evidence is there."""
+    there = {key: LAYER_CRITERIA[key] for key in keys if LAYER_CRITERIA[key].needs in evidence}
+    return {key: one.function(evidence[one.needs]) for key, one in there.items()}
+
+
+def _of_data(
+    config: ScoreConfig, keys: Sequence[str], session: Session, datasets: Sequence[Dataset], out: Path,
+    progress: Bars | None,
+) -> dict[str, dict[str, LayerScores]]:  # fmt: skip
+    """Scores of each dataset, written beside each other with their deletions."""
+    found: dict[str, dict[str, LayerScores]] = {}
+    decoder: Decoder | None = None
+    for dataset in datasets:
+        decoder = decoder or session.decoder(progress)
+        results = _measured(keys, _evidence(config, keys, session, decoder, dataset, progress))
+        meta = {**_meta(session), "dataset": dataset.name, "num_samples": len(dataset.examples)}
+        found[dataset.name] = {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in results.items()}
+        folder = out if len(datasets) == 1 else out / dataset.name
+        folder.mkdir(parents=True, exist_ok=True)
+        if len(datasets) > 1:
+            write_scores(folder / "scores.json", found[dataset.name])
+        left = {key: one.without_each for key, one in results.items() if one.without_each is not None}
+        if left:
+            write_deletions(folder, left, dataset.sample_ids)
+    return found
+
+
+def _evidence(
+    config: ScoreConfig, keys: Sequence[str], session: Session, decoder: Decoder, dataset: Dataset,
+    progress: Bars | None,
+) -> dict[str, Any]:  # fmt: skip
+    evidence: dict[str, Any] = {}
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    rows, count = -(-config.batch_size // split) * split, len(dataset.examples)
+    if "states" in needed(keys):
+        with _Bar(progress, count, f"{dataset.name}, forward") as step:
+            evidence["states"] = prompt_states(
+                session, decoder, dataset.examples, rows,
+                lens="lens_kl" in keys, precision=config.precision, progress=step,
+            )  # fmt: skip
+    if "gradients" in needed(keys):
+        with _Bar(progress, count, f"{dataset.name}, backward") as step:
+            evidence["gradients"] = response_gradients(
+                session, decoder, dataset.examples, rows,
+                per_sample="fisher" in keys, precision=config.precision, progress=step,
+            )  # fmt: skip
+    return evidence
+
+
+class _Bar:
+    """A progress bar as a context, or nothing where none is wanted."""
+
+    def __init__(self, bars: Bars | None, total: int, name: str):
+        self.bar = None if bars is None else bars(total=total, desc=name)
+
+    def __enter__(self) -> Any:
+        return None if self.bar is None else lambda done, total: self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.bar is not None:
+            self.bar.close()
+
+
+def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
+    found = []
+    for key, score in scores.items():
+        invalid = np.flatnonzero(~score.valid)
+        if len(invalid):
+            found.append(f"{key}: has no finite value in layers {', '.join(map(str, invalid))}; they are left out")
+        elif np.ptp(score.values) == 0:
+            found.append(f"{key}: is the same in every layer, and chooses none")
+    return found
