@@ -54,12 +54,12 @@ class Trainer:
     """State, frozen arrays and a compiled step of a partition of the tiny model."""
 
     def __init__(self, layers=(2, 4), outside=(), *, config=CONFIG, mesh=None, dtype=jnp.float32, optimizer="adamw",
-                 factors=None, rate=1e-2, weights=None, **options):  # fmt: skip
+                 factors=None, lora=None, rate=1e-2, weights=None, seed=0, **options):  # fmt: skip
         settings = {key: options.pop(key) for key in ("weight_decay", "clip") if key in options}
         self.mesh = mesh or one_device()
-        self.partition = partition(config, layers, outside, factors)
+        self.partition = partition(config, layers, outside, factors, lora)
         loaded = {path: jnp.asarray(value) for path, value in (weights or random_weights(config)).items()}
-        params, self.frozen = split(self.partition.gather(loaded, self.mesh, dtype))
+        params, self.frozen = split(self.partition.gather(loaded, self.mesh, dtype, seed))
         schedule = make_schedule("constant", rate, 100)
         self.optimizer = make_optimizer(optimizer, schedule, self.partition, **settings)
         self.state = initial_state(self.partition, self.optimizer, params, self.mesh)

@@ -13,7 +13,9 @@ FLAGS = {
         Flag("run", "", "instead: run of jaxcrit finetune", word="DIR"),
         Flag("out", "", "directory to write; must not exist yet or be empty", word="DIR"),
         Flag("dtype", "source", "of the weights; source: as read", ("float32", "bfloat16", "float16")),
+        Flag("step", "", "of a run: checkpoint N, best or last (default: where it ended)", word="N|best|last"),
         Flag("delta_only", False, "of a run: just the trained tensors, as delta.safetensors"),
+        Flag("adapter", False, "of a run with --lora_rank: its adapters, as peft loads them"),
     ),
 }
 
@@ -34,8 +36,16 @@ def run(values: FlagValues) -> int:
             bar.update(done - bar.n)
 
         exported = export_model(
-            values.model or values.run, values.out, dtype=values.dtype, delta_only=values.delta_only, progress=progress
+            values.model or values.run,
+            values.out,
+            dtype=values.dtype,
+            delta_only=values.delta_only,
+            adapter=values.adapter,
+            step=values.step,
+            progress=progress,
         )
+    if exported.step is not None:
+        print(f"checkpoint of step {exported.step}")
     if exported.rounding is not None:
         print(exported.rounding)
     print(exported.out)

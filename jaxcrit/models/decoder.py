@@ -78,7 +78,8 @@ class Block(nnx.Module):
     """One decoder block; with a leading axis on every weight, a stack of them.
 
     Attributes:
-        weights: by name, as in `jaxcrit.models.weights.table`; all `nnx.Param`.
+        weights: by name, as in `jaxcrit.models.weights.table`; all `nnx.Param`. A linear layer may have a low-rank
+            adapter beside it: of ``q``, ``q_lora_a`` ``[rank, in]`` and ``q_lora_b`` ``[out, rank]``.
         config: static.
     """
 
@@ -91,6 +92,21 @@ class Block(nnx.Module):
         """A weight in the dtype of the activations (float32 masters compute in bfloat16 so), None where absent."""
         param = getattr(self, name, None)
         return None if param is None else param[...].astype(like.dtype)
+
+    def beside(self, weights: Mapping[str, Any]) -> Block:
+        """The block with further weights."""
+        own = {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Param)}
+        return Block(self.config, {**own, **weights})
+
+    def linear(self, x: jax.Array, name: str, inside: str, out: str) -> jax.Array:
+        """A linear layer from the axes ``inside`` to the axes ``out``, behind batch and time."""
+        y = jnp.einsum(f"bt{inside},{out}{inside}->bt{out}", x, self.weight(name, x))
+        lower = self.weight(f"{name}_lora_a", x)
+        if lower is not None:
+            low = jnp.einsum(f"bt{inside},r{inside}->btr", x, lower)
+            y += jnp.einsum(f"btr,{out}r->bt{out}", low, self.weight(f"{name}_lora_b", x))
+        bias = self.weight(f"{name}_bias", x)
+        return y if bias is None else y + bias
 
     def __call__(
         self,
@@ -128,7 +144,7 @@ class Block(nnx.Module):
         cache: tuple[jax.Array, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
-        q, k, v = (self.heads(x, name) for name in ("q", "k", "v"))
+        q, k, v = (self.linear(x, name, "d", "hk") for name in ("q", "k", "v"))
         if self.config.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
@@ -150,25 +166,12 @@ class Block(nnx.Module):
         if context.segments is not None:
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
         mixed = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=visible[:, None])
-        out = jnp.einsum("bthk,dhk->btd", mixed, self.weight("o", x))
-        bias = self.weight("o_bias", x)
-        return (out if bias is None else out + bias), cache
-
-    def heads(self, x: jax.Array, name: str) -> jax.Array:
-        """Projects ``[B, T, D]`` to ``[B, T, heads, head_dim]``."""
-        out = jnp.einsum("btd,hkd->bthk", x, self.weight(name, x))
-        bias = self.weight(f"{name}_bias", x)
-        return out if bias is None else out + bias
+        return self.linear(mixed, "o", "hk", "d"), cache
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """SwiGLU: down(silu(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
-
-        def linear(x: jax.Array, name: str) -> jax.Array:
-            out = jnp.einsum("bti,oi->bto", x, self.weight(name, x))
-            bias = self.weight(f"{name}_bias", x)
-            return out if bias is None else out + bias
-
-        return linear(jax.nn.silu(linear(x, "gate")) * linear(x, "up"), "down")
+        gate, up = (self.linear(x, name, "d", "f") for name in ("gate", "up"))
+        return self.linear(jax.nn.silu(gate) * up, "down", "f", "d")
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
         """RMSNorm over the last axis with the weight of that name."""
@@ -222,6 +225,7 @@ def run(
     cache: Cache | None = None,
     edit: Edit | None = None,
     edits: Any = None,
+    adapters: Mapping[str, jax.Array] | None = None,
     tap: Tap | None = None,
     tap_input: bool = False,
     remat: bool = False,
@@ -242,6 +246,7 @@ def run(
         cache: keys and values by step ``[n, B, S, K, head_dim]``, or None.
         edit: changes the stream inside the blocks; ablations and interventions are such functions.
         edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
+        adapters: further weights of the steps ``[n, ...]`` by name, each step's put beside its block's own.
         tap: function of each block's output ``[B, T, D]``; what it returns is stacked, nothing else is kept.
         tap_input: hand the block's input to the tap too, in front of its output.
         remat: recompute block activations in the backward pass instead of keeping them.
@@ -250,12 +255,14 @@ def run(
         Output with taps ``[n, ...]``.
     """
 
-    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any]) -> Any:
+    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any, Any]) -> Any:
         x, cache = carry
         before = (x,) if tap_input else ()
-        index, block, window, data = inputs
+        index, block, window, data, further = inputs
         if slots is not None:
             block = _take(stack, block)
+        if further is not None:
+            block = block.beside(further)
         mine = None
         if cache is not None:
             mine = tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (cache.keys, cache.values))
@@ -270,7 +277,7 @@ def run(
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
-    steps = (jnp.arange(count), stack if slots is None else slots, windows, edits)
+    steps = (jnp.arange(count), stack if slots is None else slots, windows, edits, adapters)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
 

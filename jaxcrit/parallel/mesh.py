@@ -26,6 +26,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "ff": "tensor",
+    "rank": None,
 }
 # Key and value heads are few and small: where they do not divide, each device keeps all of them.
 _REPLICATED_IF_UNEVEN = ("kv_heads",)

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import atomic_path
+from jaxcrit.core.files import atomic_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies.session import Session, Tuned, open_session
+from jaxcrit.training.lora import peft_config, peft_tensors
 
 DELTA = "delta.safetensors"
+ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft looks for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,23 @@ class Exported:
     Attributes:
         out: the directory.
         rounding: of the masters; None where nothing was rounded.
+        step: of the checkpoint, of a run; else None.
     """
 
     out: Path
     rounding: Rounding | None
+    step: int | None = None
 
 
 def export_model(
-    model: str, out: str, *, dtype: str = "source", delta_only: bool = False, progress: Progress | None = None
+    model: str,
+    out: str,
+    *,
+    dtype: str = "source",
+    delta_only: bool = False,
+    adapter: bool = False,
+    step: str = "",
+    progress: Progress | None = None,
 ) -> Exported:
     """Writes a checkpoint directory that transformers loads.
 
@@ -67,22 +78,31 @@ def export_model(
         out: directory to make; must not exist or be empty.
         dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
         delta_only: of a run, write just the trained tensors, as ``delta.safetensors``.
+        adapter: of a run with adapters, write these as a directory that `peft` loads, float32 unless told otherwise.
+        step: of a run, which checkpoint: see `open_session`.
         progress: called with (weights done, weights in all, path); of a plain checkpoint.
 
     Raises:
-        UserError: what cannot be read or written, or ``delta_only`` of what is no run.
+        UserError: what cannot be read or written, or what only a run has, of what is none.
     """
     if dtype != "source" and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
     asked = "" if dtype == "source" else dtype
     if not (Path(model).expanduser() / "run.json").is_file():
-        if delta_only:
-            raise UserError(f"--delta_only: {model} is no finetune run, so there is nothing it changed; give --run=RUN")
+        for flag, given in (("delta_only", delta_only), ("adapter", adapter), ("step", step)):
+            if given:
+                raise UserError(f"--{flag}: {model} is no finetune run, and has no such thing; give --run=RUN")
         return Exported(export(model, out, dtype=asked, progress=progress), None)
+    if delta_only and adapter:
+        raise UserError("--delta_only --adapter: give one of them")
     target = Path(out).expanduser()
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
-    session = open_session(model, mesh=host, dtype="float32")
+    session = open_session(model, mesh=host, dtype="float32", step=step)
+    number = session.tuned[-1].step
+    if adapter:
+        _write_adapter(session, asked or "float32", target)
+        return Exported(target, None, number)
     kinds = {asked} if asked else set(session.checkpoint.dtypes.values())
     narrow = sorted(kinds - {"float32"})
     rounding = _rounding(session, narrow[0]) if narrow else None
@@ -91,7 +111,7 @@ def export_model(
         _write_delta(session, decoder, asked, target)
     else:
         write_checkpoint(decoder, session.checkpoint, target, dtype=asked)
-    return Exported(target, rounding)
+    return Exported(target, rounding, number)
 
 
 def _rounding(session: Session, dtype: str) -> Rounding:
@@ -107,11 +127,35 @@ def _rounding(session: Session, dtype: str) -> Rounding:
 
 
 def _pairs(tuned: Tuned, before: dict[str, jax.Array]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    for group, entries in tuned.params.items():
-        slots = jnp.asarray(tuned.partition.members(group), jnp.int32)
-        for path, value in entries.items():
-            start = before[path][slots] if path.startswith("blocks.") else before[path]
-            yield np.asarray(value), np.asarray(start)
+    for path, layers, value in tuned.partition.changed(before, tuned.params):
+        yield np.asarray(value), np.asarray(before[path] if layers is None else before[path][layers])
+
+
+def _write_adapter(session: Session, dtype: str, out: Path) -> None:
+    *below, last = session.tuned
+    parts, config = last.partition, session.config
+    if parts.lora is None:
+        raise UserError(f"--adapter: {last.run} trained the layers themselves; export it without, or with --delta_only")
+    if below:
+        raise UserError(
+            f"--adapter: {last.run} was trained on {below[-1].run}, a run too, and peft wants a checkpoint;"
+            " export without --adapter"
+        )
+    if parts.outside:
+        raise UserError(
+            f"--adapter: {last.run} trained {', '.join(sorted(parts.outside))} too, which adapters of linear layers do"
+            " not hold; export without --adapter"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for group, entries in last.params.items():
+        tensors |= peft_tensors(config, parts.lora, parts.members(group), entries)
+    layers = parts.to_json()["layers"]
+    settings = peft_config(config, parts.lora, layers, session.named)
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out / ADAPTER) as temporary:
+        save_file({name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary,
+                  metadata={"format": "pt"})  # fmt: skip
+    write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_delta(session: Session, decoder: Decoder, dtype: str, out: Path) -> None:

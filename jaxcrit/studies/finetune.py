@@ -119,11 +119,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
         directory.discard()
         raise
     chosen.save(directory.path / "layers.json")
-    trains = [layer for layer, group in enumerate(parts.groups) if group in parts.trained]
-    run |= {
-        "layers": dataclasses.asdict(chosen) | {"layers": list(chosen.layers)},
-        "trained": {"layers": trains, "outside": sorted(parts.outside)},
-    }
+    run |= {"layers": dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}, "trained": parts.to_json()}
     directory.begin(run)
     if say is not None:
         say(job.summary(chosen))
@@ -159,12 +155,15 @@ class _Job:
             for path, name in names.items()
             if not (tied and path == "head")
         ]
+        lora = self.parts.lora
+        adapters = "" if lora is None else (
+            f"; adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}")  # fmt: skip
         bank = self.parts.abstract(self.session.mesh, np.float32)
         counts = {group: sum(leaf.size for leaf in entries.values()) for group, entries in bank.items()}
         trained = sum(count for group, count in counts.items() if group in self.parts.trained)
         share = 100 * trained / sum(counts.values())
         return (
-            f"{verb} {chosen}; {', '.join(told)}: {trained:,} of {sum(counts.values()):,} parameters"
+            f"{verb} {chosen}{adapters}; {', '.join(told)}: {trained:,} of {sum(counts.values()):,} parameters"
             f" ({share:.1f} %) train, for {self.steps} steps of {self.data.batch_size} rows"
         )
 
@@ -174,7 +173,7 @@ class _Job:
         began = time.perf_counter()
         session = dataclasses.replace(self.session, dtype="float32" if self.session.tuned else "")
         weights = session.decoder(progress).weights()
-        params, frozen = split(self.parts.gather(weights, mesh, dtype))
+        params, frozen = split(self.parts.gather(weights, mesh, dtype, config.seed))
         like = abstract_state(self.parts, self.optimizer, params)
         shardings = state_shardings(like, mesh)
         like = jax.tree.map(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.rendering import render_sets
 from jaxcrit.studies.session import Bars, Session
 from jaxcrit.training.data import check_rows, hold_out
+from jaxcrit.training.lora import make_lora
 from jaxcrit.training.optimizer import make_schedule
 from jaxcrit.training.partition import OUTSIDE, Partition, partition
 
@@ -42,7 +44,11 @@ class FinetuneConfig:
         template, edition, truncate, max_length: rendering, as of `DataConfig`.
         layers: LayerSpec.
         mode: ``only`` trains these layers, ``freeze`` trains all others.
-        train_embeddings, train_norms, train_head: outside the blocks; None trains them with ``freeze`` alone.
+        train_embeddings, train_norms, train_head: outside the blocks; None trains them with ``freeze`` alone, and
+            not beside adapters.
+        layer_rates: factors on the learning rate, such as ``0-7:0.5,8-15:2``; 1 where not named.
+        lora_rank: train adapters of this rank in the layers, not the layers; 0 for none.
+        lora_alpha, lora_targets: of them, see `make_lora`; names with commas between.
         analysis: run directory of the analysis that ``critical`` needs; empty for one inside ``out``.
         steps: optimizer steps; 0 goes by ``epochs``.
         epochs: passes over the rows; 0 for one, unless steps are given.
@@ -57,7 +63,7 @@ class FinetuneConfig:
         keep: newest checkpoints to keep, besides the best.
         patience: tests without improvement before stopping; 0 for never.
         tensorboard: write event files too.
-        seed: of the order of rows.
+        seed: of the order of rows, and of adapters.
     """
 
     model: str = ""
@@ -77,6 +83,10 @@ class FinetuneConfig:
     train_embeddings: bool | None = None
     train_norms: bool | None = None
     train_head: bool | None = None
+    layer_rates: str = ""
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    lora_targets: str = ""
     analysis: str = ""
     steps: int = 0
     epochs: int = 0
@@ -110,9 +120,13 @@ def check(config: FinetuneConfig) -> LayerSpec:
     if config.steps and config.epochs:
         raise UserError(f"--steps={config.steps} --epochs={config.epochs}: give one of them")
     for name, lowest in (("steps", 0), ("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 1),
-                         ("eval_every", 0), ("checkpoint_every", 0), ("patience", 0), ("seed", 0)):  # fmt: skip
+                         ("eval_every", 0), ("checkpoint_every", 0), ("patience", 0), ("seed", 0),
+                         ("lora_rank", 0)):  # fmt: skip
         if getattr(config, name) < lowest:
             raise UserError(f"--{name}={getattr(config, name)}: expected {lowest} or more")
+    for name in ("lora_alpha", "lora_targets"):
+        if getattr(config, name) and not config.lora_rank:
+            raise UserError(f"--{name}={getattr(config, name)}: is of adapters; give their --lora_rank too")
     if config.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}: expected float32 or bfloat16")
     make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)
@@ -164,8 +178,37 @@ def partition_of(config: FinetuneConfig, session: Session, chosen: LayerSet) -> 
             f"--layers={config.layers} --mode=freeze: freezes all {chosen.num_layers} layers, and none is left to train"
         )
     asked = dict(zip(OUTSIDE, (config.train_embeddings, config.train_norms, config.train_head), strict=True))
-    trains = {path for path, given in asked.items() if given or (given is None and config.mode == "freeze")}
-    return partition(session.config, layers, trains)
+    whole = config.mode == "freeze" and not config.lora_rank
+    trains = {path for path, given in asked.items() if given or (given is None and whole)}
+    lora = None
+    if config.lora_rank:
+        targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
+        lora = make_lora(session.config, config.lora_rank, config.lora_alpha, targets)
+    return partition(session.config, layers, trains, rate_factors(config.layer_rates, chosen.num_layers), lora)
+
+
+def rate_factors(text: str, num_layers: int) -> dict[int, float]:
+    """Reads ``0-7:0.5,8-15:2``: layers, each with a factor on its learning rate; those that do not train may be named.
+
+    Raises:
+        UserError: not of that form, a layer named twice or outside the model, or a factor that is not above 0.
+    """
+    factors: dict[int, float] = {}
+    for part in text.split(",") if text else []:
+        span, _, factor = part.strip().rpartition(":")
+        try:
+            value = float(factor)
+        except ValueError:
+            value = 0.0
+        if not re.fullmatch(r"\d+(-\d+)?", span) or not 0 < value < float("inf"):
+            raise UserError(
+                f"--layer_rates={text}: expected LAYERS:FACTOR such as 0-7:0.5, above 0, got {part.strip()!r}"
+            )
+        for layer in resolve(LayerSpec.parse(span), num_layers).layers:
+            if layer in factors:
+                raise UserError(f"--layer_rates={text}: expected each layer once, got {layer} twice")
+            factors[layer] = value
+    return factors
 
 
 def read_examples(config: FinetuneConfig, session: Session) -> tuple[list[Example], list[Example]]:

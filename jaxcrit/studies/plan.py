@@ -126,9 +126,10 @@ def _config(model: str) -> ModelConfig:
 def _mesh(config: PlanConfig) -> Mesh:
     if importlib.util.find_spec("libtpu") is None:
         raise UserError("plan: needs libtpu, which compiles for TPUs without having one; pip install 'jaxcrit[plan]'")
-    # libtpu would ask the metadata server of a cloud machine who it is; this says so instead.
+    # libtpu would ask the metadata server of a cloud machine who it is; this says so instead. Its lock file guards a
+    # chip, of which there is none, and stays behind: without the last of these a second plan would be refused.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-                        ("TPU_ACCELERATOR_TYPE", "v5litepod-16")):  # fmt: skip
+                        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
         os.environ.setdefault(name, value)
     try:
         topology = topologies.get_topology_desc(platform="tpu", topology_name=config.topology)

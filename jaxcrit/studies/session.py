@@ -21,7 +21,7 @@ from jaxcrit.models.checkpoint import Checkpoint, load, locate, model_hash, open
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
-from jaxcrit.training.partition import Bank, Partition, partition, split
+from jaxcrit.training.partition import Bank, Partition, partition_of_json, split
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
@@ -55,6 +55,7 @@ class Session:
         mesh: devices.
         dtype: of weights and compute.
         tuned: fine-tuning runs on top of the checkpoint, in order.
+        named: what the checkpoint was called: its hub id, or its directory.
     """
 
     checkpoint: Checkpoint
@@ -63,6 +64,7 @@ class Session:
     mesh: Mesh
     dtype: str
     tuned: tuple[Tuned, ...] = ()
+    named: str = ""
 
     @property
     def config(self) -> ModelConfig:
@@ -88,36 +90,40 @@ class Session:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh, progress=progress)
 
 
-def open_session(model: str, *, mesh: str | Mesh = "", dtype: str = "", bars: Bars | None = None) -> Session:
+def open_session(
+    model: str, *, mesh: str | Mesh = "", dtype: str = "", step: str = "", bars: Bars | None = None
+) -> Session:
     """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
 
     Args:
         model: as above.
         mesh: such as ``data=4,fsdp=2``, or made already; default all devices on ``data``.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
+        step: of a run, which checkpoint: a number, ``best``, ``last``; default where training ended.
         bars: makes progress bars.
 
     Raises:
-        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`; or a run that is no fine-tuning, has no
-            checkpoint yet, or whose model is gone or has changed.
+        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`; or a run that is no fine-tuning, has no such
+            checkpoint, or whose model is gone or has changed.
     """
     if model and (Path(model).expanduser() / "run.json").is_file():
-        return _open_run(Path(model).expanduser(), mesh, dtype, bars)
+        return _open_run(Path(model).expanduser(), mesh, dtype, step, bars)
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(parse_mesh(mesh))
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
-    return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype)
+    named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
+    return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named)
 
 
-def _open_run(run: Path, mesh: str | Mesh, dtype: str, bars: Bars | None) -> Session:
+def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Session:
     record = read_json(run / "run.json", RUN_FORMAT)
     if record.get("command") != "finetune":
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
     try:
         base, trained = record["model"], record["trained"]
-        layers, outside, step = trained["layers"], trained["outside"], record.get("result", {}).get("model_step")
+        step = step or str(record.get("result", {}).get("model_step", "last"))
     except KeyError as error:
         raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
     below = open_session(base["path"], mesh=mesh, dtype=dtype, bars=bars)
@@ -128,10 +134,10 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, bars: Bars | None) -> Ses
         )
     from jaxcrit.training.checkpoints import trained_parameters
 
-    parts = partition(below.config, layers, outside)
+    parts = partition_of_json(below.config, trained)
     like, _ = split(parts.abstract(below.mesh, np.float32))
     params, found = trained_parameters(run, like, step)
-    identity = sha256_json({"base": below.model_hash, "trained": record["trained"], "params": _digests(params)})
+    identity = sha256_json({"base": below.model_hash, "trained": trained, "params": _digests(params)})
     return dataclasses.replace(
         below, model_hash=identity, tuned=(*below.tuned, Tuned(parts, params, run.resolve(), found))
     )

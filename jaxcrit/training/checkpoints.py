@@ -162,13 +162,14 @@ class Checkpoints:
         )
 
 
-def trained_parameters(run: Path, like: Bank, step: int | None = None) -> tuple[Bank, int]:
+def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank, int]:
     """Reads the trained parameters of a run, and nothing else.
 
     Args:
         run: run directory.
         like: abstract arrays, with shardings.
-        step: which checkpoint; default the newest that can be read.
+        step: which checkpoint: its number; ``last``, the newest that can be read; or ``best``, that of lowest test
+            loss among those kept.
 
     Returns:
         The parameters and their step.
@@ -178,19 +179,30 @@ def trained_parameters(run: Path, like: Bank, step: int | None = None) -> tuple[
     """
     path = run.absolute() / FOLDER
     with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
-        steps = sorted(manager.all_steps(), reverse=True)
-        if not steps:
+        losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
+        if not losses:
             raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
-        if step is not None and step not in steps:
-            raise UserError(f"{run}: no checkpoint of step {step}; there are {', '.join(map(str, steps))}")
+        tested = {number: loss for number, loss in losses.items() if loss is not None}
+        there = ", ".join(
+            f"{number} (test loss {loss:.4f})" if loss is not None else str(number)
+            for number, loss in sorted(losses.items())
+        )
+        if step == "best" and tested:
+            wanted = [min(tested, key=lambda number: (tested[number], number))]
+        elif step == "last":
+            wanted = sorted(losses, reverse=True)
+        elif step.isdecimal() and int(step) in losses:
+            wanted = [int(step)]
+        else:
+            raise UserError(f"{run}: no checkpoint of step {step}; expected last, best or one of those kept: {there}")
         reason = ""
-        for candidate in steps if step is None else [step]:
+        for candidate in wanted:
             try:
                 found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
                 return found["params"], candidate
             except Exception as error:
                 reason = _reason(error)
-    raise UserError(f"{path}: no checkpoint can be read ({reason})")
+    raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
 
 
 def _reason(error: Exception) -> str:

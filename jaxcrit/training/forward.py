@@ -85,21 +85,27 @@ def _between_blocks(mesh: Mesh, length: int) -> NamedSharding:
 
 
 def _run_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:
+    rest = _stack(partition, bank[FROZEN])
     for part in partition.runs():
-        windows, stack = layer_windows(partition.config, part.layers), _stack(partition, bank[part.group])
+        windows = layer_windows(partition.config, part.layers)
         if part.group == FROZEN:
-            x = run(stack, jnp.asarray(part.slots), x, context, windows=windows, remat=remat).hidden
+            x = run(rest, jnp.asarray(part.slots), x, context, windows=windows, remat=remat).hidden
+            continue
+        own = _own(partition, bank[part.group])
+        if len(part.layers) < len(partition.members(part.group)):
+            own = jax.tree.map(lambda leaf, part=part: leaf[part.slots[0] : part.slots[-1] + 1], own)
+        if isinstance(own, Block):
+            x = run(own, None, x, context, windows=windows, remat=remat).hidden
         else:
-            if len(part.layers) < len(partition.members(part.group)):
-                stack = jax.tree.map(lambda leaf, part=part: leaf[part.slots[0] : part.slots[-1] + 1], stack)
-            x = run(stack, None, x, context, windows=windows, remat=remat).hidden
+            base = jnp.asarray(part.layers)
+            x = run(rest, base, x, context, windows=windows, adapters=own, remat=remat).hidden
     return x
 
 
 def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:
     config, (group,) = partition.config, partition.trained
-    trained, frozen = partition.members(group), partition.members(FROZEN)
-    masters, rest = _stack(partition, bank[group]), _stack(partition, bank[FROZEN])
+    trained, frozen = partition.members(group), partition.blocks(FROZEN)
+    own, rest = _own(partition, bank[group]), _stack(partition, bank[FROZEN])
     below = range(trained[0])
     if below:
         windows = layer_windows(config, below)
@@ -108,34 +114,49 @@ def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, 
     longest = max(gaps)
     steps = np.arange(longest)
     live = steps < np.asarray(gaps)[:, None]
-    slots = np.minimum(np.asarray([layer - i for i, layer in enumerate(trained)])[:, None] + steps, len(frozen) - 1)
+    # The slot of the first frozen layer behind each trained one: those before it are not among them, unless by adapter.
+    first = [layer + 1 if partition.lora else layer - i for i, layer in enumerate(trained)]
+    slots = np.minimum(np.asarray(first)[:, None] + steps, len(frozen) - 1)
     windows = layer_windows(config, trained)
     between = None if windows is None else layer_windows(config, frozen)
+
+    def frozen_block(slot: jax.Array) -> Block:
+        return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), rest)
 
     def skip_or_run(x: jax.Array, at: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         slot, real = at
 
         def through(x: jax.Array) -> jax.Array:
-            block = jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), rest)
-            return block(x, context, None if between is None else between[slot])[0]
+            return frozen_block(slot)(x, context, None if between is None else between[slot])[0]
 
         return jax.lax.cond(real, through, lambda x: x, x), None
 
     def trained_then_gap(x: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        block, window, slots, real = step
-        x = kept(lambda block, x: block(x, context, window)[0])(block, x)
+        own, layer, window, slots, real = step
+
+        def through(own: Any, x: jax.Array) -> jax.Array:
+            block = own if isinstance(own, Block) else frozen_block(layer).beside(own)
+            return block(x, context, window)[0]
+
+        x = kept(through)(own, x)
         return jax.lax.scan(kept(skip_or_run), x, (slots, real))[0], None
 
     def kept(function: Any) -> Any:
         return jax.checkpoint(function) if remat else function
 
-    return jax.lax.scan(trained_then_gap, x, (masters, windows, jnp.asarray(slots), jnp.asarray(live)))[0]
+    each = (own, jnp.asarray(trained), windows, jnp.asarray(slots), jnp.asarray(live))
+    return jax.lax.scan(trained_then_gap, x, each)[0]
 
 
 def _gaps(partition: Partition) -> list[int]:
     """By trained layer, how many frozen ones follow before the next."""
     trained = [layer for layer, group in enumerate(partition.groups) if group != FROZEN]
     return [after - layer - 1 for layer, after in zip(trained, [*trained[1:], len(partition.groups)], strict=True)]
+
+
+def _own(partition: Partition, entries: Arrays) -> Block | dict[str, jax.Array]:
+    """What a trained group has of its layers: the blocks, or their adapters."""
+    return _stack(partition, entries) if partition.lora is None else partition.lora.scaled(entries)
 
 
 def _stack(partition: Partition, entries: Arrays) -> Block:

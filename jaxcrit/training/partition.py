@@ -3,7 +3,8 @@
 A *bank* is ``{group: {weight-table path: array}}``. Weights of blocks are stacked over the layers of their group.
 Trained groups hold float32 masters, the frozen group is in the compute dtype. A gradient is taken of the trained
 groups and of nothing else, so a frozen layer costs no gradient and no optimizer state, and what lies below the
-lowest trained layer no backward pass.
+lowest trained layer no backward pass. With adapters (`jaxcrit.training.lora`) all blocks are in the frozen group, and
+a trained group holds the adapters of its layers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.mesh import spec_for
+from jaxcrit.training.lora import Lora
 
 FROZEN, TRAIN = "frozen", "train"
 OUTSIDE = ("embed", "norm", "head")
@@ -59,12 +61,14 @@ class Partition:
         groups: by layer, ``frozen``, ``train``, or a further trained group.
         outside: weights outside the blocks that train (in the group ``train``), of `OUTSIDE`.
         rates: by trained group, the factor on the learning rate.
+        lora: the adapters that train in the blocks, or None where the blocks themselves do.
     """
 
     config: ModelConfig
     groups: tuple[str, ...]
     outside: frozenset[str]
     rates: tuple[tuple[str, float], ...]
+    lora: Lora | None = None
 
     @property
     def trained(self) -> tuple[str, ...]:
@@ -75,13 +79,20 @@ class Partition:
         """Layers of a group, ascending: the layer of each slot."""
         return tuple(layer for layer, name in enumerate(self.groups) if name == group)
 
+    def blocks(self, group: str) -> tuple[int, ...]:
+        """Layers whose blocks lie in a group, ascending: its members, but with adapters all are in the frozen one."""
+        if self.lora is None:
+            return self.members(group)
+        return tuple(range(self.config.num_layers)) if group == FROZEN else ()
+
     def runs(self) -> list[Run]:
         """Layers in order, cut where the group changes."""
         filled: dict[str, int] = {}
         runs, layer = [], 0
         for group, same in itertools.groupby(self.groups):
             count = len(list(same))
-            runs.append(Run(group, filled.get(group, 0), range(layer, layer + count)))
+            slot = layer if self.lora and group == FROZEN else filled.get(group, 0)
+            runs.append(Run(group, slot, range(layer, layer + count)))
             filled[group] = filled.get(group, 0) + count
             layer += count
         return runs
@@ -93,9 +104,13 @@ class Partition:
             if not row.stacked:
                 found.setdefault(self._outside(row.path), {})[row.path] = (row.axes, row.shape(self.config))
                 continue
-            for group in dict.fromkeys(self.groups):
-                shape = (len(self.members(group)), *row.shape(self.config)[1:])
-                found.setdefault(group, {})[row.path] = (row.axes, shape)
+            for group in (FROZEN, *self.trained):
+                if layers := self.blocks(group):
+                    shape = (len(layers), *row.shape(self.config)[1:])
+                    found.setdefault(group, {})[row.path] = (row.axes, shape)
+        for group in self.trained:
+            if self.lora and (layers := self.members(group)):
+                found.setdefault(group, {}).update(self.lora.shapes(self.config, len(layers)))
         return {group: found.get(group, {}) for group in (FROZEN, *self.trained)}
 
     def abstract(self, mesh: Mesh, dtype: Any) -> Bank:
@@ -112,13 +127,14 @@ class Partition:
             for group, entries in self.shapes().items()
         }
 
-    def gather(self, weights: dict[str, jax.Array], mesh: Mesh, dtype: Any) -> Bank:
+    def gather(self, weights: dict[str, jax.Array], mesh: Mesh, dtype: Any, seed: int = 0) -> Bank:
         """Parts loaded weights into a bank; empties ``weights``, so that no more than one weight exists twice.
 
         Args:
             weights: by weight-table path, stacked ``[L, ...]``, as loaded.
             mesh: they lie on.
             dtype: compute dtype, of the frozen group.
+            seed: of the adapters.
         """
         bank = self.abstract(mesh, dtype)
         for row in table(self.config):
@@ -126,23 +142,48 @@ class Partition:
             for group, entries in bank.items():
                 if row.path in entries:
                     like = entries[row.path]
-                    slots = np.asarray(self.members(group), np.int32)
+                    slots = np.asarray(self.blocks(group), np.int32)
                     part = whole if like.shape == whole.shape else _take(whole, slots)
                     # A copy even where nothing changes: the step donates the trained arrays.
                     part = jnp.array(part, like.dtype, copy=group != FROZEN)
                     entries[row.path] = jax.device_put(part, like.sharding)
+        for group in self.trained:
+            if self.lora and (layers := self.members(group)):
+                for path, value in self.lora.initial(self.config, layers, seed).items():
+                    bank[group][path] = jax.device_put(value, bank[group][path].sharding)
         return bank
+
+    def changed(
+        self, weights: Mapping[str, jax.Array], trained: Mapping[str, Arrays]
+    ) -> Iterator[tuple[str, np.ndarray | None, jax.Array]]:
+        """What training has made of weights: path, layers (None outside the blocks), new values in float32."""
+        for group, entries in trained.items():
+            layers = np.asarray(self.members(group), np.int32)
+            for path, value in entries.items():
+                if not path.startswith("blocks."):
+                    yield path, None, value
+                elif self.lora is None:
+                    yield path, layers, value
+            if self.lora and len(layers):
+                for path, change in self.lora.changes(self.config, entries):
+                    yield path, layers, _take(weights[path], layers).astype(jnp.float32) + change
 
     def merge(self, weights: dict[str, jax.Array], trained: Mapping[str, Arrays]) -> dict[str, jax.Array]:
         """Loaded weights ``[L, ...]`` with the trained ones in their places, in the dtype of the former."""
         merged = dict(weights)
-        for group, entries in trained.items():
-            slots = np.asarray(self.members(group), np.int32)
-            for path, value in entries.items():
-                merged[path] = _put(merged[path], slots, value) if path.startswith("blocks.") else value.astype(
-                    merged[path].dtype
-                )  # fmt: skip
+        for path, layers, value in self.changed(merged, trained):
+            whole = merged[path]
+            merged[path] = value.astype(whole.dtype) if layers is None else _put(whole, layers, value)
         return merged
+
+    def to_json(self) -> dict[str, Any]:
+        """What trains, as ``run.json`` has it; `partition_of_json` reads it."""
+        rates, layers = dict(self.rates), [layer for layer, group in enumerate(self.groups) if group != FROZEN]
+        told: dict[str, Any] = {"layers": layers, "outside": sorted(self.outside)}
+        factors = [rates[self.groups[layer]] for layer in layers]
+        if set(factors) - {1.0}:
+            told["rates"] = factors
+        return told if self.lora is None else told | {"lora": dataclasses.asdict(self.lora)}
 
     def _outside(self, path: str) -> str:
         return TRAIN if path in self.outside else FROZEN
@@ -153,6 +194,7 @@ def partition(
     layers: Collection[int],
     outside: Collection[str] = (),
     factors: Mapping[int, float] | None = None,
+    lora: Lora | None = None,
 ) -> Partition:
     """Parts a model.
 
@@ -161,6 +203,7 @@ def partition(
         layers: that train.
         outside: of ``embed``, ``norm`` (the final one), ``head``: what trains outside the blocks.
         factors: by trained layer, a factor on its learning rate (default 1); layers of one factor are one group.
+        lora: train such adapters in these layers, not the layers.
 
     Raises:
         UserError: nothing trains, a layer is outside the model, or a tied head is to train without its embedding.
@@ -182,7 +225,19 @@ def partition(
     groups = tuple(names[factors.get(layer, 1.0)] if layer in chosen else FROZEN for layer in range(config.num_layers))
     trains = frozenset(outside) - ({"head"} if config.tied else set())
     rates = tuple((name, factor) for factor, name in names.items() if name in groups or (name == TRAIN and trains))
-    return Partition(config, groups, trains, rates)
+    return Partition(config, groups, trains, rates, lora)
+
+
+def partition_of_json(config: ModelConfig, told: Mapping[str, Any]) -> Partition:
+    """The partition that `Partition.to_json` told of.
+
+    Raises:
+        KeyError: it is not complete.
+    """
+    layers, lora = told["layers"], told.get("lora")
+    factors = dict(zip(layers, told.get("rates", [1.0] * len(layers)), strict=True))
+    adapters = None if lora is None else Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
+    return partition(config, layers, told["outside"], factors, adapters)
 
 
 def split(bank: Bank) -> tuple[Bank, Arrays]:
