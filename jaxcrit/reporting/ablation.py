@@ -40,7 +40,7 @@ def write_ablation(out: Path, run: Mapping[str, Any], scores: Mapping[str, Layer
         write_bytes(out / f"{key}.png", picture)
         figures.append(Figure(f"{key}.png", picture, f"{key} of each layer."))
     section = Section("Without each layer", "", _table(scores), figures)
-    write_text(out / "report.html", render_report(_sentences(run, scores), [], [section], {}, run, CAVEATS))
+    write_text(out / "report.html", render_report(_sentences(run, scores), [], [section], {}, run, caveats=CAVEATS))
     return out / "report.html"
 
 
