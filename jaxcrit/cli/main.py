@@ -5,13 +5,18 @@ Commands are imported when they are run, so that help answers at once.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
 
+from absl.flags import FlagValues
+
 import jaxcrit
 from jaxcrit.cli import flags
+from jaxcrit.cli.flags import Flag
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 
 # name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code, and may have
@@ -34,6 +39,18 @@ COMMANDS = {
     "score": ("jaxcrit.cli.score", "score layers by other criteria: weights, states, gradients"),
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
+}
+# Commands that run no model, so that several processes have nothing to share.
+ALONE = ("select", "correlate", "compare", "plan")
+MACHINES = {
+    "machines": (
+        Flag("distributed", "auto", "join the other processes of this run", ("auto", "off", "on")),
+        Flag("coordinator", "", "process 0, where the cluster does not say", word="HOST:PORT"),
+        Flag("num_processes", 0, "likewise", lowest=0),
+        Flag("process_id", -1, "likewise", lowest=-1),
+        Flag("distributed_timeout", 300, "seconds to wait for the others", lowest=1),
+        Flag("compilation_cache_dir", "", "keep compiled programs here", word="DIR"),
+    )
 }
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
@@ -80,11 +97,36 @@ def dispatch(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
+    known = module.FLAGS if name in ALONE else {**module.FLAGS, **MACHINES}
     positional = getattr(module, "POSITIONAL", ())
     if "--help" in rest or "-h" in rest:
-        print(flags.usage(module.FLAGS, name, summary, positional))
+        print(flags.usage(known, name, summary, positional))
         return 0
-    return int(module.run(flags.parse(module.FLAGS, name, rest, positional)))
+    values = flags.parse(known, name, rest, positional)
+    if name not in ALONE:
+        _join(values)
+    with contextlib.ExitStack() as silent:
+        if not processes.first():
+            null = silent.enter_context(open(os.devnull, "w"))
+            silent.enter_context(contextlib.redirect_stdout(null))
+        return int(module.run(values))
+
+
+def _join(values: FlagValues) -> None:
+    """Starts jax as the flags of `MACHINES` say."""
+    import jax
+
+    from jaxcrit.parallel.distributed import start
+
+    if values.compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", values.compilation_cache_dir)
+    start(
+        values.distributed,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        timeout=values.distributed_timeout,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -96,7 +138,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"jaxcrit: error: {error}", file=sys.stderr)
+        if processes.first():
+            print(f"jaxcrit: error: {error}", file=sys.stderr)
         return BAD_USAGE
     except KeyboardInterrupt:
         print("jaxcrit: interrupted", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 
 FORMAT_VERSION = 1
@@ -22,7 +23,14 @@ FORMAT_VERSION = 1
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path`` that replaces it when the block ends without error."""
+    """Yields a temporary path beside ``path`` that replaces it when the block ends without error.
+
+    Of several processes only the first writes; the others' files are thrown away.
+    """
+    if not processes.first():
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Path(scratch) / path.name
+        return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
     temporary = Path(name)

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, write_json
 from jaxcrit.core.hashing import sha256_json
@@ -41,42 +42,49 @@ class RunDirectory:
         Raises:
             UserError: it holds another run or other files, or cannot be written.
         """
-        identity = sha256_json(determines)
         path = path.expanduser()
-        if path.exists() and not path.is_dir():
-            raise UserError(f"--out={path}: expected a directory, got a file")
-        resumed = False
-        if path.is_dir() and any(path.iterdir()):
-            if not (path / "run.json").exists():
-                raise UserError(f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory")
-            earlier = read_json(path / "run.json", RUN_FORMAT)
-            if earlier.get("identity") != identity:
-                differs = _difference(earlier.get("determines", {}), determines)
-                raise UserError(f"--out={path}: holds another run ({differs}); choose another directory, or remove it")
-            resumed = True
-        parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
-        try:
-            tempfile.TemporaryFile(dir=parent).close()
-        except OSError as error:
-            raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another directory") from None
-        return cls(path, identity, resumed)
+        return cls(path, sha256_json(determines), processes.share(lambda: _resumes(path, determines)))
 
     def discard(self) -> None:
         """Takes back what a run that failed has written, unless an earlier run had already been here."""
-        if not self.resumed:
+        if not self.resumed and processes.first():
             shutil.rmtree(self.path, ignore_errors=True)
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Makes the directory and writes ``run.json`` with status ``running``."""
+        processes.share(self._make)
+        write_json(self.path / "run.json", RUN_FORMAT, {**run, "identity": self.identity, "status": "running"})
+
+    def _make(self) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"--out={self.path}: cannot be made ({error.strerror}); choose another") from None
-        write_json(self.path / "run.json", RUN_FORMAT, {**run, "identity": self.identity, "status": "running"})
 
     def finish(self, run: Mapping[str, Any]) -> None:
         """Writes ``run.json`` with status ``complete``."""
         write_json(self.path / "run.json", RUN_FORMAT, {**run, "identity": self.identity, "status": "complete"})
+
+
+def _resumes(path: Path, determines: Mapping[str, Any]) -> bool:
+    """Whether a run of this identity has written to ``path``, which must else be free and writable."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"--out={path}: expected a directory, got a file")
+    resumed = False
+    if path.is_dir() and any(path.iterdir()):
+        if not (path / "run.json").exists():
+            raise UserError(f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory")
+        earlier = read_json(path / "run.json", RUN_FORMAT)
+        if earlier.get("identity") != sha256_json(determines):
+            differs = _difference(earlier.get("determines", {}), determines)
+            raise UserError(f"--out={path}: holds another run ({differs}); choose another directory, or remove it")
+        resumed = True
+    parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another directory") from None
+    return resumed
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

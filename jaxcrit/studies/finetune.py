@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.hashing import sha256_json
@@ -96,7 +97,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
     rows, held = read_examples(config, session)
     determines = determined_by(config, session, fixed, rows, held)
     directory = RunDirectory.open(_out(config, session, determines), determines)
-    earlier = read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {}
+    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
     if earlier.get("status") == "complete":
         return _finished(config, earlier, directory.path)
     run = {

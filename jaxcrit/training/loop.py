@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_text
 from jaxcrit.evaluation.losses import LossSums
@@ -69,6 +70,8 @@ class MetricsLog:
 
     def cut(self, step: int | None) -> None:
         """Forgets what was logged after a step (all of it for None): the run goes on from there."""
+        if not processes.first():
+            return
         rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
         write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -78,6 +81,8 @@ class MetricsLog:
         Raises:
             UserError: the file cannot be written.
         """
+        if not processes.first():
+            return
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
