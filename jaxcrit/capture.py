@@ -98,7 +98,7 @@ def capture(
             rows = np.where(inside, rows[:, None] + offsets, total).reshape(-1)
         placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(mesh))
         with jax.default_matmul_precision(precision):
-            states = _step(decoder, *placed, position=position, with_embed=with_embed)
+            states = _step(decoder, *placed, mesh=mesh, position=position, with_embed=with_embed)
         buffer = _place(buffer, states, rows, everywhere)
         buffer.block_until_ready()
         done += int(real.sum())
@@ -120,9 +120,9 @@ def compiled_steps() -> int:
     return _step._cache_size()  # type: ignore[attr-defined]
 
 
-@functools.partial(jax.jit, static_argnames=("position", "with_embed"))
+@functools.partial(jax.jit, static_argnames=("mesh", "position", "with_embed"))
 def _step(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, position: Position, with_embed: bool
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, mesh: Mesh, position: Position, with_embed: bool
 ) -> jax.Array:
     """Tapped states of one batch, ``[L, B, D]`` (``[L, B, T, D]`` for ``all``) float32, the embedding's in front."""
 
@@ -135,7 +135,7 @@ def _step(
             x = jnp.sum(jnp.where(inside[..., None], x, 0), axis=1) / lengths[:, None]
         return x
 
-    states = forward(decoder, tokens, lengths=lengths, tap=tap).taps
+    states = forward(decoder, tokens, lengths=lengths, tap=tap, mesh=mesh).taps
     return jnp.concatenate([tap(embed(decoder, tokens))[None], states]) if with_embed else states
 
 
