@@ -9,10 +9,8 @@ floating-point operations, counted from the traced steps. Temporary memory is XL
 from __future__ import annotations
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,13 +23,11 @@ from environment import write_result
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.weights import table, to_hf
+from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.partition import OUTSIDE, partition, split
 from jaxcrit.training.step import TokenBatch, initial_state, make_step
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from flops import product_flops
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 320,

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.data.batches import Batch
 from jaxcrit.models.decoder import Decoder, embed, forward
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Position = Literal["last", "mean", "all"]
 POSITIONS: tuple[str, ...] = get_args(Position)
@@ -120,9 +120,8 @@ def compiled_steps() -> int:
     return _step._cache_size()  # type: ignore[attr-defined]
 
 
-@functools.partial(jax.jit, static_argnames=("mesh", "position", "with_embed"))
-def _step(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, mesh: Mesh, position: Position, with_embed: bool
+def forward_step(
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, mesh: AnyMesh, position: Position, with_embed: bool
 ) -> jax.Array:
     """Tapped states of one batch, ``[L, B, D]`` (``[L, B, T, D]`` for ``all``) float32, the embedding's in front."""
 
@@ -137,6 +136,9 @@ def _step(
 
     states = forward(decoder, tokens, lengths=lengths, tap=tap, mesh=mesh).taps
     return jnp.concatenate([tap(embed(decoder, tokens))[None], states]) if with_embed else states
+
+
+_step = jax.jit(forward_step, static_argnames=("mesh", "position", "with_embed"))
 
 
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="buffer")

@@ -87,7 +87,9 @@ state() {
   if [[ $dry_run ]]; then
     echo READY
   else
-    gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null || echo ABSENT
+    local found
+    found=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" --format='value(state)' 2>/dev/null) || found=ABSENT
+    echo "$found"
   fi
 }
 

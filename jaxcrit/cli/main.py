@@ -18,6 +18,7 @@ from jaxcrit.cli import flags
 from jaxcrit.cli.flags import Flag
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.parallel.preemption import Preempted
 
 # name: (module, one line). A module has FLAGS (jaxcrit.cli.flags.Groups) and run(values) -> exit code, and may have
 # POSITIONAL: names of flags that may be given without them, in this order.
@@ -54,7 +55,7 @@ MACHINES = {
 }
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-BAD_USAGE, INTERRUPTED, BROKEN_PIPE = 2, 130, 141
+BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
 
 
 def overview() -> str:
@@ -141,6 +142,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if processes.first():
             print(f"jaxcrit: error: {error}", file=sys.stderr)
         return BAD_USAGE
+    except Preempted as error:
+        print(f"jaxcrit: {error}", file=sys.stderr)
+        return PREEMPTED
     except KeyboardInterrupt:
         print("jaxcrit: interrupted", file=sys.stderr)
         return INTERRUPTED

@@ -9,30 +9,46 @@ from absl.flags import FlagValues
 from jaxcrit.cli.flags import Flag
 from jaxcrit.core.errors import UserError
 
+DOES_NOT_FIT = 3
 FLAGS = {
     "what": (
-        Flag("model", "", "directory with a config.json; no weights needed", word="DIR"),
-        Flag("topology", "v5e:4x4", "TPU slice, such as v5e:2x4, v5p:2x2x2, v6e:2x4", word="NAME"),
-        Flag("mesh", "fsdp=-1", "devices by axis, such as fsdp=4,tensor=4", word="AXES"),
+        Flag("model", "", "directory with a config.json, or a shape such as llama2-7b", word="DIR"),
+        Flag("job", "finetune", "analyze or finetune", word="JOB"),
+        Flag("topology", "v5e:4x4", "chips, such as v5e:2x4, v5p:2x2x2, h100:8", word="NAME"),
+        Flag("mesh", "", "devices by axis (default: weights over all of them)", word="AXES"),
+        Flag("batch_size", 32, "rows, over all devices", lowest=1),
+        Flag("length", 1024, "tokens of a row", lowest=1),
+        Flag("dtype", "bfloat16", "of compute; trained weights are float32", ("float32", "bfloat16")),
     ),
     "training": (
         Flag("layers", "all", "layers by number, all, first:K, last:K, random:K", word="SPEC"),
         Flag("mode", "only", "train only these layers, or freeze these", ("only", "freeze")),
         Flag("optimizer", "adamw", "lion and adafactor need less memory", ("adamw", "lion", "adafactor", "sgd")),
-        Flag("dtype", "bfloat16", "of compute; trained weights are float32", ("float32", "bfloat16")),
         Flag("remat", True, "recompute blocks in the backward pass: less memory"),
-        Flag("batch_size", 32, "rows of a step, over all devices", lowest=1),
-        Flag("length", 1024, "tokens of a row", lowest=1),
+    ),
+    "how": (
+        Flag("search", False, "try meshes and batch sizes, and plan the best that fits"),
+        Flag("compile", True, "compile where libtpu is installed, else shapes alone"),
     ),
 }
 
 
 def run(values: FlagValues) -> int:
-    """Compiles and prints the memory of a step."""
+    """Plans and prints; 3 where it does not fit."""
     if not values.model:
-        raise UserError("plan: expected --model=DIR, with the config.json of the model")
-    from jaxcrit.studies.plan import PlanConfig, run_plan
+        raise UserError("plan: expected --model=DIR, with the config.json of the model, or --model=SHAPE")
+    from jaxcrit.reporting.plan import plan_text
+    from jaxcrit.studies.plan import PlanConfig, fitting, run_plan
 
     given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    print(run_plan(PlanConfig(**given)))
-    return 0
+    config = PlanConfig(**given)
+    plan = run_plan(config)
+    print(plan_text(plan))
+    if plan.fits:
+        return 0
+    other = fitting(config)
+    if other is None:
+        print("nothing on this topology would fit; take more chips, or train fewer layers")
+    else:
+        print(f"would fit, by shapes: --mesh={other.mesh} --batch_size={other.batch_size}")
+    return DOES_NOT_FIT

@@ -14,11 +14,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import Mesh
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Tap = Callable[..., Any]
 # (site, residual stream before it, after it, this step's data) -> the stream that goes on; site is static: "attn" and
@@ -358,7 +357,7 @@ def forward(
     tap_input: bool = False,
     remat: bool = False,
     dtype: Any = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> Output:
     """Runs tokens through the embedding and all blocks.
 

@@ -14,9 +14,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.parallel.mesh import AnyMesh, spec_for
 
 Groups = tuple[tuple[str, ...], ...]
 
@@ -125,9 +127,15 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def abstract(config: ModelConfig, dtype: Any = np.float32) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` leaves: shapes without memory."""
-    return Decoder(config, {row.path: jax.ShapeDtypeStruct(row.shape(config), dtype) for row in table(config)})
+def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None = None) -> Decoder:
+    """The decoder with `jax.ShapeDtypeStruct` leaves: shapes without memory, with their shardings on a mesh."""
+
+    def like(row: Weight) -> jax.ShapeDtypeStruct:
+        shape = row.shape(config)
+        place = None if mesh is None else NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.path))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return Decoder(config, {row.path: like(row) for row in table(config)})
 
 
 def to_hf(decoder: Decoder, layers: Sequence[int] | None = None) -> Iterator[tuple[str, np.ndarray]]:

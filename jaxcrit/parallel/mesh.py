@@ -10,11 +10,12 @@ import math
 from collections.abc import Mapping, Sequence
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "tensor")
+AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 
 # Logical axis of a tensor -> mesh axis (or axes) it is split over; None is never split.
 RULES: dict[str, str | tuple[str, ...] | None] = {
@@ -50,6 +51,22 @@ def parse_mesh(text: str | None) -> dict[str, int]:
     return sizes
 
 
+def mesh_sizes(axes: Mapping[str, int] | None, devices: int) -> dict[str, int]:
+    """Size of every axis of a mesh of so many devices; arguments and errors as of `make_mesh`."""
+    _check(axes or {})
+    sizes = {axis: 1 for axis in AXES} | (dict(axes) if axes else {"data": -1})
+    fixed = math.prod(size for size in sizes.values() if size > 0)
+    if -1 in sizes.values():
+        sizes = {axis: devices // fixed if size == -1 else size for axis, size in sizes.items()}
+    if math.prod(sizes.values()) != devices:
+        named = ",".join(f"{axis}={size}" for axis, size in (axes or {}).items())
+        raise UserError(
+            f"--mesh={named}: expected sizes whose product is {devices}, the number of devices, got {fixed};"
+            " leave one open with -1 (such as data=-1) to fill it up"
+        )
+    return sizes
+
+
 def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Makes the mesh; axes not named have size 1, and without any all devices are on ``data``.
 
@@ -61,22 +78,18 @@ def make_mesh(axes: Mapping[str, int] | None = None, devices: Sequence[jax.Devic
         UserError: a wrong axis or size, or sizes whose product is not the number of devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    _check(axes or {})
-    sizes = {axis: 1 for axis in AXES} | (dict(axes) if axes else {"data": -1})
-    fixed = math.prod(size for size in sizes.values() if size > 0)
-    if -1 in sizes.values():
-        sizes = {axis: len(devices) // fixed if size == -1 else size for axis, size in sizes.items()}
-    if math.prod(sizes.values()) != len(devices):
-        named = ",".join(f"{axis}={size}" for axis, size in (axes or {}).items())
-        raise UserError(
-            f"--mesh={named}: expected sizes whose product is {len(devices)}, the number of devices, got {fixed};"
-            " leave one open with -1 (such as data=-1) to fill it up"
-        )
+    sizes = mesh_sizes(axes, len(devices))
     # jax's default is explicit axes, under which indexing an embedding needs its output's sharding spelled out.
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
-def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name: str) -> PartitionSpec:
+def abstract_mesh(axes: Mapping[str, int] | None, devices: int) -> AbstractMesh:
+    """The mesh of `make_mesh` without devices: for shapes and shardings."""
+    sizes = mesh_sizes(axes, devices)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, name: str) -> PartitionSpec:
     """Places a tensor by the names of its axes.
 
     Args:
@@ -113,7 +126,7 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: Mesh, name:
     return PartitionSpec(*entries)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
+def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Samples over ``data`` and ``fsdp``, whatever follows replicated; the batch size must divide over both."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 

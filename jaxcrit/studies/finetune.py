@@ -21,6 +21,7 @@ from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
+from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.finetune_inputs import (
     FinetuneConfig,
@@ -202,7 +203,7 @@ class _Job:
         log = MetricsLog(self.out / METRICS, _tensorboard(self.out) if config.tensorboard else None)
         meta = {"config": dataclasses.asdict(config), "groups": list(self.parts.groups), "seed": config.seed,
                 "rows_per_step": self.data.batch_size}  # fmt: skip
-        with Checkpoints(self.out, keep=config.keep) as checkpoints:
+        with notice() as leave, Checkpoints(self.out, keep=config.keep) as checkpoints:
             found = checkpoints.restore(like)
             warnings = found.skipped if found else []
             if found and found.state is not None:
@@ -218,7 +219,7 @@ class _Job:
             try:
                 state, standing = train(
                     state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
-                    rate=lambda number: float(self.schedule(number)), meta=meta, bar=total,
+                    rate=lambda number: float(self.schedule(number)), meta=meta, leave=leave, bar=total,
                 )  # fmt: skip
             finally:
                 if total is not None:

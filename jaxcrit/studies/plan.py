@@ -1,150 +1,283 @@
-"""What a training step will need on machines that are not here: compiled ahead of time for a TPU topology."""
+"""What a job will need on machines that are not here: by shapes anywhere, compiled ahead of time for TPU slices."""
 
 from __future__ import annotations
 
 import dataclasses
 import importlib.util
 import json
+import math
 import os
+import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.layers import LayerSpec, resolve
-from jaxcrit.models.checkpoint import DTYPES
+from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.parallel.mesh import make_mesh, parse_mesh
-from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import OUTSIDE, partition, split
-from jaxcrit.training.step import TokenBatch, abstract_state, batch_sharding, make_step, state_shardings
+from jaxcrit.models.shapes import SHAPES
+from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
+from jaxcrit.parallel.chips import Topology
+from jaxcrit.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
+from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program
+
+# What runtimes keep for themselves: XLA reports 15.75 of a v5e's 16 GiB as usable.
+_USABLE = 0.98
 
 
 @dataclasses.dataclass(frozen=True)
-class PlanConfig:
-    """What ``jaxcrit plan`` is asked.
+class PlanConfig(JobConfig):
+    """What ``jaxcrit plan`` is asked, besides the job.
 
     Attributes:
-        model: directory with a ``config.json``; weights are not needed.
-        topology: such as ``v5e:4x4``.
+        model: directory with a ``config.json``, or a key of `SHAPES`; weights are not needed.
+        topology: such as ``v5e:4x4`` or ``h100:8``.
         mesh: devices by axis; empty splits the weights over all of them.
-        layers, mode, optimizer, dtype, remat: as of `FinetuneConfig`; layers by number or rule, not by score.
-        batch_size: rows of a step, over all devices.
-        length: tokens of a row.
+        search: try meshes and batch sizes, and plan the best that fits.
+        compile: compile where libtpu is installed; otherwise shapes alone.
     """
 
-    model: str
+    model: str = ""
     topology: str = "v5e:4x4"
-    mesh: str = "fsdp=-1"
-    layers: str = "all"
-    mode: str = "only"
-    optimizer: str = "adamw"
-    dtype: str = "bfloat16"
-    remat: bool = True
-    batch_size: int = 32
-    length: int = 1024
+    mesh: str = ""
+    search: bool = False
+    compile: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one device; bytes.
+
+    Attributes:
+        arguments, temporaries, peak: memory; peak is at the worst moment.
+        needed: where it does not fit, what it would take; else 0.
+        collectives: kind -> (runs, bytes).
+        seconds: how long compiling took here.
+    """
+
+    arguments: int
+    temporaries: int
+    peak: int
+    needed: int
+    collectives: dict[str, tuple[int, int]]
+    seconds: float
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Memory of one step, in bytes per device.
+    """A job on a topology; bytes and operations of one device, for one batch.
 
     Attributes:
-        devices: how many.
-        arguments: weights, optimizer state, batch.
-        temporaries: what the step needs besides.
-        peak: at the worst moment.
-        trained: parameters that train.
-        compile_seconds: how long compiling took here.
+        config: what was asked, with the mesh and batch size that a search found.
+        topology: parsed.
+        mesh: size by axis.
+        memory: bytes by kind, from shapes.
+        temporaries: estimated from shapes.
+        flops: of matrix products.
+        moved: of HBM, at least.
+        exchanged: over links: of the compiled program, or estimated from shapes.
+        trained: parameters that train, over all devices.
+        compiled: None where it was not.
+        notes: what is missing, and why.
     """
 
-    devices: int
-    arguments: int
+    config: PlanConfig
+    topology: Topology
+    mesh: dict[str, int]
+    memory: dict[str, int]
     temporaries: int
-    peak: int
+    flops: float
+    moved: int
+    exchanged: int
     trained: int
-    compile_seconds: float
+    compiled: Compiled | None
+    notes: tuple[str, ...] = ()
 
-    def __str__(self) -> str:
-        parts = (("arguments", self.arguments), ("temporaries", self.temporaries), ("peak", self.peak))
-        sizes = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts)
-        return f"{self.devices} devices, GiB each: {sizes}; {self.trained:,} parameters train"
+    @property
+    def peak(self) -> int:
+        """Bytes at the worst moment: the compiler's word where there is one."""
+        if self.compiled:
+            return self.compiled.needed or self.compiled.peak
+        return sum(self.memory.values()) + self.temporaries
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has room."""
+        if self.compiled:
+            return not self.compiled.needed
+        return self.peak <= _USABLE * self.topology.chip.memory
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What each resource needs at its ceiling; the largest bounds the step from below."""
+        chip = self.topology.chip
+        return {
+            "compute": self.flops / chip.flops,
+            "memory": self.moved / chip.bandwidth,
+            "links": self.exchanged / chip.links if self.topology.devices > 1 else 0.0,
+        }
 
 
 def run_plan(config: PlanConfig) -> Plan:
-    """Compiles the step and reads off its memory.
+    """Plans a job.
 
     Raises:
-        UserError: libtpu is absent, the topology is unknown, the step does not fit, or a mistake in the flags.
+        UserError: an unknown topology, shape or job, a mesh that does not divide, or a mistake in the flags.
     """
-    model = _config(config.model)
-    mesh = _mesh(config)
-    spec = LayerSpec.parse(config.layers)
-    if spec.needs_scores:
-        raise UserError(f"--layers={config.layers}: planning looks at no data; name layers, or first:K, random:K, all")
-    chosen = resolve(spec, model.num_layers)
-    layers = chosen.layers if config.mode == "only" else chosen.complement()
-    everything = config.mode == "freeze" or len(layers) == model.num_layers
-    parts = partition(model, layers, set(OUTSIDE) if everything else ())
-    params, frozen = split(parts.abstract(mesh, DTYPES[config.dtype]))
-    optimizer = make_optimizer(config.optimizer, make_schedule("constant", 1e-5, 1), parts)
-    state = abstract_state(parts, optimizer, params)
-    shardings = state_shardings(state, mesh)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    if config.job not in JOBS:
+        raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
+    topology, model = Topology.parse(config.topology), _model(config.model)
+    if config.search:
+        return _search(config, topology, model)
+    return _compile(_by_shapes(config, topology, model), model)
+
+
+def fitting(config: PlanConfig) -> PlanConfig | None:
+    """The fastest of `_candidates` that fits by shapes, or None."""
+    topology, model = Topology.parse(config.topology), _model(config.model)
+    plans = [plan for plan in _candidates(config, topology, model) if plan.fits]
+    best = min(plans, key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size, default=None)
+    return None if best is None else best.config
+
+
+def _search(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
+    """Compiles candidates, fastest per row by shapes first, until one fits."""
+    plans = [plan for plan in _candidates(config, topology, model) if plan.fits]
+    plans.sort(key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size)
+    for plan in plans[:4]:
+        compiled = _compile(plan, model)
+        if compiled.fits:
+            return compiled
+    if not plans:
+        raise UserError(
+            f"nothing fits {config.topology}: no mesh holds even one row per device; take more chips, or fewer --layers"
+        )
+    return compiled
+
+
+def _candidates(config: PlanConfig, topology: Topology, model: ModelConfig) -> Iterator[Plan]:
+    """Every way to part the devices that the model's shape allows, with the batch asked for and its halves."""
+    devices = topology.devices
+    for tensor in _divisors(devices):
+        for fsdp in _divisors(devices // tensor):
+            rows = devices // tensor
+            mesh = ",".join(f"{axis}={size}" for axis, size in zip(AXES, (rows // fsdp, fsdp, tensor), strict=True))
+            batches = {max(rows, config.batch_size // 2**halved // rows * rows) for halved in range(6)}
+            for batch in sorted(batches, reverse=True):
+                try:
+                    asked = dataclasses.replace(config, mesh=mesh, batch_size=batch, search=False)
+                    yield _by_shapes(asked, topology, model)
+                except UserError:  # an axis does not divide
+                    break
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _sizes(config: PlanConfig, devices: int) -> dict[str, int]:
+    return mesh_sizes(parse_mesh(config.mesh or "fsdp=-1"), devices)
+
+
+def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
+    sizes = _sizes(config, topology.devices)
+    if config.batch_size % (sizes["data"] * sizes["fsdp"]):
+        raise UserError(
+            f"--batch_size={config.batch_size}: does not divide over data*fsdp={sizes['data'] * sizes['fsdp']}"
+        )
+    program = JOBS[config.job](model, config, abstract_mesh(sizes, topology.devices))
+    params = program.kinds["weights"][1] if config.job == "finetune" else {}
+    return Plan(
+        config=config,
+        topology=topology,
+        mesh=sizes,
+        memory={kind: shard_bytes(tree) for kind, tree in program.kinds.items()},
+        temporaries=program.temporaries,
+        flops=product_flops(program.function, *program.arguments) / topology.devices,
+        moved=program.moved,
+        exchanged=_exchanged(program, config, sizes, model),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        compiled=None,
     )
-    step = make_step(parts, optimizer, dtype=DTYPES[config.dtype], remat=config.remat, mesh=mesh, shardings=shardings)
+
+
+def _exchanged(program: Program, config: PlanConfig, sizes: dict[str, int], model: ModelConfig) -> int:
+    """Bytes over one device's links: weights gathered over fsdp, activations summed over tensor, gradients."""
+    size = 2 if config.dtype == "bfloat16" else 4
+    fsdp, tensor, rows = sizes["fsdp"], sizes["tensor"], sizes["data"] * sizes["fsdp"]
+    weights = shard_bytes(program.kinds["weights"])
+    stream = size * config.batch_size // rows * config.length * model.width
+    gathered = program.passes * weights * (fsdp - 1)
+    summed = program.passes * 2 * model.num_layers * 2 * stream * (tensor - 1) // tensor
+    trained = shard_bytes(program.kinds["weights"][1]) if config.job == "finetune" else 0
+    return gathered + summed + (2 * trained * (rows - 1) // rows if rows > 1 else 0)
+
+
+def _compile(plan: Plan, model: ModelConfig) -> Plan:
+    """The plan with the compiler's numbers, or with a note that says why there are none."""
+    config, chip = plan.config, plan.topology.chip
+    if not chip.tpu:
+        return dataclasses.replace(plan, notes=("no compiler for GPUs that are not here: from shapes alone",))
+    if not config.compile:
+        return dataclasses.replace(plan, notes=("not compiled, as asked: from shapes alone",))
+    if importlib.util.find_spec("libtpu") is None:
+        note = "libtpu is missing, which compiles for TPUs without having one: from shapes alone (pip install"
+        return dataclasses.replace(plan, notes=(f"{note} 'jaxcrit[plan]')",))
+    mesh = make_mesh(plan.mesh, _tpus(config.topology))
+    program = JOBS[config.job](model, config, mesh)
     began = time.perf_counter()
     try:
-        memory: Any = step.lower(state, frozen, _batch(config, mesh)).compile().memory_analysis()  # type: ignore[attr-defined]
+        compiled = program.function.lower(*program.arguments).compile()
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"does not fit {config.topology}: {str(error).splitlines()[0][:200]}") from None
-    return Plan(
-        devices=mesh.size,
-        arguments=memory.argument_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        peak=memory.peak_memory_in_bytes,
-        trained=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        compile_seconds=round(time.perf_counter() - began, 1),
+        needed = re.search(r"([\d.]+)([GM])(?:iB)? (?:of hbm|exceeds)|[Uu]sed ([\d.]+)([GM])", str(error))
+        if needed is None:
+            raise UserError(f"does not compile for {config.topology}: {str(error).splitlines()[0][:200]}") from None
+        number, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
+        size = int(float(number) * 2 ** {"G": 30, "M": 20}[unit])
+        return dataclasses.replace(plan, compiled=Compiled(0, 0, 0, size, {}, round(time.perf_counter() - began, 1)))
+    memory = compiled.memory_analysis()
+    found = collectives(compiled.as_text())
+    return dataclasses.replace(
+        plan,
+        exchanged=sum(size for _, size in found.values()),
+        compiled=Compiled(
+            arguments=memory.argument_size_in_bytes,
+            temporaries=memory.temp_size_in_bytes,
+            peak=memory.peak_memory_in_bytes,
+            needed=0,
+            collectives=found,
+            seconds=round(time.perf_counter() - began, 1),
+        ),
     )
 
 
-def _config(model: str) -> ModelConfig:
-    path = Path(model).expanduser() / "config.json"
+def _model(name: str) -> ModelConfig:
+    if name in SHAPES:
+        return ModelConfig.from_hf(dict(SHAPES[name]), name)
+    path = Path(name).expanduser() / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError) as error:
-        raise error if isinstance(error, UserError) else UserError(f"--model={model}: no config.json there") from None
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"--model={name}: expected a directory with a config.json or one of {', '.join(SHAPES)}"
+            f"{did_you_mean(name, SHAPES)}"
+        ) from None
 
 
-def _mesh(config: PlanConfig) -> Mesh:
-    if importlib.util.find_spec("libtpu") is None:
-        raise UserError("plan: needs libtpu, which compiles for TPUs without having one; pip install 'jaxcrit[plan]'")
+def _tpus(topology: str) -> list[Any]:
     # libtpu would ask the metadata server of a cloud machine who it is; this says so instead. Its lock file guards a
     # chip, of which there is none, and stays behind: without the last of these a second plan would be refused.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
                         ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
         os.environ.setdefault(name, value)
+    one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, topology.split(":")[1].split("x"))) == 1 else {}
     try:
-        topology = topologies.get_topology_desc(platform="tpu", topology_name=config.topology)
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices)
     except Exception as error:  # an unknown name is an error of its own in every backend
         reason = str(error).strip().splitlines()[0][:160]
-        raise UserError(
-            f"--topology={config.topology}: expected a name such as v5e:4x4 or v5p:2x2x2 ({reason})"
-        ) from None
-    return make_mesh(parse_mesh(config.mesh), topology.devices)
-
-
-def _batch(config: PlanConfig, mesh: Mesh) -> TokenBatch:
-    rows = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
-
-    def like(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, config.batch_size, *shape), dtype, sharding=rows)
-
-    return TokenBatch(like(jnp.int32, config.length), like(jnp.int32), like(np.bool_, config.length))
+        raise UserError(f"--topology={topology}: libtpu knows no such slice ({reason})") from None

@@ -17,10 +17,10 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, run
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
 
 Form = Literal["runs", "gaps"]
@@ -44,7 +44,7 @@ def hidden_states(
     dtype: Any,
     remat: bool = True,
     form: Form | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> jax.Array:
     """Runs tokens through the model.
 
@@ -78,7 +78,7 @@ def outside(bank: Bank, path: str) -> jax.Array:
     return next(entries[path] for entries in bank.values() if path in entries)
 
 
-def _between_blocks(mesh: Mesh, length: int) -> NamedSharding:
+def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
     """Rows over ``data`` and ``fsdp``, positions over ``tensor``: what the backward pass needs is split by all."""
     rows = batch_sharding(mesh).spec[0]
     return NamedSharding(mesh, PartitionSpec(rows, None if length % mesh.shape["tensor"] else "tensor"))

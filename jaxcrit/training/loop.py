@@ -16,6 +16,7 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_text
 from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.parallel.preemption import Leave, Preempted
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.partition import Bank
 from jaxcrit.training.step import State, StepMetrics
@@ -117,6 +118,7 @@ def train(
     log: MetricsLog,
     checkpoints: Checkpoints,
     meta: dict[str, Any],
+    leave: Leave = lambda number: False,
     bar: Any = None,
 ) -> tuple[State, Standing]:
     """Trains from a state to the end.
@@ -131,12 +133,14 @@ def train(
         log: where metrics go.
         checkpoints: where states go.
         meta: saved with each of them.
+        leave: whether to save and go, asked after every step.
         bar: progress bar over steps (tqdm).
 
     Returns:
         The last state and standing.
 
     Raises:
+        Preempted: told to leave; the state is saved.
         UserError: the loss or the gradient is no longer finite, or the run has diverged; or nothing can be written.
     """
     number = int(state.step)
@@ -161,8 +165,12 @@ def train(
         if last or number % options.eval_every == 0:
             standing, tested = _evaluated(evaluate, state, standing, log)
             stopped = _out_of_patience(standing, options)
-        if last or stopped or number % options.checkpoint_every == 0:
+        leaving = leave(number) and not (last or stopped)
+        if last or stopped or leaving or number % options.checkpoint_every == 0:
             checkpoints.save(state, {**meta, "standing": dataclasses.asdict(standing)}, tested)
+        if leaving:
+            checkpoints.wait()
+            raise Preempted(f"told to leave at step {number}, which is saved; the same command goes on from there")
     checkpoints.wait()
     return state, standing
 

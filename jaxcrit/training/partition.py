@@ -23,7 +23,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import spec_for
+from jaxcrit.parallel.mesh import AnyMesh, spec_for
 from jaxcrit.training.lora import Lora
 
 FROZEN, TRAIN = "frozen", "train"
@@ -113,7 +113,7 @@ class Partition:
                 found.setdefault(group, {}).update(self.lora.shapes(self.config, len(layers)))
         return {group: found.get(group, {}) for group in (FROZEN, *self.trained)}
 
-    def abstract(self, mesh: Mesh, dtype: Any) -> Bank:
+    def abstract(self, mesh: AnyMesh, dtype: Any) -> Bank:
         """The bank as `jax.ShapeDtypeStruct` with shardings: float32 where trained, else the compute dtype."""
         return {
             group: {

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation.losses import LossSums, response_loss
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.training.forward import Form, hidden_states, outside
 from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
 
@@ -76,7 +76,7 @@ def batch_loss(
     dtype: Any,
     remat: bool = True,
     form: Form | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
 ) -> LossSums:
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
     hidden = hidden_states(
@@ -99,7 +99,7 @@ def abstract_state(partition: Partition, optimizer: optax.GradientTransformation
     return State(like, jax.eval_shape(optimizer.init, like), jax.ShapeDtypeStruct((), jnp.int32))
 
 
-def state_shardings(state: State, mesh: Mesh) -> State:
+def state_shardings(state: State, mesh: AnyMesh) -> State:
     """Placement of each array of a state: a moment lies where its parameter does, anything else everywhere."""
     placed = {
         f"{group}:{path}": leaf for group, entries in state.params.items() for path, leaf in entries.items()
@@ -121,7 +121,7 @@ def make_step(
     dtype: Any,
     remat: bool = True,
     form: Form | None = None,
-    mesh: Mesh | None = None,
+    mesh: AnyMesh | None = None,
     shardings: State | None = None,
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
@@ -165,7 +165,7 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_evaluation(partition: Partition, *, dtype: Any, mesh: Mesh | None = None) -> Evaluate:
+def make_evaluation(partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None) -> Evaluate:
     """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
 
     def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:

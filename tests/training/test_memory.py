@@ -11,9 +11,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flops import product_flops
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.partition import partition, size, split
