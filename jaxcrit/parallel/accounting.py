@@ -45,13 +45,17 @@ def _products(jaxpr: Jaxpr) -> int:
         inside = [_products(inner) for inner in _inner(equation.params)]
         if equation.primitive.name == "dot_general":
             (left, _), _ = equation.params["dimension_numbers"]
-            taken, result = (jax.typeof(side[0]).shape for side in (equation.invars, equation.outvars))
+            taken, result = (_shape(side[0]) for side in (equation.invars, equation.outvars))
             total += 2 * math.prod(result) * math.prod(taken[axis] for axis in left)
         elif equation.primitive.name == "cond":
             total += max(inside)
         else:
             total += sum(inside) * equation.params.get("length", 1)
     return total
+
+
+def _shape(variable: Any) -> tuple[int, ...]:
+    return tuple(variable.aval.shape)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
