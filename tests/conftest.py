@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+import hypothesis
+
 SHARED = Path(__file__).parents[2] / "shared"
 
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
@@ -14,3 +16,7 @@ if cache := os.environ.get("JAXCRIT_TEST_CACHE"):
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":
     import torch  # noqa: F401  (parity tests skip without it; here its absence is an error)
+
+# A busy machine takes its time; what a test may cost is asserted in operations.
+hypothesis.settings.register_profile("untimed", deadline=None)
+hypothesis.settings.load_profile("untimed")

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracles
 import pytest
-from flops import product_flops
 from oracles import tables_of
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.similarity import (
     centred_grams,
     cka,

@@ -37,7 +37,7 @@ def test_memory_of_a_compiled_job(job, layers, most):
 
 @needs_libtpu
 def test_a_program_too_large_says_by_how_much(capsys):
-    arguments = "plan --model=llama3.1-8b --topology=v5e:2x2 --layers=all --batch_size=4".split()
+    arguments = ["plan", "--model=llama3.1-8b", "--topology=v5e:2x2", "--layers=all", "--batch_size=4"]
     assert cli.main(arguments) == 3
     out = capsys.readouterr().out
     assert "does not fit, by" in out and out.count("nothing on this topology") + out.count("would fit, by shapes") == 1
@@ -61,13 +61,13 @@ def test_shapes_alone_know_what_stays_in_memory():
 
 
 def test_gpus_are_planned_by_shapes(capsys):
-    assert cli.main("plan --model=llama2-7b --topology=h100:8 --layers=all".split()) == 0
+    assert cli.main(["plan", "--model=llama2-7b", "--topology=h100:8", "--layers=all"]) == 0
     out = capsys.readouterr().out
     assert "of 80.00: fits" in out and "no compiler for GPUs" in out and max(map(len, out.splitlines())) <= 100
 
 
 def test_what_does_not_fit_exits_3_and_names_what_would(capsys):
-    arguments = "plan --model=llama3.1-70b --topology=h100:8 --layers=10-14 --batch_size=512".split()
+    arguments = ["plan", "--model=llama3.1-70b", "--topology=h100:8", "--layers=10-14", "--batch_size=512"]
     assert cli.main(arguments) == 3
     out = capsys.readouterr().out
     assert "does not fit, by" in out

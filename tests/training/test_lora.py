@@ -8,12 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flops import product_flops
 from tiny_training import CONFIG, Trainer, one_device, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.forward import hidden_states
 from jaxcrit.training.lora import linears, make_lora
