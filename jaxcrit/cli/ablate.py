@@ -18,9 +18,9 @@ FLAGS = {
         Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
     ),
     "layers": (
-        Flag("methods", "skip,mean", "skip adds nothing to the stream, mean what it adds on average", word="LIST"),
+        Flag("methods", "skip,mean", "what a layer adds: skip nothing, mean the average", word="LIST"),
         Flag("sites", "blocks", "whole blocks, or their attention or MLP alone", ("blocks", "attn", "mlp")),
-        Flag("generate", False, "also count right answers, word for word, with each layer skipped"),
+        Flag("generate", False, "count right answers too, with each layer skipped"),
         Flag("max_new_tokens", 64, "of each answer, at most", lowest=1),
     ),
     "testing": TESTED,

@@ -11,7 +11,7 @@ from tiny_training import random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criticality.substitution import host_variant, join, random_sets, variants, windows
-from jaxcrit.criticality.sweep import compiled_spans, planned_evaluations, sweep
+from jaxcrit.criticality.sweep import _span, compiled_spans, enter, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Decoder
 
@@ -107,6 +107,19 @@ def test_blocks_that_run_are_those_that_are_counted(monkeypatch):
     jax.effects_barrier()
     made = [*variants(sets, 6), host_variant(6, base=False)]
     assert len(ran) == found.evaluations == planned_evaluations(made, 6) == (6 + 5 + 4 + 3) + (6 + 2) + 6
+
+
+def test_memory_is_two_models_and_a_batch():
+    """Of the weights, a block at most is copied while blocks run; of the batch, a few states are held."""
+    config = ModelConfig.from_hf({**raw_config("llama-gqa"), "hidden_size": 128, "num_hidden_layers": 8})
+    blocks = join(config, placed(random_weights(config, 0)), placed(random_weights(config, 1)))
+    tokens, lengths, _ = batch_of(config)
+    x, context = enter(placed(random_weights(config))["embed"], tokens, lengths, config)
+    slots, bound = host_variant(8, base=False).slots, np.int32(3)
+    memory = _span.lower(blocks, slots, x, context, bound, bound, None, None).compile().memory_analysis()
+    one_block = sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) / 16
+    assert memory.temp_size_in_bytes < 1.5 * one_block + 24 * x.nbytes
+    assert memory.output_size_in_bytes <= x.nbytes + 64
 
 
 @pytest.mark.parametrize("window", [0, 2, 9])

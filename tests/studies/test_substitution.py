@@ -96,6 +96,15 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
     assert not np.array_equal(attention.scores["substitution_attn"].values, mlp.scores["substitution_mlp"].values)
 
 
+def test_same_losses_on_any_mesh(config, tmp_path):
+    found = [
+        run_substitution(dataclasses.replace(config, mesh=mesh, out=str(tmp_path / mesh)))
+        for mesh in ("data=8", "data=2,fsdp=2,tensor=2")
+    ]
+    one, other = (run.samples.losses for run in found)
+    np.testing.assert_allclose(one, other, rtol=1e-5)
+
+
 def test_base_into_base_is_bit_identical(config, inputs):
     found = run_substitution(dataclasses.replace(config, tuned=config.base, window=1))
     assert (found.scores["substitution"].values == found.base_loss).all() and found.base_loss == found.tuned_loss
