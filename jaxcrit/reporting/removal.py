@@ -38,8 +38,8 @@ def removal_text(found: Removal) -> str:
         lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows, [False] * len(rows))]
     lines += ["", *contrast_lines(found), "", *example_lines(found)]
     lines.append(
-        f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s; {found.buckets} buckets,"
-        f" {found.compiled[0]} + {found.compiled[1]} compiled"
+        f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s ({found.cpu_seconds} s of CPU);"
+        f" {found.buckets} buckets, {found.compiled[0]} + {found.compiled[1]} compiled"
     )
     return "\n".join(lines)
 

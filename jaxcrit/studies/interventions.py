@@ -218,7 +218,7 @@ def lens(decoder: Decoder, directions: np.ndarray, tokenizer: Any, count: int = 
 def divergence(scores: jax.Array, other: jax.Array) -> jax.Array:
     """KL(softmax(scores) || softmax(other)) in nats: ``[..., V]`` both, ``[...]``."""
     log_p, log_q = jax.nn.log_softmax(scores), jax.nn.log_softmax(other)
-    return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+    return jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0)  # rounding may take it below
 
 
 def _check(config: InterveneConfig) -> tuple[int, ...]:

@@ -127,6 +127,7 @@ class Removal:
         buckets: batch shapes.
         compiled: prefills and loops compiled for them.
         seconds: wall time.
+        cpu_seconds: of all cores together, which other work on the machine does not lengthen.
     """
 
     dataset: str
@@ -141,6 +142,7 @@ class Removal:
     buckets: int
     compiled: tuple[int, int]
     seconds: float
+    cpu_seconds: float
 
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -206,7 +208,7 @@ def _dataset(
     config: RemovalConfig, session: Session, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
     layers: Sequence[int], stop: list[int], progress: Bars | None,
 ) -> Removal:  # fmt: skip
-    began, compiled = time.perf_counter(), compiled_programs()
+    began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
     hidden = states(decoder, dataset, session, progress)
     critical = critical_layers(LayerSpec.parse(config.critical), hidden, session)
     fit = principal_components(hidden, 1 + max(max(components) for components in sets.values()))
@@ -251,7 +253,7 @@ def _dataset(
         {str(layer): lens(decoder, fit.directions[layer][everything], session.tokenizer) for layer in layers},
         described(fit, layers, everything), warnings, len(buckets),
         tuple(after - before for before, after in zip(compiled, compiled_programs(), strict=True)),  # type: ignore[arg-type]
-        round(time.perf_counter() - began, 1),
+        round(time.perf_counter() - began, 1), round(time.process_time() - cpu, 1),
     )  # fmt: skip
 
 
