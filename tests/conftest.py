@@ -10,6 +10,8 @@ SHARED = Path(__file__).parents[2] / "shared"
 if "--xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Two BLAS threads that wait for busy cores spin: float64 oracles of 0.1 s took 25 s on a loaded machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 if cache := os.environ.get("JAXCRIT_TEST_CACHE"):
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", cache)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
