@@ -18,6 +18,7 @@ from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criticality.measures import component_scores
 from jaxcrit.criticality.score import layer_scores
+from jaxcrit.criticality.selection import mean_rank
 from jaxcrit.criticality.tracking import Tracking, tracking
 from jaxcrit.similarity.grams import gram_tables
 from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
@@ -292,6 +293,10 @@ def _finish(
         folder = directory.path if len(results) == 1 else directory.path / name
         folder.mkdir(parents=True, exist_ok=True)
         _write(folder, result)
+    if len(results) > 1:
+        keys = next(iter(results.values())).scores
+        together = {key: mean_rank([result.scores[key] for result in results.values()]) for key in keys}
+        write_scores(directory.path / "scores.json", together)
     run = {**run, "warnings": {name: result.warnings for name, result in results.items()}}
     directory.finish(run)
     return SpectralAnalysis(run, results, ks, directory.path)

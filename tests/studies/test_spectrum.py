@@ -111,6 +111,11 @@ def test_several_datasets_and_tokens_as_samples(model, data, tmp_path, capsys):
         assert scores["cca_1"].stderr is None and scores["delta"].stderr is None, "tokens are not independent"
         arrays, _ = read_npz(out / name / "spectrum.npz")
         assert arrays["scores"].shape[1] == len(arrays["sample_ids"]) > 30
+    assert read_scores(out / "scores.json")["cca_1"].meta["consensus"] == "mean_rank"
+    again = run_spectrum(SpectrumConfig(run=str(out), k="1,2", out=str(tmp_path / "again")))
+    for name in again.datasets:
+        for file in DATA_FILES:
+            assert (tmp_path / "again" / name / file).read_bytes() == (out / name / file).read_bytes()
 
 
 def test_unidentified_components_are_named(analyzed, tmp_path):
