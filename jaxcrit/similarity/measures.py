@@ -29,8 +29,7 @@ def procrustes(
     With both sides of unit norm, the least squared distance over all rotations is ``2 - 2 * similarity`` (Schönemann
     1966; Ding et al. 2021), and the arc cosine is the angular shape distance of Williams et al. 2021. The singular
     values of ``X_c' Y_c`` are those of ``S_x U_x' U_y S_y``. Unrelated layers score high where N is below the width, as
-    with biased CKA. One N x N singular value decomposition per pair: 7 ms of one core at N=300,
-    0.3 s at N=1,000.
+    with biased CKA. One N x N singular value decomposition per pair: 7 ms of one core at N=300, 0.3 s at N=1,000.
 
     Args:
         spectrum: of L layers, all scores kept.
