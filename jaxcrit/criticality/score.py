@@ -89,12 +89,13 @@ def deletions(
         reach: pairs of layers further apart may be left out, as `cka_without_each` does.
 
     Returns:
-        No entry where too few would be left: debiased with N = 4, and of prompts fewer than 3, or too unequal.
+        No entry where too few would be left: debiased with N = 4, and of prompts fewer than 3, or too unequal; nor of
+        prompts without Grams.
     """
     if units is not None and len(np.unique(units)) < len(units):
         counts = np.bincount(units)
         few = len(counts) < MIN_UNITS or len(units) - counts.max() < MIN_SAMPLES
-        return {} if few else cka_without_units(grams, tables, units)
+        return {} if few or grams is None else cka_without_units(grams, tables, units)
     estimators: tuple[Bias, ...] = ("biased", "debiased") if tables.num_samples > 4 else ("biased",)
     return {bias: cka_without_each(tables, bias, reach=reach) for bias in estimators}
 

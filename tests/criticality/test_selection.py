@@ -8,6 +8,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.criticality import choose, mean_rank, selection_probability
 from jaxcrit.criticality.score import layer_scores, values_without_each
+from jaxcrit.criticality.selection import jackknife_noise
 from jaxcrit.similarity import sweep
 
 
@@ -81,6 +82,16 @@ def test_probability_spreads_where_nothing_is_planted():
     assert probability.max() < 0.95 and (probability > 0.02).sum() > 4
     np.testing.assert_allclose(probability.sum(), 3)
     np.testing.assert_array_equal(probability[[0, 1, 12, 13]], 0)
+
+
+def test_draws_stay_at_the_debiased_value():
+    """Unlike resampling with replacement, which goes to the biased one (see similarity/test_inference.py)."""
+    hidden = np.random.default_rng(0).standard_normal((6, 60, 300)).astype(np.float32)
+    tables = sweep(hidden)
+    scores, left = layer_scores(tables), values_without_each(tables, "step_debiased")
+    drawn = jackknife_noise(left[:, 1:], np.random.default_rng(0), 2000) + scores["step_debiased"].values[1:]
+    np.testing.assert_allclose(drawn.mean(axis=0), scores["step_debiased"].values[1:], atol=0.005)
+    assert (np.quantile(drawn, 0.999, axis=0) < 0.2).all() and (scores["step"].values[1:] > 0.8).all()
 
 
 def test_drawn_values_have_the_jackknifes_variance():
