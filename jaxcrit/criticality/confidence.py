@@ -180,7 +180,7 @@ def sample_sizes(
 
     Predicted from the jackknife alone, without a forward pass: n prompts scatter like N ones, times sqrt(N/n), about
     the measured values. These are first drawn together by the factor of James and Stein, for measured layers differ
-    more than true ones do: without it a flat curve, all noise, would look settled at a few times N. It is a rough guide:
+    more than true ones do: without it a flat curve, all noise, would look settled at a few times N. A rough guide only:
     of chains of 12 layers at N=60, 0.98 of choices were predicted to stay at 4 N where 1.00 did, 0.52 where 0.85 did (a
     planted layer near the noise), and 0.22 where 0.11 did (nothing planted; ``benchmarks/coverage.py``).
 
