@@ -20,6 +20,7 @@ _UNSURE = 0.5
 # One prompt that makes up so much of the jackknife's variance moves the score by 0.7 standard errors by itself; of 300
 # ordinary prompts the largest share is about 0.03.
 _LEVERAGE = 0.5
+_CONTESTED = 0.01
 _UNRELATED = 0.05
 
 
@@ -96,7 +97,7 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
                 " chosen in less than half of the draws; give more prompts"
             )
     if result.leverage is not None:
-        found += _heavy_prompts(result.leverage, result.sample_ids, trim)
+        found += _heavy_prompts(result.leverage, result.sample_ids, _in_question(result, trim))
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
     return found
@@ -133,10 +134,18 @@ def correlation_cautions(pair: Correlation, names: Sequence[str]) -> list[str]:
     return found
 
 
-def _heavy_prompts(most: Leverage, sample_ids: Sequence[str], trim: int) -> list[str]:
-    """A line for each prompt that makes up over half of the variance of a layer that could be chosen."""
+def _in_question(result: Measured, trim: int) -> np.ndarray:
+    """``[L]`` bool: chosen layers and those that other draws choose; without draws all that could be chosen."""
+    layers = np.arange(result.chosen.num_layers)
+    if result.certainty is None:
+        return (layers >= trim) & (layers < len(layers) - trim)
+    return np.isin(layers, result.chosen.layers) | (result.certainty.probability > _CONTESTED)
+
+
+def _heavy_prompts(most: Leverage, sample_ids: Sequence[str], asked: np.ndarray) -> list[str]:
+    """A line for each prompt that makes up over half of the variance of a layer that is asked about."""
     layers = np.arange(len(most.prompt))
-    heavy = (most.share > _LEVERAGE) & (layers >= trim) & (layers < len(layers) - trim)
+    heavy = (most.share > _LEVERAGE) & asked
     lines = []
     for prompt in np.unique(most.prompt[heavy]).tolist():
         at = layers[heavy & (most.prompt == prompt)]

@@ -59,11 +59,13 @@ def partners(comparison: ComparisonView) -> np.ndarray:
 def comparison_table(comparison: ComparisonView) -> str:
     """One row per layer of a."""
     cka, beside = comparison.cka, partners(comparison)
+    # A tuned model may differ from its base in the fifth digit only.
+    digits = 6 if cka["debiased"][np.arange(len(beside)), beside].min() > 0.99 else 4
     header = ["a", "b", "CKA debiased ± s.e.", "biased", "null", "z", "most alike in b"]
     rows = []
     for layer, other in enumerate(beside):
         values = {key: float(matrix[layer, other]) for key, matrix in cka.items()}
-        error = f" ± {values['stderr']:.4f}" if "stderr" in values else ""
+        error = f" ± {values['stderr']:.{digits}f}" if "stderr" in values else ""
         score = ""
         if "null_stddev" in values:
             score = f"{(values['biased'] - values['null_mean']) / values['null_stddev']:.1f}"
@@ -72,8 +74,8 @@ def comparison_table(comparison: ComparisonView) -> str:
             [
                 str(layer),
                 str(other),
-                f"{values['debiased']:.4f}{error}",
-                f"{values['biased']:.4f}",
+                f"{values['debiased']:.{digits}f}{error}",
+                f"{values['biased']:.{digits}f}",
                 f"{values['null_mean']:.4f}",
                 score,
                 str(best) + (f" ({cka['debiased'][layer, best]:.4f})" if best != other else ""),
@@ -92,8 +94,8 @@ def headlines(comparison: ComparisonView) -> list[str]:
     if score.values[lowest] > _SAME:
         return [f"No layer differs: all {score.num_layers} have CKA 1 with themselves on {prompts} prompts."]
     same = int((score.values > _SAME).sum())
-    error = "" if score.stderr is None else f" ± {score.stderr[lowest]:.4f}"
-    first = f"Changed most: layer {lowest} of {score.num_layers} (CKA {score.values[lowest]:.4f}{error})"
+    error = "" if score.stderr is None else f" ± {score.stderr[lowest]:.2g}"
+    first = f"Changed most: layer {lowest} of {score.num_layers} (1 - CKA {1 - score.values[lowest]:.3g}{error})"
     if same:
         first += f"; {same} layers are unchanged"
     sure = comparison.changed_most

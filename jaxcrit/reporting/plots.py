@@ -333,7 +333,15 @@ def cross_curve(
         label="debiased, ±1.96 s.e.",
     )
     axes.plot(layers, biased, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased")
-    axes.plot(layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased, unrelated layers (null mean)")
+    low, high = np.nanmin([values, biased]), np.nanmax([values, biased])
+    # Far below, it would press a curve that stays near 1 into a line.
+    near = null.max() > low - 1.5 * (high - low)
+    label = "biased, unrelated layers (null mean" + (
+        ")" if near else f" {null.min():.2f} to {null.max():.2f}, outside)"
+    )
+    shown = (layers, null) if near else ([], [])
+    axes.plot(*shown, ".--", color=NULL, markersize=3, linewidth=1, label=label)
+    axes.ticklabel_format(axis="y", useOffset=False)
     _layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")

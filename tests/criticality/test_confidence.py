@@ -107,7 +107,7 @@ def test_certainty_is_seeded_and_becomes_json():
 
 
 def result_of(scores, cka, most=None, ids=()):
-    chosen = LayerSet((5,), "delta_debiased", "critical:1", 8)
+    chosen = LayerSet((5,), "delta_debiased", "critical:1", next(iter(scores.values())).num_layers)
     return SimpleNamespace(scores=scores, cka=cka, chosen=chosen, certainty=None, leverage=most, sample_ids=ids)
 
 
@@ -140,6 +140,16 @@ class TestLeverage:
         if warned:
             assert "prompt 17, counted from 0 (sample 17abcdef0123)" in lines[0]
             assert f"{most.shift[2:8][np.abs(most.shift[2:8]).argmax()]:+.4f}" in lines[0]
+
+
+def test_only_layers_in_question_are_warned_about():
+    score, left = gaussian(np.random.default_rng(0), np.arange(9) / 2.0, prompts=30)
+    left[4] = left.mean(axis=0) + 0.05
+    result = result_of({"delta_debiased": score}, {"null_mean": np.zeros((9, 9))}, leverage(score, left), ["id"] * 30)
+    result.chosen = LayerSet((2,), "delta_debiased", "critical:1", 9)
+    result.certainty = certainty([score], [left], 1)
+    line = next(line for line in cautions(result, trim=2) if "one prompt" in line)
+    assert "prompt 4, counted from 0 (sample id), at layers 2;" in line
 
 
 def test_unrelated_neighbours_are_named():

@@ -71,7 +71,7 @@ def test_numbers_and_files_without_a_forward_pass(runs, tmp_path, monkeypatch, c
     run = read_json(out / "run.json", "jaxcrit.run")
     assert run["status"] == "complete" and run["data"]["num_prompts"] == 12
     assert max(map(len, text.splitlines()[:-1])) <= 100
-    assert f"Changed most: layer {score.values.argmin()} of 7" in text and "most alike in b" in text
+    assert f"Changed most: layer {score.values.argmin()} of 7 (1 - CKA " in text and "most alike in b" in text
     page = (out / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "jaxcrit compare" in page and "Use these layers" not in page
     before = {file: file.read_bytes() for file in out.iterdir() if file.name != "run.json"}
