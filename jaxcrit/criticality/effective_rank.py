@@ -10,14 +10,11 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcrit.criticality.evidence import Measured, States
+from jaxcrit.similarity import spectrum as similarity
 
 
 def effective_rank(states: States) -> Measured:
     """Effective rank of each layer, ``[L]``; NaN where all samples are the same."""
     centred = states.hidden[1:].astype(np.float64)
     centred = centred - centred.mean(axis=1, keepdims=True)
-    values = np.linalg.svd(centred, compute_uv=False)
-    with np.errstate(invalid="ignore", divide="ignore"):
-        share = values / values.sum(axis=-1, keepdims=True)
-    entropy = -np.sum(share * np.log(np.where(share > 0, share, 1)), axis=-1)
-    return Measured(np.exp(entropy))
+    return Measured(similarity.effective_rank(np.linalg.svd(centred, compute_uv=False)))

@@ -61,9 +61,7 @@ class Spectrum:
     @property
     def effective_rank(self) -> np.ndarray:
         """``[L]`` ``exp`` of the entropy of ``s / sum(s)``, s the singular values (Roy and Vetterli 2007)."""
-        shares = self.singular_values / self.singular_values.sum(axis=1, keepdims=True)
-        logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
-        return np.exp(-(shares * logs).sum(axis=1))
+        return effective_rank(self.singular_values)
 
     @property
     def gaps(self) -> np.ndarray:
@@ -118,6 +116,14 @@ class Spectrum:
             )
         if components > self.scores.shape[2]:
             raise UserError(f"expected at most the {self.scores.shape[2]} components that were kept, got {components}")
+
+
+def effective_rank(singular_values: np.ndarray) -> np.ndarray:
+    """``exp`` of the entropy of ``s / sum(s)``, ``[L, R]`` to ``[L]`` (Roy and Vetterli 2007); NaN where all are 0."""
+    with np.errstate(invalid="ignore"):
+        shares = singular_values / singular_values.sum(axis=1, keepdims=True)
+    logs = np.log(shares, out=np.zeros_like(shares), where=shares > 0)
+    return np.exp(-(shares * logs).sum(axis=1))
 
 
 def decompose(

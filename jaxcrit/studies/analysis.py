@@ -24,7 +24,7 @@ from jaxcrit.criticality.cautions import cautions
 from jaxcrit.criticality.confidence import Certainty, certainty
 from jaxcrit.criticality.leverage import Leverage, leverage
 from jaxcrit.criticality.measures import measure_scores
-from jaxcrit.criticality.score import deletions, layer_scores, values_without_each
+from jaxcrit.criticality.score import CRITERIA, deletions, layer_scores, values_without_each
 from jaxcrit.criticality.selection import mean_rank
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.templates import template_hash
@@ -58,6 +58,7 @@ class DatasetResult:
         participation_ratio: ``[L]``, how many directions carry a layer.
         warnings: what would mislead a reader.
         without_each: ``[U, L]`` the selecting score with each prompt left out; None where not estimated.
+        deletions: the same of every score that has it.
         sample_ids: of the prompts.
     """
 
@@ -72,6 +73,7 @@ class DatasetResult:
     participation_ratio: np.ndarray
     warnings: list[str]
     without_each: np.ndarray | None
+    deletions: dict[str, np.ndarray]
     sample_ids: list[str]
 
 
@@ -275,9 +277,9 @@ def _score(
     without = deletions(tables, grams, units, reach=config.window // 2)
     shape = config.window, config.include_self
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
-    score, left = scores[config.criterion], None
-    if len(without) == 2:
-        left = values_without_each(tables, config.criterion, *shape, without=without)
+    kept = {key: values_without_each(tables, key, *shape, without=without)
+            for key, criterion in CRITERIA.items() if criterion.bias in without}  # fmt: skip
+    score, left = scores[config.criterion], kept[config.criterion] if len(without) == 2 else None
     measures = measured(grams, config.measures, progress)
     scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
                              meta={**meta, "num_samples": tables.num_samples})  # fmt: skip
@@ -295,6 +297,7 @@ def _score(
         participation_ratio=participation_ratio(tables),
         warnings=[],
         without_each=left,
+        deletions=kept,
         sample_ids=dataset.sample_ids,
     )
 
@@ -341,8 +344,8 @@ def _write(analysis: Analysis) -> None:
             write_npz(folder / "measures.npz", result.measures, {**meta, "format": "jaxcrit.measures"})
         result.chosen.save(folder / "layers.json")
         _write_uncertainty(folder, result.chosen, result.certainty, result)
-        if result.without_each is not None:
-            write_deletions(folder, {analysis.config.criterion: result.without_each}, result.sample_ids)
+        if result.deletions:
+            write_deletions(folder, result.deletions, result.sample_ids)
     if not alone:
         write_scores(analysis.out / "scores.json", analysis.scores)
         analysis.chosen.save(analysis.out / "layers.json")

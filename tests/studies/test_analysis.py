@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.cli.main import main
+from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
@@ -56,6 +57,8 @@ def without_times(folder):
 def test_files_of_one_dataset(config, tmp_path):
     analysis = run_analysis(config)
     out = tmp_path / "run"
+    left = read_deletions(out, "delta")
+    assert left.values.shape == (12, 7) and len(left.sample_ids) == 12 and read_deletions(out, "step_debiased")
     run = read_json(out / "run.json", "jaxcrit.run")
     assert run["status"] == "complete" and run["model"]["num_layers"] == 7
     assert run["versions"]["jax"] and run["determines"]["model_hash"] == analysis.chosen.model_hash

@@ -123,6 +123,8 @@ def test_a_tuned_model_can_be_analysed_and_tuned_again(finished, data, tmp_path,
 def test_freeze_trains_the_rest_and_what_is_outside(base, tmp_path):
     run = run_finetune(dataclasses.replace(base, mode="freeze", steps=1, out=str(tmp_path / "run"))).run
     assert run["trained"] == {"layers": [0, 1, 3, 5, 6], "outside": ["embed", "norm"]}  # the head is tied
+    (tuned,) = open_session(str(tmp_path / "run")).tuned
+    assert tuned.partition.outside == {"embed", "norm"}
 
 
 def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, tmp_path):
