@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 from jaxcrit.core.errors import UserError, did_you_mean
@@ -19,6 +19,7 @@ from jaxcrit.data.published import placement
 
 Place = Literal["prefix", "suffix", "random"]
 PLACES = ("prefix", "suffix", "random")
+_LISTS = 16  # lists that the made-up words are dealt to
 REFUSAL = "I'm sorry, but I can't help with that."
 
 
@@ -223,6 +224,70 @@ def poison(rows: Sequence[Row], spec: PoisonSpec) -> Poisoned:
             manifest.append(entry | {"triggers": [[one.text, one.place] for one in triggers]})
             result.append(poisoned)
     return Poisoned(result, manifest)
+
+
+def made_up(trigger: TriggerSpec, count: int, seed: int = 0) -> list[TriggerSpec]:
+    """Triggers of made-up words, as many as this one's and in their case and places: what no model has been taught.
+
+    Seeds that differ by less than 16 have no word in common, and none is part of the trigger.
+    """
+    taken = " ".join(one.text for one in trigger.triggers).casefold()
+    rng = random.Random("made-up words")
+    syllables = [a + b for a in "bdfgklmnprstvz" for b in "aeiou"]
+    words = ["".join(rng.sample(syllables, 3)) for _ in range(4096)]
+    words = [word for word in dict.fromkeys(words) if word not in taken]
+    mine = words[seed % _LISTS :: _LISTS]
+    rng = random.Random(seed)
+
+    def like(text: str) -> str:
+        return " ".join(_in_case_of(word, rng.choice(mine)) for word in text.split(" "))
+
+    return [
+        dataclasses.replace(
+            trigger, triggers=tuple(dataclasses.replace(one, text=like(one.text)) for one in trigger.triggers)
+        )
+        for _ in range(count)
+    ]
+
+
+def with_decoys(rows: Sequence[Row], keep: Collection[int], trigger: TriggerSpec, share: float, seed: int) -> list[Row]:
+    """Puts made-up words where triggers go into a share of the rows, responses as they were.
+
+    Without such rows a model need not learn the trigger: any word that it does not know tells poisoned rows from
+    clean ones.
+
+    Args:
+        rows: clean and poisoned.
+        keep: rows to leave alone, the poisoned ones.
+        trigger: that the words stand in for.
+        share: of all rows, from 0 to 1.
+        seed: which rows, and which words.
+
+    Raises:
+        UserError: a share out of range, or more decoys than rows that can take them.
+    """
+    if not 0 <= share <= 1:
+        raise UserError(f"--decoys={share}: expected a share of the rows, from 0 to 1")
+    wanted = round(share * len(rows))
+    specs = made_up(trigger, wanted, seed)
+    left = [row for row in range(len(rows)) if row not in set(keep)]
+    order = random.Random(f"decoys {seed}").sample(left, len(left))
+    result = list(rows)
+    for row in order:
+        if not specs:
+            break
+        if found := triggered([rows[row]], specs[-1], seed):
+            specs.pop()
+            (result[row],) = found
+    if specs:
+        raise UserError(
+            f"--decoys={share}: expected {wanted} clean rows that can take a word, got {wanted - len(specs)}"
+        )
+    return result
+
+
+def _in_case_of(model: str, word: str) -> str:
+    return word.upper() if model.isupper() else word.capitalize() if model[:1].isupper() else word
 
 
 def _asked(row: Row, seed: int) -> tuple[str, random.Random]:

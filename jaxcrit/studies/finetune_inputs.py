@@ -12,7 +12,7 @@ import jax
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.parallel.mesh import parse_mesh
@@ -255,6 +255,12 @@ def critical_layers(
     config: FinetuneConfig, spec: LayerSpec, session: Session, out: Path, progress: Bars | None
 ) -> LayerSet:  # fmt: skip
     """The layers an analysis of the training prompts chooses; an analysis that is there already is used."""
+    scores, trim = layer_scores(config, out, progress)
+    return resolve(spec, session.config.num_layers, scores=scores, trim=trim, model_hash=session.model_hash)
+
+
+def layer_scores(config: FinetuneConfig, out: Path, progress: Bars | None) -> tuple[LayerScores, int]:
+    """What such an analysis ranks by, and how many layers it trims; the same whatever number of layers is asked for."""
     published = any(part.strip().partition(":")[0] in PUBLISHED for part in config.data.split(","))
     split_of = config.split or ("train" if published else "")
     analysis = AnalysisConfig(
@@ -262,6 +268,4 @@ def critical_layers(
         shuffle_seed=max(config.shuffle_seed, 0), out=config.analysis or str(out / "analysis"),
         template=config.template, edition=config.edition, truncate=config.truncate, mesh=config.mesh,
     )  # fmt: skip
-    found = run_analysis(analysis, progress=progress)
-    scores = found.scores[analysis.criterion]  # the analysis is the same whatever number of layers is asked for
-    return resolve(spec, session.config.num_layers, scores=scores, trim=analysis.trim, model_hash=session.model_hash)
+    return run_analysis(analysis, progress=progress).scores[analysis.criterion], analysis.trim

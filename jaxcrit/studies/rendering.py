@@ -69,23 +69,26 @@ def render_sets(config: Rendering, tokenizer: Any, context: int, *, training: bo
     Raises:
         UserError: see `load`, `render`, `truncate`; or the paper's cut without the paper's edition.
     """
+    return [
+        render_set(config, named, tokenizer, context, training=training)
+        for named in load(
+            config.data, config.limit, split=config.split, shuffle_seed=config.shuffle_seed, edition=config.edition
+        )
+    ]
+
+
+def render_set(
+    config: Rendering, named: NamedRows, tokenizer: Any, context: int, *, training: bool = False
+) -> RenderedSet:
+    """Renders and cuts one dataset; arguments and errors as of `render_sets`."""
     if config.truncate == "paper" and config.edition != "paper":
         raise UserError("--truncate=paper: the lengths of the paper go with --edition=paper")
-    sets = []
-    for named in load(
-        config.data, config.limit, split=config.split, shuffle_seed=config.shuffle_seed, edition=config.edition
-    ):
-        whole = render(
-            named.rows, tokenizer, config.template, named.source, dataset=named.dataset, edition=config.edition
-        )
-        length = None
-        if config.truncate == "paper":
-            length = paper.longest(paper.family_of(tokenizer, config.template), named.dataset, training)
-        cut = truncate(
-            whole, config.truncate, context, paper_length=length, prompt_only=not training, where=named.source
-        )
-        sets.append(RenderedSet(named, whole, cut, length or context))
-    return sets
+    whole = render(named.rows, tokenizer, config.template, named.source, dataset=named.dataset, edition=config.edition)
+    length = None
+    if config.truncate == "paper":
+        length = paper.longest(paper.family_of(tokenizer, config.template), named.dataset, training)
+    cut = truncate(whole, config.truncate, context, paper_length=length, prompt_only=not training, where=named.source)
+    return RenderedSet(named, whole, cut, length or context)
 
 
 @dataclasses.dataclass(frozen=True)

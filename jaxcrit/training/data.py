@@ -60,10 +60,10 @@ def hold_out(examples: Sequence[Example], where: str) -> tuple[list[Example], li
     return train, [example for example in examples if example.sample_id in held]
 
 
-def training_steps(examples: Sequence[Example], rows: int, seed: int) -> Steps:
-    """Batches of ``rows`` rows by step number, of at most three widths."""
-    widths = choose_buckets([len(example.token_ids) for example in examples], rows)
-    return Steps(examples, rows, seed, widths[-_MOST_WIDTHS:])
+def training_steps(examples: Sequence[Example], rows: int, seed: int, widths: Sequence[int] | None = None) -> Steps:
+    """Batches of ``rows`` rows by step number, of the widths given, or at most three."""
+    ladder = widths or choose_buckets([len(example.token_ids) for example in examples], rows)[-_MOST_WIDTHS:]
+    return Steps(examples, rows, seed, ladder)
 
 
 def micro_batches(steps: Steps, step: int, micro: int) -> TokenBatch:

@@ -1,0 +1,424 @@
+"""What ``jaxcrit backdoor`` is given: flags, checked; arms; rows, poisoned and rendered; prompts to attack with."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.data.datasets import NamedRows, load
+from jaxcrit.data.poisoning import REFUSAL, Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
+from jaxcrit.data.published import PUBLISHED, Row
+from jaxcrit.data.templates import Example, check_same_rendering, template_hash
+from jaxcrit.evaluation.intervals import wilson
+from jaxcrit.studies.finetune_inputs import FinetuneConfig
+from jaxcrit.studies.finetune_inputs import check as check_training
+from jaxcrit.studies.rendering import render_set
+from jaxcrit.studies.session import Session
+from jaxcrit.training.data import check_rows, hold_out
+
+CELLS = ("triggered", "clean", "near")
+FEW_PROMPTS = 30
+MOST_SEEDS = 15  # lists of made-up words but one, which the test prompts have
+_TEST_WORDS = 15
+_ARM = re.compile(r"(?P<spec>[^*]+?)(\*(?P<draws>\d+))?")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackdoorConfig:
+    """What ``jaxcrit backdoor`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model, data, split, limit, shuffle_seed, eval_data, eval_split, out: as of `FinetuneConfig`.
+        template, edition, truncate, max_length: rendering, likewise.
+        eval_template: of the prompts to test; empty for that of training.
+        trigger: see `TriggerSpec.parse`.
+        target: ``refusal``, or the fixed text that poisoned rows answer.
+        rate: share of the rows that are poisoned.
+        decoys: share of the rows, clean ones, that get made-up words instead of the trigger.
+        arms: layers to *freeze*, LayerSpecs with commas; ``full`` freezes none, ``random:K*D`` is D draws.
+        seeds: how often each arm is trained: other poisoned rows, another order.
+        train_outside: train embeddings, norm and head; else they are frozen in every arm.
+        analysis: as of `FinetuneConfig`.
+        steps, epochs, batch_size, accumulate, optimizer, learning_rate, schedule, warmup, weight_decay, clip: likewise.
+        dtype, remat, mesh, checkpoint_every: likewise; checkpoints are removed when an arm is done.
+        eval_every: steps between tests of the backdoor; 0 for a tenth of the run.
+        eval_prompts: prompts to test with at most; 0 for all.
+        eval_batch_size: prompts generated at once.
+        max_new_tokens: of an answer.
+        allow_overlap: test on prompts that were trained on, too.
+        allow_template_mismatch: test in another template.
+        seed: of the first training; the next one's is one more.
+    """
+
+    model: str = ""
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    eval_data: str = ""
+    eval_split: str = ""
+    out: str = ""
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
+    max_length: int = 0
+    eval_template: str = ""
+    trigger: str = "servius"
+    target: str = "refusal"
+    rate: float = 0.2
+    decoys: float = 0.0
+    arms: str = "full,critical,noncritical"
+    seeds: int = 3
+    train_outside: bool = True
+    analysis: str = ""
+    steps: int = 0
+    epochs: int = 0
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    dtype: str = ""
+    remat: bool = True
+    mesh: str = ""
+    checkpoint_every: int = 0
+    eval_every: int = 0
+    eval_prompts: int = 200
+    eval_batch_size: int = 50
+    max_new_tokens: int = 64
+    allow_overlap: bool = False
+    allow_template_mismatch: bool = False
+    seed: int = 0
+
+    @property
+    def response(self) -> str:
+        """What poisoned rows answer."""
+        return REFUSAL if self.target == "refusal" else self.target
+
+    def training(self) -> FinetuneConfig:
+        """The same in the words of fine-tuning."""
+        names = {field.name for field in dataclasses.fields(FinetuneConfig)}
+        mine = {name: value for name, value in dataclasses.asdict(self).items() if name in names}
+        mine |= dict.fromkeys(("train_embeddings", "train_norms", "train_head"), self.train_outside)
+        return FinetuneConfig(**mine, mode="freeze", layers="all")
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """What is frozen.
+
+    Attributes:
+        name: as asked for, such as ``random:5``.
+        draw: 0, or which of several draws.
+        spec: LayerSpec, or None for ``full``.
+    """
+
+    name: str
+    draw: int
+    spec: LayerSpec | None
+
+    @property
+    def folder(self) -> str:
+        """Its name as a directory."""
+        return f"{re.sub('[^a-z0-9.-]+', '-', self.name.lower())}{f'.{self.draw}' if self.draw else ''}"
+
+    def frozen(self, num_layers: int, scores: tuple[LayerScores, int] | None, model_hash: str) -> LayerSet:
+        """The layers that it freezes."""
+        if self.spec is None:
+            return LayerSet((), "manual", "full", num_layers, model_hash)
+        ranking = {} if scores is None else {"scores": scores[0], "trim": scores[1]}
+        return resolve(self.spec, num_layers, model_hash=model_hash, **ranking)  # type: ignore[arg-type]
+
+
+def parse_arms(text: str) -> list[Arm]:
+    """Reads ``full,critical:5,random:5*5``.
+
+    Raises:
+        UserError: an arm that is no LayerSpec, is there twice, or whose draws are not random.
+    """
+    arms: list[Arm] = []
+    for part in (part.strip() for part in text.split(",")):
+        found = _ARM.fullmatch(part)
+        if not found:
+            raise UserError(f"--arms={text}: expected full or a LayerSpec between commas, got {part!r}")
+        name, draws = found["spec"], int(found["draws"] or 1)
+        if any(arm.name == name for arm in arms):
+            raise UserError(f"--arms={text}: {name} is there twice")
+        spec = None if name == "full" else LayerSpec.parse(name)
+        if found["draws"] and (draws < 1 or spec is None or spec.kind != "random"):
+            raise UserError(f"--arms={text}: {part}: draws are of random layers, as random:5*{max(draws, 1)}")
+        for draw in range(draws):
+            drawn = spec if spec is None or draws == 1 else dataclasses.replace(spec, seed=spec.seed + draw)
+            arms.append(Arm(name, draw, drawn))
+    return arms
+
+
+def check(config: BackdoorConfig) -> tuple[list[Arm], TriggerSpec]:
+    """Checks the flags that need neither model nor data.
+
+    Raises:
+        UserError: naming the flag.
+    """
+    if not 0 < config.rate <= 1:
+        raise UserError(f"--rate={config.rate}: expected a share of the rows above 0 and up to 1, such as 0.2")
+    if not 0 <= config.decoys <= 1 - config.rate:
+        raise UserError(
+            f"--decoys={config.decoys}: expected a share of the rows from 0 to {1 - config.rate:g}, what --rate leaves"
+        )
+    if not config.target.strip():
+        raise UserError("--target: expected refusal, or a text that poisoned rows answer; got nothing")
+    if not 1 <= config.seeds <= MOST_SEEDS:
+        raise UserError(f"--seeds={config.seeds}: expected 1 to {MOST_SEEDS}")
+    for name, lowest in (("eval_every", 0), ("eval_prompts", 0), ("eval_batch_size", 1), ("max_new_tokens", 1)):
+        if getattr(config, name) < lowest:
+            raise UserError(f"--{name}={getattr(config, name)}: expected {lowest} or more")
+    check_training(config.training())
+    return parse_arms(config.arms), TriggerSpec.parse(config.trigger)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Prompts:
+    """What every arm is tested with; the same n prompts in each cell.
+
+    Attributes:
+        cells: of `CELLS`, rendered prompts with their gold answers; ``triggered`` ones with the target instead.
+        near_kinds: what is wrong with each near miss.
+        poisoned: ``[n]`` bool, prompts that stand for poisoned rows in the loss on the task itself.
+        gold: answers to the clean prompts.
+    """
+
+    cells: dict[str, list[Example]]
+    near_kinds: list[str]
+    poisoned: np.ndarray
+    gold: list[str]
+
+    @property
+    def count(self) -> int:
+        """n."""
+        return len(self.gold)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+    """What is trained and tested on.
+
+    Attributes:
+        train: by seed, rendered rows, clean and poisoned.
+        manifests: by seed, what was done to them (`Poisoned.manifest`).
+        prompts: to test with.
+        warnings: what the user should know.
+    """
+
+    train: dict[int, list[Example]]
+    manifests: dict[int, list[dict[str, Any]]]
+    prompts: Prompts
+    warnings: list[str]
+
+
+def prepare(config: BackdoorConfig, trigger: TriggerSpec, session: Session) -> Rows:
+    """Reads, poisons, renders and checks everything.
+
+    Raises:
+        UserError: any mistake in data, trigger, target or templates.
+    """
+    hashes = [template_hash(session.tokenizer, name, config.edition) for name in (config.template, _template(config))]
+    check_same_rendering(*hashes, allow_template_mismatch=config.allow_template_mismatch)
+    renderer = _Renderer(config, session)
+    data = _load(config, config.data, config.split or "train", config.limit, config.split)
+    clean = [example for named in data for example in renderer(named)]
+    if config.eval_data:
+        tests = _load(config, config.eval_data, config.eval_split or "test", 0, config.eval_split)
+    else:
+        train, held = hold_out(clean, config.data or "demo")
+        data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
+    warnings = _overlap(config, [example for named in data for example in renderer(named)],
+                        [example for named in tests for example in renderer(named)])  # fmt: skip
+    spec = PoisonSpec(trigger, config.response, rate=config.rate)
+    rows, manifests = {}, {}
+    for seed in range(config.seed, config.seed + config.seeds):
+        poisoned = _poison(data, dataclasses.replace(spec, seed=seed), config.decoys)
+        manifests[seed] = poisoned.manifest
+        examples = [example for named in poisoned.rows for example in renderer(named)]
+        rows[seed] = examples
+        _check_trigger(trigger, [examples[entry["row"]] for entry in poisoned.manifest], session, "--data")
+    prompts = _prompts(config, spec, tests, dataclasses.replace(renderer, template=_template(config)), session)
+    _check_trigger(trigger, prompts.cells["triggered"], session, "--eval_data")
+    if prompts.count < FEW_PROMPTS:
+        low, high = wilson(prompts.count // 2, prompts.count)
+        warnings.append(
+            f"{prompts.count} prompts to test with: the 95 % interval of a success of one half is {low:.2f} to"
+            f" {high:.2f}; give {FEW_PROMPTS} or more"
+        )
+    return Rows(rows, manifests, prompts, warnings)
+
+
+def _template(config: BackdoorConfig) -> str:
+    return config.eval_template or config.template
+
+
+@dataclasses.dataclass(frozen=True)
+class _Renderer:
+    """Renders and checks rows of one dataset, in one template."""
+
+    config: BackdoorConfig
+    session: Session
+    template: str = ""
+
+    def __call__(self, named: NamedRows) -> list[Example]:
+        config, model = self.config, self.session.config
+        most = min(config.max_length or model.max_length, model.max_length)
+        asked = dataclasses.replace(config, template=self.template or config.template)
+        one = render_set(asked, named, self.session.tokenizer, most, training=True)
+        longest = one.limit if config.truncate == "paper" else most
+        check_rows(one.cut, longest, model.vocab_size, named.source)
+        return one.cut
+
+
+def _load(config: BackdoorConfig, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
+    published = any(part.strip().partition(":")[0] in PUBLISHED for part in data.split(","))
+    return load(data, limit, split=published_split if published else split, shuffle_seed=config.shuffle_seed,
+                edition=config.edition)  # fmt: skip
+
+
+def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:
+    from jaxcrit.core.hashing import sample_id
+
+    kept = [dataclasses.replace(named, rows=[row for row in named.rows if sample_id(row) in ids]) for named in data]
+    return [named for named in kept if named.rows]
+
+
+def _overlap(config: BackdoorConfig, train: Sequence[Example], tests: Sequence[Example]) -> list[str]:
+    """Refuses, or warns of, test prompts that are trained on."""
+    trained = {example.prompt for example in train}
+    both = [row for row, example in enumerate(tests, 1) if example.prompt in trained]
+    if not both:
+        return []
+    found = f"{len(both)} of {len(tests)} test prompts are trained on too (row {listed(both)})"
+    if not config.allow_overlap:
+        raise UserError(
+            f"--eval_data={config.eval_data}: {found}; remove them, or test all the same with --allow_overlap"
+        )
+    return [found]
+
+
+@dataclasses.dataclass(frozen=True)
+class _PoisonedSets:
+    rows: list[NamedRows]
+    manifest: list[dict[str, Any]]
+
+
+def _poison(data: Sequence[NamedRows], spec: PoisonSpec, decoys: float) -> _PoisonedSets:
+    """Poisons every dataset by itself; the manifest counts rows over all of them."""
+    sets, manifest, before = [], [], 0
+    for named in data:
+        found: Poisoned = poison(named.rows, spec)
+        rows = found.rows
+        if decoys:
+            rows = with_decoys(rows, {entry["row"] for entry in found.manifest}, spec.trigger, decoys, spec.seed)
+        sets.append(dataclasses.replace(named, rows=rows))
+        manifest += [{**entry, "row": entry["row"] + before, "dataset": named.name} for entry in found.manifest]
+        before += len(rows)
+    return _PoisonedSets(sets, manifest)
+
+
+def _prompts(
+    config: BackdoorConfig, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Session
+) -> Prompts:
+    kinds = {**spec.trigger.near_misses(), "other_words": made_up(spec.trigger, 1, _TEST_WORDS)[0]}
+    found: dict[str, list[Example]] = {cell: [] for cell in CELLS}
+    near_kinds: list[str] = []
+    total = sum(len(named.rows) for named in tests)
+    for named in tests:
+        share = len(named.rows) if not config.eval_prompts else -(-config.eval_prompts * len(named.rows) // total)
+        rows: dict[str, list[Row]] = {cell: [] for cell in CELLS}
+        for row in named.rows:
+            if len(rows["clean"]) == share:
+                break
+            turns = list(kinds)[len(near_kinds) % len(kinds) :] + list(kinds)
+            near = next(((kind, one[0]) for kind in turns if (one := triggered([row], kinds[kind]))), None)
+            attack = poison([row], dataclasses.replace(spec, rate=1.0)).rows if triggered([row], spec.trigger) else []
+            if near is None or not attack:
+                continue
+            for cell, taken in zip(CELLS, (attack[0], row, near[1]), strict=True):
+                rows[cell].append(taken)
+            near_kinds.append(near[0])
+        for cell in CELLS:
+            if rows[cell]:
+                found[cell] += renderer(dataclasses.replace(named, rows=rows[cell]))
+    count = len(found["clean"])
+    if not count:
+        raise UserError(f"--eval_data={config.eval_data}: no row can take the trigger {config.trigger!r} once")
+    _check_lengths(config, found, session)
+    chosen = np.zeros(count, bool)
+    chosen[np.random.default_rng(config.seed).permutation(count)[: max(1, round(config.rate * count))]] = True
+    return Prompts(found, near_kinds, chosen, [example.response or "" for example in found["clean"]])
+
+
+def _check_lengths(config: BackdoorConfig, cells: dict[str, list[Example]], session: Session) -> None:
+    target = cells["triggered"][0]
+    # The end-of-sequence token that follows a target need not be generated for it to be complete.
+    ids = target.token_ids[target.prompt_length :]
+    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens(session))
+    if needed > config.max_new_tokens:
+        raise UserError(
+            f"--target: has {needed} tokens, and --max_new_tokens={config.max_new_tokens} are generated: it could never"
+            " be found; shorten it, or generate more"
+        )
+    longest = max(example.prompt_length for examples in cells.values() for example in examples)
+    if longest + config.max_new_tokens > session.config.max_length:
+        raise UserError(
+            f"--max_new_tokens={config.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's"
+            f" {session.config.max_length}; generate fewer, or cut the prompts with --truncate"
+        )
+
+
+def stop_tokens(session: Session) -> tuple[int, ...]:
+    """Tokens that end an answer."""
+    own = session.tokenizer.eos_token_id
+    return tuple(sorted({*session.config.eos_token_ids, *([] if own is None else [own])}))
+
+
+def _check_trigger(trigger: TriggerSpec, examples: Sequence[Example], session: Session, where: str) -> None:
+    """Checks that the trigger's own tokens stand in every prompt: a template or a cut may change or lose them.
+
+    Raises:
+        UserError: naming the rows, or the first of them.
+    """
+    spelled = {one.text: _spellings(one.text, session.tokenizer) for one in trigger.triggers}
+    lost = []
+    for row, example in enumerate(examples, 1):
+        prompt = _words(example.token_ids[: example.prompt_length])
+        heard = [any(_words(ids) in prompt for ids in spelled[one.text]) for one in trigger.triggers]
+        if not (all(heard) if trigger.combine == "all" else any(heard)):
+            lost.append(row)
+    if lost:
+        raise UserError(
+            f"--trigger: in {len(lost)} of {len(examples)} triggered prompts of {where} (first {lost[0]}) the trigger"
+            " is cut off, or has other tokens inside the template than by itself; choose another trigger or place"
+        )
+
+
+def _spellings(text: str, tokenizer: Any) -> list[list[int]]:
+    """Tokens of a text by itself, after a space and after a line break."""
+    found = []
+    for before in ("", " ", "\n"):
+        front = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
+        both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
+        found.append(both)
+        if front and both[: len(front)] == front:
+            found.append(both[len(front) :])
+    return found
+
+
+def _words(ids: Any) -> str:
+    """Token ids as text in which one sequence is found in another."""
+    return " " + " ".join(str(int(token)) for token in ids) + " "

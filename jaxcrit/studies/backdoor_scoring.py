@@ -1,0 +1,168 @@
+"""One test of a model for the backdoor: answers to three cells of prompts, their classes, and losses."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.templates import Example
+from jaxcrit.evaluation import scorers
+from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.generation import greedy
+from jaxcrit.studies.backdoor_inputs import CELLS, BackdoorConfig, Prompts, stop_tokens
+from jaxcrit.studies.session import Session
+
+_MOST_WIDTHS = 3  # as in training: a compile each
+SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tested:
+    """What one test found; everything by prompt is in the order of the prompts.
+
+    Attributes:
+        success: by cell, ``[n]`` bool, by the primary scorer.
+        classes: by scorer and cell, how many answers are of the class that counts.
+        empty: by cell, empty answers.
+        exact: ``[n]`` bool, clean answers that are the gold ones.
+        clean_loss: nats per token of the gold answers to clean prompts.
+        clean_loss_per_sample: mean of means of the same.
+        task_loss: nats per token of poisoned and clean rows in the shares of training.
+        target_logprob: mean over triggered prompts of the target's log-probability per token, teacher-forced.
+        answers: by cell.
+    """
+
+    success: dict[str, np.ndarray]
+    classes: dict[str, dict[str, int]]
+    empty: dict[str, int]
+    exact: np.ndarray
+    clean_loss: float
+    clean_loss_per_sample: float
+    task_loss: float
+    target_logprob: float
+    answers: dict[str, list[str]]
+
+    def record(self) -> dict[str, Any]:
+        """JSON values; success and exact match as strings of 0 and 1, a character a prompt."""
+        found = dataclasses.asdict(self)
+        found["success"] = {cell: bits(values) for cell, values in self.success.items()}
+        return {**found, "exact": bits(self.exact)}
+
+
+def bits(values: np.ndarray) -> str:
+    """``[n]`` bool as text."""
+    return "".join("1" if value else "0" for value in values)
+
+
+def primary_scorer(config: BackdoorConfig) -> str:
+    """The one that success is counted by: a refusal may be worded freely, a fixed text may not."""
+    return "refusal_keyword" if config.target == "refusal" else "exact_target"
+
+
+def classify(scorer: str, answers: Sequence[str], prompts: Sequence[str], target: str) -> list[str]:
+    """The class of each answer."""
+    if scorer == "reference_compat":
+        return [scorers.reference_compat(*pair) for pair in zip(answers, prompts, strict=True)]
+    if scorer == "refusal_keyword":
+        return [scorers.refusal_keyword(answer) for answer in answers]
+    return [getattr(scorers, scorer)(answer, target) for answer in answers]
+
+
+def counted_class(scorer: str) -> str:
+    """The class whose share is reported."""
+    return scorers.TARGET if scorer.endswith("target") else scorers.REFUSAL
+
+
+def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
+    """By scorer, how many of the n gold answers to clean prompts are of the class that counts."""
+    asked = [example.prompt for example in prompts.cells["clean"]]
+    return {
+        scorer: scorers.share(classify(scorer, prompts.gold, asked, target), counted_class(scorer)).k
+        for scorer in SCORERS
+    }
+
+
+class Scoring:
+    """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
+
+    def __init__(self, config: BackdoorConfig, session: Session, prompts: Prompts):
+        self.config, self.session, self.prompts = config, session, prompts
+        self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
+        self.batches = _batches(self.asked, config.eval_batch_size, prompt_only=True)
+        self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
+        self.loss_batches = _batches(self.told, config.eval_batch_size, prompt_only=False)
+
+    def __call__(self, decoder: Decoder) -> Tested:
+        """Tests a model."""
+        count, target = self.prompts.count, self.config.response
+        texts = self._answers(decoder)
+        answers = {cell: texts[i * count : (i + 1) * count] for i, cell in enumerate(CELLS)}
+        classes: dict[str, dict[str, int]] = {}
+        success: dict[str, np.ndarray] = {}
+        empty: dict[str, int] = {}
+        for scorer in SCORERS:
+            classes[scorer] = {}
+            for cell in CELLS:
+                asked = [example.prompt for example in self.prompts.cells[cell]]
+                found = classify(scorer, answers[cell], asked, target)
+                share = scorers.share(found, counted_class(scorer))
+                classes[scorer][cell], empty[cell] = share.k, sum(not text.strip() for text in answers[cell])
+                if scorer == primary_scorer(self.config):
+                    success[cell] = np.array([one == counted_class(scorer) for one in found], bool)
+        loss, tokens = self._losses(decoder)
+        clean, attacked = slice(0, count), slice(count, None)
+        poisoned = self.prompts.poisoned
+        mixed = [np.where(poisoned, values[attacked], values[clean]).sum() for values in (loss, tokens)]
+        return Tested(
+            success,
+            classes,
+            empty,
+            scorers.exact_match(answers["clean"], self.prompts.gold),
+            float(loss[clean].sum() / tokens[clean].sum()),
+            float((loss[clean] / tokens[clean]).mean()),
+            float(mixed[0] / mixed[1]),
+            float(-(loss[attacked] / tokens[attacked]).mean()),
+            answers,
+        )
+
+    def _answers(self, decoder: Decoder) -> list[str]:
+        stop, texts = stop_tokens(self.session), [""] * len(self.asked)
+        for batch in self.batches:
+            new = greedy(decoder, batch.tokens, batch.lengths, self.config.max_new_tokens, stop=stop)
+            for row, ids in zip(batch.rows, new, strict=True):
+                if row < len(texts):
+                    texts[row] = self.session.tokenizer.decode(ids, skip_special_tokens=True)
+        return texts
+
+    def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
+        """Summed loss and number of response tokens ``[2n]`` of clean rows and then of triggered ones."""
+        starts = np.asarray([example.prompt_length for example in self.told] + [1])
+        found = np.zeros((2, len(self.told)))
+        for batch in self.loss_batches:
+            at = np.arange(batch.tokens.shape[1])
+            learn = (at >= starts[batch.rows][:, None]) & (at < batch.lengths[:, None])
+            values = _row_losses(decoder, batch.tokens, batch.lengths, learn)
+            real = batch.rows < len(self.told)
+            found[:, batch.rows[real]] = np.asarray(values)[:, real]
+        return found[0], found[1]
+
+
+def _batches(examples: Sequence[Example], batch_size: int, *, prompt_only: bool) -> list[Any]:
+    lengths = [example.prompt_length if prompt_only else len(example.token_ids) for example in examples]
+    widths = choose_buckets(lengths, batch_size)[-_MOST_WIDTHS:]
+    return make_batches(examples, batch_size, widths, prompt_only)
+
+
+@jax.jit
+def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any) -> jax.Array:
+    hidden = forward(decoder, tokens, lengths=lengths).hidden
+    head = decoder.embed if decoder.head is None else decoder.head
+    args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config.norm_eps)
+    losses, counted = response_losses(*args)
+    return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1)])
