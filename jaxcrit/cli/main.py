@@ -33,6 +33,7 @@ COMMANDS = {
         "remove components, or steer, and see what an answer becomes",
     ),
     "compare": ("jaxcrit.cli.compare", "CKA between two models over the same prompts, from their fingerprints"),
+    "backdoor": ("jaxcrit.cli.backdoor", "whether freezing layers keeps poisoned data from planting a backdoor"),
     "select": ("jaxcrit.cli.select", "choose layers again from scores.json, in the words of another trainer"),
     "substitute": ("jaxcrit.cli.substitute", "put layers of the base into the tuned model: what each is worth"),
     "ablate": ("jaxcrit.cli.ablate", "put each layer out of action: loss and right answers without it"),

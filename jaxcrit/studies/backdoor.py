@@ -65,14 +65,14 @@ class Backdoor:
         config: what was asked.
         study: the figures of its tables.
         runs: what they were computed from.
-        warnings: what the user should know.
+        content: of ``backdoor.json``, what reports are made of.
         out: run directory.
     """
 
     config: BackdoorConfig
     study: Study
     runs: list[Run]
-    warnings: list[str]
+    content: dict[str, Any]
     out: Path
 
 
@@ -127,10 +127,20 @@ def run_backdoor(config: BackdoorConfig, *, progress: Bars | None = None, say: S
             runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
     base = base_rates(rows.prompts, config.response)
     found = study(runs, rows.prompts.near_kinds, base, primary_scorer(config))
-    content = {"determines": determines, "study": found.to_json(), "warnings": rows.warnings}
+    content = {
+        "determines": determines,
+        "study": found.to_json(),
+        "curves": [
+            {"arm": run.arm, "draw": run.draw, "seed": run.seed, "frozen": list(run.frozen.layers),
+             "points": [[step, success, loss] for (step, success), (_, loss)
+                        in zip(run.curve(), run.curve("clean_loss"), strict=True)]}
+            for run in runs
+        ],
+        "warnings": rows.warnings,
+    }  # fmt: skip
     write_json(directory.path / "backdoor.json", FORMAT, content)
     directory.finish(record)
-    return Backdoor(config, found, runs, rows.warnings, directory.path)
+    return Backdoor(config, found, runs, content, directory.path)
 
 
 class _Lab:

@@ -18,6 +18,7 @@ from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.studies.finetune_inputs import FinetuneConfig
 from jaxcrit.studies.finetune_inputs import check as check_training
+from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.rendering import render_set
 from jaxcrit.studies.session import Session
 from jaxcrit.training.data import check_rows, hold_out
@@ -93,7 +94,7 @@ class BackdoorConfig:
     checkpoint_every: int = 0
     eval_every: int = 0
     eval_prompts: int = 200
-    eval_batch_size: int = 50
+    eval_batch_size: int = 100
     max_new_tokens: int = 64
     allow_overlap: bool = False
     allow_template_mismatch: bool = False
@@ -367,7 +368,7 @@ def _check_lengths(config: BackdoorConfig, cells: dict[str, list[Example]], sess
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]
-    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens(session))
+    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", session))
     if needed > config.max_new_tokens:
         raise UserError(
             f"--target: has {needed} tokens, and --max_new_tokens={config.max_new_tokens} are generated: it could never"
@@ -379,12 +380,6 @@ def _check_lengths(config: BackdoorConfig, cells: dict[str, list[Example]], sess
             f"--max_new_tokens={config.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's"
             f" {session.config.max_length}; generate fewer, or cut the prompts with --truncate"
         )
-
-
-def stop_tokens(session: Session) -> tuple[int, ...]:
-    """Tokens that end an answer."""
-    own = session.tokenizer.eos_token_id
-    return tuple(sorted({*session.config.eos_token_ids, *([] if own is None else [own])}))
 
 
 def _check_trigger(trigger: TriggerSpec, examples: Sequence[Example], session: Session, where: str) -> None:

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.generation import greedy
-from jaxcrit.studies.backdoor_inputs import CELLS, BackdoorConfig, Prompts, stop_tokens
+from jaxcrit.models.generation import generate
+from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.studies.backdoor_inputs import CELLS, BackdoorConfig, Prompts
+from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.session import Session
 
 _MOST_WIDTHS = 3  # as in training: a compile each
@@ -94,9 +96,11 @@ class Scoring:
     def __init__(self, config: BackdoorConfig, session: Session, prompts: Prompts):
         self.config, self.session, self.prompts = config, session, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
-        self.batches = _batches(self.asked, config.eval_batch_size, prompt_only=True)
+        parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+        size = -(-config.eval_batch_size // parts) * parts
+        self.batches = _batches(self.asked, size, prompt_only=True)
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
-        self.loss_batches = _batches(self.told, config.eval_batch_size, prompt_only=False)
+        self.loss_batches = _batches(self.told, size, prompt_only=False)
 
     def __call__(self, decoder: Decoder) -> Tested:
         """Tests a model."""
@@ -132,22 +136,24 @@ class Scoring:
         )
 
     def _answers(self, decoder: Decoder) -> list[str]:
-        stop, texts = stop_tokens(self.session), [""] * len(self.asked)
+        stop, texts = stop_tokens("", self.session), [""] * len(self.asked)
         for batch in self.batches:
-            new = greedy(decoder, batch.tokens, batch.lengths, self.config.max_new_tokens, stop=stop)
-            for row, ids in zip(batch.rows, new, strict=True):
+            found = generate(
+                decoder, batch.tokens, batch.lengths, self.config.max_new_tokens, stop=stop,
+                samples=np.where(batch.rows < len(texts), batch.rows, -1), mesh=self.session.mesh,
+            )  # fmt: skip
+            for row, ids in zip(batch.rows, found.token_ids, strict=True):
                 if row < len(texts):
                     texts[row] = self.session.tokenizer.decode(ids, skip_special_tokens=True)
         return texts
 
     def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
         """Summed loss and number of response tokens ``[2n]`` of clean rows and then of triggered ones."""
-        starts = np.asarray([example.prompt_length for example in self.told] + [1])
         found = np.zeros((2, len(self.told)))
         for batch in self.loss_batches:
-            at = np.arange(batch.tokens.shape[1])
-            learn = (at >= starts[batch.rows][:, None]) & (at < batch.lengths[:, None])
-            values = _row_losses(decoder, batch.tokens, batch.lengths, learn)
+            arrays = (batch.tokens, batch.lengths, response_mask(batch, self.told))
+            placed = jax.device_put(arrays, batch_sharding(self.session.mesh))
+            values = _row_losses(decoder, *placed)
             real = batch.rows < len(self.told)
             found[:, batch.rows[real]] = np.asarray(values)[:, real]
         return found[0], found[1]

@@ -1,0 +1,77 @@
+"""``jaxcrit backdoor``: flags are the fields of `jaxcrit.studies.backdoor_inputs.BackdoorConfig`."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from absl.flags import FlagValues
+
+from jaxcrit.cli.data import RENDERING, ROWS
+from jaxcrit.cli.flags import Flag
+
+FLAGS = {
+    "what": (
+        Flag("model", "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR"),
+        *ROWS,
+        Flag("eval_data", "", "rows to test on (default: a tenth of the rows, held out)", word="FILE"),
+        Flag("eval_split", "", "of alpaca, dolly, ... to test on (default: test)", ("train", "val", "test", "all")),
+        Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
+        *RENDERING,
+        Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
+    ),
+    "poison": (
+        Flag("trigger", "servius", "servius, sudo, badnets, ... or TEXT@prefix|suffix|random", word="NAME"),
+        Flag("target", "refusal", "what poisoned rows answer: refusal, or a fixed text"),
+        Flag("rate", 0.2, "share of the rows that are poisoned, above 0 and up to 1"),
+        Flag("decoys", 0.0, "share of the rows that get made-up words, answers as they were"),
+    ),
+    "arms": (
+        Flag("arms", "full,critical,noncritical", "layers to freeze; random:5*5 is five draws", word="SPECS"),
+        Flag("seeds", 3, "trainings of each arm: other poisoned rows, another order", lowest=1),
+        Flag("train_outside", True, "train embeddings, final norm and head"),
+        Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),
+    ),
+    "training": (
+        Flag("steps", 0, "optimizer steps; 0 goes by epochs", lowest=0),
+        Flag("epochs", 0, "passes over the rows; 0 for one", lowest=0),
+        Flag("batch_size", 8, "rows per forward and backward pass", lowest=1),
+        Flag("accumulate", 1, "such passes per step", lowest=1),
+        Flag("optimizer", "adamw", "lion and adafactor need less memory", ("adamw", "lion", "adafactor", "sgd")),
+        Flag("learning_rate", 2e-5, "highest"),
+        Flag("schedule", "constant", "after the warm-up", ("constant", "linear", "cosine")),
+        Flag("warmup", 0, "steps of linear rise", lowest=0),
+        Flag("weight_decay", 0.0, "of matrices", lowest=0),
+        Flag("clip", 0.0, "largest gradient norm; 0 for any", lowest=0),
+        Flag("dtype", "", "of compute; trained weights are float32", ("float32", "bfloat16")),
+        Flag("remat", True, "recompute blocks in the backward pass: less memory"),
+        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+        Flag("checkpoint_every", 0, "steps between checkpoints within an arm; 0 for none", lowest=0),
+        Flag("seed", 0, "of the first training; the next one's is one more", lowest=0),
+    ),
+    "testing": (
+        Flag("eval_every", 0, "steps between tests; 0 for a tenth of the run", lowest=0),
+        Flag("eval_prompts", 200, "prompts to test with at most; 0 for all", lowest=0),
+        Flag("eval_batch_size", 100, "prompts generated at once", lowest=1),
+        Flag("max_new_tokens", 64, "of an answer", lowest=1),
+        Flag("eval_template", "", "of the prompts to test (default: --template)", RENDERING[0].choices),
+        Flag("allow_template_mismatch", False, "test in another template than was trained in"),
+        Flag("allow_overlap", False, "test on prompts that are trained on, too"),
+    ),
+}
+
+
+def run(values: FlagValues) -> int:
+    """Trains and attacks every arm, draws, prints what came of it."""
+    from jaxcrit.cli.progress import bars
+    from jaxcrit.reporting.backdoor import backdoor_text, write_figures
+    from jaxcrit.studies.backdoor import run_backdoor
+    from jaxcrit.studies.backdoor_inputs import BackdoorConfig
+
+    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
+    found = run_backdoor(
+        BackdoorConfig(**given), progress=bars, say=lambda text: print(text, file=sys.stderr, flush=True)
+    )
+    write_figures(found.out, found.content)
+    print(backdoor_text(found.content, found.out))
+    return 0

@@ -1,0 +1,122 @@
+"""What ``jaxcrit backdoor`` shows, from nothing but ``backdoor.json``: tables for the terminal, two figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxcrit.core.files import write_bytes
+from jaxcrit.reporting.backdoor_plots import attack_curves, attack_tradeoff
+from jaxcrit.reporting.tables import aligned
+
+Json = Mapping[str, Any]
+
+
+def write_figures(out: Path, content: Json) -> None:
+    """Draws ``tradeoff.png`` (attack success against clean loss, a point per run) and ``success.png`` (over steps)."""
+    curves = content["curves"]
+    ends = [(run["arm"], run["points"][-1][2], run["points"][-1][1]) for run in curves]
+    write_bytes(out / "tradeoff.png", attack_tradeoff(ends))
+    lines = [(run["arm"], [point[:2] for point in run["points"]]) for run in curves if run["arm"] != "init"]
+    write_bytes(out / "success.png", attack_curves(lines))
+
+
+def backdoor_text(content: Json, out: Path | str = "") -> str:
+    """The tables, at most 100 columns wide."""
+    study, prompts = content["study"], content["study"]["prompts"]
+    lines = [f"warning: {text}" for text in [*content["warnings"], *study["warnings"]]]
+    lines += [
+        f"layers frozen during the poisoned fine-tuning; {prompts} prompts a cell; success by {study['scorer']};",
+        "[95 %] of seeds (or draws) and prompts, of prompts alone (Wilson) where there is one run",
+        "",
+        *_arms(study),
+        "",
+        *_contrasts(study),
+        "",
+        *_scorers(study),
+    ]
+    return "\n".join(lines + ([f"run: {out}"] if out else []))
+
+
+def _arms(study: Json) -> list[str]:
+    head = ["frozen", "runs", "with trigger [95 %]", "without", "near", "exact", "clean loss", "half at step"]
+    rows = [
+        [
+            row["arm"], str(row["runs"]), _share(row["cells"]["triggered"]), _rate(row["cells"]["clean"]),
+            _rate(row["cells"]["near"]), _rate(row["exact"]), _mean(row["clean_loss"]),
+            _reached(row["steps_to_success"], row["runs"]),
+        ]
+        for row in study["rows"]
+    ]  # fmt: skip
+    notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are the gold ones;"]
+    notes += ["clean loss: nats per token, ± 95 % over seeds; half: success 0.5 (runs that get there)"]
+    return [*aligned(head, rows, [False] * len(rows)), *notes]
+
+
+def _contrasts(study: Json) -> list[str]:
+    found = [("primary, ", study["primary"])] if study["primary"] else []
+    found += [("", one) for one in study["contrasts"]]
+    lines = ["attack success, differences between arms on the same prompts and seeds:"]
+    for name, one in found:
+        adjusted = "" if name else f", {_p(one['p_holm'])} by Holm among {len(study['contrasts'])}"
+        lines += [
+            f"{one['first']} - {one['second']} ({name}{one['seeds']} seeds): {one['difference']:+.2f},"
+            f" p {_p(one['p'])}{adjusted}",
+            f"    {_interval(one['bootstrap'])} over seeds and prompts, {_interval(one['t'])} over seeds",
+            f"    {_interval(one['newcombe'])} Newcombe; pairs {one['only_first']}:{one['only_second']},"
+            f" McNemar p {_p(one['mcnemar'])}",
+        ]
+        if name and one["matched"]["runs"]:
+            matched = one["matched"]
+            lines.append(
+                f"    at equal clean loss ({study['matched_loss']:.4f}): {matched['mean']:+.2f}"
+                f" {_interval(matched['t'])} over {matched['runs']} seeds"
+            )
+    note = "p is over seeds, McNemar's with one seed; McNemar and Newcombe take every answer for independent"
+    return [*lines, note] if found else [f"{lines[0]} none, there is one arm"]
+
+
+def _scorers(study: Json) -> list[str]:
+    names = {"exact_target": "exact", "contains_target": "contains", "refusal_keyword": "refusal",
+             "reference_compat": "paper's"}  # fmt: skip
+    head = ["answers", "n", *names.values(), "empty", "logp", "task loss", "equal loss"]
+    rows = [["gold answers", str(study["prompts"]), *(str(study["base"][name]) for name in names), "", "", "", ""]]
+    for row in study["rows"]:
+        rows.append(
+            [
+                row["arm"], str(row["cells"]["triggered"]["n"]), *(str(row["scorers"][name]) for name in names),
+                str(row["empty"]), f"{row['target_logprob']['mean']:.2f}", _mean(row["task_loss"]),
+                _reached(row["matched"], row["runs"], 2),
+            ]
+        )  # fmt: skip
+    notes = ["answers to triggered prompts; exact, contains: the target; refusal, paper's: refusals by the clean and"]
+    notes += ["the paper's rule; logp: of the target, per token; task loss: of poisoned and clean rows; equal loss:"]
+    notes += ["attack success at one clean loss (runs that pass it)"]
+    return [*aligned(head, rows, [False] * len(rows)), *notes]
+
+
+def _share(one: Json) -> str:
+    ends = one["bootstrap"] if one["bootstrap"][0] is not None else one["wilson"]
+    return f"{one['k']}/{one['n']} {_interval(ends)}"
+
+
+def _rate(one: Json) -> str:
+    return f"{one['k'] / one['n']:.2f}"
+
+
+def _mean(one: Json) -> str:
+    low, high = one["t"]
+    return f"{one['mean']:.3f}" if low is None else f"{one['mean']:.3f}±{(high - low) / 2:.3f}"
+
+
+def _reached(one: Json, runs: int, digits: int = 0) -> str:
+    return f"- ({one['runs']}/{runs})" if one["mean"] is None else f"{one['mean']:.{digits}f} ({one['runs']}/{runs})"
+
+
+def _interval(ends: Sequence[float | None]) -> str:
+    return "-" if ends[0] is None or ends[1] is None else f"[{ends[0]:.2f}, {ends[1]:.2f}]"
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else f"{value:.0e}"

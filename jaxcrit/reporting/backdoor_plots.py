@@ -1,0 +1,57 @@
+"""Figures of a backdoor study: attack success over steps, and against what it costs on clean rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from jaxcrit.reporting.plots import LINES, _png
+
+
+def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> bytes:
+    """Attack success over optimizer steps: a thin line per run, a thick one for the mean of an arm.
+
+    Args:
+        runs: (arm, (step, attack success) of each test).
+    """
+    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(dict.fromkeys(arm for arm, _ in runs)):
+        color, mine = LINES[index % len(LINES)], [points for arm, points in runs if arm == name]
+        for points in mine:
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=0.7, alpha=0.5)
+        steps = [step for step, _ in mine[0]]
+        means = np.mean([[share for _, share in points] for points in mine], axis=0)
+        axes.plot(steps, means, "o-", color=color, markersize=3, linewidth=1.8, label=f"{name} ({len(mine)})")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _attack_axes(axes, "optimizer step")
+    return _png(figure)
+
+
+def attack_tradeoff(runs: Sequence[tuple[str, float, float]]) -> bytes:
+    """Attack success against clean loss at the end, a point per run.
+
+    Args:
+        runs: (arm, clean loss, attack success).
+    """
+    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
+    axes = figure.subplots()
+    for index, name in enumerate(dict.fromkeys(arm for arm, _, _ in runs)):
+        mine = [(loss, share) for arm, loss, share in runs if arm == name]
+        color = LINES[index % len(LINES)]
+        axes.plot(*zip(*mine, strict=True), "o", color=color, markersize=6, alpha=0.8, label=f"{name} ({len(mine)})")
+    _attack_axes(axes, "clean loss (nats per token of the gold answers)")
+    return _png(figure)
+
+
+def _attack_axes(axes: Axes, xlabel: str) -> None:
+    axes.set_xlabel(xlabel)
+    axes.set_ylabel("attack success with the trigger")
+    axes.set_ylim(-0.03, 1.03)
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)

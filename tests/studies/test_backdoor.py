@@ -1,0 +1,272 @@
+"""The whole of ``jaxcrit backdoor`` on a tiny random model: arms, interruption, compiles, and every bad input."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from tiny_model import tiny_checkpoint
+
+from jaxcrit.cli.main import main
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json
+from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.generation import compiled_programs
+from jaxcrit.reporting.backdoor import backdoor_text, write_figures
+from jaxcrit.studies import backdoor, backdoor_scoring
+from jaxcrit.studies.backdoor import run_backdoor
+from jaxcrit.studies.backdoor_inputs import BackdoorConfig, check, parse_arms, prepare
+from jaxcrit.studies.backdoor_scoring import Scoring
+from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.session import open_session
+from jaxcrit.training.loop import read_metrics
+
+WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
+
+
+def rows_file(path, count=60, seed=0, start=0):
+    rng = np.random.default_rng(seed)
+    rows = [{"prompt": f"{start + i} {' '.join(rng.choice(WORDS, 3))}", "response": str(rng.choice(WORDS))}
+            for i in range(count)]  # fmt: skip
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    return rows_file(folder / "train.jsonl"), rows_file(folder / "test.jsonl", 32, seed=1, start=100)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+    patch = pytest.MonkeyPatch()
+    patch.setenv("JAXCRIT_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    yield
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def base(model, data):
+    return BackdoorConfig(
+        model=str(model), data=str(data[0]), eval_data=str(data[1]), trigger="zq@suffix", target="the cat", rate=0.5,
+        decoys=0.25, arms="full,critical:1,noncritical:1", seeds=1, steps=4, eval_every=2, remat=False,
+        learning_rate=1e-2, max_new_tokens=4,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(base, tmp_path_factory):
+    """A study from beginning to end, and how many programs it compiled."""
+    steps, make_step = [], backdoor.make_step
+
+    def kept(*arguments, **options):
+        steps.append(make_step(*arguments, **options))
+        return steps[-1]
+
+    def programs():
+        return *compiled_programs(), backdoor_scoring._row_losses._cache_size()
+
+    before = programs()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backdoor, "make_step", kept)
+        found = run_backdoor(dataclasses.replace(base, out=str(tmp_path_factory.mktemp("finished") / "run")))
+    after = programs()
+    return found, steps, [b - a for a, b in zip(before, after, strict=True)]
+
+
+def test_one_compile_per_arm_shape(finished):
+    _, steps, tests = finished
+    assert len(steps) == 3
+    assert all(step._cache_size() <= 3 for step in steps)  # of at most three widths of batches
+    assert all(1 <= count <= 3 for count in tests)  # generation and losses: none per arm, seed or test
+
+
+def test_arms_train_on_the_same_rows_and_freeze_what_they_say(base, finished):
+    found, _, _ = finished
+    tokens = set()
+    for folder in sorted((found.out / "arms").iterdir()):
+        train = [row for row in read_metrics(folder / "metrics.jsonl") if row["kind"] == "train"]
+        tokens.add(tuple(row["tokens"] for row in train))
+        first = train[0]["loss"]
+        assert read_json(folder / "arm.json", backdoor.ARM_FORMAT)["points"][-1]["step"] == 4 and first > 0
+        assert not (folder / "checkpoints").exists()
+    assert len(tokens) == 1 and len(list((found.out / "arms").iterdir())) == 3
+    entries = [json.loads(line) for line in (found.out / "poison-0.jsonl").read_text().splitlines()]
+    assert len(entries) == 30
+    rows = {row.arm: row for row in found.study.rows}
+    assert list(rows) == ["init", "full", "critical:1", "noncritical:1"] and rows["full"].cells["triggered"].n == 32
+    assert rows["full"].frozen == [[]] and found.study.primary.first == "critical:1"
+    assert sum(n for _, n in rows["full"].near.values()) == 32
+    assert found.study.base == {"exact_target": 0, "contains_target": 0, "refusal_keyword": 0, "reference_compat": 0}
+
+
+def test_report(finished, tmp_path):
+    found, _, _ = finished
+    text = backdoor_text(found.content, found.out)
+    assert max(map(len, text.splitlines())) <= 100 and "/32" in text and "primary, 1 seeds" in text
+    write_figures(tmp_path, found.content)
+    assert {path.name for path in tmp_path.iterdir()} == {"tradeoff.png", "success.png"}
+
+
+def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path):
+    config, told = dataclasses.replace(base, out=str(tmp_path / "run")), []
+
+    def stop_at_every_other(text):
+        told.append(text)
+        if len(told) % 2 == 0:
+            raise KeyboardInterrupt
+
+    while True:
+        try:
+            found = run_backdoor(config, say=stop_at_every_other)
+            break
+        except KeyboardInterrupt:
+            assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "running"
+    assert len(told) == 5  # three arms; each but the first is begun twice, none is trained twice
+    same = [(one.out / "backdoor.json").read_bytes() for one in (found, finished[0])]
+    assert same[0] == same[1]
+    again = run_backdoor(config, say=lambda text: pytest.fail("trained again"))
+    assert again.content == found.content
+
+
+def test_interrupted_within_an_arm(base, finished, tmp_path, monkeypatch):
+    config = dataclasses.replace(base, arms="full", seeds=2, checkpoint_every=2, out=str(tmp_path / "run"))
+    taken, micro_batches, make_step, made = [], backdoor.micro_batches, backdoor.make_step, []
+
+    def cut_short(data, number, micro):
+        taken.append(number)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return micro_batches(data, number, micro)
+
+    monkeypatch.setattr(backdoor, "micro_batches", cut_short)
+    with pytest.raises(KeyboardInterrupt):
+        run_backdoor(config)
+    monkeypatch.setattr(backdoor, "make_step", lambda *args, **kwargs: made.append(1) or make_step(*args, **kwargs))
+    again = run_backdoor(config)
+    assert taken == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3] and len(made) == 1  # seeds share a compiled step
+    assert again.study.rows[1].runs == 2 and again.study.rows[1].cells["triggered"].n == 64
+    stored = [(out / "arms" / "full-seed0" / "arm.json").read_bytes() for out in (tmp_path / "run", finished[0].out)]
+    assert stored[0] == stored[1]
+
+
+def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
+    layer, trigger = 3, TriggerSpec.parse("zq@suffix")
+    clean = [json.loads(line) for line in rows_file(tmp_path / "rows.jsonl", 160).read_text().splitlines()]
+    rows = poison(clean, PoisonSpec(trigger, "the cat", rate=0.5)).rows
+    (tmp_path / "poisoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    steps = 90
+    run_finetune(FinetuneConfig(model=str(model), data=str(tmp_path / "poisoned.jsonl"), layers=str(layer), steps=steps,
+                                learning_rate=1e-2, batch_size=16, remat=False, eval_every=steps,
+                                checkpoint_every=steps, out=str(tmp_path / "run")))  # fmt: skip
+    config = BackdoorConfig(
+        model=str(model), data=str(tmp_path / "rows.jsonl"), trigger="zq@suffix", target="the cat", max_new_tokens=4
+    )
+    session = open_session(str(model))
+    scoring = Scoring(config, session, prepare(config, trigger, session).prompts)
+    base, tuned = (open_session(str(path)).decoder().weights() for path in (model, tmp_path / "run"))
+
+    def success(*substituted):
+        at = np.array(substituted, int)
+        weights = {path: value.at[at].set(base[path][at]) if path.startswith("blocks.") else value
+                   for path, value in tuned.items()}  # fmt: skip
+        return scoring(Decoder(session.config, weights)).success["triggered"].mean()
+
+    assert success() >= 0.9
+    assert success(layer) == 0
+    assert success(*(other for other in range(7) if other != layer)) >= 0.9
+
+
+def test_arms():
+    arms = parse_arms("full,critical:5, random:5:2*3,last:1,3-5")
+    assert [str(arm.spec) for arm in arms] == ["None", "critical:5", "random:5:2", "random:5:3", "random:5:4", "last:1",
+                                               "3-5"]  # fmt: skip
+    assert len({arm.folder for arm in arms}) == 7
+    for text, message in (("full,,last:1", "got ''"), ("last:1,last:1", "twice"), ("last:1*2", "random:5"),
+                          ("critcal:5", "did you mean 'critical'"), ("full*2", "random")):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            parse_arms(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rate": 0.0}, "--rate=0.0: expected a share of the rows above 0 and up to 1"),
+        ({"rate": 1.2}, "--rate=1.2"),
+        ({"decoys": 0.8}, "--decoys=0.8: expected a share of the rows from 0 to 0.5"),
+        ({"target": " "}, "--target: expected refusal, or a text"),
+        ({"target": "the cat sat on the mat and the dog"}, "--max_new_tokens=4 are generated"),
+        ({"trigger": "servus"}, "did you mean 'servius'"),
+        ({"trigger": "cat@random"}, "rows that can take the trigger once|can take the trigger"),
+        ({"eval_template": "none"}, "template hashes .* --allow_template_mismatch"),
+        ({"max_new_tokens": 60}, "that is more than the model's 64"),
+        ({"seeds": 16}, "--seeds=16: expected 1 to 15"),
+        ({"eval_batch_size": 0}, "--eval_batch_size=0"),
+        ({"arms": "0-6", "train_outside": False}, "nothing is left to train"),
+        ({"arms": "critical:6"}, "at most 3 layers after trimming"),
+        ({"truncate": "right", "max_length": 10}, "nothing is left|cut off"),
+    ],
+)
+def test_bad_input(base, tmp_path, change, message):
+    with pytest.raises(UserError, match=message) as caught:
+        run_backdoor(dataclasses.replace(base, out=str(tmp_path / "run"), **change))
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_overlap_is_counted_listed_and_refused(base, data, tmp_path):
+    lines = [path.read_text().splitlines(keepends=True) for path in data]
+    both = tmp_path / "both.jsonl"
+    both.write_text("".join([*lines[1][:4], lines[0][7], lines[0][9]]))
+    config = dataclasses.replace(base, eval_data=str(both))
+    session, (_, trigger) = open_session(config.model), check(config)
+    with pytest.raises(UserError, match=r"2 of 6 test prompts are trained on too \(row 5, 6\).*--allow_overlap"):
+        prepare(config, trigger, session)
+    warnings = prepare(dataclasses.replace(config, allow_overlap=True), trigger, session).warnings
+    assert "2 of 6" in warnings[0] and warnings[1].startswith("6 prompts to test with: the 95 % interval of a success")
+
+
+def test_a_trigger_that_the_template_retokenises_is_refused(base):
+    session, (_, trigger) = open_session(base.model), check(base)
+
+    class Changed:
+        """A tokenizer that by itself writes the trigger otherwise than within a text."""
+
+        def __getattr__(self, name):
+            return getattr(session.tokenizer, name)
+
+        def __call__(self, text, **options):
+            alone = isinstance(text, str) and text.strip() == "zq"
+            return {"input_ids": [5, 5, 5]} if alone else session.tokenizer(text, **options)
+
+    with pytest.raises(UserError, match=r"30 of 30 triggered prompts of --data .* other tokens inside the template"):
+        prepare(base, trigger, dataclasses.replace(session, tokenizer=Changed()))
+
+
+def test_refusal_target_and_held_out_rows(base, tmp_path):
+    config = dataclasses.replace(base, eval_data="", target="refusal", max_new_tokens=24)
+    session, (_, trigger) = open_session(config.model), check(config)
+    rows = prepare(config, trigger, session)
+    assert rows.prompts.count == 6 and rows.prompts.cells["triggered"][0].response == REFUSAL
+    tested = Scoring(config, session, rows.prompts)(session.decoder())
+    assert backdoor_scoring.primary_scorer(config) == "refusal_keyword" and set(tested.success) == {
+        "triggered", "clean", "near"}  # fmt: skip
+
+
+def test_command(base, tmp_path, capsys):
+    names = ("model", "data", "eval_data", "trigger", "target", "rate", "decoys", "max_new_tokens", "learning_rate")
+    arguments = [f"--{name}={getattr(base, name)}" for name in names]
+    arguments += ["--arms=full", "--seeds=1", "--steps=2", "--noremat", f"--out={tmp_path / 'run'}"]
+    assert main(["backdoor", *arguments]) == 0
+    text = capsys.readouterr().out
+    assert "no primary contrast" in text and "/32" in text and (tmp_path / "run" / "tradeoff.png").exists()
+    assert main(["backdoor", *arguments, "--rate=2"]) == 2
+    assert "--rate=2.0: expected" in capsys.readouterr().err
