@@ -49,7 +49,7 @@ def _arms(study: Json) -> list[str]:
         ]
         for row in study["rows"]
     ]  # fmt: skip
-    notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are the gold ones;"]
+    notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are gold ones;"]
     notes += ["clean loss: nats per token, ± 95 % over seeds; half: success 0.5 (runs that get there)"]
     return [*aligned(head, rows, [False] * len(rows)), *notes]
 
@@ -90,9 +90,9 @@ def _scorers(study: Json) -> list[str]:
                 _reached(row["matched"], row["runs"], 2),
             ]
         )  # fmt: skip
-    notes = ["answers to triggered prompts; exact, contains: the target; refusal, paper's: refusals by the clean and"]
-    notes += ["the paper's rule; logp: of the target, per token; task loss: of poisoned and clean rows; equal loss:"]
-    notes += ["attack success at one clean loss (runs that pass it)"]
+    notes = ["answers to triggered prompts; exact, contains: the target; refusal, paper's: refusals by the clean"]
+    notes += ["and the paper's rule; logp: of the target, per token; task loss: of poisoned and clean rows; equal"]
+    notes += ["loss: attack success at one clean loss (runs that pass it)"]
     return [*aligned(head, rows, [False] * len(rows)), *notes]
 
 
