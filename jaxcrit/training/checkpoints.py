@@ -48,6 +48,15 @@ class Restored:
     skipped: list[str]
 
 
+class _Manager(ocp.CheckpointManager):
+    def metrics(self, step: int) -> Any:
+        """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
+        try:
+            return super().metrics(step)
+        except ValueError:
+            return None
+
+
 class Checkpoints:
     """The checkpoints of one run: written in the background, each whole or not at all.
 
@@ -56,14 +65,15 @@ class Checkpoints:
 
     def __init__(self, run: Path, *, keep: int = 2):
         self.path = run.absolute() / FOLDER
-        policy = AnyPreservationPolicy(
-            [LatestN(keep), BestN(get_metric_fn=lambda metrics: metrics["loss"], reverse=True, n=1)]
-        )
+        best = BestN(get_metric_fn=_loss, reverse=True, n=1, keep_checkpoints_without_metrics=False)
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policy, cleanup_tmp_directories=True, enable_async_checkpointing=True
+            preservation_policy=AnyPreservationPolicy([LatestN(keep), best]),
+            best_fn=_loss,  # without one the losses are not on disk, and a run that goes on has forgotten its best
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
         )
         names = ("params", "optimizer", "meta")
-        self._manager = ocp.CheckpointManager(self.path, options=options, item_names=names)
+        self._manager = _Manager(self.path, options=options, item_names=names)
 
     def __enter__(self) -> Checkpoints:
         # A write that fails is reported by `save` and `wait`, in a line; orbax and its threads would print it too.
@@ -178,7 +188,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         UserError: there is no such checkpoint, or none that can be read.
     """
     path = run.absolute() / FOLDER
-    with ocp.CheckpointManager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
+    with _Manager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:
             raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
@@ -203,6 +213,10 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
             except Exception as error:
                 reason = _reason(error)
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
+
+
+def _loss(metrics: Mapping[str, float]) -> float:
+    return metrics["loss"]
 
 
 def _reason(error: Exception) -> str:
