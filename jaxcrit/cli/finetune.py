@@ -27,7 +27,7 @@ FLAGS = {
         Flag("train_norms", None, "the final norm (default: as above)"),
         Flag("train_head", None, "(default: as above)"),
         Flag("layer_rates", "", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES"),
-        Flag("lora_rank", 0, "train adapters of this rank in the layers instead; 0 for none", lowest=0),
+        Flag("lora_rank", 0, "train adapters of this rank instead; 0 for none", lowest=0),
         Flag("lora_alpha", 0.0, "they count alpha/rank times; 0 for twice the rank", lowest=0),
         Flag("lora_targets", "", "of q,k,v,o,gate,up,down (default: all)", word="NAMES"),
         Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),

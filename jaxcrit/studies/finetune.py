@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ class _Job:
             patience=config.patience,
             uniform=math.log(self.session.config.vocab_size),
         )
-        log = MetricsLog(self.out / METRICS, _tensorboard(self.out) if config.tensorboard else None)
+        log = MetricsLog(self.out / METRICS)
         meta = {"config": dataclasses.asdict(config), "groups": list(self.parts.groups), "seed": config.seed,
                 "rows_per_step": self.data.batch_size}  # fmt: skip
         with notice() as leave, Checkpoints(self.out, keep=config.keep) as checkpoints:
@@ -217,10 +218,13 @@ class _Job:
             total = None if progress is None else progress(
                 total=self.steps, desc="training", unit=" steps", initial=int(state.step))  # fmt: skip
             try:
-                state, standing = train(
-                    state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
-                    rate=lambda number: float(self.schedule(number)), meta=meta, leave=leave, bar=total,
-                )  # fmt: skip
+                shown = config.tensorboard and processes.first()
+                events = _events(self.out / "tensorboard", state) if shown else contextlib.nullcontext()
+                with events as log.listener:
+                    state, standing = train(
+                        state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
+                        rate=lambda number: float(self.schedule(number)), meta=meta, leave=leave, bar=total,
+                    )  # fmt: skip
             finally:
                 if total is not None:
                     total.close()
@@ -249,12 +253,13 @@ def _finished(config: FinetuneConfig, run: dict[str, Any], out: Path) -> Finetun
     return Finetuned(config, run, read_metrics(out / METRICS), LayerSet.load(out / "layers.json"), [note], out)
 
 
-def _tensorboard(out: Path) -> Callable[[dict[str, Any]], None]:
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise UserError("--tensorboard: needs tensorboardX; pip install tensorboardX, or read metrics.jsonl") from None
-    writer = SummaryWriter(str(out / "tensorboard"))
+@contextlib.contextmanager
+def _events(folder: Path, state: State) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes metrics as event files; TensorBoard is told to forget those of an earlier start beyond this state."""
+    from tensorboardX import SummaryWriter
+
+    step = int(state.step)
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
 
     def listen(row: dict[str, Any]) -> None:
         for name, value in row.items():
@@ -262,4 +267,7 @@ def _tensorboard(out: Path) -> Callable[[dict[str, Any]], None]:
                 writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
         writer.flush()
 
-    return listen
+    try:
+        yield listen
+    finally:
+        writer.close()

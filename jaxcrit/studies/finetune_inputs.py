@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,8 @@ def check(config: FinetuneConfig) -> LayerSpec:
             raise UserError(f"--{name}={getattr(config, name)}: is of adapters; give their --lora_rank too")
     if config.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}: expected float32 or bfloat16")
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        raise UserError("--tensorboard: needs tensorboardX; pip install 'jaxcrit[tensorboard]', or read metrics.jsonl")
     make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)
     parse_mesh(config.mesh)
     return LayerSpec.parse(config.layers)

@@ -150,7 +150,7 @@ class Partition:
         for group in self.trained:
             if self.lora and (layers := self.members(group)):
                 for path, value in self.lora.initial(self.config, layers, seed).items():
-                    bank[group][path] = jax.device_put(value, bank[group][path].sharding)
+                    bank[group][path] = jax.device_put(np.asarray(value), bank[group][path].sharding)
         return bank
 
     def changed(

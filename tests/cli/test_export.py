@@ -15,11 +15,12 @@ from jaxcrit.cli.main import main
 def test_flags_become_one_call(monkeypatch, capsys, flag):
     calls = []
 
-    def export_model(model, out, *, dtype, delta_only, progress):
+    def export_model(model, out, *, dtype, delta_only, adapter, step, progress):
         progress(1, 2, "embed")
         progress(2, 2, "head")
-        calls.append((model, out, dtype, delta_only))
-        return types.SimpleNamespace(out=Path(out), rounding="rounding: little" if delta_only else None)
+        calls.append((model, out, dtype, delta_only, adapter, step))
+        rounding = "rounding: little" if delta_only else None
+        return types.SimpleNamespace(out=Path(out), rounding=rounding, step=4 if adapter else None)
 
     module = types.ModuleType("jaxcrit.studies.exporting")
     module.export_model = export_model
@@ -27,8 +28,11 @@ def test_flags_become_one_call(monkeypatch, capsys, flag):
     assert main(["export", f"--{flag}=in", "--out=there", "--dtype=bfloat16"]) == 0
     assert capsys.readouterr() == ("there\n", "")
     assert main(["export", f"--{flag}=in", "--out=there", "--delta_only"]) == 0
-    assert calls == [("in", "there", "bfloat16", False), ("in", "there", "source", True)]
     assert capsys.readouterr() == ("rounding: little\nthere\n", "")
+    assert main(["export", f"--{flag}=in", "--out=there", "--adapter", "--step=best"]) == 0
+    assert capsys.readouterr() == ("checkpoint of step 4\nthere\n", "")
+    assert calls == [("in", "there", "bfloat16", False, False, ""), ("in", "there", "source", True, False, ""),
+                     ("in", "there", "source", False, True, "best")]  # fmt: skip
 
 
 def test_one_of_model_and_run(capsys):

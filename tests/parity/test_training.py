@@ -24,16 +24,6 @@ torch = reference.torch
 RATE = 2e-4
 
 
-def torch_loss(model, batch):
-    tokens = torch.from_numpy(batch.tokens[0].astype(np.int64))
-    learn = torch.from_numpy(batch.learn[0])
-    scores = model(tokens).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(scores.transpose(1, 2), tokens[:, 1:], reduction="none")
-    counted = learn[:, 1:]
-    means = (losses * counted).sum(1) / counted.sum(1)
-    return losses[counted].mean(), means.mean()
-
-
 @pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"])
 @pytest.mark.parametrize("trains", ["one layer", "everything"])
 def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
@@ -57,7 +47,7 @@ def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
     for batch, found in zip(batches, metrics, strict=True):
         optimizer.zero_grad()
-        loss, means = torch_loss(wide, batch)
+        loss, means = reference.response_loss(wide, batch)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.5)
         optimizer.step()

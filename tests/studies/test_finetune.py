@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -19,11 +20,13 @@ from tiny_model import prompts_file, tiny_checkpoint
 from jaxcrit.cli.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.captures import AnalysisConfig
+from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.studies.session import open_session
 from jaxcrit.training.loop import read_metrics
 
@@ -154,17 +157,104 @@ finetune.run_finetune(finetune.FinetuneConfig(**json.loads(sys.argv[1])))
 
 
 def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, tmp_path):
+    seed = int(os.environ.get("JAXCRIT_TEST_SEED", time.time_ns() % 10**6))
+    steps = sorted(np.random.default_rng(seed).choice(np.arange(1, 6), 3, replace=False).tolist())
+    print(f"killed at steps {steps}; again with JAXCRIT_TEST_SEED={seed}")
     last = 0
-    for at in (1, 3, 5):  # before the first checkpoint, and between others
+    for at in steps:  # before the first checkpoint, between others, or while one is being written
         arguments = [sys.executable, "-c", KILLED, json.dumps(dataclasses.asdict(config)), str(at)]
         done = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, check=False)
         assert done.returncode == -signal.SIGKILL, done.stderr
         rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
-        assert rows[-1]["step"] == at and rows[-1]["step"] > last
+        assert rows[-1]["step"] == at > last
         last = at
     resumed = run_finetune(config)
     assert untimed(resumed.metrics) == untimed(finished.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+
+
+def interrupted(out, copy):
+    """A finished run as it was before its last step was saved."""
+    shutil.copytree(out, copy)
+    shutil.rmtree(copy / "checkpoints" / "6")
+    run = json.loads((copy / "run.json").read_text())
+    (copy / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    return copy
+
+
+@pytest.fixture(scope="module")
+def adapted(base, tmp_path_factory):
+    """The same run with adapters."""
+    out = tmp_path_factory.mktemp("adapted") / "run"
+    said = []
+    asked = dataclasses.replace(base, out=str(out), lora_rank=2, layer_rates="0-3:0.5,6:3")
+    return run_finetune(asked, say=said.append), said[0]
+
+
+def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finished, model, tmp_path):
+    run, said = adapted
+    assert "adapters of rank 2, alpha 4, on o, down, q, k, v, gate, up; embeddings" in said
+    assert read_json(run.out / "run.json", "jaxcrit.run")["trained"] == {
+        "layers": [2, 4], "outside": [], "rates": [0.5, 1.0],
+        "lora": {"rank": 2, "alpha": 4.0, "targets": ["o", "down", "q", "k", "v", "gate", "up"]},
+    }  # fmt: skip
+    assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] == finished.metrics[0]["loss"]
+    before, after = load(open_checkpoint(Path(model))).weights(), open_session(str(run.out)).decoder().weights()
+    for path, value in before.items():
+        same = (np.asarray(value) == np.asarray(after[path])).reshape(len(value), -1).all(axis=1)
+        linear = path.startswith("blocks.") and "norm" not in path
+        assert np.flatnonzero(~same).tolist() == ([2, 4] if linear else []), path
+    again = run_finetune(dataclasses.replace(run.config, out=str(interrupted(run.out, tmp_path / "run"))))
+    assert untimed(again.metrics) == untimed(run.metrics)
+    jax.tree.map(np.testing.assert_array_equal, parameters(again.out), parameters(run.out))
+
+
+def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_frozen(base, model):
+    session = open_session(str(model))
+    chosen = resolve(LayerSpec.parse("0-4"), 7)
+    for norms, outside in ((None, set()), (True, {"norm"})):
+        asked = dataclasses.replace(base, lora_rank=1, mode="freeze", train_norms=norms)
+        parts = partition_of(asked, session, chosen)
+        assert parts.members("train") == (5, 6) and parts.outside == outside and parts.lora.alpha == 2
+
+
+def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
+    tests = {row["step"]: row["loss"] for row in finished.metrics if row["kind"] == "eval"}
+    found = {step: export_model(str(finished.out), str(tmp_path / f"run{step}"), step=step).step
+             for step in ("", "last", "4", "best")}  # fmt: skip
+    assert found == {"": 6, "last": 6, "4": 4, "best": min((2, 4, 6), key=tests.get)}
+    for step in ("4", "6"):
+        weights = load(open_checkpoint(tmp_path / f"run{step if step == '4' else ''}")).weights()
+        expected = open_session(str(finished.out), step=step).decoder().weights()
+        jax.tree.map(np.testing.assert_array_equal, weights, expected)
+    for step in ("3", "later"):
+        with pytest.raises(UserError, match=rf"no checkpoint of step {step}; .*: .*4 \(test loss {tests[4]:.4f}\), 6 "):
+            export_model(str(finished.out), str(tmp_path / "no"), step=step)
+    run = str(adapted[0].out)
+    cases = [(str(model), {"step": "4"}, "--step: .* is no finetune run"), (str(model), {"adapter": True}, "--adapter"),
+             (str(finished.out), {"adapter": True}, "trained the layers themselves"),
+             (run, {"adapter": True, "delta_only": True}, "give one of them")]  # fmt: skip
+    for source, options, message in cases:
+        with pytest.raises(UserError, match=message):
+            export_model(source, str(tmp_path / "no"), **options)
+    assert not (tmp_path / "no").exists()
+
+
+def test_event_files_say_what_the_metrics_say(config, tmp_path):
+    events = pytest.importorskip("tensorboardX.proto.event_pb2", reason="pip install -e '.[tensorboard]'")
+    run = run_finetune(dataclasses.replace(config, tensorboard=True, steps=2, eval_every=1))
+    found = {}
+    for file in (run.out / "tensorboard").iterdir():
+        content = file.read_bytes()
+        while content:  # length, checksum, event, checksum
+            size = int.from_bytes(content[:8], "little")
+            event = events.Event.FromString(content[12 : 12 + size])
+            found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            content = content[16 + size :]
+    expected = {(f"{row['kind']}/{name}", row["step"]): value
+                for row in run.metrics for name, value in row.items() if name not in ("kind", "step")}  # fmt: skip
+    assert found.keys() == expected.keys() and {step for _, step in found} == {0, 1, 2}
+    np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
 
 
 def test_a_finished_run_is_not_run_again(finished, base):
@@ -226,6 +316,15 @@ def mistakes():
     yield {"steps": 2, "warmup": 2}, "fewer steps than the run has"
     yield {"optimizer": "adam"}, "did you mean"
     yield {"train_head": True}, "tied"
+    yield {"lora_rank": 13}, "lora_rank=13: expected 1 to 12, the smallest side"
+    yield {"lora_rank": -1}, "lora_rank=-1: expected 0 or more"
+    yield {"lora_alpha": 4.0}, "lora_alpha=4.0: is of adapters"
+    yield {"lora_rank": 2, "lora_targets": "gat"}, "did you mean 'gate'"
+    yield {"layer_rates": "0-3"}, "expected LAYERS:FACTOR"
+    yield {"layer_rates": "0-3:0"}, "expected LAYERS:FACTOR .*, got '0-3:0'"
+    yield {"layer_rates": "critical:2"}, "expected LAYERS:FACTOR"
+    yield {"layer_rates": "0-3:1,2:2"}, "each layer once, got 2 twice"
+    yield {"layer_rates": "7:2"}, "layers 0 to 6"
 
 
 @pytest.mark.parametrize(("changes", "message"), list(mistakes()), ids=lambda value: str(value)[:40])

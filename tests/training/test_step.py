@@ -12,8 +12,10 @@ import pytest
 from tiny_training import CONFIG, Trainer, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.data.templates import Example
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 from jaxcrit.training.partition import FROZEN, partition, size
 
@@ -183,6 +185,22 @@ def test_loss_curves_agree(case):
         [np.abs(a - b).ravel() for a, b in zip(*map(jax.tree.leaves, (trainer.params(), params)), strict=True)]
     )
     assert np.quantile(differences, 0.99) < 2e-4 and losses[-1] < losses[0]
+
+
+def test_a_micro_batch_with_nothing_to_learn_changes_nothing():
+    silent = jax.tree.map(np.zeros_like, BATCHES[0])
+    silent.lengths[:] = 1  # as rows that fill up a batch
+    pair = jax.tree.map(lambda a, b: np.concatenate([a, b]), BATCHES[0], silent)
+    one, two = Trainer((2,), optimizer="sgd"), Trainer((2,), optimizer="sgd")
+    (alone,), (beside,) = one.run(BATCHES[0]), two.run(pair)
+    close(two.params(), one.params(), 1e-7)
+    assert (beside.sums.per_token, beside.sums.per_sample) == (alone.sums.per_token, alone.sums.per_sample)
+
+
+def test_a_step_without_anything_to_learn_is_refused_by_its_number():
+    rows = [Example(str(i), np.arange(6, dtype=np.int32), 6, "", "") for i in range(4)]
+    with pytest.raises(UserError, match="step 3: none of its rows has a response token"):
+        micro_batches(training_steps(rows, 2, seed=0), 2, 1)
 
 
 def test_tied_embedding_trains_from_both_ends():
