@@ -336,11 +336,9 @@ def cross_curve(
     low, high = np.nanmin([values, biased]), np.nanmax([values, biased])
     # Far below, it would press a curve that stays near 1 into a line.
     near = null.max() > low - 1.5 * (high - low)
-    label = "biased, unrelated layers (null mean" + (
-        ")" if near else f" {null.min():.2f} to {null.max():.2f}, outside)"
-    )
-    shown = (layers, null) if near else ([], [])
-    axes.plot(*shown, ".--", color=NULL, markersize=3, linewidth=1, label=label)
+    where = "" if near else f", {null.min():.2f} to {null.max():.2f}: outside"
+    label = f"biased, unrelated layers (null mean{where})"
+    axes.plot(layers, null if near else np.full(len(null), np.nan), ".--", color=NULL, markersize=3, label=label)
     axes.ticklabel_format(axis="y", useOffset=False)
     _layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
