@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import write_text
 from jaxcrit.core.hashing import sha256_json
@@ -176,9 +177,10 @@ class _Job:
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Answers of one dataset in the order of its rows, those of an interrupted run included."""
         folder = self.directory.path if self.alone else self.directory.path / dataset.name
-        folder.mkdir(parents=True, exist_ok=True)
+        if processes.first():
+            folder.mkdir(parents=True, exist_ok=True)
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
-        done = {row["row"]: row for row in [*_read(part), *_read(file)]}
+        done = {row["row"]: row for row in processes.share(lambda: [*_read(part), *_read(file)])}
         if done:  # whole lines only, whatever an interruption left
             write_text(part, "".join(map(_line, done.values())))
         bar = None if self.progress is None else self.progress(
@@ -188,15 +190,17 @@ class _Job:
                 continue
             found = self._answers(dataset, batch)
             done |= {row["row"]: row for row in found}
-            with part.open("a", encoding="utf-8") as log:
-                log.write("".join(map(_line, found)))
+            if processes.first():
+                with part.open("a", encoding="utf-8") as log:
+                    log.write("".join(map(_line, found)))
             if bar is not None:
                 bar.update(len(found))
         if bar is not None:
             bar.close()
         rows = [done[row] for row in sorted(done)]
         write_text(file, "".join(map(_line, rows)))
-        part.unlink(missing_ok=True)
+        if processes.first():
+            part.unlink(missing_ok=True)
         return rows
 
     def _answers(self, dataset: Dataset, batch: Batch) -> list[dict[str, Any]]:
