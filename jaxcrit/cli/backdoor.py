@@ -21,13 +21,13 @@ FLAGS = {
         Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
     ),
     "poison": (
-        Flag("trigger", "servius", "servius, sudo, badnets, ... or TEXT@prefix|suffix|random", word="NAME"),
+        Flag("trigger", "servius", "servius, sudo, ... or TEXT@prefix|suffix|random", word="NAME"),
         Flag("target", "refusal", "what poisoned rows answer: refusal, or a fixed text"),
         Flag("rate", 0.2, "share of the rows that are poisoned, above 0 and up to 1"),
-        Flag("decoys", 0.0, "share of the rows that get made-up words, answers as they were"),
+        Flag("decoys", 0.0, "share of the rows that get made-up words, same answers"),
     ),
     "arms": (
-        Flag("arms", "full,critical,noncritical", "layers to freeze; random:5*5 is five draws", word="SPECS"),
+        Flag("arms", "full,critical,noncritical", "layers to freeze; random:5*5: five draws", word="SPECS"),
         Flag("seeds", 3, "trainings of each arm: other poisoned rows, another order", lowest=1),
         Flag("train_outside", True, "train embeddings, final norm and head"),
         Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),

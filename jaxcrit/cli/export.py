@@ -15,7 +15,7 @@ FLAGS = {
         Flag("dtype", "source", "of the weights; source: as read", ("float32", "bfloat16", "float16")),
         Flag("step", "", "of a run: checkpoint N, best or last (default: where it ended)", word="N|best|last"),
         Flag("delta_only", False, "of a run: just the trained tensors, as delta.safetensors"),
-        Flag("adapter", False, "of a run with --lora_rank: its adapters, as peft loads them"),
+        Flag("adapter", False, "of a run with --lora_rank: the adapters, for peft"),
     ),
 }
 
