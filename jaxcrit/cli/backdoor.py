@@ -27,7 +27,7 @@ FLAGS = {
         Flag("decoys", 0.0, "share of the rows that get made-up words, same answers"),
     ),
     "arms": (
-        Flag("arms", "full,critical,noncritical", "layers to freeze; random:5*5: five draws", word="SPECS"),
+        Flag("arms", "full,critical,noncritical", "frozen layers; random:5*5: 5 draws", word="SPECS"),
         Flag("seeds", 3, "trainings of each arm: other poisoned rows, another order", lowest=1),
         Flag("train_outside", True, "train embeddings, final norm and head"),
         Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),
