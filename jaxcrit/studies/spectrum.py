@@ -278,11 +278,10 @@ def _unidentified(spectrum: Spectrum, k: int) -> str:
     if not layers:
         return ""
     least = int(gaps.argmin())
-    where = f"layers {', '.join(map(str, layers))}" if len(layers) < len(gaps) else "any layer"
+    where = f"layers {', '.join(map(str, layers))}" if len(layers) < len(gaps) else "every layer"
     return (
-        f"k={k}: {spectrum.num_samples} samples do not tell component {k} from the next in {where} (smallest relative"
-        f" gap {gaps[least]:.4f}, layer {least}; sampling error {spectrum.sampling_gap:.4f}): another draw of prompts"
-        f" may put another component there, and CCA drops for no other reason"
+        f"component {k} may change places with the next in {where} (smallest gap {gaps[least]:.4f} in layer {least},"
+        f" sampling error {spectrum.sampling_gap:.4f}); CCA of {k} is low there for that reason alone"
     )
 
 

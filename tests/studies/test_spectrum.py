@@ -128,8 +128,8 @@ def test_unidentified_components_are_named(analyzed, tmp_path):
     arrays["gram"][5] = gram[np.triu_indices(30)]
     write_npz(copy / "fingerprint.npz", arrays, meta)
     result = run_spectrum(SpectrumConfig(run=str(copy), out=str(tmp_path / "out"), k="2,5")).datasets["prompts"]
-    warned = [line for line in result.warnings if line.startswith("k=2")]
-    assert len(warned) == 1 and "smallest relative gap 0.0000, layer 5; sampling error 0.2582" in warned[0]
+    warned = [line for line in result.warnings if line.startswith("component 2")]
+    assert len(warned) == 1 and "smallest gap 0.0000 in layer 5, sampling error 0.2582" in warned[0]
     with pytest.raises(UserError, match="layers 5: expected at most 5 components, the rank of layer 5, got 6"):
         run_spectrum(SpectrumConfig(run=str(copy), out=str(tmp_path / "more"), k="6"))
     assert not (tmp_path / "more").exists()
