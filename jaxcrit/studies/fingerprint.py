@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import FORMAT_VERSION, read_npz
+from jaxcrit.core.files import FORMAT_VERSION, read_json, read_npz
+from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.similarity.grams import DegenerateError, unpack_upper
 
 FINGERPRINT_FORMAT = "jaxcrit.fingerprint"
@@ -72,6 +73,30 @@ def read_fingerprint(given: str) -> Fingerprint:
     grams = unpack_upper(packed)
     _refuse_degenerate(path, grams, ids, meta["position"] == "all")
     return Fingerprint(path, grams, ids, arrays["units"], meta, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Reads ``run.json`` of a run of ``analyze`` or ``spectrum``; and where the fingerprint of each dataset lies.
+
+    Raises:
+        UserError: no such run, one that is not complete, or one without Grams.
+    """
+    path = Path(given).expanduser()
+    run = read_json(path / "run.json", RUN_FORMAT)
+    if run.get("command") not in ("analyze", "spectrum") or "data" not in run:
+        raise UserError(f"{path}: is a run of jaxcrit {run.get('command')}; expected one of jaxcrit analyze")
+    if run.get("status") != "complete":
+        raise UserError(f"{path}: is not complete; give the same jaxcrit {run['command']} again, and it goes on")
+    names = list(run["data"])
+    return run, {name: _locate(path if len(names) == 1 else path / name) for name in names}
+
+
+def read_own(file: Path, run: Mapping[str, Any]) -> Fingerprint:
+    """Reads a fingerprint that `read_run` found; it must be of that run. Errors are those of `read_fingerprint`."""
+    fingerprint = read_fingerprint(str(file))
+    if fingerprint.meta.get("identity") != run["identity"]:
+        raise UserError(f"{file}: is not of the run beside it; write both again with jaxcrit {run['command']}")
+    return fingerprint
 
 
 def paired(a: Fingerprint, b: Fingerprint, *, common: bool = False) -> tuple[Fingerprint, Fingerprint]:

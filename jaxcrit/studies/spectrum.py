@@ -24,7 +24,7 @@ from jaxcrit.similarity.grams import gram_tables
 from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
 from jaxcrit.studies.analysis import check_flags, determines_of, out_of, read_datasets, run_record, versions
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
-from jaxcrit.studies.fingerprints import read_run
+from jaxcrit.studies.fingerprint import read_own, read_run
 from jaxcrit.studies.session import Bars, Session, open_session
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
@@ -171,9 +171,10 @@ def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) 
     directory.begin(run)
     try:
         results = {}
-        for one in fingerprints:
-            meta = _meta(run, one.name, {key: one.meta.get(key) for key in ("position", "kernel", "normalize")})
-            results[one.name] = _decomposed(config, ks, meta, one.grams(), one.sample_ids, progress)
+        for name, file in fingerprints.items():
+            one = read_own(file, earlier)
+            meta = _meta(run, name, {key: one.meta.get(key) for key in ("position", "kernel", "normalize")})
+            results[name] = _decomposed(config, ks, meta, one.grams, np.array(one.sample_ids), progress)
         return _finish(directory, run, results, ks)
     except UserError:
         directory.discard()
