@@ -1,7 +1,8 @@
 """Runs a model over batches of prompts and keeps what the tap returns: one compile per bucket and mesh.
 
-The tap picks the sample's token inside the scan, so of a forward pass only [L, B, D] ever leaves the blocks,
-and it is scattered into a buffer [L, N, D] that stays on the device.
+The tap picks the sample's token inside the scan, so of a forward pass only [L, B, D] ever leaves the blocks.
+`capture` scatters it into a buffer [L, N, D] that stays on the device; `stream` hands it over batch by batch, for
+sweeps over more samples than can be stored.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import jax
@@ -49,6 +50,55 @@ class Activations:
     num_buckets: int
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class States:
+    """What one batch yields.
+
+    Attributes:
+        hidden: ``[L, B, D]`` float32, with ``all`` ``[L, B T, D]``; the embedding's in front where asked for.
+        samples: ``[B]`` (``[B T]``) int32, which sample each is; -1 where it only fills the batch up.
+    """
+
+    hidden: jax.Array
+    samples: np.ndarray
+
+
+def stream(
+    decoder: Decoder,
+    batches: Sequence[Batch],
+    num_prompts: int,
+    *,
+    mesh: Mesh,
+    position: Position = "last",
+    with_embed: bool = False,
+    precision: str = "highest",
+    progress: Progress | None = None,
+) -> Iterator[States]:
+    """Runs the model and yields each batch's states; arguments as those of `capture`.
+
+    The next batch is not begun before the caller is done with this one's states, so two are never held.
+    """
+    lengths = _lengths(batches, num_prompts)
+    counts = lengths if position == "all" else np.ones_like(lengths)
+    starts = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    done = 0
+    for batch in batches:
+        real = batch.rows < num_prompts
+        samples: np.ndarray = np.full(batch.rows.shape, -1, np.int32)
+        samples[real] = starts[batch.rows[real]]
+        if position == "all":
+            offsets = np.arange(batch.tokens.shape[1], dtype=np.int32)
+            inside = real[:, None] & (offsets < batch.lengths[:, None])
+            samples = np.where(inside, samples[:, None] + offsets, -1).reshape(-1)
+        placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(mesh))
+        with jax.default_matmul_precision(precision):
+            hidden = _step(decoder, *placed, mesh=mesh, position=position, with_embed=with_embed)
+        yield States(hidden.reshape(hidden.shape[0], -1, hidden.shape[-1]), samples)
+        done += int(real.sum())
+        if progress is not None:
+            progress(done, num_prompts)
+
+
 def capture(
     decoder: Decoder,
     batches: Sequence[Batch],
@@ -76,34 +126,27 @@ def capture(
     Returns:
         Activations, samples in the order of the rows (with ``all``, token by token within each prompt).
     """
-    lengths = np.zeros(num_prompts, np.int64)
-    for batch in batches:
-        real = batch.rows < num_prompts
-        lengths[batch.rows[real]] = batch.lengths[real]
+    lengths = _lengths(batches, num_prompts)
     counts = lengths if position == "all" else np.ones_like(lengths)
-    starts, total = np.concatenate([[0], np.cumsum(counts)[:-1]]), int(counts.sum())
     config = decoder.config
     everywhere = NamedSharding(mesh, PartitionSpec())
-    depth = config.num_layers + with_embed
-    buffer = jax.device_put(jnp.zeros((depth, total, config.width), jnp.float32), everywhere)
-    began, done = time.perf_counter(), 0
-    for batch in batches:
-        real = batch.rows < num_prompts
+    shape = (config.num_layers + with_embed, int(counts.sum()), config.width)
+    buffer = jax.device_put(jnp.zeros(shape, jnp.float32), everywhere)
+    began = time.perf_counter()
+    for states in stream(
+        decoder,
+        batches,
+        num_prompts,
+        mesh=mesh,
+        position=position,
+        with_embed=with_embed,
+        precision=precision,
+        progress=progress,
+    ):
         # What only fills the batch up points past the end, where the scatter drops it.
-        rows: np.ndarray = np.full(batch.rows.shape, total, np.int32)
-        rows[real] = starts[batch.rows[real]]
-        if position == "all":
-            offsets = np.arange(batch.tokens.shape[1], dtype=np.int32)
-            inside = real[:, None] & (offsets < batch.lengths[:, None])
-            rows = np.where(inside, rows[:, None] + offsets, total).reshape(-1)
-        placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(mesh))
-        with jax.default_matmul_precision(precision):
-            states = _step(decoder, *placed, mesh=mesh, position=position, with_embed=with_embed)
-        buffer = _place(buffer, states, rows, everywhere)
+        rows = np.where(states.samples < 0, shape[1], states.samples)
+        buffer = _place(buffer, states.hidden, rows, everywhere)
         buffer.block_until_ready()
-        done += int(real.sum())
-        if progress is not None:
-            progress(done, num_prompts)
     return Activations(
         hidden=buffer[with_embed:],
         embed=buffer[0] if with_embed else None,
@@ -118,6 +161,15 @@ def capture(
 def compiled_steps() -> int:
     """How many programs the forward pass has compiled to in this process: at most one per bucket and mesh."""
     return _step._cache_size()  # type: ignore[attr-defined]
+
+
+def _lengths(batches: Sequence[Batch], num_prompts: int) -> np.ndarray:
+    """Tokens of each prompt."""
+    lengths = np.zeros(num_prompts, np.int64)
+    for batch in batches:
+        real = batch.rows < num_prompts
+        lengths[batch.rows[real]] = batch.lengths[real]
+    return lengths
 
 
 def forward_step(
@@ -144,5 +196,4 @@ _step = jax.jit(forward_step, static_argnames=("mesh", "position", "with_embed")
 @functools.partial(jax.jit, static_argnames="sharding", donate_argnames="buffer")
 def _place(buffer: jax.Array, states: jax.Array, rows: jax.Array, sharding: NamedSharding) -> jax.Array:
     """Puts states into their rows; apart from `_step`, which would else compile anew for every number of samples."""
-    states = states.reshape(states.shape[0], -1, states.shape[-1])
     return jax.lax.with_sharding_constraint(buffer.at[:, rows].set(states, mode="drop"), sharding)

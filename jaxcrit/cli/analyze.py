@@ -29,6 +29,8 @@ FLAGS = {
     "scores": (
         Flag("normalize", "", "row: every sample's activations to unit length first", ("row",)),
         Flag("kernel", "linear", "of CKA", ("linear", "rbf")),
+        Flag("form", "auto", "of the sweep", ("auto", "resident", "tiled", "features", "streamed"), word="FORM"),
+        Flag("band", "all", "compute CKA only of layers up to so many apart", word="N|all"),
         Flag("window", 5, "layers that δ averages over; odd", lowest=3),
         Flag("include_self", True, "count the layer itself in its window"),
         Flag("measures", "", "also procrustes,rsa,rsa_spearman,knn,cca,svcca", word="NAMES"),

@@ -29,7 +29,7 @@ def delta(
         Values ``[..., L]`` float64 and valid ``[L]`` bool.
 
     Raises:
-        UserError: the window is even, below 3 or wider than the model.
+        UserError: the window is even, below 3 or wider than the model, or reaches where a banded sweep has no pairs.
     """
     num_layers = cka.shape[-1]
     if window % 2 == 0 or not 3 <= window <= num_layers:
@@ -38,6 +38,11 @@ def delta(
     layers = np.arange(num_layers)
     distance = np.abs(layers[:, None] - layers[None, :])
     band = (distance <= half) & (include_self | (distance > 0))
-    values = np.einsum("...rl,rl->...l", np.asarray(cka, np.float64), band / band.sum(axis=0))
+    inside = np.where(band, np.asarray(cka, np.float64), 0)
+    if np.isnan(inside).any():
+        raise UserError(
+            f"window={window}: the sweep's band leaves out pairs of it; sweep with a band of at least {half}"
+        )
+    values = np.einsum("...rl,rl->...l", inside, band / band.sum(axis=0))
     valid = np.full(num_layers, True) if edges == "clip" else (layers >= half) & (layers < num_layers - half)
     return np.where(valid, values, np.nan), valid

@@ -12,7 +12,7 @@ from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.criticality.delta import delta
 from jaxcrit.criticality.step import step
-from jaxcrit.similarity import Bias, GramTables, cka_without_each, cka_without_units, from_tables
+from jaxcrit.similarity import Bias, GramSums, Tables, cka_without_each, cka_without_units, from_tables
 from jaxcrit.similarity.units import MIN_SAMPLES, MIN_UNITS
 
 
@@ -42,7 +42,7 @@ CRITERIA: Mapping[str, Criterion] = {
 
 
 def layer_scores(
-    tables: GramTables,
+    tables: Tables,
     *,
     window: int = 5,
     include_self: bool = True,
@@ -78,7 +78,7 @@ def layer_scores(
 
 
 def deletions(
-    tables: GramTables, grams: Any = None, units: np.ndarray | None = None, *, reach: int | None = None
+    tables: Tables, grams: Any = None, units: np.ndarray | None = None, *, reach: int | None = None
 ) -> dict[Bias, np.ndarray]:
     """CKA with each unit of resampling deleted in turn, by estimator ``[U, L, L]``.
 
@@ -90,8 +90,10 @@ def deletions(
 
     Returns:
         No entry where too few would be left: debiased with N = 4, and of prompts fewer than 3, or too unequal; nor of
-        prompts without Grams.
+        prompts without Grams, nor of sums without rows.
     """
+    if isinstance(tables, GramSums):
+        return {}
     if units is not None and len(np.unique(units)) < len(units):
         counts = np.bincount(units)
         few = len(counts) < MIN_UNITS or len(units) - counts.max() < MIN_SAMPLES
@@ -101,7 +103,7 @@ def deletions(
 
 
 def values_without_each(
-    tables: GramTables,
+    tables: Tables,
     key: str = "delta_debiased",
     window: int = 5,
     include_self: bool = True,
@@ -111,7 +113,7 @@ def values_without_each(
     """One criterion's values with each sample, or unit, deleted in turn: ``[U, L]`` float64, NaN where invalid.
 
     Raises:
-        UserError: unknown score key, or a debiased one with fewer than 5 samples.
+        UserError: unknown score key, a debiased one with fewer than 5 samples, or sums without rows.
     """
     if key not in CRITERIA:
         raise UserError(f"score {key!r}: expected one of {', '.join(CRITERIA)}{did_you_mean(key, CRITERIA)}")

@@ -149,6 +149,19 @@ def _batch(members: np.ndarray, sequences: list[np.ndarray], batch_size: int, wi
     return Batch(tokens, lengths, rows)
 
 
+def refuse_equal_prompts(examples: Sequence[Example]) -> None:
+    """Refuses prompts of the same tokens, which no model can tell apart.
+
+    Raises:
+        UserError: there are some; which two come first.
+    """
+    seen: dict[bytes, int] = {}
+    for row, example in enumerate(examples):
+        first = seen.setdefault(example.token_ids[: example.prompt_length].tobytes(), row)
+        if first != row:
+            raise UserError(f"samples {first} and {row}, counted from 0, are the same prompt; remove the duplicates")
+
+
 def refuse_long(lengths: Sequence[int], max_length: int, where: str = "") -> None:
     """Refuses prompts longer than the model's context, naming how many, and the longest.
 

@@ -7,6 +7,7 @@ width of the MLP and the vocabulary.
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -129,6 +130,16 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, na
 def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     """Samples over ``data`` and ``fsdp``, whatever follows replicated; the batch size must divide over both."""
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
+
+
+def device_memory(mesh: Mesh) -> float:
+    """Bytes per device that a sweep may take: half of what there is, for the rest is the model's."""
+    device = mesh.local_devices[0]
+    stats = device.memory_stats() if device.platform != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        return stats["bytes_limit"] / 2
+    # Devices of the CPU share its memory.
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / len(mesh.local_devices)
 
 
 def _check(sizes: Mapping[str, int]) -> None:

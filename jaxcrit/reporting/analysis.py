@@ -80,6 +80,12 @@ def warnings(analysis: views.AnalysisView) -> list[str]:
     return [line if len(of) == everywhere else f"{', '.join(of)}: {line}" for line, of in names.items()]
 
 
+def forms(analysis: views.AnalysisView) -> list[str]:
+    """How CKA was computed, a line for each form."""
+    chosen = analysis.run.get("forms", {})
+    return [f"Sweep: {text}." for text in dict.fromkeys(form["text"] for form in chosen.values())]
+
+
 def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
     """The result for a terminal: table, headline, how sure, warnings.
 
@@ -94,7 +100,7 @@ def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
         dataset = next(iter(analysis.datasets.values()))
         others = measures_table(dataset.scores)
         table = _dataset_table(analysis, dataset, style) + (f"\n\nδ by other measures:\n{others}" if others else "")
-    sentences = [*headlines(analysis), *(f"warning: {line}" for line in warnings(analysis))]
+    sentences = [*headlines(analysis), *forms(analysis), *(f"warning: {line}" for line in warnings(analysis))]
     return "\n".join([table, "", *(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)])
 
 

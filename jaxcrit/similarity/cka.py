@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.similarity.grams import DegenerateError, GramTables, Kernel, sweep
+from jaxcrit.similarity.grams import DegenerateError, Kernel, Tables, sweep
 
 Bias = Literal["biased", "debiased"]
 
@@ -38,8 +38,10 @@ def cka(hidden: Any, *, kernel: Kernel = "linear", bias: Bias = "biased", other:
     return from_tables(sweep(hidden, kernel=kernel, other=other), bias)
 
 
-def from_tables(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
+def from_tables(tables: Tables, bias: Bias = "biased") -> np.ndarray:
     """CKA from the tables of a sweep: ``[L, L]`` float64, or ``[L, L']`` where two models are compared.
+
+    NaN outside the band of a banded sweep.
 
     Raises:
         DegenerateError: debiased, where a layer's samples are all equally far apart (0/0).
@@ -48,22 +50,20 @@ def from_tables(tables: GramTables, bias: Bias = "biased") -> np.ndarray:
     return tables.pairs(values)
 
 
-def hsic(tables: GramTables, bias: Bias) -> np.ndarray:
+def hsic(tables: Tables, bias: Bias) -> np.ndarray:
     """The inner products that CKA normalises, ``[L, L]`` float64, of all layers of both sides.
 
     With G0 = G - diag(d), cross = <G0, G0'>, and t = sum(d), whose negative is the sum of G0:
     biased ``cross + d.d'``; debiased (Song et al. 2012, Eq. 5, up to the common factor 1/(N(N-3)))
     ``cross + t t'/((N-1)(N-2)) - 2/(N-2) d.d'``.
     """
-    cross = tables.rows.sum(axis=0)
-    aligned = tables.diagonals @ tables.diagonals.T
+    cross, aligned, trace = tables.cross, tables.aligned, tables.trace
     biased = cross + aligned
     if bias == "biased":
         return biased
     if bias != "debiased":
         raise UserError(f"bias={bias!r}: expected 'biased' or 'debiased'")
     n = tables.num_samples
-    trace = tables.diagonals.sum(axis=1)
     debiased = cross + np.outer(trace, trace) / ((n - 1) * (n - 2)) - 2 / (n - 2) * aligned
     # Float32 leaves about 1e-13 of the biased value where the exact one is 0.
     flat = np.flatnonzero(debiased.diagonal() < 1e-10 * biased.diagonal()).tolist()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ Kernel = Literal["linear", "rbf"]
 KERNELS: tuple[str, ...] = get_args(Kernel)
 
 # Float32 products run as bfloat16 on TPU and TF32 on recent GPUs unless told otherwise.
-_HIGHEST = jax.lax.Precision.HIGHEST
+HIGHEST = jax.lax.Precision.HIGHEST
 # XLA on CPU has no product that knows its result is symmetric. Four blocks of rows, multiplied from the diagonal down
 # only, leave 10/16 of the work, and its product runs fastest where their size is a multiple of 16: 0.163 s for all
 # Grams of L=32, N=300, D=4096 on one core, for 0.24 s whole.
@@ -34,8 +34,10 @@ _CPU_BLOCKS, _CPU_BLOCK_UNIT = 4, 16
 # Samples whose rows are contracted at a time on CPU: one batch of all 300 spends 27 ms, mostly moving the Grams
 # about, batches of ten 7 ms. Accelerators take all at once.
 _CPU_ROWS = 10
+# Layers contracted at a time with those of their band: narrower products run slower, wider ones compute what is far.
+_STRIP = 16
 # Equal rows, captured in batches of other shapes, differ by rounding: about 1e-6 of their length.
-_ROUNDING = 1e-5
+ROUNDING = 1e-5
 
 
 class DegenerateError(UserError):
@@ -60,7 +62,7 @@ class GramTables:
     underflows; CKA does not depend on it. Where two models are compared, the second's layers follow the first's.
 
     Attributes:
-        rows: ``[N, L, L]`` float64, ``sum_i G0_l[m, i] G0_l'[m, i]``.
+        rows: ``[N, L, L]`` float64, ``sum_i G0_l[m, i] G0_l'[m, i]``; NaN outside the band of a banded sweep.
         weighted: ``[N, L, L]`` float64, ``sum_i G0_l[m, i] d_l'[i]``.
         diagonals: ``[L, N]`` float64, ``d_l[m]``; the row sums of G0_l are their negatives.
         num_left: layers of the first model where two are compared, None where a model is compared with itself.
@@ -76,9 +78,50 @@ class GramTables:
         """N."""
         return self.diagonals.shape[1]
 
+    @property
+    def cross(self) -> np.ndarray:
+        """``<G0_l, G0_l'>``, ``[L, L]``."""
+        return self.rows.sum(axis=0)
+
+    @property
+    def aligned(self) -> np.ndarray:
+        """``d_l . d_l'``, ``[L, L]``."""
+        return self.diagonals @ self.diagonals.T
+
+    @property
+    def trace(self) -> np.ndarray:
+        """``sum_m d_l[m]``, ``[L]``."""
+        return self.diagonals.sum(axis=1)
+
     def pairs(self, matrix: np.ndarray) -> np.ndarray:
         """The part of ``[..., L, L]`` that compares the two sides."""
         return matrix if self.num_left is None else matrix[..., : self.num_left, self.num_left :]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GramSums:
+    """What is left of `GramTables` where no row of a Gram was ever there: sums over all samples.
+
+    Enough for CKA of either bias, its null mean and participation ratios; not for errors by deletion of samples.
+
+    Attributes:
+        cross: ``[L, L]`` float64, ``<G0_l, G0_l'>``; NaN outside the band of a banded sweep.
+        aligned: ``[L, L]`` float64, ``d_l . d_l'``.
+        trace: ``[L]`` float64, the sum of d_l.
+        num_samples: N.
+    """
+
+    cross: np.ndarray
+    aligned: np.ndarray
+    trace: np.ndarray
+    num_samples: int
+
+    def pairs(self, matrix: np.ndarray) -> np.ndarray:
+        """The matrix itself: of one model with itself."""
+        return matrix
+
+
+Tables = GramTables | GramSums
 
 
 class _Health(NamedTuple):
@@ -109,45 +152,52 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear", *, allow_repeats: bool
     Raises:
         DegenerateError: fewer than 4 samples, NaN or infinity, a constant layer, repeated samples.
     """
-    hidden = _checked_shape(hidden, kernel)
-    grams, health = _grams_jit(hidden, kernel, _on_one_cpu(hidden))
+    hidden = jnp.asarray(checked(hidden, kernel))
+    grams, health = _grams_jit(hidden, kernel, on_one_cpu(hidden))
     _refuse_degenerate(health, hidden, allow_repeats)
     return grams
 
 
-def gram_tables(grams: jax.Array | np.ndarray, other: jax.Array | np.ndarray | None = None) -> GramTables:
+def gram_tables(
+    grams: jax.Array | np.ndarray, other: jax.Array | np.ndarray | None = None, *, band: int | None = None
+) -> GramTables:
     """Contracts centred Grams to the tables of a sweep.
 
     Args:
         grams: ``[L, N, N]`` centred Grams.
         other: ``[L', N, N]`` Grams of a second model on the same samples in the same order.
+        band: only pairs of layers at most so far apart; all by default, and with ``other``.
 
     Returns:
         Tables of L layers, or of L + L' with ``num_left = L``.
     """
     sides = [jnp.asarray(grams)] if other is None else [jnp.asarray(grams), jnp.asarray(other)]
     _same_samples(sides)
-    raw = _contract_jit(jnp.concatenate(sides), _on_one_cpu(*sides))
-    return _on_host(raw, None if other is None else len(sides[0]))
+    check_band(band, sum(map(len, sides)))
+    raw = _contract_jit(jnp.concatenate(sides), on_one_cpu(*sides), band)
+    return tables_from(*raw, num_left=None if other is None else len(sides[0]), band=band)
 
 
-def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None) -> GramTables:
+def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None, band: int | None = None) -> GramTables:
     """Activations to tables in one jitted call; for callers who do not need the Grams.
 
     Args:
         hidden: ``[L, N, D]`` activations.
         kernel: ``linear`` or ``rbf``.
         other: ``[L', N, D']`` activations of a second model on the same samples in the same order.
+        band: only pairs of layers at most so far apart; all by default, and with ``other``.
 
     Raises:
         DegenerateError: as ``centred_grams``.
+        UserError: a band wider than the model.
     """
-    sides = [_checked_shape(side, kernel) for side in ([hidden] if other is None else [hidden, other])]
+    sides = [jnp.asarray(checked(side, kernel)) for side in ([hidden] if other is None else [hidden, other])]
     _same_samples(sides)
-    raw, healths = _sweep_jit(tuple(sides), kernel, _on_one_cpu(*sides))
+    check_band(band, sum(map(len, sides)))
+    raw, healths = _sweep_jit(tuple(sides), kernel, on_one_cpu(*sides), band)
     for health, side in zip(healths, sides, strict=True):
         _refuse_degenerate(health, side)
-    return _on_host(raw, None if other is None else len(sides[0]))
+    return tables_from(*raw, num_left=None if other is None else len(sides[0]), band=band)
 
 
 def pack_upper(grams: jax.Array | np.ndarray) -> np.ndarray:
@@ -166,15 +216,16 @@ def unpack_upper(packed: np.ndarray) -> np.ndarray:
     return grams
 
 
-def _checked_shape(hidden: Any, kernel: str) -> jax.Array:
+def checked(hidden: Any, kernel: str = "linear") -> jax.Array | np.ndarray:
+    """Refuses what are no activations ``[L, N, D]`` of 4 samples or more, or no kernel."""
     if kernel not in KERNELS:
         raise UserError(f"kernel={kernel!r}: expected {listed(KERNELS)}")
-    hidden = jnp.asarray(hidden)
-    if hidden.ndim != 3 or not jnp.issubdtype(hidden.dtype, jnp.floating):
-        raise UserError(f"expected activations [layers, samples, width] of floats, got {hidden.dtype}{hidden.shape}")
-    if hidden.shape[1] < 4:
-        raise DegenerateError(f"expected at least 4 samples, got {hidden.shape[1]}; give more prompts")
-    return hidden
+    array: jax.Array | np.ndarray = hidden if isinstance(hidden, jax.Array) else np.asarray(hidden)
+    if array.ndim != 3 or not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"expected activations [layers, samples, width] of floats, got {array.dtype}{array.shape}")
+    if array.shape[1] < 4:
+        raise DegenerateError(f"expected at least 4 samples, got {array.shape[1]}; give more prompts")
+    return array
 
 
 def _same_samples(sides: Sequence[jax.Array]) -> None:
@@ -182,25 +233,25 @@ def _same_samples(sides: Sequence[jax.Array]) -> None:
         raise UserError(f"expected the same samples on both sides, got {' and '.join(str(s.shape[1]) for s in sides)}")
 
 
-def _on_one_cpu(*sides: jax.Array) -> bool:
+def on_one_cpu(*sides: jax.Array) -> bool:
     """Whether to compute in blocks: several devices part the rows themselves, accelerators would only launch more."""
     devices = {device for side in sides for device in side.devices()}
     return len(devices) == 1 and devices.pop().platform == "cpu"
 
 
-def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+def product(a: jax.Array, b: jax.Array) -> jax.Array:
     """a b' of ``[M, D]`` and ``[N, D]``."""
-    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=_HIGHEST)
+    return jax.lax.dot_general(a, b, (((1,), (1,)), ((), ())), precision=HIGHEST)
 
 
 def _linear_gram(x: jax.Array, mean: jax.Array, on_one_cpu: bool) -> jax.Array:
     """(x - mean) (x - mean)' of ``[N, D]``."""
     if not on_one_cpu:
-        return _product(x - mean, x - mean)
+        return product(x - mean, x - mean)
     size = -(-len(x) // (_CPU_BLOCKS * _CPU_BLOCK_UNIT)) * _CPU_BLOCK_UNIT
     # Blocks are centred one by one because XLA would copy every slice of a centred whole.
     blocks = [x[start : start + size] - mean for start in range(0, len(x), size)]
-    lower = [[_product(block, earlier) for earlier in blocks[: k + 1]] for k, block in enumerate(blocks)]
+    lower = [[product(block, earlier) for earlier in blocks[: k + 1]] for k, block in enumerate(blocks)]
     return jnp.block([row + [lower[j][k].T for j in range(k + 1, len(blocks))] for k, row in enumerate(lower)])
 
 
@@ -261,53 +312,119 @@ def _grams(hidden: jax.Array, kernel: Kernel, on_one_cpu: bool) -> tuple[jax.Arr
         return grams, _Health(trace, spread, near.any(axis=1), near.argmax(axis=1))
 
 
-def _contract(grams: jax.Array, on_one_cpu: bool) -> tuple[jax.Array, jax.Array]:
-    """``[L, N, N]`` to rows and weighted of ``GramTables`` side by side, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
+def contract_rows(
+    grams: jax.Array, diagonals: jax.Array, scale: jax.Array, first: Any, on_one_cpu: bool, band: int | None
+) -> jax.Array:
+    """Rows and weighted of ``GramTables`` side by side, of a part ``[L, R, C]`` of the Grams: ``[R, L, 2L]`` float32.
+
+    Args:
+        grams: rows of the Grams.
+        diagonals: ``[L, C]`` of the columns' samples, scaled.
+        scale: ``[L]``, what the Grams are multiplied by.
+        first: column of the part that is row 0's own sample; none where it is outside.
+        on_one_cpu: see `on_one_cpu`.
+        band: of pairs of layers; what is outside is 0 or accidental.
+    """
+    depth, count, width = grams.shape
+    columns = jnp.arange(width)
+
+    def contract(sample: jax.Array) -> jax.Array:
+        rows = jnp.where(columns == sample + first, 0, grams[:, sample] * scale[:, None])
+        if band is None:
+            return product(rows, jnp.concatenate([rows, diagonals]))
+        strips = []
+        for start in range(0, depth, _STRIP):
+            low, high = max(0, start - band), min(depth, start + _STRIP + band)
+            near = jnp.stack([rows[low:high], diagonals[low:high]])
+            strip = jnp.einsum("lc,skc->lsk", rows[start : start + _STRIP], near, precision=HIGHEST)
+            strips.append(jnp.pad(strip, ((0, 0), (0, 0), (low, depth - high))).reshape(-1, 2 * depth))
+        return jnp.concatenate(strips)
+
+    return jax.lax.map(contract, jnp.arange(count), batch_size=_CPU_ROWS if on_one_cpu else count)
+
+
+def power_of_two(trace: jax.Array) -> jax.Array:
+    """What brings a trace into [1, 2)."""
+    return jnp.ldexp(jnp.float32(1), 1 - jnp.frexp(trace)[1])
+
+
+def _contract(grams: jax.Array, on_one_cpu: bool, band: int | None) -> tuple[jax.Array, jax.Array]:
+    """``[L, N, N]`` to rows and weighted side by side, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
     with jax.named_scope("gram_tables"):
         grams = grams.astype(jnp.float32)
         diagonals = jnp.diagonal(grams, axis1=1, axis2=2)
-        _, exponents = jnp.frexp(diagonals.sum(axis=1))
-        scale = jnp.ldexp(jnp.float32(1), 1 - exponents)[:, None]
-        diagonals = diagonals * scale
-        samples = jnp.arange(grams.shape[1])
-
-        def contract(sample: jax.Array) -> jax.Array:
-            rows = jnp.where(samples == sample, 0, grams[:, sample] * scale)
-            return _product(rows, jnp.concatenate([rows, diagonals]))
-
-        return jax.lax.map(contract, samples, batch_size=_CPU_ROWS if on_one_cpu else len(samples)), diagonals
+        scale = power_of_two(diagonals.sum(axis=1))
+        diagonals = diagonals * scale[:, None]
+        return contract_rows(grams, diagonals, scale, 0, on_one_cpu, band), diagonals
 
 
 def _sweep(
-    sides: tuple[jax.Array, ...], kernel: Kernel, on_one_cpu: bool
+    sides: tuple[jax.Array, ...], kernel: Kernel, on_one_cpu: bool, band: int | None
 ) -> tuple[tuple[jax.Array, jax.Array], list[_Health]]:
     built = [_grams(side, kernel, on_one_cpu) for side in sides]
-    return _contract(jnp.concatenate([grams for grams, _ in built]), on_one_cpu), [health for _, health in built]
+    return _contract(jnp.concatenate([grams for grams, _ in built]), on_one_cpu, band), [health for _, health in built]
 
 
 _grams_jit = partial(jax.jit, static_argnums=(1, 2))(_grams)
-_contract_jit = partial(jax.jit, static_argnums=1)(_contract)
-_sweep_jit = partial(jax.jit, static_argnums=(1, 2))(_sweep)
+_contract_jit = partial(jax.jit, static_argnums=(1, 2))(_contract)
+_sweep_jit = partial(jax.jit, static_argnums=(1, 2, 3))(_sweep)
 
 
-def _on_host(raw: tuple[jax.Array, jax.Array], num_left: int | None) -> GramTables:
-    both, diagonals = (np.asarray(table, np.float64) for table in jax.device_get(raw))
-    rows, weighted = np.split(both, 2, axis=2)
-    return GramTables((rows + rows.swapaxes(1, 2)) / 2, weighted, diagonals, num_left)
+def tables_from(both: Any, diagonals: Any, *, num_left: int | None = None, band: int | None = None) -> GramTables:
+    """Tables in float64 from what `contract_rows` gives for all samples, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
+    rows, weighted = np.split(np.asarray(both, np.float64), 2, axis=2)
+    rows = (rows + rows.swapaxes(1, 2)) / 2
+    if band is not None:
+        layers = np.arange(len(diagonals))
+        far = np.abs(layers[:, None] - layers[None, :]) > band
+        rows, weighted = np.where(far, np.nan, rows), np.where(far, np.nan, weighted)
+    return GramTables(rows, weighted, np.asarray(diagonals, np.float64), num_left)
+
+
+def check_band(band: int | None, num_layers: int) -> None:
+    """Refuses a band that is not from 1 to L-1."""
+    if band is not None and not 1 <= band < num_layers:
+        raise UserError(
+            f"band={band}: expected 1 to {num_layers - 1}, the distances there are between {num_layers} layers"
+        )
 
 
 def _refuse_degenerate(health: _Health, hidden: jax.Array, allow_repeats: bool = False) -> None:
     trace, spread, near, nearest = (np.asarray(fact) for fact in jax.device_get(health))
-    num_layers, count, _ = hidden.shape
-    broken = np.flatnonzero(~np.isfinite(trace)).tolist()
-    if broken:
-        raise DegenerateError(
-            f"layers {listed(broken)}: activations are NaN, infinite or too large to square in float32;"
-            " check the weights, or run the model in a wider type",
-            broken,
-        )
-    constant = np.flatnonzero(~(spread > _ROUNDING)).tolist()  # 0/0, a layer of zeros, counts
-    if len(constant) == num_layers:
+    count = hidden.shape[1]
+    broken = np.flatnonzero(~np.isfinite(trace))
+    if broken.size:
+        lengths = jnp.square(hidden[broken].astype(jnp.float32)).sum(axis=2)
+        refuse_infinite(broken, np.flatnonzero(~np.isfinite(lengths).all(axis=0)))
+    refuse_constant(spread, count)
+    later = np.flatnonzero(near) if not allow_repeats else np.empty(0, np.int64)
+    if later.size:
+        first, second = hidden[:, nearest[later]].astype(jnp.float32), hidden[:, later].astype(jnp.float32)
+        equal = jnp.linalg.norm(first - second, axis=2) <= ROUNDING * jnp.linalg.norm(second, axis=2)
+        later = later[np.asarray(equal.all(axis=0))]
+        refuse_repeats(nearest[later], later, count)
+
+
+def refuse_infinite(layers: np.ndarray, samples: np.ndarray) -> NoReturn:
+    """Names layers and samples whose activations have no finite square."""
+    where = f" in samples {listed(samples[:8].tolist())}{', ...' if len(samples) > 8 else ''}" if len(samples) else ""
+    raise DegenerateError(
+        f"layers {listed(layers.tolist())}: activations are NaN, infinite or too large to square in float32{where};"
+        " check the weights, or run the model in a wider type",
+        layers.tolist(),
+        samples.tolist(),
+    )
+
+
+def refuse_constant(spread: np.ndarray, count: int) -> None:
+    """Refuses layers whose ``count`` samples differ by rounding only.
+
+    Args:
+        spread: ``[L]`` of the samples about their mean, relative to their length.
+        count: N.
+    """
+    constant = np.flatnonzero(~(spread > ROUNDING)).tolist()  # 0/0, a layer of zeros, counts
+    if len(constant) == len(spread):
         raise DegenerateError(f"all {count} samples are identical in every layer; give different prompts", constant)
     if constant:
         raise DegenerateError(
@@ -315,13 +432,12 @@ def _refuse_degenerate(health: _Health, hidden: jax.Array, allow_repeats: bool =
             " leave these layers out, or tap another position",
             constant,
         )
-    later = np.flatnonzero(near) if not allow_repeats else np.empty(0, np.int64)
+
+
+def refuse_repeats(earlier: np.ndarray, later: np.ndarray, count: int) -> None:
+    """Refuses samples ``later`` that repeat ``earlier`` ones, if there are any."""
     if later.size:
-        first, second = hidden[:, nearest[later]].astype(jnp.float32), hidden[:, later].astype(jnp.float32)
-        equal = jnp.linalg.norm(first - second, axis=2) <= _ROUNDING * jnp.linalg.norm(second, axis=2)
-        later = later[np.asarray(equal.all(axis=0))]
-    if later.size:
-        pair = int(nearest[later[0]]), int(later[0])
+        pair = int(earlier[0]), int(later[0])
         raise DegenerateError(
             f"{later.size} of {count} samples repeat an earlier one in every layer (first: samples {pair[0]} and"
             f" {pair[1]}, counted from 0); remove the duplicates",

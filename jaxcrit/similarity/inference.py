@@ -8,10 +8,10 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity.cka import Bias, from_tables, hsic
-from jaxcrit.similarity.grams import GramTables
+from jaxcrit.similarity.grams import GramSums, GramTables, Tables
 
 
-def null_mean(tables: GramTables) -> np.ndarray:
+def null_mean(tables: Tables) -> np.ndarray:
     """The exact mean of biased CKA when the samples of one side are permuted at random.
 
     ``tr G tr G' / ((N-1) |G| |G'|)`` (the first moment of Kazi-Aoual et al. 1995; no resampling).
@@ -19,11 +19,11 @@ def null_mean(tables: GramTables) -> np.ndarray:
     Returns:
         ``[L, L]`` float64, or ``[L, L']`` where two models are compared.
     """
-    relative = tables.diagonals.sum(axis=1) / np.sqrt(hsic(tables, "biased").diagonal())
+    relative = tables.trace / np.sqrt(hsic(tables, "biased").diagonal())
     return tables.pairs(np.outer(relative, relative) / (tables.num_samples - 1))
 
 
-def null_variance(tables: GramTables) -> np.ndarray:
+def null_variance(tables: Tables) -> np.ndarray:
     """The exact variance of biased CKA when the samples of one side are permuted at random.
 
     The second moment of Kazi-Aoual et al. 1995, from trace, norm and diagonal of each Gram alone: with T = tr G,
@@ -38,8 +38,7 @@ def null_variance(tables: GramTables) -> np.ndarray:
     """
     n = tables.num_samples
     norm = hsic(tables, "biased").diagonal()
-    trace = tables.diagonals.sum(axis=1)
-    squares = (tables.diagonals**2).sum(axis=1)
+    trace, squares = tables.trace, tables.aligned.diagonal()
     # Of Grams of norm 1, whose inner product is the CKA.
     spectral = ((n - 1) * norm - trace**2) / norm
     leverage = (n * (n + 1) * squares - (n - 1) * (trace**2 + 2 * norm)) / norm
@@ -66,7 +65,7 @@ class PermutationNull:
     p: np.ndarray
 
 
-def permutation_null(tables: GramTables) -> PermutationNull:
+def permutation_null(tables: Tables) -> PermutationNull:
     """Mean, deviation, calibrated score and p of every pair, without permuting anything.
 
     Layers of one network are never independent of each other, so that p of neighbours is 0 for all practical
@@ -83,15 +82,15 @@ def permutation_null(tables: GramTables) -> PermutationNull:
     return PermutationNull(mean, np.sqrt(variance), score, p)
 
 
-def participation_ratio(tables: GramTables) -> np.ndarray:
+def participation_ratio(tables: Tables) -> np.ndarray:
     """``(sum of eigenvalues)^2 / sum of their squares`` of each centred Gram: ``[L]`` float64, from 1 to N-1.
 
     The number of directions that carry a layer. Two unrelated layers of ratio P score about P/(P+N) by biased CKA.
     """
-    return tables.diagonals.sum(axis=1) ** 2 / hsic(tables, "biased").diagonal()
+    return tables.trace**2 / hsic(tables, "biased").diagonal()
 
 
-def cka_without_each(tables: GramTables, bias: Bias = "biased", *, reach: int | None = None) -> np.ndarray:
+def cka_without_each(tables: Tables, bias: Bias = "biased", *, reach: int | None = None) -> np.ndarray:
     """CKA of all pairs with each sample deleted in turn, exactly, from the Grams of all samples.
 
     Deleting sample m takes its row and column out of the Gram and centres again; with r = ``rows[m]``, d_m the diagonal
@@ -113,8 +112,13 @@ def cka_without_each(tables: GramTables, bias: Bias = "biased", *, reach: int | 
         ``[N, L, L]`` float64, or ``[N, L, L']`` where two models are compared.
 
     Raises:
-        UserError: debiased with fewer than 5 samples (4 must be left).
+        UserError: debiased with fewer than 5 samples (4 must be left), or sums without rows.
     """
+    if isinstance(tables, GramSums):
+        raise UserError(
+            "deleting samples takes rows of Grams, and the feature-space and streamed forms have none; use the"
+            " resident or tiled form (--form=tiled), or go without errors"
+        )
     n = tables.num_samples - 1
     i, j = _wanted(tables, reach)
     diagonals, rows = tables.diagonals.T, tables.rows[:, i, j]

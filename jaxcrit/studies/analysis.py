@@ -29,10 +29,11 @@ from jaxcrit.criticality.selection import mean_rank
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.templates import template_hash
 from jaxcrit.similarity.cka import from_tables
-from jaxcrit.similarity.grams import KERNELS, gram_tables
+from jaxcrit.similarity.forms import FORMS
+from jaxcrit.similarity.grams import KERNELS
 from jaxcrit.similarity.inference import participation_ratio, permutation_null
 from jaxcrit.similarity.measures import parse_measures
-from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset, Swept
 from jaxcrit.studies.measures import measured
 from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
@@ -130,7 +131,7 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     try:
         captures = Captures(config, session, datasets, directory, progress)
         results = {
-            dataset.name: _score(config, session, spec, dataset, captures.grams(dataset), progress)
+            dataset.name: _score(config, session, spec, dataset, captures.sweep(dataset), progress)
             for dataset in datasets
         }
         analysis = _combine(config, session, spec, results, directory.path)
@@ -138,7 +139,11 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     except UserError:
         directory.discard()
         raise
-    run |= {"chosen": list(analysis.chosen.layers), "warnings": {n: r.warnings for n, r in results.items()}}
+    run |= {
+        "forms": captures.forms,
+        "chosen": list(analysis.chosen.layers),
+        "warnings": {n: r.warnings for n, r in results.items()},
+    }
     directory.finish({**run, "time": captures.times()})
     return dataclasses.replace(analysis, run={**analysis.run, **run, "time": captures.times()})
 
@@ -158,6 +163,9 @@ def check_flags(config: AnalysisConfig) -> LayerSpec:
     parse_measures(config.measures)
     if config.batch_size < 1:
         raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
+    if config.form not in ("auto", *FORMS):
+        raise UserError(f"--form={config.form}: expected {listed(('auto', *FORMS))}")
+    _ = config.layer_band
     if config.embed and not config.save_activations:
         raise UserError("--embed adds the embedding output to what --save_activations keeps; give both")
     return LayerSpec.parse(config.layers)
@@ -258,10 +266,10 @@ def _score(
     session: Session,
     spec: LayerSpec,
     dataset: Dataset,
-    grams: np.ndarray | jax.Array,
+    swept: Swept,
     progress: Bars | None,
 ) -> DatasetResult:
-    tables = gram_tables(grams)
+    tables, grams = swept
     meta = {
         "model_type": session.config.family,
         "model_hash": session.model_hash,
@@ -280,6 +288,10 @@ def _score(
     kept = {key: values_without_each(tables, key, *shape, without=without)
             for key, criterion in CRITERIA.items() if criterion.bias in without}  # fmt: skip
     score, left = scores[config.criterion], kept[config.criterion] if len(without) == 2 else None
+    if grams is None and config.measures:
+        raise UserError(
+            f"--measures={config.measures}: taken from whole Grams; add --form=resident, with fewer prompts"
+        )
     measures = measured(grams, config.measures, progress)
     scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
                              meta={**meta, "num_samples": tables.num_samples})  # fmt: skip

@@ -1,30 +1,38 @@
-"""Grams of every dataset of an analysis: from the run's fingerprint, else from forward passes of the model."""
+"""The sweep of every dataset of an analysis: from the run's fingerprint, else from forward passes of the model."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from jaxcrit.capture import Activations, Position, capture, compiled_steps
+from jaxcrit.capture import Activations, Position, capture, compiled_steps, stream
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.similarity.grams import Kernel, centred_grams, pack_upper, unpack_upper
+from jaxcrit.parallel.mesh import device_memory
+from jaxcrit.similarity.features import FeatureSums, features, product_sharding
+from jaxcrit.similarity.forms import RESIDENT_SAMPLES, Form, choose_form
+from jaxcrit.similarity.grams import Kernel, Tables, centred_grams, gram_tables, pack_upper, unpack_upper
 from jaxcrit.similarity.measures import unit_rows
+from jaxcrit.similarity.sharded import shard, sharded
+from jaxcrit.similarity.tiled import sampled_bandwidths, tiled
 from jaxcrit.studies.session import Bars, Session
 
-FINGERPRINT_SAMPLES = 4096  # above it the Grams outgrow what one wants in a run directory
-GRAM_BYTES = 8 * 2**30
+T = TypeVar("T")
+FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wants in a run directory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +55,8 @@ class AnalysisConfig:
         mesh: devices by axis.
         normalize: ``row`` to give every sample's activations unit length; empty to leave them as they are.
         kernel: linear or rbf.
+        form: of the sweep: auto, resident, tiled, features or streamed.
+        band: how far apart layers may be for their CKA to be computed, or all.
         window: layers that delta averages over.
         include_self: whether a layer is in its own window.
         measures: of `jaxcrit.similarity.measures.MEASURES`, with commas, beside CKA.
@@ -74,6 +84,8 @@ class AnalysisConfig:
     mesh: str = ""
     normalize: str = ""
     kernel: Kernel = "linear"
+    form: str = "auto"
+    band: str = "all"
     window: int = 5
     include_self: bool = True
     measures: str = ""
@@ -89,6 +101,24 @@ class AnalysisConfig:
     def criterion(self) -> str:
         """Score key that selects."""
         return "delta" if self.bias == "biased" else "delta_debiased"
+
+    @property
+    def layer_band(self) -> int | None:
+        """``--band`` as a number; None for all pairs.
+
+        Raises:
+            UserError: neither a number nor all, or narrower than the window.
+        """
+        if self.band == "all":
+            return None
+        if not self.band.isdecimal():
+            raise UserError(f"--band={self.band}: expected all, or a number of layers")
+        if int(self.band) < self.window // 2:
+            raise UserError(
+                f"--band={self.band}: δ of --window={self.window} takes layers up to {self.window // 2} apart; give"
+                f" --band={self.window // 2} or more"
+            )
+        return int(self.band)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -111,8 +141,15 @@ class Dataset:
         return [example.sample_id for example in self.examples]
 
 
+class Swept(NamedTuple):
+    """Tables of one dataset, and the centred Grams ``[L, N, N]`` they are from where these were kept."""
+
+    tables: Tables
+    grams: np.ndarray | jax.Array | None
+
+
 class Captures:
-    """Grams of each dataset: from the run's fingerprint where one fits, else from forward passes of the model.
+    """The sweep of each dataset: from the run's fingerprint where one fits, else from forward passes of the model.
 
     The weights are read when the first dataset needs them, and the buckets are common to all datasets, so
     that a bucket compiles once for all.
@@ -130,6 +167,7 @@ class Captures:
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
         self.taken: dict[str, dict[str, Any]] = {}
+        self.forms: dict[str, dict[str, Any]] = {}
         self.began = time.time()
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
         split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
@@ -139,84 +177,171 @@ class Captures:
     def folder(self, dataset: Dataset) -> Path:
         return self.directory.path if self.alone else self.directory.path / dataset.name
 
-    def grams(self, dataset: Dataset) -> np.ndarray | jax.Array:
+    def sweep(self, dataset: Dataset) -> Swept:
         folder = self.folder(dataset)
         file = folder / "fingerprint.npz"
+        form = self._form(dataset)
+        self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
         kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
         if self.directory.resumed and file.exists() and kept:
             arrays, meta = read_npz(file)
             if meta.get("identity") == self.directory.identity:
                 self.taken[dataset.name] = {"reused": True}
-                return unpack_upper(arrays["gram"])
-        prompts = dataset.examples
-        count = sum(p.prompt_length for p in prompts) if self.config.position == "all" else len(prompts)
-        needed = self.session.config.num_layers * count**2 * 4
-        if needed > GRAM_BYTES:
-            raise UserError(
-                f"{dataset.name}: {count} samples need {needed / 2**30:.0f} GiB of Grams, at most"
-                f" {GRAM_BYTES / 2**30:.0f} are taken; give fewer prompts with --limit"
-            )
-        activations = self._capture(dataset)
-        hidden = unit_rows(activations.hidden) if self.config.normalize == "row" else activations.hidden
-        grams: np.ndarray | jax.Array = centred_grams(
-            hidden, self.config.kernel, allow_repeats=self.config.position == "all"
-        )
+                grams = unpack_upper(arrays["gram"])
+                return Swept(gram_tables(grams, band=form.band), grams)
+        if form.name == "streamed":
+            return Swept(self._streamed(dataset, form), None)
+        activations = self._run(dataset, partial(capture, with_embed=self.config.embed))
         folder.mkdir(parents=True, exist_ok=True)
-        if count <= FINGERPRINT_SAMPLES:
-            packed = pack_upper(grams)
-            meta = {
-                "format": "jaxcrit.fingerprint",
-                "format_version": 1,
-                "identity": self.directory.identity,
-                "model_hash": self.session.model_hash,
-                "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
-                "position": self.config.position,
-                "kernel": self.config.kernel,
-                "normalize": self.config.normalize,
-                "num_layers": self.session.config.num_layers,
-            }
-            ids = np.array(dataset.sample_ids)[activations.units]
-            write_npz(file, {"gram": packed, "sample_ids": ids, "units": activations.units}, meta)
-            grams = unpack_upper(packed)  # so that a resumed run computes from the same bits
+        swept = self._swept(dataset, form, activations, file)
         if self.config.save_activations:
             arrays = {"hidden": np.asarray(activations.hidden)}
             if activations.embed is not None:
                 arrays["embed"] = np.asarray(activations.embed)
             with atomic_path(folder / "activations.safetensors") as temporary:
                 save_file(arrays, temporary)
-        return grams
+        return swept
 
-    def _capture(self, dataset: Dataset) -> Activations:
+    def grams(self, dataset: Dataset) -> np.ndarray | jax.Array:
+        """The centred Grams ``[L, N, N]``, for what takes them whole.
+
+        Raises:
+            UserError: there are too many samples to keep them.
+        """
+        found = self.sweep(dataset).grams
+        if found is None:
+            raise UserError(f"{dataset.name}: too many samples to keep their Grams; give fewer prompts with --limit")
+        return found
+
+    def _form(self, dataset: Dataset) -> Form:
+        config, model = self.config, self.session.config
+        prompts = dataset.examples
+        count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
+        try:
+            return choose_form(
+                count,
+                model.width,
+                model.num_layers,
+                band=config.layer_band,
+                kernel=config.kernel,
+                memory=device_memory(self.session.mesh),
+                devices=self.session.mesh.size,
+                stored=config.save_activations,
+                asked=config.form,
+            )
+        except UserError as error:
+            raise UserError(f"{dataset.name}: {error}") from None
+
+    def _swept(self, dataset: Dataset, form: Form, activations: Activations, file: Path) -> Swept:
+        """The sweep of stored activations; of the resident form with a fingerprint."""
+        config, hidden, repeats = self.config, self._normalised(activations.hidden), self.config.position == "all"
+        if form.name == "resident":
+            grams: np.ndarray | jax.Array = centred_grams(hidden, config.kernel, allow_repeats=repeats)
+            if hidden.shape[1] <= FINGERPRINT_SAMPLES:
+                grams = self._fingerprint(dataset, activations, pack_upper(grams), file)
+            return Swept(gram_tables(grams, band=form.band), grams)
+        with self._bar(f"{dataset.name}, sweep") as progress:
+            if form.name == "features":
+                tables: Tables = features(
+                    hidden,
+                    band=form.band,
+                    sharding=self._product_sharding(),
+                    allow_repeats=repeats,
+                    progress=progress,
+                )
+                return Swept(tables, None)
+            bandwidths = None
+            if config.kernel == "rbf":
+                bandwidths = sampled_bandwidths(hidden, seed=config.seed)
+                self.forms[dataset.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
+            mesh = self.session.mesh
+            tile = partial(tiled, jax.device_put(hidden, mesh.devices.flat[0]), progress=progress)
+            if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
+                tile = partial(sharded, shard(hidden, mesh))
+            swept = tile(kernel=config.kernel, band=form.band, bandwidths=bandwidths, allow_repeats=repeats)
+            return Swept(swept, None)
+
+    def _streamed(self, dataset: Dataset, form: Form) -> Tables:
+        """Sums added up batch by batch, without activations ever being stored."""
+        if self.config.position != "all":
+            refuse_equal_prompts(dataset.examples)
+        model = self.session.config
+        sums = FeatureSums(model.num_layers, model.width, band=form.band, sharding=self._product_sharding())
+
+        def add(*arguments: Any, **options: Any) -> None:
+            for states in stream(*arguments, **options):
+                sums.add(self._normalised(states.hidden), states.samples)
+
+        self._run(dataset, add)
+        return sums.tables()
+
+    def _normalised(self, hidden: jax.Array) -> jax.Array:
+        return unit_rows(hidden) if self.config.normalize == "row" else hidden
+
+    def _product_sharding(self) -> NamedSharding | None:
+        mesh, width = self.session.mesh, self.session.config.width
+        return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
+
+    def _fingerprint(self, dataset: Dataset, activations: Activations, packed: np.ndarray, file: Path) -> np.ndarray:
+        meta = {
+            "format": "jaxcrit.fingerprint",
+            "format_version": 1,
+            "identity": self.directory.identity,
+            "model_hash": self.session.model_hash,
+            "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
+            "position": self.config.position,
+            "kernel": self.config.kernel,
+            "normalize": self.config.normalize,
+            "num_layers": self.session.config.num_layers,
+        }
+        ids = np.array(dataset.sample_ids)[activations.units]
+        write_npz(file, {"gram": packed, "sample_ids": ids, "units": activations.units}, meta)
+        return unpack_upper(packed)  # so that a resumed run computes from the same bits
+
+    def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
+        """Gives the model and the batches of a dataset to ``take``, and notes what that took."""
         if self.decoder is None:
             self.decoder = self.session.decoder(self.progress)
-        config, mesh = self.config, self.session.mesh
         batches = make_batches(
             dataset.examples,
             self.batch_size,
             buckets=self.buckets,
             max_length=self.session.config.max_length,
         )
-        bar = None if self.progress is None else self.progress(total=len(dataset.examples), desc=dataset.name)
-        activations = capture(
-            self.decoder,
-            batches,
-            len(dataset.examples),
-            mesh=mesh,
-            position=config.position,
-            with_embed=config.embed,
-            precision=config.precision,
-            progress=None if bar is None else lambda done, _: bar.update(done - bar.n),
-        )
-        if bar is not None:
-            bar.close()
+        began, count = time.perf_counter(), len(dataset.examples)
+        with self._bar(dataset.name) as progress:
+            taken = take(
+                self.decoder,
+                batches,
+                count,
+                mesh=self.session.mesh,
+                position=self.config.position,
+                precision=self.config.precision,
+                progress=progress,
+            )
+        seconds = time.perf_counter() - began
         self.taken[dataset.name] = {
-            "seconds": round(activations.seconds, 3),
-            "prompts_per_second": round(len(dataset.examples) / activations.seconds, 2),
-            "tokens": activations.num_tokens,
-            "padded_tokens": activations.padded_tokens,
-            "buckets": activations.num_buckets,
+            "seconds": round(seconds, 3),
+            "prompts_per_second": round(count / seconds, 2),
+            "tokens": sum(example.prompt_length for example in dataset.examples),
+            "padded_tokens": sum(batch.tokens.size for batch in batches),
+            "buckets": len({batch.tokens.shape for batch in batches}),
         }
-        return activations
+        return taken
+
+    @contextlib.contextmanager
+    def _bar(self, name: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A progress bar that learns how much there is to do with the first step."""
+        if self.progress is None:
+            yield None
+            return
+        with self.progress(total=None, desc=name) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield advance
 
     def times(self) -> dict[str, Any]:
         return {

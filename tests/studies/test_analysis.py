@@ -17,6 +17,7 @@ from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
+from jaxcrit.reporting.analysis import analysis_text, write_analysis
 from jaxcrit.studies import captures
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.captures import AnalysisConfig
@@ -198,6 +199,49 @@ def test_rows_of_unit_length(config, tmp_path):
     assert np.abs(unit.scores["delta"].values[2:5] - plain.scores["delta"].values[2:5]).max() > 1e-4
 
 
+def test_forms_and_bands_give_the_same_scores(config, tmp_path):
+    first = run_analysis(config)
+    assert first.run["forms"]["prompts"]["name"] == "resident"
+    for form, band in (("tiled", "all"), ("features", "2"), ("streamed", "all"), ("streamed", "2"), ("auto", "2")):
+        out = tmp_path / f"{form}-{band}"
+        analysis = run_analysis(dataclasses.replace(config, form=form, band=band, out=str(out)))
+        assert analysis.run["forms"]["prompts"]["name"] == ("resident" if form == "auto" else form)
+        assert (out / "fingerprint.npz").exists() is (form == "auto")
+        assert np.isnan(analysis.datasets["prompts"].cka["biased"][0, 6]) == (band == "2")
+        has_errors = form in ("tiled", "auto")
+        assert (analysis.certainty is not None) is has_errors
+        said = " ".join(analysis_text(analysis).split())
+        assert f"Sweep: {'resident' if form == 'auto' else form}" in said
+        assert ("no standard errors" in said) is (not has_errors)
+        for key, score in first.scores.items():
+            other = analysis.scores[key]
+            np.testing.assert_allclose(other.values, score.values, atol=1e-5)
+            assert (other.stderr is not None) is has_errors
+            if has_errors:
+                np.testing.assert_allclose(other.stderr, score.stderr, atol=1e-5)
+        write_analysis(analysis)
+    assert read_json(out / "run.json", "jaxcrit.run")["forms"]["prompts"]["band"] == 2
+
+
+def test_rbf_bandwidths_are_recorded(config, tmp_path):
+    first = run_analysis(dataclasses.replace(config, kernel="rbf"))
+    tiles = dataclasses.replace(config, kernel="rbf", form="tiled", mesh="data=8", out=str(tmp_path / "tiles"), seed=3)
+    analysis = run_analysis(tiles)
+    np.testing.assert_allclose(analysis.scores["delta"].values, first.scores["delta"].values, atol=1e-5)
+    run = read_json(tmp_path / "tiles" / "run.json", "jaxcrit.run")
+    assert len(run["forms"]["prompts"]["bandwidths"]) == 7 and run["forms"]["prompts"]["bandwidth_seed"] == 3
+
+
+@pytest.mark.parametrize("position", ["mean", "all"])
+def test_streamed_positions(config, position, tmp_path):
+    """Tokens of ``all`` repeat, and batches are padded."""
+    first = run_analysis(dataclasses.replace(config, position=position)).datasets["prompts"]
+    streamed = dataclasses.replace(config, position=position, form="streamed", out=str(tmp_path / "streamed"))
+    second = run_analysis(streamed).datasets["prompts"]
+    assert second.num_samples == first.num_samples
+    np.testing.assert_allclose(second.cka["debiased"], first.cka["debiased"], atol=1e-5)
+
+
 def test_biased_selection(config):
     analysis = run_analysis(dataclasses.replace(config, bias="biased"))
     assert analysis.chosen.criterion == "delta"
@@ -256,6 +300,16 @@ BAD = {
     "unknown normalisation": (lambda m, t: {"normalize": "rows"}, "row"),
     "embed alone": (lambda m, t: {"embed": True}, "--save_activations"),
     "mesh": (lambda m, t: {"mesh": "data=3"}, "--mesh=data=3"),
+    "unknown form": (lambda m, t: {"form": "sketched"}, "--form=sketched: expected"),
+    "no form for the kernel": (lambda m, t: {"form": "streamed", "kernel": "rbf"}, "no feature space"),
+    "nothing to save": (lambda m, t: {"form": "streamed", "save_activations": True}, "to be saved"),
+    "band wider than the model": (lambda m, t: {"band": "7"}, "band=7: expected 1 to 6"),
+    "band narrower than the window": (lambda m, t: {"band": "1"}, "--band=2 or more"),
+    "no band": (lambda m, t: {"band": "some"}, "expected all, or a number"),
+    "repeated, streamed": (
+        lambda m, t: {"form": "streamed", "data": lines(t / "d.jsonl", *rows(6), {"prompt": "2 cats", "id": 1})},
+        "samples 2 and 6, counted from 0, are the same prompt",
+    ),
 }
 
 
