@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,6 +30,7 @@ from jaxcrit.reporting.plots import twin_curves
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.captures import AnalysisConfig
+from jaxcrit.studies.correlation import plain
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
 from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
 
@@ -45,6 +47,7 @@ TABLE_2 = {
 # Families of the embedded model, by the dataset of the paper each is shaped like; ``order`` it has never seen.
 FAMILIES = {"order": "", "open": "alpaca", "closed": "dolly", "arithmetic": "gsm8k", "yesno": "boolq",
             "choice": "openbookqa"}  # fmt: skip
+_LEARNT = 0.1  # nats; less, and a substitution has nothing to undo
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,11 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
     return Row(name, substituted.base_loss, substituted.tuned_loss, found["delta"], found["delta_debiased"], published)
 
 
+def shown(value: float) -> str:
+    """Two digits; a dash where there is nothing, as of a curve that is all depth."""
+    return "-" if math.isnan(value) else f"{value:.2f}"
+
+
 def table(rows: Sequence[Row], published: str) -> str:
     """One line per dataset, at most 100 columns wide."""
     header = ["ρ", "95 %", "p naive", "p shift", "ρ debiased", "δ~depth", "loss~depth", "given depth", "p", "paper", ""]
@@ -122,9 +130,13 @@ def table(rows: Sequence[Row], published: str) -> str:
         interval = "-" if one.interval is None else "{:.2f},{:.2f}".format(*one.interval)
         paper = "-" if row.published is None else f"{row.published:.3f}"
         body.append([f"{one.rho:.2f}", interval, f"{one.p_naive:.3f}", f"{one.p_shift:.2f}", f"{row.debiased.rho:.2f}",
-                     f"{one.depth[0]:.2f}", f"{one.depth[1]:.2f}", f"{one.partial:.2f}", f"{one.p_partial:.2f}",
+                     f"{one.depth[0]:.2f}", f"{one.depth[1]:.2f}", shown(one.partial), shown(one.p_partial),
                      paper, row.dataset])  # fmt: skip
-    losses = [f"{row.dataset}: test loss {row.base_loss:.3f} before, {row.tuned_loss:.3f} after" for row in rows]
+    losses = [
+        f"{row.dataset}: test loss {row.base_loss:.3f} before, {row.tuned_loss:.3f} after"
+        + ("" if row.base_loss - row.tuned_loss > _LEARNT else "; nothing was learnt, so ρ is of noise")
+        for row in rows
+    ]
     first = rows[0].found
     notes = [
         f"ρ of δ and substitution loss over layers {first.first} to {first.last}",
@@ -172,7 +184,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     settings: dict[str, Any] = {key: value for key, value in vars(given).items() if key != "out"}
     write_json(out / "criticality_correlation.json", "jaxcrit.criticality_correlation",
-               {"config": settings, "rows": [dataclasses.asdict(row) for row in rows]})  # fmt: skip
+               {"config": settings, "rows": plain([dataclasses.asdict(row) for row in rows])})  # fmt: skip
     print(table(rows, given.published))
     return 0
 

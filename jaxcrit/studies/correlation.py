@@ -90,9 +90,9 @@ def run_correlation(config: CorrelationConfig) -> Correlated:
         return Correlated(names, scores, matrix, pair, warnings, run, None)
     directory = RunDirectory.open(Path(config.out), run["determines"])
     directory.begin(run)
-    content: dict[str, Any] = {"scores": names, "spearman": _plain(matrix.tolist())}
+    content: dict[str, Any] = {"scores": names, "spearman": plain(matrix.tolist())}
     if pair is not None:
-        content |= {"pair": _plain(dataclasses.asdict(pair)), "warnings": warnings}
+        content |= {"pair": plain(dataclasses.asdict(pair)), "warnings": warnings}
     write_json(directory.path / "correlation.json", CORRELATION_FORMAT, content)
     directory.finish(run)
     return Correlated(names, scores, matrix, pair, warnings, run, directory.path)
@@ -154,10 +154,10 @@ def _record(config: CorrelationConfig, names: Sequence[str], scores: Sequence[La
     return {"command": "correlate", "config": asked, "determines": determines}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """NaN as null."""
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in value.items()}
+        return {key: plain(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
+        return [plain(inner) for inner in value]
     return None if isinstance(value, float) and not np.isfinite(value) else value

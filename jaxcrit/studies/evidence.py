@@ -44,13 +44,21 @@ def layer_tensors(session: Session) -> Iterator[dict[str, np.ndarray]]:
             tensors[row.path] = session.checkpoint.read(name, part, None).astype(np.float32)
             if not np.isfinite(tensors[row.path]).all():
                 raise UserError(f"{session.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
-            for tuned in session.tuned:
-                group = tuned.partition.groups[layer]
-                if group != FROZEN:
-                    slot = tuned.partition.members(group).index(layer)
-                    value = tuned.params[group][row.path][slot]
-                    tensors[row.path] = np.asarray(jax.device_get(value), np.float32).reshape(shape)
+        for tuned in session.tuned:
+            group, lora = tuned.partition.groups[layer], tuned.partition.lora
+            if group == FROZEN:
+                continue
+            slot = tuned.partition.members(group).index(layer)
+            mine = {path: value[slot : slot + 1] for path, value in tuned.params[group].items() if _inside(path)}
+            for path, value in mine.items() if lora is None else lora.changes(config, mine):
+                found = np.asarray(jax.device_get(value), np.float32).reshape(tensors[path].shape)
+                tensors[path] = found if lora is None else tensors[path] + found
         yield tensors
+
+
+def _inside(path: str) -> bool:
+    """Whether a weight is of the blocks."""
+    return path.startswith("blocks.")
 
 
 def weight_spectra(session: Session, progress: Progress | None = None) -> Spectra:
@@ -180,7 +188,7 @@ def response_gradients(
     config, count = session.config, len(examples)
     parts = partition(config, range(config.num_layers))
     weights = decoder.weights()
-    blocks = {path: value for path, value in weights.items() if path.startswith("blocks.")}
+    blocks = {path: value for path, value in weights.items() if _inside(path)}
     rest = {path: value for path, value in weights.items() if path not in blocks}
     total: Arrays = {path: jnp.zeros(value.shape, jnp.float32) for path, value in blocks.items()}
     samples, tokens, done = np.zeros((count, config.num_layers)), 0, 0

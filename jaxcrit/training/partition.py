@@ -237,7 +237,10 @@ def partition_of_json(config: ModelConfig, told: Mapping[str, Any]) -> Partition
     layers, lora = told["layers"], told.get("lora")
     factors = dict(zip(layers, told.get("rates", [1.0] * len(layers)), strict=True))
     adapters = None if lora is None else Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
-    return partition(config, layers, told["outside"], factors, adapters)
+    outside = set(told["outside"])
+    if config.tied and "embed" in outside:  # what is told names arrays, and a tied head is none
+        outside.add("head")
+    return partition(config, layers, outside, factors, adapters)
 
 
 def split(bank: Bank) -> tuple[Bank, Arrays]:

@@ -31,6 +31,7 @@ from jaxcrit.studies import scoring
 from jaxcrit.studies.evidence import layer_tensors, prompt_states, response_gradients, weight_changes
 from jaxcrit.studies.scoring import ScoreConfig, run_score
 from jaxcrit.studies.session import Session, Tuned, open_session
+from jaxcrit.training.lora import make_lora
 from jaxcrit.training.partition import TRAIN, partition
 
 LAYERS = 7
@@ -227,12 +228,20 @@ def test_weight_change_names_two_layers(session, decoder, descent):
     assert set(np.argsort(values)[-2:]) == {1, 5}
 
 
-def test_tensors_of_a_run_are_those_of_its_model(session, decoder, descent):
+@pytest.mark.parametrize("adapters", [False, True])
+def test_tensors_of_a_run_are_those_of_its_model(session, decoder, descent, adapters):
     run = tuned(session, decoder, descent, [2, 4])
+    if adapters:
+        lora, rng = make_lora(session.config, 2), np.random.default_rng(0)
+        shapes = lora.shapes(session.config, 2)
+        entries = {path: jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32) for path, (_, shape) in shapes.items()}
+        parts = partition(session.config, [2, 4], lora=lora)
+        second = dataclasses.replace(run.tuned[0], partition=parts, params={TRAIN: entries})
+        run = dataclasses.replace(run, tuned=(*run.tuned, second))
     weights = run.decoder().weights()
     for layer, tensors in enumerate(layer_tensors(run)):
         for path, value in tensors.items():
-            np.testing.assert_array_equal(value.ravel(), np.asarray(weights[path][layer]).ravel())
+            np.testing.assert_allclose(value.ravel(), np.asarray(weights[path][layer]).ravel(), atol=1e-6)
 
 
 def test_weight_change_is_blind_to_what_weights_do(folder, session):
