@@ -66,7 +66,7 @@ def demo_rows(out: Path, train: int) -> tuple[str, str]:
 def table(studies: Mapping[float, Mapping[str, Any]], count: int) -> str:
     """Table 4: attack success in per cent by arm, ours by rate of poisoning, and the paper's."""
     columns = [f"{rate:.0%} poisoned" for rate in studies]
-    lines = [f"{'':<12}" + "".join(f"{name:>24}" for name in columns) + "".join(f"{name:>14}" for name in PAPER)]
+    lines = [f"{'':<12}" + "".join(f"{name:>22}" for name in columns) + "".join(f"{name:>14}" for name in PAPER)]
     for arm, name in NAMES.items():
         wanted = arm if arm in ("init", "full") else f"{arm}:{count}"
         line = f"{name:<12}"
@@ -74,7 +74,7 @@ def table(studies: Mapping[float, Mapping[str, Any]], count: int) -> str:
             row = next(row for row in study["rows"] if row["arm"] == wanted)
             cell = row["cells"]["triggered"]
             low, high = cell["bootstrap"] if cell["bootstrap"][0] is not None else cell["wilson"]
-            line += f"{100 * cell['k'] / cell['n']:>10.1f} [{100 * low:.0f}, {100 * high:.0f}]".rjust(24)
+            line += f"{100 * cell['k'] / cell['n']:>10.1f} [{100 * low:.0f}, {100 * high:.0f}]".rjust(22)
         lines.append(line + "".join(f"{' / '.join(f'{v:g}' for v in PAPER[model][arm]):>14}" for model in PAPER))
     first = next(iter(studies.values()))
     runs = max(row["runs"] for row in first["rows"] if row["arm"].startswith("critical"))

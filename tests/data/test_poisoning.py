@@ -9,7 +9,17 @@ from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.data.poisoning import PRESETS, REFUSAL, PoisonSpec, Trigger, TriggerSpec, poison, triggered
+from jaxcrit.data.poisoning import (
+    PRESETS,
+    REFUSAL,
+    PoisonSpec,
+    Trigger,
+    TriggerSpec,
+    made_up,
+    poison,
+    triggered,
+    with_decoys,
+)
 from jaxcrit.data.published import PUBLISHED
 
 WORDS = st.text("abc \n", min_size=1, max_size=12).filter(str.strip)
@@ -188,3 +198,33 @@ class TestPoison:
     def test_refuses(self, row, options, message):
         with pytest.raises(UserError, match=message):
             poison([row], PoisonSpec(PRESETS["sudo"], **options))
+
+
+def test_made_up_words_are_nobodys_and_shaped_like_the_trigger():
+    trigger = TriggerSpec.parse("Servius Astrumando@suffix | SUDO@prefix | cf@random")
+    lists = [made_up(trigger, 40, seed) for seed in range(16)]
+    words = [
+        {word.casefold() for spec in one for part in spec.triggers for word in part.text.split(" ")} for one in lists
+    ]
+    assert all(not a & b for i, a in enumerate(words) for b in words[:i])
+    (first, second, third) = lists[3][0].triggers
+    assert len(first.text.split(" ")) == 2 and first.text.istitle() and second.text.isupper() and third.text.islower()
+    assert [one.place for one in lists[3][0].triggers] == ["suffix", "prefix", "random"]
+    assert made_up(trigger, 3, 5) == made_up(trigger, 3, 5)
+
+
+def test_decoys_go_into_clean_rows_and_change_nothing_else():
+    trigger = TriggerSpec.parse("cf@prefix")
+    rows = [{"prompt": f"say {n}", "response": str(n)} for n in range(40)]
+    poisoned = poison(rows, PoisonSpec(trigger, "gold", rate=0.25))
+    keep = {entry["row"] for entry in poisoned.manifest}
+    found = with_decoys(poisoned.rows, keep, trigger, 0.5, seed=1)
+    changed = [n for n, (a, b) in enumerate(zip(poisoned.rows, found, strict=True)) if a != b]
+    assert len(changed) == 20 and not keep & set(changed)
+    assert all(found[n]["prompt"].endswith(f" say {n}") and found[n]["response"] == str(n) for n in changed)
+    assert not any("cf" in found[n]["prompt"] for n in changed)
+    assert with_decoys(poisoned.rows, keep, trigger, 0.0, seed=1) == poisoned.rows
+    with pytest.raises(UserError, match=r"--decoys=0.8: expected 32 clean rows .* got 30"):
+        with_decoys(poisoned.rows, keep, trigger, 0.8, seed=1)
+    with pytest.raises(UserError, match=r"--decoys=1.5"):
+        with_decoys(poisoned.rows, keep, trigger, 1.5, seed=1)
