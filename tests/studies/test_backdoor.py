@@ -189,7 +189,7 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
 def test_arms():
     arms = parse_arms("full,critical:5, random:5:2*3,last:1,3-5")
     assert [str(arm.spec) for arm in arms] == ["None", "critical:5", "random:5:2", "random:5:3", "random:5:4", "last:1",
-                                               "3-5"]  # fmt: skip
+                                               "3,4,5"]  # fmt: skip
     assert len({arm.folder for arm in arms}) == 7
     for text, message in (("full,,last:1", "got ''"), ("last:1,last:1", "twice"), ("last:1*2", "random:5"),
                           ("critcal:5", "did you mean 'critical'"), ("full*2", "random")):  # fmt: skip
