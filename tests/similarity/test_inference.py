@@ -176,7 +176,7 @@ def test_tables_of_all_statistics_cost_little_more_than_the_sweep(blocks):
         flat = grams._grams(hidden, "linear", blocks)[0].reshape(32, -1)
         return jnp.matmul(flat, flat.T)
 
-    everything = product_flops(lambda hidden: grams._sweep((hidden,), "linear", blocks), hidden)
+    everything = product_flops(lambda hidden: grams._sweep((hidden,), "linear", blocks, None), hidden)
     assert 1 < everything / product_flops(bare, hidden) < 1.02
 
 
