@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
@@ -80,6 +81,9 @@ def sweep(
     """
     config, depth = blocks.config, blocks.config.num_layers
     tokens, lengths, learn = batch
+    everywhere = None
+    if isinstance(tokens.sharding, NamedSharding):  # of several processes, each sees its own devices only
+        everywhere = NamedSharding(tokens.sharding.mesh, PartitionSpec())
     losses: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
@@ -96,7 +100,7 @@ def sweep(
             variant, before = variants[place], evaluations
             state, at = span(reference, state, at, variant.start), variant.start
             hidden = span(variant, state, at, depth)
-            losses[place], counts = _losses(outside, hidden, tokens, learn, config)
+            losses[place], counts = _losses(outside, hidden, tokens, learn, config, everywhere)
             if progress is not None:
                 losses[place].block_until_ready()
                 progress(evaluations - before)
@@ -124,13 +128,19 @@ def _span(
     return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
 
 
-@functools.partial(jax.jit, static_argnames="config")
+@functools.partial(jax.jit, static_argnames=("config", "sharding"))
 def _losses(
-    outside: Mapping[str, jax.Array], hidden: jax.Array, tokens: jax.Array, learn: jax.Array, config: ModelConfig
+    outside: Mapping[str, jax.Array],
+    hidden: jax.Array,
+    tokens: jax.Array,
+    learn: jax.Array,
+    config: ModelConfig,
+    sharding: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
     head = outside.get("head", outside["embed"])
     losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps)
-    return losses.sum(axis=1), counted.sum(axis=1)
+    sums = losses.sum(axis=1), counted.sum(axis=1)
+    return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 
 
 def compiled_spans() -> int:

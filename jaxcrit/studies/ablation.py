@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import read_json
@@ -108,7 +109,7 @@ def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Abl
     examples = read_rows(config, session)
     determines = _determines(config, session, examples)
     directory = RunDirectory.open(_out(config, session, determines), determines)
-    earlier = read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {}
+    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
     if earlier.get("status") == "complete":
         return Ablation(config, earlier, read_scores(directory.path / "scores.json"), directory.path)
     run: dict[str, Any] = {

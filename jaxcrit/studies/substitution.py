@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import read_json, read_npz, write_npz
@@ -159,7 +160,7 @@ def run_substitution(config: SubstitutionConfig, *, progress: Bars | None = None
     examples = read_rows(config, tuned)
     determines = _determines(config, base, tuned, plan, examples)
     directory = RunDirectory.open(_out(config, tuned, determines), determines)
-    earlier = read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {}
+    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
     if earlier.get("status") == "complete":
         return _finished(config, earlier, directory.path)
     run = _run_record(config, base, tuned, examples, determines)

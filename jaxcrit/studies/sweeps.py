@@ -5,11 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import jax
 import numpy as np
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_npz, write_npz
 from jaxcrit.core.rundir import RunDirectory
@@ -81,10 +82,8 @@ def sample_losses(
     """
     losses, tokens = np.full((num_variants, len(examples)), np.nan), np.zeros(len(examples), np.int64)
     file = directory.path / "partial.npz"
-    if directory.resumed and file.exists():
-        arrays, meta = read_npz(file)
-        if meta.get("identity") == directory.identity:
-            losses, tokens = arrays["losses"], arrays["tokens"]
+    if directory.resumed and (kept := processes.share(lambda: _kept(file, directory.identity))):
+        losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
     batches = list(batches_of(examples, batch_size, session))
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
     bar = None if progress is None else progress(
@@ -129,7 +128,16 @@ def batches_of(examples: Sequence[Example], batch_size: int, session: Session) -
 
 def forget_partial(out: Path) -> None:
     """Removes what `sample_losses` kept for a resumption."""
-    (out / "partial.npz").unlink(missing_ok=True)
+    if processes.first():
+        (out / "partial.npz").unlink(missing_ok=True)
+
+
+def _kept(file: Path, identity: str) -> dict[str, Any]:
+    """What an earlier run of this identity has left, as JSON values; empty where nothing."""
+    if not file.exists():
+        return {}
+    arrays, meta = read_npz(file)
+    return {name: arrays[name].tolist() for name in ("losses", "tokens")} if meta["identity"] == identity else {}
 
 
 def _done(losses: np.ndarray, rows: np.ndarray) -> bool:
