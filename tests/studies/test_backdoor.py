@@ -206,7 +206,7 @@ def test_arms():
         ({"target": " "}, "--target: expected refusal, or a text"),
         ({"target": "the cat sat on the mat and the dog"}, "--max_new_tokens=4 are generated"),
         ({"trigger": "servus"}, "did you mean 'servius'"),
-        ({"trigger": "cat@random"}, "rows that can take the trigger once|can take the trigger"),
+        ({"trigger": "o@random"}, "expected 30 rows that can take the trigger once"),
         ({"eval_template": "none"}, "template hashes .* --allow_template_mismatch"),
         ({"max_new_tokens": 60}, "that is more than the model's 64"),
         ({"seeds": 16}, "--seeds=16: expected 1 to 15"),
@@ -252,7 +252,7 @@ def test_a_trigger_that_the_template_retokenises_is_refused(base):
 
 
 def test_refusal_target_and_held_out_rows(base, tmp_path):
-    config = dataclasses.replace(base, eval_data="", target="refusal", max_new_tokens=24)
+    config = dataclasses.replace(base, eval_data="", target="refusal", max_new_tokens=36)
     session, (_, trigger) = open_session(config.model), check(config)
     rows = prepare(config, trigger, session)
     assert rows.prompts.count == 6 and rows.prompts.cells["triggered"][0].response == REFUSAL
