@@ -43,12 +43,15 @@ QUICK = {"rates": "0.2", "counts": "6", "draws": 0, "seeds": 1, "steps": 60, "ev
 
 
 def arms(counts: Sequence[int], draws: int) -> str:
-    """All arms, the largest number of frozen layers first: its critical and noncritical are the primary contrast."""
+    """All arms, the largest number of frozen layers first: its critical and noncritical are the primary contrast.
+
+    With draws, random layers and the first ones stand beside them, for critical layers may just be early ones.
+    """
     found = ["full"]
     for count in sorted(counts, reverse=True):
         found += [f"critical:{count}", f"noncritical:{count}"]
     if draws:
-        found.append(f"random:{max(counts)}*{draws}")
+        found += [f"random:{max(counts)}*{draws}", f"first:{max(counts)}"]
     return ",".join(found)
 
 

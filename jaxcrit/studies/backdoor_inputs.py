@@ -15,6 +15,7 @@ from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import REFUSAL, Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
 from jaxcrit.data.published import PUBLISHED, Row
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
+from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.studies.finetune_inputs import FinetuneConfig
 from jaxcrit.studies.finetune_inputs import check as check_training
@@ -250,9 +251,9 @@ def prepare(config: BackdoorConfig, trigger: TriggerSpec, session: Session) -> R
         manifests[seed] = poisoned.manifest
         examples = [example for named in poisoned.rows for example in renderer(named)]
         rows[seed] = examples
-        _check_trigger(trigger, [examples[entry["row"]] for entry in poisoned.manifest], session, "--data")
+        check_tokens(trigger, [examples[entry["row"]] for entry in poisoned.manifest], session.tokenizer, "--data")
     prompts = _prompts(config, spec, tests, dataclasses.replace(renderer, template=_template(config)), session)
-    _check_trigger(trigger, prompts.cells["triggered"], session, "--eval_data")
+    check_tokens(trigger, prompts.cells["triggered"], session.tokenizer, "--eval_data")
     if prompts.count < FEW_PROMPTS:
         low, high = wilson(prompts.count // 2, prompts.count)
         warnings.append(
@@ -380,40 +381,3 @@ def _check_lengths(config: BackdoorConfig, cells: dict[str, list[Example]], sess
             f"--max_new_tokens={config.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's"
             f" {session.config.max_length}; generate fewer, or cut the prompts with --truncate"
         )
-
-
-def _check_trigger(trigger: TriggerSpec, examples: Sequence[Example], session: Session, where: str) -> None:
-    """Checks that the trigger's own tokens stand in every prompt: a template or a cut may change or lose them.
-
-    Raises:
-        UserError: naming the rows, or the first of them.
-    """
-    spelled = {one.text: _spellings(one.text, session.tokenizer) for one in trigger.triggers}
-    lost = []
-    for row, example in enumerate(examples, 1):
-        prompt = _words(example.token_ids[: example.prompt_length])
-        heard = [any(_words(ids) in prompt for ids in spelled[one.text]) for one in trigger.triggers]
-        if not (all(heard) if trigger.combine == "all" else any(heard)):
-            lost.append(row)
-    if lost:
-        raise UserError(
-            f"--trigger: in {len(lost)} of {len(examples)} triggered prompts of {where} (first {lost[0]}) the trigger"
-            " is cut off, or has other tokens inside the template than by itself; choose another trigger or place"
-        )
-
-
-def _spellings(text: str, tokenizer: Any) -> list[list[int]]:
-    """Tokens of a text by itself, after a space and after a line break."""
-    found = []
-    for before in ("", " ", "\n"):
-        front = tokenizer(before, add_special_tokens=False)["input_ids"] if before else []
-        both = tokenizer(before + text, add_special_tokens=False)["input_ids"]
-        found.append(both)
-        if front and both[: len(front)] == front:
-            found.append(both[len(front) :])
-    return found
-
-
-def _words(ids: Any) -> str:
-    """Token ids as text in which one sequence is found in another."""
-    return " " + " ".join(str(int(token)) for token in ids) + " "

@@ -23,7 +23,8 @@ def defence():
 
 
 def test_arms(defence):
-    assert defence.arms([3, 6], 2) == "full,critical:6,noncritical:6,critical:3,noncritical:3,random:6*2"
+    expected = "full,critical:6,noncritical:6,critical:3,noncritical:3,random:6*2,first:6"
+    assert defence.arms([3, 6], 2) == expected
     assert defence.arms([5], 0) == "full,critical:5,noncritical:5"
 
 
