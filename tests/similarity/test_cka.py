@@ -79,6 +79,22 @@ def test_feature_form():
     np.testing.assert_allclose(cka(hidden), cross / norms[:, None] / norms, atol=1e-7)
 
 
+def test_cka_through_spectra():
+    """``sum (l_i m_j <u_i, v_j>)^2 / (|l^2| |m^2|)`` over eigenvalues and eigenvectors of two Grams."""
+    hidden = oracles.chain(2, 30, 12, power=1.0)
+    (left, u), (right, v) = (np.linalg.eigh(oracles.gram(x)) for x in hidden)
+    expected = np.sum(np.outer(left, right) * (u.T @ v) ** 2) / np.linalg.norm(left) / np.linalg.norm(right)
+    np.testing.assert_allclose(cka(hidden)[0, 1], expected, atol=1e-7)
+
+
+def test_adding_a_constant_to_a_kernel_changes_nothing():
+    """HSIC_1 does not see it, so centring and leaving exp(-1/2) out of the RBF kernel cost nothing."""
+    hidden = oracles.chain(3, 30, 12)
+    shifted = [oracles.rbf_gram(x) + shift for x, shift in zip(hidden, (0, -0.6, 5), strict=True)]
+    expected = oracles.ratio(oracles.song, shifted)
+    np.testing.assert_allclose(cka(hidden, kernel="rbf", bias="debiased"), expected, atol=1e-6)
+
+
 @pytest.mark.parametrize("kernel", ["linear", "rbf"])
 @pytest.mark.parametrize("bias", BIASES)
 def test_other_model(kernel, bias):
