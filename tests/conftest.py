@@ -1,9 +1,12 @@
 """What every test needs before jax is imported: eight CPU devices, and a compile cache where one is asked for."""
 
+import gc
 import os
+import sys
 from pathlib import Path
 
 import hypothesis
+import pytest
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -22,3 +25,13 @@ if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":
 # A busy machine takes its time; what a test may cost is asserted in operations.
 hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_programs():
+    """Lets go of compiled programs before there are too many: each maps memory, and Linux allows 65,530 maps."""
+    yield
+    maps = Path("/proc/self/maps")
+    if "jax" in sys.modules and maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
