@@ -24,7 +24,7 @@ def intervention_text(done: Intervened) -> str:
     lines = [f"warning: {text}" for text in done.warnings]
     lines += [f"prompt {found['prompt_index']}: {found['prompt']}", f"layers {layers}: {what}", ""]
     lines += [f"{name:>6}: {found[name]['text']!r}{'' if found[name]['stopped'] else ' …'}" for name in _ANSWERS]
-    lines += ["", f"next token: KL {found['next_token_kl']:.3f} nats"]
+    lines += ["", f"next token: KL {max(found['next_token_kl'], 0):.3f} nats"]
     lines += [f"{name:>6}: {_likely(found[name]['next_tokens'])}" for name in _ANSWERS]
     lines += ["", *_words(found)] if "lens" in found else []
     return "\n".join([*lines, f"intervention: {done.out / INTERVENTION}"])

@@ -28,6 +28,7 @@ from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.backdoor_inputs import Arm, BackdoorConfig, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
@@ -225,7 +226,7 @@ class _Lab:
             checkpoint_every=config.checkpoint_every or self.steps, patience=0,
             uniform=math.log(self.session.config.vocab_size),
         )  # fmt: skip
-        with Checkpoints(folder, keep=1) as checkpoints:
+        with notice() as leave, Checkpoints(folder, keep=1) as checkpoints:
             restored = checkpoints.restore(like)
             if restored and restored.state is not None:
                 state, standing = restored.state, Standing(**restored.meta["standing"])
@@ -238,7 +239,7 @@ class _Lab:
                 total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))  # fmt: skip
             try:
                 train(state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
-                      rate=lambda number: float(self.schedule(number)), meta={}, bar=bar)  # fmt: skip
+                      rate=lambda number: float(self.schedule(number)), meta={}, leave=leave, bar=bar)  # fmt: skip
             finally:
                 if bar is not None:
                     bar.close()
