@@ -5,6 +5,7 @@ The frozen rest is not in them; the run's ``run.json`` says which model it is, b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import gc
@@ -13,7 +14,7 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -188,7 +189,10 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         UserError: there is no such checkpoint, or none that can be read.
     """
     path = run.absolute() / FOLDER
-    with _Manager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager:
+    with (
+        _silence(),
+        _Manager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager,
+    ):
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:
             raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
@@ -213,6 +217,17 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
             except Exception as error:
                 reason = _reason(error)
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only."""
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        _LOGGER.setLevel(level)
 
 
 def _loss(metrics: Mapping[str, float]) -> float:
