@@ -40,8 +40,13 @@ def together(*arguments):
     processes = [start(arguments, process, port) for process in (0, 1)]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    # Gloo, which carries the collectives of CPUs, says on stdout whom it met.
-    return [(re.sub(r"^\[Gloo\].*\n", "", out, flags=re.M), err) for out, err in outputs]
+    return [(said(out), err) for out, err in outputs]
+
+
+def said(out):
+    """Without what Gloo, which carries the collectives of CPUs, says from several threads at once of whom it met."""
+    lines = re.sub(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\.[^:\n]*: \d+", "", out).splitlines()
+    return "\n".join(line for line in lines if line.strip())
 
 
 def alone(*arguments):
