@@ -31,13 +31,13 @@ from jaxcrit.models.generation import generate
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import batches_of, forget_partial, read_rows, sample_losses
+from jaxcrit.studies.sweeps import SweptRows, batches_of, forget_partial, read_rows, sample_losses
 
 _ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
 
 
 @dataclasses.dataclass(frozen=True)
-class AblationConfig:
+class AblationConfig(SweptRows):
     """What ``jaxcrit ablate`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -55,20 +55,11 @@ class AblationConfig:
     """
 
     model: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
-    max_length: int = 0
     methods: str = "skip,mean"
     sites: Sites = "blocks"
     generate: bool = False
     max_new_tokens: int = 64
-    batch_size: int = 8
     dtype: str = ""
     mesh: str = ""
 

@@ -17,7 +17,7 @@ from jaxcrit.data.published import PUBLISHED, Row
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.studies.finetune_inputs import FinetuneConfig
+from jaxcrit.studies.finetune_inputs import FinetuneConfig, TrainingConfig
 from jaxcrit.studies.finetune_inputs import check as check_training
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.rendering import render_set
@@ -32,7 +32,7 @@ _ARM = re.compile(r"(?P<spec>[^*]+?)(\*(?P<draws>\d+))?")
 
 
 @dataclasses.dataclass(frozen=True)
-class BackdoorConfig:
+class BackdoorConfig(TrainingConfig):
     """What ``jaxcrit backdoor`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -58,18 +58,6 @@ class BackdoorConfig:
         seed: of the first training; the next one's is one more.
     """
 
-    model: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
-    eval_data: str = ""
-    eval_split: str = ""
-    out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
-    max_length: int = 0
     eval_template: str = ""
     trigger: str = "servius"
     target: str = "refusal"
@@ -78,28 +66,11 @@ class BackdoorConfig:
     arms: str = "full,critical,noncritical"
     seeds: int = 3
     train_outside: bool = True
-    analysis: str = ""
-    steps: int = 0
-    epochs: int = 0
-    batch_size: int = 8
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-5
-    schedule: str = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    clip: float = 0.0
-    dtype: str = ""
-    remat: bool = True
-    mesh: str = ""
-    checkpoint_every: int = 0
-    eval_every: int = 0
     eval_prompts: int = 200
     eval_batch_size: int = 100
     max_new_tokens: int = 64
     allow_overlap: bool = False
     allow_template_mismatch: bool = False
-    seed: int = 0
 
     @property
     def response(self) -> str:

@@ -29,6 +29,7 @@ from jaxcrit.similarity.grams import Kernel, Tables, centred_grams, gram_tables,
 from jaxcrit.similarity.measures import unit_rows
 from jaxcrit.similarity.sharded import shard, sharded
 from jaxcrit.similarity.tiled import sampled_bandwidths, tiled
+from jaxcrit.studies.rendering import Rendering
 from jaxcrit.studies.session import Bars, Session
 
 T = TypeVar("T")
@@ -36,7 +37,7 @@ FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wa
 
 
 @dataclasses.dataclass(frozen=True)
-class AnalysisConfig:
+class AnalysisConfig(Rendering):
     """What ``jaxcrit analyze`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -70,11 +71,7 @@ class AnalysisConfig:
     """
 
     model: str = ""
-    data: str = ""
-    split: str = ""
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
     position: Position = "last"
     embed: bool = False
     save_activations: bool = False
@@ -92,9 +89,6 @@ class AnalysisConfig:
     layers: str = "critical"
     bias: str = "debiased"
     trim: int = 2
-    limit: int = 0
-    shuffle_seed: int = -1
-    truncate: str = ""
     seed: int = 0
 
     @property

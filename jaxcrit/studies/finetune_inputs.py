@@ -19,7 +19,7 @@ from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.captures import AnalysisConfig
-from jaxcrit.studies.rendering import render_sets
+from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session
 from jaxcrit.training.data import check_rows, hold_out
 from jaxcrit.training.lora import make_lora
@@ -34,7 +34,35 @@ _FREE = ("model", "data", "split", "limit", "shuffle_seed", "eval_data", "eval_s
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneConfig:
+class TrainingConfig(Rendering):
+    """How a model is trained, for every command that trains; see `FinetuneConfig` for each field."""
+
+    model: str = ""
+    eval_data: str = ""
+    eval_split: str = ""
+    out: str = ""
+    max_length: int = 0
+    analysis: str = ""
+    steps: int = 0
+    epochs: int = 0
+    batch_size: int = 8
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 2e-5
+    schedule: str = "constant"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    clip: float = 0.0
+    dtype: str = ""
+    remat: bool = True
+    mesh: str = ""
+    eval_every: int = 0
+    checkpoint_every: int = 0
+    seed: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneConfig(TrainingConfig):
     """What ``jaxcrit finetune`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -67,18 +95,6 @@ class FinetuneConfig:
         seed: of the order of rows, and of adapters.
     """
 
-    model: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
-    eval_data: str = ""
-    eval_split: str = ""
-    out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
-    max_length: int = 0
     layers: str = "critical"
     mode: str = "only"
     train_embeddings: bool | None = None
@@ -88,22 +104,6 @@ class FinetuneConfig:
     lora_rank: int = 0
     lora_alpha: float = 0.0
     lora_targets: str = ""
-    analysis: str = ""
-    steps: int = 0
-    epochs: int = 0
-    batch_size: int = 8
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-5
-    schedule: str = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    clip: float = 0.0
-    dtype: str = ""
-    remat: bool = True
-    mesh: str = ""
-    eval_every: int = 0
-    checkpoint_every: int = 0
     keep: int = 2
     patience: int = 0
     tensorboard: bool = False

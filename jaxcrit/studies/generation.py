@@ -24,13 +24,14 @@ from jaxcrit.models.generation import generate
 from jaxcrit.models.sampling import Sampling
 from jaxcrit.studies.analysis import read_datasets, versions
 from jaxcrit.studies.captures import Dataset
+from jaxcrit.studies.rendering import Rendering
 from jaxcrit.studies.session import Bars, Session, open_session
 
 GENERATIONS = "generations.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Rendering):
     """What ``jaxcrit generate`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -47,14 +48,7 @@ class GenerateConfig:
     """
 
     model: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     max_new_tokens: int = 64
     stop: str = ""
     temperature: float = 0.0

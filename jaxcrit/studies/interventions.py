@@ -29,6 +29,7 @@ from jaxcrit.similarity.grams import centred_grams, gram_tables
 from jaxcrit.studies.analysis import read_datasets, versions
 from jaxcrit.studies.captures import Dataset
 from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.rendering import Rendering
 from jaxcrit.studies.session import Bars, Session, open_session
 
 MODES = ("paper", "project", "steer", "none")
@@ -38,7 +39,7 @@ _LIKELY = 3  # next tokens shown
 
 
 @dataclasses.dataclass(frozen=True)
-class InterveneConfig:
+class InterveneConfig(Rendering):
     """What ``jaxcrit intervene`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -60,13 +61,7 @@ class InterveneConfig:
 
     model: str = ""
     data: str = "demo:arithmetic"
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     layers: str = "critical:1"
     components: str = "0,1,2"
     prompt_index: int = 0

@@ -35,6 +35,7 @@ from jaxcrit.studies.interventions import (
     removal,
     states,
 )
+from jaxcrit.studies.rendering import Rendering
 from jaxcrit.studies.session import Bars, Session, open_session
 
 RANDOM = "random:"
@@ -42,7 +43,7 @@ _DRAWS = 2000  # of the bootstrap
 
 
 @dataclasses.dataclass(frozen=True)
-class RemovalConfig:
+class RemovalConfig(Rendering):
     """What ``experiments/pc_removal.py`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -59,12 +60,7 @@ class RemovalConfig:
 
     model: str = ""
     data: str = "demo:arithmetic,demo:choice"
-    split: str = ""
     limit: int = 300
-    shuffle_seed: int = -1
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     layers: str = "all"
     critical: str = "critical"
     sets: str = "0;0,1,2;3,4,5;random:0,1,2"

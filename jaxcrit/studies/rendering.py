@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_text
@@ -21,23 +21,27 @@ from jaxcrit.studies.session import EMBEDDED_MODEL
 SHOWN = 3
 
 
-class Rendering(Protocol):
-    """The flags that say which rows are rendered, and how; every command that reads data has them."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Rendering:
+    """Which rows are rendered, and how; the configuration of every command that reads data is one.
 
-    @property
-    def data(self) -> str: ...
-    @property
-    def split(self) -> str: ...
-    @property
-    def limit(self) -> int: ...
-    @property
-    def shuffle_seed(self) -> int: ...
-    @property
-    def template(self) -> str: ...
-    @property
-    def edition(self) -> str: ...
-    @property
-    def truncate(self) -> str: ...
+    Attributes:
+        data: JSONL files and datasets of the paper with commas; empty for the embedded prompts.
+        split: of the paper's datasets; empty for the command's own default.
+        limit: first rows of each dataset only; 0 for all.
+        shuffle_seed: of the order of the rows, before the limit; -1 for the order of the file.
+        template: auto, none, chat, or a family of the paper.
+        edition: clean or paper.
+        truncate: ``left``, ``right`` or ``paper`` to cut prompts that are too long.
+    """
+
+    data: str = ""
+    split: str = ""
+    limit: int = 0
+    shuffle_seed: int = -1
+    template: str = "auto"
+    edition: str = "clean"
+    truncate: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -92,7 +96,7 @@ def render_set(
 
 
 @dataclasses.dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Rendering):
     """What ``jaxcrit data`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
 
     Attributes:
@@ -101,13 +105,6 @@ class DataConfig:
     """
 
     model: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     max_length: int = 0
     out: str = ""
 

@@ -23,7 +23,7 @@ from jaxcrit.models.decoder import Decoder
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.captures import Dataset
 from jaxcrit.studies.evidence import prompt_states, response_gradients, weight_changes, weight_spectra
-from jaxcrit.studies.rendering import render_sets
+from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session, open_session
 from jaxcrit.training.data import check_rows
 
@@ -31,7 +31,7 @@ _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
 
 
 @dataclasses.dataclass(frozen=True)
-class ScoreConfig:
+class ScoreConfig(Rendering):
     """What ``jaxcrit score`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
 
     Attributes:
@@ -41,14 +41,7 @@ class ScoreConfig:
 
     model: str = ""
     base: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     criteria: str = ""
     batch_size: int = 8
     dtype: str = ""

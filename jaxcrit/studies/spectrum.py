@@ -25,6 +25,7 @@ from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
 from jaxcrit.studies.analysis import check_flags, determines_of, out_of, read_datasets, run_record, versions
 from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
 from jaxcrit.studies.fingerprint import read_own, read_run
+from jaxcrit.studies.rendering import Rendering
 from jaxcrit.studies.session import Bars, Session, open_session
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
@@ -34,7 +35,7 @@ _OF_A_RUN = ("run", "k", "window", "include_self", "bias", "out")
 
 
 @dataclasses.dataclass(frozen=True)
-class SpectrumConfig:
+class SpectrumConfig(Rendering):
     """What ``jaxcrit spectrum`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
 
     Attributes:
@@ -46,14 +47,7 @@ class SpectrumConfig:
 
     model: str = ""
     run: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
     position: Any = "last"
     batch_size: int = 8
     dtype: str = ""

@@ -34,7 +34,7 @@ from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import forget_partial, read_rows, sample_losses
+from jaxcrit.studies.sweeps import SweptRows, forget_partial, read_rows, sample_losses
 
 # Of ModelConfig: says nothing about what the blocks compute.
 _FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
@@ -42,7 +42,7 @@ _ELSEWHERE = ("base", "tuned", "data", "split", "limit", "shuffle_seed", "out", 
 
 
 @dataclasses.dataclass(frozen=True)
-class SubstitutionConfig:
+class SubstitutionConfig(SweptRows):
     """What ``jaxcrit substitute`` is asked; every field is a flag of the same name.
 
     Attributes:
@@ -64,21 +64,12 @@ class SubstitutionConfig:
 
     base: str = ""
     tuned: str = ""
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
     out: str = ""
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
-    max_length: int = 0
     window: int = 5
     sites: Sites = "blocks"
     reverse: bool = False
     sets: str = ""
     random: int = 0
-    batch_size: int = 8
     dtype: str = ""
     mesh: str = ""
     seed: int = 0

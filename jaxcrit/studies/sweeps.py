@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,16 +28,20 @@ _SAVE_SECONDS = 10.0
 Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
-class Asked(Rendering, Protocol):
-    """The flags that say which rows are tested on."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweptRows(Rendering):
+    """Which rows a model is tested on.
 
-    @property
-    def max_length(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
+    Attributes:
+        max_length: tokens per row, prompt and response; 0 for the model's context.
+        batch_size: rows per forward pass.
+    """
+
+    max_length: int = 0
+    batch_size: int = 8
 
 
-def read_rows(config: Asked, session: Session) -> list[Example]:
+def read_rows(config: SweptRows, session: Session) -> list[Example]:
     """The rows of every dataset of ``--data``, with their responses.
 
     Raises:

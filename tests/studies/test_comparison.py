@@ -36,10 +36,10 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCRIT_CACHE", str(home / "cache"))
         for name, model in models.items():
-            run_analysis(AnalysisConfig(str(model), str(data), out=str(home / name), save_activations=True))
+            run_analysis(AnalysisConfig(str(model), data=str(data), out=str(home / name), save_activations=True))
         b = str(models["b"])
-        run_analysis(AnalysisConfig(b, str(home / "fewer.jsonl"), out=str(home / "fewer")))
-        run_analysis(AnalysisConfig(b, str(data), out=str(home / "tokens"), position="all"))
+        run_analysis(AnalysisConfig(b, data=str(home / "fewer.jsonl"), out=str(home / "fewer")))
+        run_analysis(AnalysisConfig(b, data=str(data), out=str(home / "tokens"), position="all"))
     return home
 
 

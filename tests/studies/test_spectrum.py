@@ -173,7 +173,7 @@ BAD = {
     "fewer samples than components": ({"k": "10", "limit": 8}, "has 8 samples, so at most 7 components"),
     "window wider than the model": ({"window": 11}, "11"),
     "no run": ({"run": "absent", "model": "", "data": ""}, "no such file"),
-    "run and model": ({"run": "absent"}, "leave out --model --data"),
+    "run and model": ({"run": "absent"}, "leave out --data --model"),
 }
 
 
