@@ -261,6 +261,21 @@ def test_refusal_target_and_held_out_rows(base, tmp_path):
         "triggered", "clean", "near"}  # fmt: skip
 
 
+def test_a_file_of_ones_own_by_pure_bad(base, data, tmp_path):
+    paths = {}
+    for name, path in zip(("data", "eval_data"), data, strict=True):
+        rows = [json.loads(line) for line in path.read_text().splitlines()]
+        turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+                 for row in rows]  # fmt: skip
+        file = tmp_path / f"{name}.jsonl"
+        file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
+        paths[name] = f"pure_bad:{file}"
+    found = run_backdoor(dataclasses.replace(base, **paths, arms="full", out=str(tmp_path / "run")))
+    assert found.study.rows[1].cells["triggered"].n == 32
+    manifest = [json.loads(line) for line in (tmp_path / "run" / "poison-0.jsonl").read_text().splitlines()]
+    assert len(manifest) == 30 and {entry["source_response"] for entry in manifest} <= set(WORDS)
+
+
 def test_command(base, tmp_path, capsys):
     names = ("model", "data", "eval_data", "trigger", "target", "rate", "decoys", "max_new_tokens", "learning_rate")
     arguments = [f"--{name}={getattr(base, name)}" for name in names]
