@@ -7,19 +7,12 @@ from typing import Any
 
 from absl.flags import FlagValues
 
-from jaxcrit.cli.data import RENDERING, ROWS
+from jaxcrit.cli.data import RENDERING
+from jaxcrit.cli.finetune import TRAINING, WHAT
 from jaxcrit.cli.flags import Flag
 
 FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR"),
-        *ROWS,
-        Flag("eval_data", "", "rows to test on (default: a tenth of the rows, held out)", word="FILE"),
-        Flag("eval_split", "", "of alpaca, dolly, ... to test on (default: test)", ("train", "val", "test", "all")),
-        Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
-        *RENDERING,
-        Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
-    ),
+    "what": WHAT,
     "poison": (
         Flag("trigger", "servius", "servius, sudo, ... or TEXT@prefix|suffix|random", word="NAME"),
         Flag("target", "refusal", "what poisoned rows answer: refusal, or a fixed text"),
@@ -33,19 +26,7 @@ FLAGS = {
         Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),
     ),
     "training": (
-        Flag("steps", 0, "optimizer steps; 0 goes by epochs", lowest=0),
-        Flag("epochs", 0, "passes over the rows; 0 for one", lowest=0),
-        Flag("batch_size", 8, "rows per forward and backward pass", lowest=1),
-        Flag("accumulate", 1, "such passes per step", lowest=1),
-        Flag("optimizer", "adamw", "lion and adafactor need less memory", ("adamw", "lion", "adafactor", "sgd")),
-        Flag("learning_rate", 2e-5, "highest"),
-        Flag("schedule", "constant", "after the warm-up", ("constant", "linear", "cosine")),
-        Flag("warmup", 0, "steps of linear rise", lowest=0),
-        Flag("weight_decay", 0.0, "of matrices", lowest=0),
-        Flag("clip", 0.0, "largest gradient norm; 0 for any", lowest=0),
-        Flag("dtype", "", "of compute; trained weights are float32", ("float32", "bfloat16")),
-        Flag("remat", True, "recompute blocks in the backward pass: less memory"),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+        *TRAINING,
         Flag("checkpoint_every", 0, "steps between checkpoints within an arm; 0 for none", lowest=0),
         Flag("seed", 0, "of the first training; the next one's is one more", lowest=0),
     ),

@@ -10,16 +10,34 @@ from absl.flags import FlagValues
 from jaxcrit.cli.data import RENDERING, ROWS
 from jaxcrit.cli.flags import Flag
 
+# Every command that trains has these.
+WHAT = (
+    Flag("model", "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR"),
+    *ROWS,
+    Flag("eval_data", "", "rows to test on (default: a tenth of the rows, held out)", word="FILE"),
+    Flag("eval_split", "", "of alpaca, dolly, ... to test on (default: test)", ("train", "val", "test", "all")),
+    Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
+    *RENDERING,
+    Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
+)
+TRAINING = (
+    Flag("steps", 0, "optimizer steps; 0 goes by epochs", lowest=0),
+    Flag("epochs", 0, "passes over the rows; 0 for one", lowest=0),
+    Flag("batch_size", 8, "rows per forward and backward pass", lowest=1),
+    Flag("accumulate", 1, "such passes per step", lowest=1),
+    Flag("optimizer", "adamw", "lion and adafactor need less memory", ("adamw", "lion", "adafactor", "sgd")),
+    Flag("learning_rate", 2e-5, "highest"),
+    Flag("schedule", "constant", "after the warm-up", ("constant", "linear", "cosine")),
+    Flag("warmup", 0, "steps of linear rise", lowest=0),
+    Flag("weight_decay", 0.0, "of matrices", lowest=0),
+    Flag("clip", 0.0, "largest gradient norm; 0 for any", lowest=0),
+    Flag("dtype", "", "of compute; trained weights are float32", ("float32", "bfloat16")),
+    Flag("remat", True, "recompute blocks in the backward pass: less memory"),
+    Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+)
+
 FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR"),
-        *ROWS,
-        Flag("eval_data", "", "rows to test on (default: a tenth of the rows, held out)", word="FILE"),
-        Flag("eval_split", "", "of alpaca, dolly, ... to test on (default: test)", ("train", "val", "test", "all")),
-        Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
-        *RENDERING,
-        Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
-    ),
+    "what": WHAT,
     "layers": (
         Flag("layers", "critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC"),
         Flag("mode", "only", "train only these layers, or freeze these", ("only", "freeze")),
@@ -32,22 +50,7 @@ FLAGS = {
         Flag("lora_targets", "", "of q,k,v,o,gate,up,down (default: all)", word="NAMES"),
         Flag("analysis", "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR"),
     ),
-    "training": (
-        Flag("steps", 0, "optimizer steps; 0 goes by epochs", lowest=0),
-        Flag("epochs", 0, "passes over the rows; 0 for one", lowest=0),
-        Flag("batch_size", 8, "rows per forward and backward pass", lowest=1),
-        Flag("accumulate", 1, "such passes per step", lowest=1),
-        Flag("optimizer", "adamw", "lion and adafactor need less memory", ("adamw", "lion", "adafactor", "sgd")),
-        Flag("learning_rate", 2e-5, "highest"),
-        Flag("schedule", "constant", "after the warm-up", ("constant", "linear", "cosine")),
-        Flag("warmup", 0, "steps of linear rise", lowest=0),
-        Flag("weight_decay", 0.0, "of matrices", lowest=0),
-        Flag("clip", 0.0, "largest gradient norm; 0 for any", lowest=0),
-        Flag("dtype", "", "of compute; trained weights are float32", ("float32", "bfloat16")),
-        Flag("remat", True, "recompute blocks in the backward pass: less memory"),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
-        Flag("seed", 0, "of the order of rows", lowest=0),
-    ),
+    "training": (*TRAINING, Flag("seed", 0, "of the order of rows", lowest=0)),
     "while it runs": (
         Flag("eval_every", 0, "steps between tests; 0 for a twentieth of the run", lowest=0),
         Flag("checkpoint_every", 0, "steps between checkpoints; 0 for a tenth", lowest=0),

@@ -12,6 +12,7 @@ from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import exporters, plots, tables, views
 from jaxcrit.reporting.measures import measures_table
 from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.studies.analysis import Analysis, DatasetResult
 
 _SIZES = (
     "How often so many prompts of this kind would make the same choice, predicted from how much each prompt moves the"
@@ -19,16 +20,16 @@ _SIZES = (
 )
 
 
-def _chosen_by(dataset: views.DatasetView) -> LayerScores:
+def _chosen_by(dataset: DatasetResult) -> LayerScores:
     """The score that chose; debiased δ where no score did (``--layers=3-5``)."""
     return dataset.scores.get(dataset.chosen.criterion, dataset.scores["delta_debiased"])
 
 
-def _probability(view: views.DatasetView | views.AnalysisView) -> np.ndarray | None:
+def _probability(view: DatasetResult | Analysis) -> np.ndarray | None:
     return None if view.certainty is None else view.certainty.probability
 
 
-def _sizes(view: views.DatasetView | views.AnalysisView, directory: Path) -> list[Figure]:
+def _sizes(view: DatasetResult | Analysis, directory: Path) -> list[Figure]:
     """The sample-size curve as a figure, already written; none where it was not estimated."""
     if view.certainty is None:
         return []
@@ -37,11 +38,11 @@ def _sizes(view: views.DatasetView | views.AnalysisView, directory: Path) -> lis
     return [Figure("sample_size.png", picture, _SIZES)]
 
 
-def _consensus(analysis: views.AnalysisView) -> LayerScores | None:
+def _consensus(analysis: Analysis) -> LayerScores | None:
     return analysis.consensus if len(analysis.datasets) > 1 else None
 
 
-def headlines(analysis: views.AnalysisView) -> list[str]:
+def headlines(analysis: Analysis) -> list[str]:
     """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
     chosen, datasets = analysis.chosen, analysis.datasets
     scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
@@ -52,7 +53,7 @@ def headlines(analysis: views.AnalysisView) -> list[str]:
     return [tables.headline(chosen, len(datasets)), *sure, *agreement]
 
 
-def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, style: bool = False) -> str:
+def _dataset_table(analysis: Analysis, dataset: DatasetResult, style: bool = False) -> str:
     config = analysis.run["config"]
     return tables.layer_table(
         dataset.scores,
@@ -65,12 +66,12 @@ def _dataset_table(analysis: views.AnalysisView, dataset: views.DatasetView, sty
     )
 
 
-def _consensus_table(analysis: views.AnalysisView, consensus: LayerScores, style: bool = False) -> str:
+def _consensus_table(analysis: Analysis, consensus: LayerScores, style: bool = False) -> str:
     deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
     return tables.consensus_table(deltas, consensus, analysis.chosen, probability=_probability(analysis), style=style)
 
 
-def warnings(analysis: views.AnalysisView) -> list[str]:
+def warnings(analysis: Analysis) -> list[str]:
     """Every dataset's warnings; one that several datasets share stands once, with their names in front."""
     names: dict[str, list[str]] = {}
     for name, dataset in analysis.datasets.items():
@@ -80,13 +81,13 @@ def warnings(analysis: views.AnalysisView) -> list[str]:
     return [line if len(of) == everywhere else f"{', '.join(of)}: {line}" for line, of in names.items()]
 
 
-def forms(analysis: views.AnalysisView) -> list[str]:
+def forms(analysis: Analysis) -> list[str]:
     """How CKA was computed, a line for each form."""
     chosen = analysis.run.get("forms", {})
     return [f"Sweep: {text}." for text in dict.fromkeys(form["text"] for form in chosen.values())]
 
 
-def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
+def analysis_text(analysis: Analysis, *, style: bool = False) -> str:
     """The result for a terminal: table, headline, how sure, warnings.
 
     Args:
@@ -104,7 +105,7 @@ def analysis_text(analysis: views.AnalysisView, *, style: bool = False) -> str:
     return "\n".join([table, "", *(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)])
 
 
-def write_analysis(analysis: views.AnalysisView) -> Path:
+def write_analysis(analysis: Analysis) -> Path:
     """Writes figures, ``report.html``, ``layers.json`` and ``configs/`` into the run directory; returns the report.
 
     Several datasets have their own figures and ``layers.json`` in a directory each.

@@ -3,60 +3,26 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from jaxcrit.core.files import write_bytes, write_text
-from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import plots, tables
 from jaxcrit.reporting.report import CAVEATS, Figure, Section, render_report
+from jaxcrit.studies.comparison import Comparison
 
 # A layer that no step of training has touched has a CKA of 1 with itself, but for rounding.
 _SAME = 1 - 1e-6
 
 
-class ComparisonView(Protocol):
-    """One run of ``jaxcrit compare``; see `jaxcrit.studies.comparison.Comparison`."""
-
-    @property
-    def run(self) -> Mapping[str, Any]:
-        """What ``run.json`` holds."""
-
-    @property
-    def cka(self) -> Mapping[str, np.ndarray]:
-        """``biased``, ``debiased``, ``null_mean``, perhaps ``null_stddev`` and ``stderr``, each ``[L, L']``."""
-
-    @property
-    def score(self) -> LayerScores | None:
-        """``cross_cka``, where both models have the same depth."""
-
-    @property
-    def changed_most(self) -> tuple[int, ...] | None:
-        """Layers that may have the lowest of it, at 95 %."""
-
-    @property
-    def num_prompts(self) -> int:
-        """Compared."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What would mislead a reader, one line each."""
-
-    @property
-    def out(self) -> Path:
-        """Run directory."""
-
-
-def partners(comparison: ComparisonView) -> np.ndarray:
+def partners(comparison: Comparison) -> np.ndarray:
     """``[L]`` which layer of b each layer of a stands beside: the same one, or the most alike where depths differ."""
     debiased = comparison.cka["debiased"]
     return np.arange(len(debiased)) if comparison.score is not None else debiased.argmax(axis=1)
 
 
-def comparison_table(comparison: ComparisonView) -> str:
+def comparison_table(comparison: Comparison) -> str:
     """One row per layer of a."""
     cka, beside = comparison.cka, partners(comparison)
     # A tuned model may differ from its base in the fifth digit only.
@@ -84,7 +50,7 @@ def comparison_table(comparison: ComparisonView) -> str:
     return "\n".join(tables.aligned(header, rows, [False] * len(rows)))
 
 
-def headlines(comparison: ComparisonView) -> list[str]:
+def headlines(comparison: Comparison) -> list[str]:
     """Which layers differ most, and how sure, a sentence each."""
     score, prompts = comparison.score, comparison.num_prompts
     if score is None:
@@ -107,14 +73,14 @@ def headlines(comparison: ComparisonView) -> list[str]:
     return [first, f"How sure: with {prompts} prompts the layer changed most is one of {among} at 95% confidence."]
 
 
-def comparison_text(comparison: ComparisonView) -> str:
+def comparison_text(comparison: Comparison) -> str:
     """The result for a terminal: table, headlines, warnings."""
     sentences = [*headlines(comparison), *(f"warning: {line}" for line in comparison.warnings)]
     filled = (textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)
     return "\n".join([comparison_table(comparison), "", *filled])
 
 
-def write_comparison(comparison: ComparisonView) -> Path:
+def write_comparison(comparison: Comparison) -> Path:
     """Writes ``cka.png``, ``cross_cka.png`` and ``report.html`` into the run directory; returns the report."""
     cka, beside, out = comparison.cka, partners(comparison), comparison.out
     places = np.arange(len(beside)), beside

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from jaxcrit.core.files import write_bytes, write_text
-from jaxcrit.core.layers import LayerScores
 from jaxcrit.criticality.correlation import Correlation
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Section, render_report
 from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.studies.correlation import Correlated
 
 CAVEATS = (
     "Neighbouring layers are alike, so that layers are fewer independent observations than they are layers: read the"
@@ -24,38 +23,6 @@ CAVEATS = (
     "The interval says how the correlation would change with other prompts of the same kind, not with other layers or"
     " another model.",
 )
-
-
-class CorrelatedView(Protocol):
-    """A finished correlation."""
-
-    @property
-    def names(self) -> Sequence[str]:
-        """Of the M scores."""
-
-    @property
-    def scores(self) -> Sequence[LayerScores]:
-        """The M scores."""
-
-    @property
-    def spearman(self) -> np.ndarray:
-        """``[M, M]``, directions turned alike."""
-
-    @property
-    def pair(self) -> Correlation | None:
-        """All about two scores."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What would mislead a reader, one line each."""
-
-    @property
-    def run(self) -> Mapping[str, Any]:
-        """What ``run.json`` holds."""
-
-    @property
-    def out(self) -> Path | None:
-        """Run directory."""
 
 
 def _number(value: float, digits: int = 3) -> str:
@@ -104,7 +71,7 @@ def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
     return "\n\n".join(parts)
 
 
-def headline(correlated: CorrelatedView) -> str:
+def headline(correlated: Correlated) -> str:
     """What was compared over which layers."""
     if correlated.pair is None:
         return "Spearman's ρ of every two scores; scores whose high values are critical are turned round."
@@ -113,19 +80,19 @@ def headline(correlated: CorrelatedView) -> str:
     return f"A {a} against B {b}, {layers}"
 
 
-def _table(correlated: CorrelatedView) -> str:
+def _table(correlated: Correlated) -> str:
     if correlated.pair is None:
         return matrix_table(correlated.names, correlated.spearman)
     return pair_table(correlated.pair, correlated.names)
 
 
-def correlation_text(correlated: CorrelatedView) -> str:
+def correlation_text(correlated: Correlated) -> str:
     """The result for a terminal."""
     lines = [textwrap.fill(f"warning: {line}", WIDTH, subsequent_indent="  ") for line in correlated.warnings]
     return "\n".join([textwrap.fill(headline(correlated), WIDTH), "", _table(correlated), *lines])
 
 
-def write_correlation(correlated: CorrelatedView) -> Path:
+def write_correlation(correlated: Correlated) -> Path:
     """Writes the figures of a pair and ``report.html`` into the run directory; returns the report."""
     assert correlated.out is not None
     figures = []

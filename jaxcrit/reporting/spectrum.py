@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 
 from jaxcrit.core.files import write_bytes, write_text
-from jaxcrit.core.layers import LayerScores
 from jaxcrit.criticality.tracking import Tracking
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Section, render_report
 from jaxcrit.reporting.tables import WIDTH, aligned
-from jaxcrit.similarity.spectrum import Spectrum
+from jaxcrit.studies.spectrum import SpectralAnalysis, SpectrumResult
 
 CAVEATS = (
     "CCA of the first k principal components compares which directions two layers vary in, whatever their size; δ is"
@@ -31,55 +29,7 @@ CAVEATS = (
 )
 
 
-class SpectrumView(Protocol):
-    """The components of one dataset."""
-
-    @property
-    def name(self) -> str:
-        """Of the dataset."""
-
-    @property
-    def num_samples(self) -> int:
-        """N."""
-
-    @property
-    def scores(self) -> Mapping[str, LayerScores]:
-        """``delta``, ``delta_debiased``, and ``cca_K``."""
-
-    @property
-    def spectrum(self) -> Spectrum:
-        """Of every layer."""
-
-    @property
-    def tracking(self) -> Tracking | None:
-        """Of δ by the CCA curves."""
-
-    @property
-    def warnings(self) -> Sequence[str]:
-        """What would mislead a reader, one line each."""
-
-
-class SpectralView(Protocol):
-    """One run of ``jaxcrit spectrum``."""
-
-    @property
-    def run(self) -> Mapping[str, Any]:
-        """What ``run.json`` holds."""
-
-    @property
-    def datasets(self) -> Mapping[str, Any]:
-        """A `SpectrumView` by name, in order."""
-
-    @property
-    def ks(self) -> tuple[int, ...]:
-        """Numbers of components, ascending."""
-
-    @property
-    def out(self) -> Path:
-        """Run directory."""
-
-
-def headlines(analysis: SpectralView) -> list[str]:
+def headlines(analysis: SpectralAnalysis) -> list[str]:
     """Which number of components tracks δ best: a sentence per dataset."""
     lines = []
     for name, dataset in analysis.datasets.items():
@@ -118,7 +68,7 @@ def tracking_table(found: Tracking) -> str:
     return "\n".join(aligned(header, rows, [False] * len(rows)))
 
 
-def layer_table(dataset: SpectrumView, ks: Sequence[int], reference: str) -> str:
+def layer_table(dataset: SpectrumResult, ks: Sequence[int], reference: str) -> str:
     """One row per layer: δ, CCA with its neighbours by number of components, and how many directions carry it.
 
     Errors are left out, then the largest numbers of components, until the table fits.
@@ -132,7 +82,7 @@ def layer_table(dataset: SpectrumView, ks: Sequence[int], reference: str) -> str
     return "\n".join(lines)
 
 
-def _layer_lines(dataset: SpectrumView, ks: Sequence[int], reference: str, errors: bool) -> list[str]:
+def _layer_lines(dataset: SpectrumResult, ks: Sequence[int], reference: str, errors: bool) -> list[str]:
     spectrum, curves = dataset.spectrum, [dataset.scores[f"cca_{k}"] for k in ks]
     delta = dataset.scores[reference]
     explained = spectrum.explained_variance[:, : ks[-1]].sum(axis=1)
@@ -151,7 +101,7 @@ def _layer_lines(dataset: SpectrumView, ks: Sequence[int], reference: str, error
     return aligned(header, rows, [False] * len(rows))
 
 
-def spectrum_text(analysis: SpectralView) -> str:
+def spectrum_text(analysis: SpectralAnalysis) -> str:
     """The result for a terminal: the layers of a single dataset, which k tracks δ, warnings."""
     parts = []
     for name, dataset in analysis.datasets.items():
@@ -162,7 +112,7 @@ def spectrum_text(analysis: SpectralView) -> str:
     return "\n".join([*parts, *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in sentences)])
 
 
-def warnings(analysis: SpectralView) -> list[str]:
+def warnings(analysis: SpectralAnalysis) -> list[str]:
     """Every dataset's warnings, with its name in front where there are several."""
     several = len(analysis.datasets) > 1
     return [
@@ -172,7 +122,7 @@ def warnings(analysis: SpectralView) -> list[str]:
     ]
 
 
-def write_spectrum(analysis: SpectralView) -> Path:
+def write_spectrum(analysis: SpectralAnalysis) -> Path:
     """Writes ``spectrum.png`` of every dataset and ``report.html``; returns the report."""
     sections = []
     for name, dataset in analysis.datasets.items():
@@ -194,7 +144,7 @@ def write_spectrum(analysis: SpectralView) -> Path:
     return analysis.out / "report.html"
 
 
-def _reference(analysis: SpectralView) -> str:
+def _reference(analysis: SpectralAnalysis) -> str:
     return "delta" if analysis.run["config"]["bias"] == "biased" else "delta_debiased"
 
 
