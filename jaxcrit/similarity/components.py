@@ -60,14 +60,15 @@ def principal_components(hidden: Any, k: int) -> Components:
         k: how many components.
 
     Raises:
-        UserError: fewer samples than components, a component beyond the rank of a layer, or degenerate activations
-            (see `centred_grams`).
+        UserError: more components than the samples or the width allow, one beyond the rank of a layer, or
+            degenerate activations (see `centred_grams`).
     """
     hidden = np.asarray(hidden, np.float32)
-    if k >= hidden.shape[1]:
+    most = min(hidden.shape[1] - 1, hidden.shape[2])
+    if k > most:
         raise UserError(
-            f"component {k - 1} of {hidden.shape[1]} samples: expected at most component {hidden.shape[1] - 2} (counted"
-            " from 0); give more prompts, or name earlier components"
+            f"component {k - 1} of {hidden.shape[1]} samples, width {hidden.shape[2]}: expected at most component"
+            f" {most - 1} (counted from 0); name earlier components"
         )
     spectrum = decompose(centred_grams(hidden), k)
     if short := np.flatnonzero(spectrum.rank < k).tolist():

@@ -42,7 +42,9 @@ def test_only_gaps_at_the_edges_of_a_set_count(chosen, doubtful):
 
 
 def test_component_beyond_the_samples_or_the_rank():
-    with pytest.raises(UserError, match="component 6 of 7 samples: expected at most component 5"):
+    with pytest.raises(UserError, match=r"component 6 of 7 samples, width \d+: expected at most component 5"):
         principal_components(activations([3.0, 2.0, 1.0], samples=7), 7)
+    with pytest.raises(UserError, match="component 40 of 60 samples, width 40: expected at most component 39"):
+        principal_components(np.ones((2, 60, 40), np.float32), 41)
     with pytest.raises(UserError, match=r"layers 0, 1: component 3 is beyond the rank, 3 in layer 0"):
         principal_components(activations([3.0, 2.0, 1.0]), 4)
