@@ -22,7 +22,7 @@ from jaxcrit.training.partition import Bank
 from jaxcrit.training.step import State, StepMetrics
 
 METRICS = "metrics.jsonl"
-# Steps in a row whose loss is above both a uniform guess and twice the first: the run has diverged.
+# Steps in a row whose loss is above both a uniform guess and twice the first, or that have no gradient: it diverged.
 _DIVERGED = 10
 
 
@@ -202,9 +202,12 @@ def _healthy(
     elif not math.isfinite(norm):
         problem = f"the gradient's norm is {norm}"
     first = loss if standing.first_loss is None else standing.first_loss
-    high = standing.high + 1 if loss > max(options.uniform, 2 * first) else 0
+    # A step far too long may also end where every block's gate is shut: no gradient, and no better than a guess.
+    dead = norm == 0 and loss > 0.99 * options.uniform
+    high = standing.high + 1 if dead or loss > max(options.uniform, 2 * first) else 0
     if not problem and high >= _DIVERGED:
-        problem = f"the loss has been above {max(options.uniform, 2 * first):.2f} for {high} steps: the run diverges"
+        state = "no gradient is left" if dead else "the run diverges"
+        problem = f"{high} steps without learning, loss {loss:.2f} where a guess has {options.uniform:.2f}: {state}"
     if problem:
         checkpoints.wait()
         last = checkpoints.last

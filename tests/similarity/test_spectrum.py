@@ -43,8 +43,8 @@ def test_cca_is_the_float64_oracle(power, outlier):
     for k in (1, 3, 10):
         found = canonical_correlations(spectrum, k)
         # A float32 Gram is rounded relative to its largest eigenvalue, which the last case's outliers raise
-        # 200 times above the tenth.
-        atol = 1e-5 if outlier == (2000, 10) else 1e-6
+        # 200 times above the tenth (1.1e-6 with jax 0.12 for 3 times 100, which sums in another order than 0.10).
+        atol = {None: 1e-6, (100, 3): 2e-6, (2000, 10): 1e-5}[outlier]
         np.testing.assert_allclose(found.mean(2), oracle_cca(hidden, k), atol=atol, rtol=0)
         np.testing.assert_array_equal(cca(spectrum, k).diagonal(), 1)
     first = spectrum.scores[:, :, 0]
