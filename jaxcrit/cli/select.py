@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from absl.flags import FlagValues
 
 from jaxcrit.cli.flags import Flag
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import write_text
+from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.layers import LayerSpec, read_scores, resolve
 from jaxcrit.reporting.exporters import FORMATS, export_selection
 
@@ -46,7 +45,7 @@ def run(values: FlagValues) -> int:
     text = export_selection(chosen, values.format, score.meta.get("model_type"))
     if values.out:
         try:
-            write_text(Path(values.out), text)
+            write_text(as_path(values.out), text)
         except OSError as error:
             raise UserError(f"--out={values.out}: cannot be written ({error.strerror})") from None
     else:

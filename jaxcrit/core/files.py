@@ -7,11 +7,13 @@ import io
 import json
 import math
 import os
+import shutil
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -19,17 +21,66 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 
 FORMAT_VERSION = 1
+_REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
+
+
+def as_path(text: str | Path) -> Path:
+    """A local path, ``~`` expanded, or a `BucketPath` for ``gs://BUCKET/DIR``, which serves as one.
+
+    Raises:
+        UserError: ``SCHEME://`` of another kind.
+    """
+    text = os.fspath(text)
+    scheme, found, rest = text.partition("://")
+    if not found:
+        return Path(text).expanduser()
+    if scheme != "gs" or not rest.strip("/"):
+        raise UserError(f"{text}: expected a local path or gs://BUCKET/DIR")
+    from jaxcrit.core.buckets import BucketPath
+
+    return cast(Path, BucketPath(text))
+
+
+def local_path(text: str | Path, flag: str) -> Path:
+    """A local path, ``~`` expanded.
+
+    Raises:
+        UserError: it is one in a bucket.
+    """
+    if "://" in os.fspath(text):
+        raise UserError(
+            f"--{flag}={text}: expected a local directory; gcloud storage rsync --recursive copies between the two"
+        )
+    return Path(text).expanduser()
+
+
+def in_bucket(path: Path) -> bool:
+    """Whether `as_path` made it of ``gs://``."""
+    return "://" in os.fspath(path)
+
+
+def remove_tree(path: Path) -> None:
+    """Removes a directory and what is in it, as far as that goes."""
+    if not in_bucket(path):
+        shutil.rmtree(path, ignore_errors=True)
+        return
+    with contextlib.suppress(OSError):
+        cast(Any, path).rmtree()
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that replaces it when the block ends without error.
 
-    Of several processes only the first writes; the others' files are thrown away.
+    Of several processes only the first writes; the others' files are thrown away. In a bucket, where an object is there
+    as a whole or not at all, the file is put together here and then brought there.
     """
-    if not processes.first():
+    if in_bucket(path) or not processes.first():
         with tempfile.TemporaryDirectory() as scratch:
-            yield Path(scratch) / path.name
+            temporary = Path(scratch) / path.name
+            yield temporary
+            if processes.first():
+                cast(Any, path).upload(temporary)
         return
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
@@ -54,6 +105,40 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     write_bytes(path, text.encode("utf-8"))
+
+
+class GrowingText:
+    """A text file that grows by lines; of several processes only the first writes.
+
+    In a bucket an object only changes as a whole: there it is written when that was long ago, and by `flush`.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self._text, self._written, self._when = "", "", -math.inf
+
+    def start(self, text: str) -> None:
+        """Makes the file hold this text."""
+        write_text(self.path, text)
+        self._text = self._written = text
+
+    def append(self, text: str) -> None:
+        """Adds to it; whole lines."""
+        if not processes.first():
+            return
+        if not in_bucket(self.path):
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(text)
+            return
+        self._text += text
+        if time.monotonic() - self._when > _REWRITE:
+            self.flush()
+
+    def flush(self) -> None:
+        """Returns when all of it is in the file."""
+        if self._text != self._written:
+            write_text(self.path, self._text)
+            self._written, self._when = self._text, time.monotonic()
 
 
 def json_text(kind: str, content: Mapping[str, Any]) -> str:
@@ -82,7 +167,7 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
     Raises:
         UserError: the file is absent, not JSON, of another format, or of a later version.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -119,7 +204,7 @@ def read_npz(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         UserError: the file is absent, not an npz, or has no meta entry.
     """
-    path = Path(path)
+    path = as_path(path)
     try:
         # Opened here, for numpy leaves a damaged file open.
         with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:

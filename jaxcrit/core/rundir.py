@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json, write_json
+from jaxcrit.core.files import as_path, in_bucket, read_json, remove_tree, write_json
 from jaxcrit.core.hashing import sha256_json
 
 RUN_FORMAT = "jaxcrit.run"
@@ -42,13 +42,13 @@ class RunDirectory:
         Raises:
             UserError: it holds another run or other files, or cannot be written.
         """
-        path = path.expanduser()
+        path = as_path(path)
         return cls(path, sha256_json(determines), processes.share(lambda: _resumes(path, determines)))
 
     def discard(self) -> None:
         """Takes back what a run that failed has written, unless an earlier run had already been here."""
         if not self.resumed and processes.first():
-            shutil.rmtree(self.path, ignore_errors=True)
+            remove_tree(self.path)
 
     def begin(self, run: Mapping[str, Any]) -> None:
         """Makes the directory and writes ``run.json`` with status ``running``."""
@@ -68,6 +68,8 @@ class RunDirectory:
 
 def _resumes(path: Path, determines: Mapping[str, Any]) -> bool:
     """Whether a run of this identity has written to ``path``, which must else be free and writable."""
+    if in_bucket(path):
+        _check_bucket(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"--out={path}: expected a directory, got a file")
     resumed = False
@@ -79,12 +81,28 @@ def _resumes(path: Path, determines: Mapping[str, Any]) -> bool:
             differs = _difference(earlier.get("determines", {}), determines)
             raise UserError(f"--out={path}: holds another run ({differs}); choose another directory, or remove it")
         resumed = True
+    if in_bucket(path):
+        return resumed
     parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
     try:
         tempfile.TemporaryFile(dir=parent).close()
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another directory") from None
     return resumed
+
+
+def _check_bucket(path: Path) -> None:
+    """Writes, reads and removes an object, all of which a run does."""
+    trial = path / f".jaxcrit-{uuid.uuid4().hex}"
+    try:
+        trial.write_bytes(b"")
+        trial.read_bytes()
+        trial.unlink()
+    except OSError as error:
+        raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another, or have its owner"
+                        " allow it") from None  # fmt: skip
+    except UserError as error:
+        raise UserError(f"--out={path}: {error}") from None
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

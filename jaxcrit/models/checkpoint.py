@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import write_text
+from jaxcrit.core.files import local_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
@@ -66,7 +66,7 @@ def locate(model: str) -> Path:
     Raises:
         UserError: neither a directory nor reachable on the hub.
     """
-    path = Path(model).expanduser()
+    path = local_path(model, "model")
     if path.is_dir():
         return path
     if path.exists():

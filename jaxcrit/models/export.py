@@ -14,7 +14,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import atomic_path, write_text
+from jaxcrit.core.files import atomic_path, local_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, Progress, load, locate, open_checkpoint
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.weights import hf_shapes, to_hf
@@ -46,7 +46,7 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
     if dtype and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected {listed(list(DTYPES))}")
     checkpoint = open_checkpoint(locate(model))
-    target = Path(out).expanduser()
+    target = local_path(out, "out")
     check_free(target)
     # Nothing is computed, so the weights stay on the host and no accelerator needs room for them.
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])

@@ -15,7 +15,7 @@ from jaxcrit import __version__
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import read_json
+from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
@@ -257,6 +257,6 @@ def _determines(config: AblationConfig, session: Session, examples: Sequence[Exa
 
 def _out(config: AblationConfig, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"ablate-{name}-{sha256_json(dict(determines))[:8]}"

@@ -16,7 +16,7 @@ from jaxcrit import __version__
 from jaxcrit.capture import POSITIONS
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import write_json, write_npz
+from jaxcrit.core.files import as_path, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -256,7 +256,7 @@ def versions() -> dict[str, str]:
 def out_of(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]) -> Path:
     """``--out``, or a directory here named after the command, the model and what determines the results."""
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"{determines['command']}-{name}-{sha256_json(dict(determines))[:8]}"
 

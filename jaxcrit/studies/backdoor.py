@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json, write_json, write_text
+from jaxcrit.core.files import as_path, read_json, remove_tree, write_json, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.rundir import RunDirectory
@@ -188,7 +187,7 @@ class _Lab:
             points = self._train(_partition(self.config, self.session, chosen), seed, folder)
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
-            shutil.rmtree(folder / FOLDER, ignore_errors=True)
+            remove_tree(folder / FOLDER)
         stored = read_json(folder / "arm.json", ARM_FORMAT)
         if tuple(stored["frozen"]) != chosen.layers:
             raise UserError(f"{folder}: froze layers {stored['frozen']}, not {list(chosen.layers)}; remove it")
@@ -302,7 +301,7 @@ def _determines(config: BackdoorConfig, session: Session, rows: Rows) -> dict[st
 def _out(config: BackdoorConfig, determines: Mapping[str, Any]) -> Path:
     name = Path(config.model).resolve().name if config.model else "embedded"
     return (
-        Path(config.out)
+        as_path(config.out)
         if config.out
         else Path("jaxcrit-runs") / f"backdoor-{name}-{sha256_json(dict(determines))[:8]}"
     )

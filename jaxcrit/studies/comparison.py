@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import write_npz
+from jaxcrit.core.files import as_path, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -96,7 +96,7 @@ def run_compare(config: CompareConfig, *, progress: Bars | None = None) -> Compa
         "jaxcrit": __version__,
     }
     name = f"compare-{sha256_json(determines)[:8]}"
-    directory = RunDirectory.open(Path(config.out) if config.out else Path("jaxcrit-runs") / name, determines)
+    directory = RunDirectory.open(as_path(config.out) if config.out else Path("jaxcrit-runs") / name, determines)
     bar = None if progress is None else progress(total=3, desc="compare")
     cka, left = _measure(a, b, bar)
     warnings = _warnings(a, b, cka)

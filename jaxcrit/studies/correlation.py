@@ -12,7 +12,7 @@ import numpy as np
 from jaxcrit import __version__
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import write_json
+from jaxcrit.core.files import as_path, write_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -74,7 +74,7 @@ def run_correlation(config: CorrelationConfig) -> Correlated:
     if bool(config.scores) == bool(config.all):
         raise UserError("correlate: expected --scores=FILE[:KEY] twice, or --all=DIR, one of them")
     if config.all:
-        names, scores = _everything(Path(config.all).expanduser())
+        names, scores = _everything(as_path(config.all))
         pair, warnings = None, []
     else:
         if len(config.scores) != 2:
@@ -88,7 +88,7 @@ def run_correlation(config: CorrelationConfig) -> Correlated:
     run = _record(config, names, scores)
     if not config.out:
         return Correlated(names, scores, matrix, pair, warnings, run, None)
-    directory = RunDirectory.open(Path(config.out), run["determines"])
+    directory = RunDirectory.open(as_path(config.out), run["determines"])
     directory.begin(run)
     content: dict[str, Any] = {"scores": names, "spearman": plain(matrix.tolist())}
     if pair is not None:
@@ -100,10 +100,10 @@ def run_correlation(config: CorrelationConfig) -> Correlated:
 
 def _read(text: str) -> tuple[Path, LayerScores]:
     """``FILE[:KEY]``, the key being `_FIRST_CHOICE` or else the first in the file."""
-    path, key = Path(text).expanduser(), ""
+    path, key = as_path(text), ""
     if not path.exists() and ":" in text:
         name, _, key = text.rpartition(":")
-        path = Path(name).expanduser()
+        path = as_path(name)
     path = path / "scores.json" if path.is_dir() else path
     scores = read_scores(path)
     key = key or (_FIRST_CHOICE if _FIRST_CHOICE in scores else next(iter(scores)))

@@ -12,7 +12,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import atomic_path, write_text
+from jaxcrit.core.files import as_path, atomic_path, local_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
@@ -88,14 +88,14 @@ def export_model(
     if dtype != "source" and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
     asked = "" if dtype == "source" else dtype
-    if not (Path(model).expanduser() / "run.json").is_file():
+    if not (as_path(model) / "run.json").is_file():
         for flag, given in (("delta_only", delta_only), ("adapter", adapter), ("step", step)):
             if given:
                 raise UserError(f"--{flag}: {model} is no finetune run, and has no such thing; give --run=RUN")
         return Exported(export(model, out, dtype=asked, progress=progress), None)
     if delta_only and adapter:
         raise UserError("--delta_only --adapter: give one of them")
-    target = Path(out).expanduser()
+    target = local_path(out, "out")
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
     session = open_session(model, mesh=host, dtype="float32", step=step)

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json
+from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
@@ -243,7 +243,7 @@ class _Job:
 
 def _out(config: FinetuneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"finetune-{name}-{sha256_json(dict(determines))[:8]}"
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import FORMAT_VERSION, read_json, read_npz
+from jaxcrit.core.files import FORMAT_VERSION, as_path, read_json, read_npz
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.similarity.grams import DegenerateError, unpack_upper
 
@@ -50,7 +50,7 @@ def read_fingerprint(given: str) -> Fingerprint:
         UserError: absent, cut short, of another format or version, or its parts do not fit together.
         DegenerateError: fewer than 4 samples, repeated ones, NaN or infinity, a constant layer.
     """
-    path = _locate(Path(given).expanduser())
+    path = _locate(as_path(given))
     arrays, meta = read_npz(path)
     if meta.get("format") != FINGERPRINT_FORMAT:
         raise UserError(f"{path}: expected a {FINGERPRINT_FORMAT}, got {meta.get('format')!r}")
@@ -81,7 +81,7 @@ def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
     Raises:
         UserError: no such run, one that is not complete, or one without Grams.
     """
-    path = Path(given).expanduser()
+    path = as_path(given)
     run = read_json(path / "run.json", RUN_FORMAT)
     if run.get("command") not in ("analyze", "spectrum") or "data" not in run:
         raise UserError(f"{path}: is a run of jaxcrit {run.get('command')}; expected one of jaxcrit analyze")

@@ -14,7 +14,7 @@ import numpy as np
 from jaxcrit import __version__
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import write_text
+from jaxcrit.core.files import GrowingText, as_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
@@ -174,9 +174,10 @@ class _Job:
         if processes.first():
             folder.mkdir(parents=True, exist_ok=True)
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
+        log = GrowingText(part)
         done = {row["row"]: row for row in processes.share(lambda: [*_read(part), *_read(file)])}
         if done:  # whole lines only, whatever an interruption left
-            write_text(part, "".join(map(_line, done.values())))
+            log.start("".join(map(_line, done.values())))
         bar = None if self.progress is None else self.progress(
             total=len(dataset.examples), desc=dataset.name, initial=len(done))  # fmt: skip
         for batch in make_batches(dataset.examples, self.batch_size, self.buckets):
@@ -184,9 +185,7 @@ class _Job:
                 continue
             found = self._answers(dataset, batch)
             done |= {row["row"]: row for row in found}
-            if processes.first():
-                with part.open("a", encoding="utf-8") as log:
-                    log.write("".join(map(_line, found)))
+            log.append("".join(map(_line, found)))
             if bar is not None:
                 bar.update(len(found))
         if bar is not None:
@@ -234,6 +233,6 @@ def _read(file: Path) -> list[dict[str, Any]]:
 
 def _out(config: GenerateConfig, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"generate-{name}-{sha256_json(dict(determines))[:8]}"

@@ -14,7 +14,7 @@ import numpy as np
 from jaxcrit import __version__
 from jaxcrit.capture import capture
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import write_json
+from jaxcrit.core.files import as_path, write_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.rundir import RunDirectory
@@ -302,6 +302,6 @@ def _likely(scores: jax.Array, tokenizer: Any) -> list[list[Any]]:
 
 def _out(config: InterveneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"intervene-{name}-{sha256_json(dict(determines))[:8]}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_text
+from jaxcrit.core.files import as_path, write_text
 from jaxcrit.data import paper
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.inspection import Lengths, Shown, measure, show, texts
@@ -144,7 +144,7 @@ def run_data(config: DataConfig) -> DataReport:
         {one.named.name: measure(one.whole, one.cut, one.limit) for one in sets},
         {one.named.name: one.limit for one in sets},
         template_hash(tokenizer, config.template, config.edition),
-        _write(Path(config.out), sets, tokenizer) if config.out else None,
+        _write(as_path(config.out), sets, tokenizer) if config.out else None,
     )
 
 

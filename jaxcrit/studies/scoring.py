@@ -12,6 +12,7 @@ import numpy as np
 from jaxcrit import __version__
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import as_path
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -83,7 +84,7 @@ def run_score(config: ScoreConfig, *, progress: Bars | None = None) -> Scored:
     datasets = _datasets(config, session, needs)
     determines = _determines(config, keys, session, base, datasets)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    out = Path(config.out) if config.out else Path("jaxcrit-runs") / f"score-{name}-{sha256_json(determines)[:8]}"
+    out = as_path(config.out) if config.out else Path("jaxcrit-runs") / f"score-{name}-{sha256_json(determines)[:8]}"
     directory = RunDirectory.open(out, determines)
     run = {
         "command": "score",

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json
+from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.tokenizer import load_tokenizer
@@ -106,8 +106,8 @@ def open_session(
         UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`; or a run that is no fine-tuning, has no such
             checkpoint, or whose model is gone or has changed.
     """
-    if model and (Path(model).expanduser() / "run.json").is_file():
-        return _open_run(Path(model).expanduser(), mesh, dtype, step, bars)
+    if model and (as_path(model) / "run.json").is_file():
+        return _open_run(as_path(model), mesh, dtype, step, bars)
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(parse_mesh(mesh))
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)

@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, write_json, write_npz
+from jaxcrit.core.files import as_path, plain, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
@@ -152,8 +152,8 @@ def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) 
         "jaxcrit": __version__,
     }
     kept: dict[str, Any] = {key: earlier[key] for key in ("model", "template", "data") if key in earlier}
-    out = config.out or f"jaxcrit-runs/spectrum-{Path(config.run).resolve().name}-{sha256_json(determines)[:8]}"
-    directory = RunDirectory.open(Path(out), determines)
+    out = config.out or f"jaxcrit-runs/spectrum-{as_path(config.run).resolve().name}-{sha256_json(determines)[:8]}"
+    directory = RunDirectory.open(as_path(out), determines)
     run: dict[str, Any] = {
         "command": "spectrum",
         "config": dataclasses.asdict(config),

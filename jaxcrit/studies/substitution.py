@@ -14,7 +14,7 @@ from jaxcrit import __version__
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import read_json, read_npz, write_npz
+from jaxcrit.core.files import as_path, read_json, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSpec, read_scores, resolve, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
@@ -379,6 +379,6 @@ def _run_record(
 
 def _out(config: SubstitutionConfig, tuned: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
-        return Path(config.out)
+        return as_path(config.out)
     name = (tuned.tuned[-1].run if tuned.tuned else tuned.checkpoint.path.resolve()).name
     return Path("jaxcrit-runs") / f"substitute-{name}-{sha256_json(dict(determines))[:8]}"

@@ -74,7 +74,7 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         names = ("params", "optimizer", "meta")
-        self._manager = _Manager(self.path, options=options, item_names=names)
+        self._manager = _Manager(str(self.path), options=options, item_names=names)
 
     def __enter__(self) -> Checkpoints:
         # A write that fails is reported by `save` and `wait`, in a line; orbax and its threads would print it too.
@@ -191,7 +191,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
     path = run.absolute() / FOLDER
     with (
         _silence(),
-        _Manager(path, options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager,
+        _Manager(str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager,
     ):
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import jax
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_text
+from jaxcrit.core.files import GrowingText
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.parallel.preemption import Leave, Preempted
 from jaxcrit.training.checkpoints import Checkpoints
@@ -68,13 +69,14 @@ class MetricsLog:
 
     def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None):
         self.path, self.listener = path, listener
+        self._text = GrowingText(path)
 
     def cut(self, step: int | None) -> None:
         """Forgets what was logged after a step (all of it for None): the run goes on from there."""
         if not processes.first():
             return
         rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
-        write_text(self.path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._text.start("".join(json.dumps(row) + "\n" for row in rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row.
@@ -84,16 +86,25 @@ class MetricsLog:
         """
         if not processes.first():
             return
+        with self._told():
+            self._text.append(json.dumps(row) + "\n")
+        if self.listener is not None:
+            self.listener(row)
+
+    def flush(self) -> None:
+        """Returns when every row is in the file, which in a bucket may lag behind. Errors are those of `write`."""
+        with self._told():
+            self._text.flush()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
         try:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            yield
         except OSError as error:
             raise UserError(
                 f"{self.path}: cannot be written ({error.strerror}); checkpoints are untouched: make room and run the"
                 " same command again"
             ) from None
-        if self.listener is not None:
-            self.listener(row)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -154,7 +165,7 @@ def train(
         number += 1
         seconds = time.perf_counter() - began
         loss, norm, tokens = float(metrics.sums.per_token), float(metrics.gradient_norm), int(metrics.sums.tokens)
-        standing = _healthy(standing, number, loss, norm, options, checkpoints)
+        standing = _healthy(standing, number, loss, norm, options, checkpoints, log)
         row = {"kind": "train", "step": number, "loss": loss, "loss_per_sample": float(metrics.sums.per_sample)}
         log.write({**row, "tokens": tokens, "gradient_norm": norm, "learning_rate": rate(number - 1),
                    "seconds": round(seconds, 4)})  # fmt: skip
@@ -167,6 +178,7 @@ def train(
             stopped = _out_of_patience(standing, options)
         leaving = leave(number) and not (last or stopped)
         if last or stopped or leaving or number % options.checkpoint_every == 0:
+            log.flush()  # a run that goes on from there needs the rows before it
             checkpoints.save(state, {**meta, "standing": dataclasses.asdict(standing)}, tested)
         if leaving:
             checkpoints.wait()
@@ -194,8 +206,9 @@ def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:
 
 
 def _healthy(
-    standing: Standing, number: int, loss: float, norm: float, options: LoopOptions, checkpoints: Checkpoints
-) -> Standing:
+    standing: Standing, number: int, loss: float, norm: float, options: LoopOptions, checkpoints: Checkpoints,
+    log: MetricsLog,
+) -> Standing:  # fmt: skip
     problem = ""
     if not math.isfinite(loss):
         problem = f"the loss is {loss}"
@@ -209,6 +222,7 @@ def _healthy(
         state = "no gradient is left" if dead else "the run diverges"
         problem = f"{high} steps without learning, loss {loss:.2f} where a guess has {options.uniform:.2f}: {state}"
     if problem:
+        log.flush()
         checkpoints.wait()
         last = checkpoints.last
         kept = f"the last good checkpoint is {checkpoints.path / str(last)}" if last else "there is no checkpoint yet"
