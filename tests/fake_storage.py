@@ -16,7 +16,7 @@ class FakeStorage(ThreadingHTTPServer):
     """Buckets by name, each with objects by name: (generation, content).
 
     Attributes:
-        refused: by bucket, methods that are answered with 403, such as ``POST``.
+        refused: by bucket, methods that are answered with 403, such as ``POST``; ``BUCKET`` for a look at the bucket.
         puts: names of the objects in the order they were put.
     """
 
@@ -71,7 +71,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), value)
-        self.send_header("Content-Type", "application/json" if isinstance(content, dict) else "application/octet-stream")
+        self.send_header(
+            "Content-Type", "application/json" if isinstance(content, dict) else "application/octet-stream"
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -88,6 +90,8 @@ class _Handler(BaseHTTPRequestHandler):
                 self.answer(404, "The specified bucket does not exist.")
             elif self.command in self.server.refused.get(bucket, ()):
                 self.answer(403, "robot does not have storage.objects.create access")
+            elif objects is None and "BUCKET" in self.server.refused.get(bucket, ()):
+                self.answer(403, "robot does not have storage.buckets.get access")
             elif objects is None:
                 self.answer(200, {"kind": "storage#bucket", "name": bucket})
             elif self.command == "GET":

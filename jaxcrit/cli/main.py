@@ -56,7 +56,7 @@ MACHINES = {
 }
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
+FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
 
 
 def overview() -> str:
@@ -153,6 +153,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader has gone (| head). Python would complain once more when it closes stdout on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
+    except OSError as error:
+        # Of a file: the disk is full, the bucket no longer lets itself be written, the share is gone.
+        if not (error.filename and error.strerror):
+            raise
+        print(f"jaxcrit: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return FAILED
 
 
 if __name__ == "__main__":

@@ -18,12 +18,11 @@ from typing import IO, Any
 import fsspec
 from etils.epath.gpath import PosixGPath
 
-from jaxcrit.core.errors import UserError
-
 # For the checkpoint library too: tensorstore writes objects that gcsfs does not know of, so it must not remember lists;
 # and what goes wrong is told once, by whoever it stops.
 fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
+for _name in ("gcsfs", "google.auth"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL)
 
 
 class BucketPath(PosixGPath):
@@ -81,6 +80,11 @@ class BucketPath(PosixGPath):
         with _told(self):
             _storage().put_file(str(file), str(self))
 
+    def look_at_bucket(self) -> None:
+        """Reads what the bucket says of itself, which takes another permission than what is in it."""
+        with _told(self):
+            _storage().call("GET", "b/{}", self.parts[2])
+
     def mkdir(self, mode: int | None = None, parents: bool = False, exist_ok: bool = False) -> None:
         """Nothing: a directory is there when something is in it."""
 
@@ -111,10 +115,6 @@ class BucketPath(PosixGPath):
 
 @functools.cache
 def _storage() -> Any:
-    try:
-        import gcsfs  # noqa: F401  (what fsspec takes for gs://)
-    except ImportError:
-        raise UserError("gs://… needs gcsfs: pip install 'jaxcrit[gcs]'") from None
     return fsspec.filesystem("gcs")
 
 
@@ -123,8 +123,6 @@ def _told(path: BucketPath) -> Iterator[None]:
     """Makes whatever gcsfs, aiohttp or google.auth raise an `OSError` that names the path and says why in a line."""
     try:
         yield
-    except UserError:
-        raise
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, "no such object or bucket", str(path)) from None
     except Exception as error:

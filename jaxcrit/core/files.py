@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import io
 import json
 import math
@@ -28,7 +29,7 @@ def as_path(text: str | Path) -> Path:
     """A local path, ``~`` expanded, or a `BucketPath` for ``gs://BUCKET/DIR``, which serves as one.
 
     Raises:
-        UserError: ``SCHEME://`` of another kind.
+        UserError: ``SCHEME://`` of another kind, or gcsfs is not installed.
     """
     text = os.fspath(text)
     scheme, found, rest = text.partition("://")
@@ -36,6 +37,8 @@ def as_path(text: str | Path) -> Path:
         return Path(text).expanduser()
     if scheme != "gs" or not rest.strip("/"):
         raise UserError(f"{text}: expected a local path or gs://BUCKET/DIR")
+    if importlib.util.find_spec("gcsfs") is None:
+        raise UserError(f"{text}: needs gcsfs: pip install 'jaxcrit[gcs]'")
     from jaxcrit.core.buckets import BucketPath
 
     return cast(Path, BucketPath(text))
@@ -54,8 +57,8 @@ def local_path(text: str | Path, flag: str) -> Path:
     return Path(text).expanduser()
 
 
-def in_bucket(path: Path) -> bool:
-    """Whether `as_path` made it of ``gs://``."""
+def in_bucket(path: str | Path) -> bool:
+    """Whether this is a path in a bucket, given as text or made by `as_path`."""
     return "://" in os.fspath(path)
 
 

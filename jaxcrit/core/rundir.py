@@ -101,8 +101,6 @@ def _check_bucket(path: Path) -> None:
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another, or have its owner"
                         " allow it") from None  # fmt: skip
-    except UserError as error:
-        raise UserError(f"--out={path}: {error}") from None
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

@@ -12,6 +12,7 @@ import jax
 
 from jaxcrit import __version__
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import in_bucket
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
@@ -130,6 +131,8 @@ def check(config: FinetuneConfig) -> LayerSpec:
             raise UserError(f"--{name}={getattr(config, name)}: is of adapters; give their --lora_rank too")
     if config.dtype not in ("", "float32", "bfloat16"):
         raise UserError(f"--dtype={config.dtype}: expected float32 or bfloat16")
+    if config.tensorboard and in_bucket(config.out):
+        raise UserError(f"--tensorboard: writes local files only, and --out={config.out} is none; read metrics.jsonl")
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         raise UserError("--tensorboard: needs tensorboardX; pip install 'jaxcrit[tensorboard]', or read metrics.jsonl")
     make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)

@@ -16,7 +16,7 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import in_bucket
 from jaxcrit.training.partition import Bank
 from jaxcrit.training.step import State
 
@@ -74,6 +75,8 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         names = ("params", "optimizer", "meta")
+        if in_bucket(run):
+            _look_at_bucket(run)
         self._manager = _Manager(str(self.path), options=options, item_names=names)
 
     def __enter__(self) -> Checkpoints:
@@ -217,6 +220,15 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
             except Exception as error:
                 reason = _reason(error)
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
+
+
+def _look_at_bucket(run: Path) -> None:
+    """Does at once what orbax does when it removes the first checkpoint, and what takes a permission of its own."""
+    try:
+        cast(Any, run).look_at_bucket()
+    except OSError as error:
+        raise UserError(f"{run}: no checkpoints can be kept there ({error.strerror}); have the owner of the bucket"
+                        " allow storage.buckets.get") from None  # fmt: skip
 
 
 @contextlib.contextmanager

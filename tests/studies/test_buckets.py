@@ -1,0 +1,159 @@
+"""Whole commands with ``--out=gs://``: the same files as on a disk, and killed runs go on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from tiny_model import tiny_checkpoint
+
+from jaxcrit.cli.main import main
+from jaxcrit.core.files import as_path
+from jaxcrit.studies.session import open_session
+from jaxcrit.training.loop import read_metrics
+
+BUCKET = "gs://bucket"
+TRAIN = ["--layers=2,4", "--steps=6", "--eval_every=2", "--checkpoint_every=2", "--learning_rate=1e-2"]
+TIMED = {"run.json", "report.html"}  # say when, how long, and where
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "pairs.jsonl"
+    rng = np.random.default_rng(0)
+    words = ["cat", "dog", "sky", "one", "two", "blue", "sat", "mat"]
+    rows = [
+        {"prompt": f"{row} {' '.join(rng.choice(words, 3))}", "response": str(rng.choice(words))} for row in range(24)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def run(storage, tmp_path):
+    """Runs a command with ``--out`` in the bucket, and on a disk where told to, with the same files."""
+
+    def run(command, *flags, out, twin=False):
+        assert main([command, *flags, f"--out={BUCKET}/{out}"]) == 0
+        if not twin:
+            return
+        assert main([command, *flags, f"--out={tmp_path / out}"]) == 0
+        local = {str(path.relative_to(tmp_path / out)): path for path in (tmp_path / out).rglob("*") if path.is_file()}
+        stored = storage.files(f"bucket/{out}/")
+        kept = {name for name in local if not name.startswith("checkpoints/")}
+        assert {name for name in stored if not name.startswith("checkpoints/")} == kept
+        for name in kept - TIMED - {"metrics.jsonl"}:
+            assert stored[name] == local[name].read_bytes(), name
+
+    return run
+
+
+def untimed(out):
+    return [
+        {key: value for key, value in row.items() if key != "seconds"} for row in read_metrics(out / "metrics.jsonl")
+    ]
+
+
+def parameters(out):
+    (tuned,) = open_session(str(out)).tuned
+    return jax.device_get(tuned.params)
+
+
+def test_commands_write_the_same_files_and_read_them_back(run, storage, model, data, tmp_path, capsys):
+    given = [f"--model={model}", f"--data={data}"]
+    run("analyze", *given, "--save_activations", out="analysis", twin=True)
+    run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
+    assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
+    run("finetune", *given, *TRAIN, out="tuned", twin=True)
+    assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tmp_path / "tuned")
+    jax.tree.map(np.testing.assert_array_equal, parameters(f"{BUCKET}/tuned"), parameters(tmp_path / "tuned"))
+    run("substitute", f"--base={model}", f"--tuned={BUCKET}/tuned", f"--data={data}", out="swapped", twin=True)
+    run("analyze", f"--model={BUCKET}/tuned", f"--data={data}", out="analysis-tuned")
+    run("compare", f"--a={BUCKET}/analysis", f"--b={BUCKET}/analysis-tuned", out="compared", twin=True)
+    run("spectrum", f"--run={BUCKET}/analysis", "--k=2", out="spectrum", twin=True)
+    run("correlate", f"--all={BUCKET}/analysis", out="correlated")
+    run(
+        "correlate",
+        f"--scores={BUCKET}/analysis",
+        f"--scores={BUCKET}/analysis-tuned/scores.json:step",
+        out="pair",
+        twin=True,
+    )
+    run("select", f"--scores={BUCKET}/analysis/scores.json", "--layers=critical:2", out="layers.json")
+    run("data", f"--model={model}", f"--data={data}", out="rendered", twin=True)
+    assert main(["export", f"--run={BUCKET}/tuned", f"--out={tmp_path / 'checkpoint'}"]) == 0
+    assert (tmp_path / "checkpoint" / "model.safetensors").exists()
+    # Models are local, runs excepted.
+    capsys.readouterr()
+    for arguments in (["export", f"--run={BUCKET}/tuned", f"--out={BUCKET}/x"], ["analyze", f"--model={BUCKET}/x"]):
+        assert main(arguments) == 2
+        assert "expected a local directory; gcloud storage rsync" in capsys.readouterr().err
+    assert main(["finetune", *given, "--layers=2", "--tensorboard", f"--out={BUCKET}/x"]) == 2
+    assert "--tensorboard: writes local files only" in capsys.readouterr().err
+
+
+KILLED = """
+import os, signal, sys
+from jaxcrit.cli.main import main
+from jaxcrit.studies import finetune
+at, real = int(sys.argv[1]), finetune.micro_batches
+def micro_batches(steps, number, micro):
+    if number == at:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(steps, number, micro)
+finetune.micro_batches = micro_batches
+main(sys.argv[2:])
+"""
+
+
+def test_a_killed_run_goes_on_elsewhere(storage, model, data, tmp_path):
+    flags = ["finetune", f"--model={model}", f"--data={data}", *TRAIN, "--checkpoint_every=1"]
+    done = subprocess.run([sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"], env=os.environ,
+                          capture_output=True, text=True, check=False)  # fmt: skip
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    begun = as_path(f"{BUCKET}/run")
+    saved = {path.name for path in (begun / "checkpoints").iterdir()}
+    assert saved & {"2", "3", "4"} and not (begun / "checkpoints/6").exists()
+    assert main([*flags, f"--out={BUCKET}/run"]) == 0
+    assert main([*flags, f"--out={tmp_path / 'run'}"]) == 0
+    assert untimed(begun) == untimed(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, parameters(begun), parameters(tmp_path / "run"))
+
+
+def test_refusals_are_one_line(storage, model, data, capsys, monkeypatch):
+    given = [f"--model={model}", f"--data={data}"]
+
+    def said(code, *arguments):
+        assert main([*arguments]) == code
+        *before, line = capsys.readouterr().err.splitlines()
+        assert all(one.startswith("training layers") for one in before)
+        return line
+
+    assert "--out=gs://sealed/run: cannot be written" in said(2, "analyze", *given, "--out=gs://sealed/run")
+    assert "--out=gs://absent/run: cannot be written" in said(2, "analyze", *given, "--out=gs://absent/run")
+    assert "gs://bucket/absent/run.json: no such file" in said(2, "spectrum", f"--run={BUCKET}/absent")
+    # Refused half-way: by the analysis in its own words, by training with what is kept.
+    from jaxcrit.studies import analysis
+
+    real = analysis.write_scores
+
+    def sealed(*arguments):
+        storage.refused["bucket"] = {"POST", "PUT"}
+        return real(*arguments)
+
+    monkeypatch.setattr(analysis, "write_scores", sealed)
+    line = said(1, "analyze", *given, f"--out={BUCKET}/run")
+    assert line == f"jaxcrit: error: {BUCKET}/run/scores.json: robot does not have storage.objects.create access"
+    line = said(2, "finetune", *given, *TRAIN, "--out=gs://hidden/run")
+    assert "no checkpoints can be kept there" in line and "storage.buckets.get" in line
