@@ -22,12 +22,14 @@ Every flag has an environment variable, named in brackets:
   --project=PROJECT   of the cloud account (default: gcloud's own) [TPU_PROJECT]
   --spot              cheaper, may be preempted [TPU_SPOT=1]
   --queued            ask for it as a queued resource [TPU_QUEUED=1]
+  --service_account=EMAIL  whose permissions the workers have (default: the project's) [TPU_SERVICE_ACCOUNT]
   --logs=DIR          of output (default pod-logs) [TPU_LOGS]
   --wait=SECONDS      between looks at the state (default 30) [TPU_WAIT]
   --tries=N           of survive (default 20) [TPU_TRIES]
   --dry_run           print every command instead of running it [TPU_DRY_RUN=1]
 
-survive needs runs that resume: give jaxcrit an --out=gs://BUCKET/DIR that outlives the TPU.
+survive wants --out=gs://BUCKET/DIR: the run goes on from there, for what is on the workers is gone with them. fetch
+brings it from there at any time, also while it runs. docs/pods.md says what the service account must be allowed.
 EOF
 }
 
@@ -36,7 +38,7 @@ fail() {
   exit 2
 }
 
-name=${TPU_NAME:-} zone=${TPU_ZONE:-} type=${TPU_TYPE:-} project=${TPU_PROJECT:-}
+name=${TPU_NAME:-} zone=${TPU_ZONE:-} type=${TPU_TYPE:-} project=${TPU_PROJECT:-} account=${TPU_SERVICE_ACCOUNT:-}
 version=${TPU_VERSION:-v2-alpha-tpuv5-lite} logs=${TPU_LOGS:-pod-logs}
 spot=${TPU_SPOT:-} queued=${TPU_QUEUED:-} wait=${TPU_WAIT:-30} tries=${TPU_TRIES:-20} dry_run=${TPU_DRY_RUN:-}
 
@@ -47,6 +49,7 @@ while (($#)); do
     --type=*) type=${1#*=} ;;
     --version=*) version=${1#*=} ;;
     --project=*) project=${1#*=} ;;
+    --service_account=*) account=${1#*=} ;;
     --logs=*) logs=${1#*=} ;;
     --wait=*) wait=${1#*=} ;;
     --tries=*) tries=${1#*=} ;;
@@ -97,9 +100,11 @@ create() {
   [[ $type ]] || fail "create: expected --type, such as v5litepod-16"
   local extra=()
   [[ $spot ]] && extra+=(--spot)
+  [[ $account ]] && extra+=(--service-account="$account")
   case $(state) in
     READY) [[ $dry_run ]] || { echo "pod.sh: $name is ready" >&2 && return; } ;;
-    ABSENT) ;;
+    # The machines of a preempted queued resource are gone; it itself is still there, and has the name.
+    ABSENT) [[ ! $queued || $dry_run || ! $(queue_state) =~ FAILED|SUSPEND ]] || delete ;;
     *) delete ;; # preempted or broken: a new one takes the name
   esac
   if [[ $queued ]]; then
@@ -126,10 +131,10 @@ install() {
   local source archive
   source=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
   archive=$(mktemp -d)/jaxcrit.tar.gz
-  do_or_show tar -czf "$archive" -C "$source" --exclude=.git --exclude=.venv --exclude=__pycache__ .
-  tpu tpu-vm scp --worker=all "$archive" "$name:jaxcrit.tar.gz"
-  everywhere 'mkdir -p jaxcrit && tar -xzf jaxcrit.tar.gz -C jaxcrit && python3 -m venv jaxcrit-venv && jaxcrit-venv/bin/pip install -q -e "jaxcrit[tpu]"'
-  do_or_show rm -r "$(dirname "$archive")"
+  do_or_show tar -czf "$archive" -C "$source" --exclude=.git --exclude=.venv --exclude=__pycache__ . &&
+    tpu tpu-vm scp --worker=all "$archive" "$name:jaxcrit.tar.gz" &&
+    everywhere 'mkdir -p jaxcrit && tar -xzf jaxcrit.tar.gz -C jaxcrit && python3 -m venv jaxcrit-venv && jaxcrit-venv/bin/pip install -q -e "jaxcrit[tpu,gcs]"' &&
+    do_or_show rm -r "$(dirname "$archive")"
 }
 
 run() {
@@ -148,11 +153,12 @@ run() {
 
 survive() {
   local try code
+  [[ " $*" == *" --out=gs://"* || " $*" == *" --out gs://"* ]] ||
+    fail "survive: expected --out=gs://BUCKET/DIR; what is on the workers is gone when they are preempted"
   for ((try = 1; try <= tries; try++)); do
     create
-    install
     code=0
-    run "$@" || code=$?
+    if install; then run "$@" || code=$?; else code=1; fi
     ((code == 0)) && return
     # 2 is a mistake in the command, 3 a plan that does not fit: trying again changes nothing.
     ((code == 2 || code == 3)) && return "$code"

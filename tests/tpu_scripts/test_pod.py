@@ -61,12 +61,13 @@ def test_create_waits_until_it_is_ready(cloud):
     created = next(call for call in calls if "create" in call)
     assert created[:5] == ["compute", "tpus", "tpu-vm", "create", "pod"]
     assert {"--accelerator-type=v5litepod-16", "--spot", "--zone=here"} <= set(created)
+    assert not any(word.startswith("--service-account") for word in created)
 
 
 def test_a_queued_resource_that_fails_is_an_error(cloud):
-    code, out, calls = cloud("--queued", "create", describe=["1 ", "0 CREATING", "0 FAILED", "0 FAILED"])
+    code, out, calls = cloud("--queued", "create", describe=["1 ", "1 ", "0 CREATING", "0 FAILED", "0 FAILED"])
     assert code == 2 and "is FAILED" in out
-    assert calls[1][:5] == ["compute", "tpus", "queued-resources", "create", "pod"]
+    assert calls[2][:5] == ["compute", "tpus", "queued-resources", "create", "pod"]
 
 
 def test_run_reaches_every_worker_with_its_arguments_whole(cloud, tmp_path):
@@ -98,11 +99,40 @@ def test_survive_makes_the_pod_anew_after_a_preemption(cloud):
     assert verbs(calls) == ["create", "scp", "ssh", "ssh", "delete", "create", "scp", "ssh", "ssh"]
 
 
+def test_survive_asks_anew_for_a_queued_resource_whose_machines_are_gone(cloud):
+    """A preempted queued resource stays, suspended, and keeps its name; what it held is no longer described."""
+    code, out, calls = cloud(
+        "--queued", "--spot", "--service_account=me@x", "survive", "finetune", "--out", "gs://x/y",
+        describe=["1 ", "1 ", "0 READY", "1 ", "1 ", "0 SUSPENDED", "1 ", "0 PROVISIONING", "0 READY"],
+        ssh=["0 installed", "255 gone", "0 installed", "0 done"],
+    )  # fmt: skip
+    assert code == 0 and "try 2 of 20" in out
+    assert verbs(calls) == ["create", "scp", "ssh", "ssh", "delete", "create", "scp", "ssh", "ssh"]
+    first, deleted, second = (call for call in calls if call[3] in ("create", "delete"))
+    assert first == second and {"--spot", "--service-account=me@x"} <= set(first)
+    assert deleted[2:6] == ["queued-resources", "delete", "pod", "--force"]
+    # The very same command, which goes on from what the first one left in the bucket.
+    runs = [call for call in calls if "ssh" in call][1::2]
+    assert runs[0] == runs[1] and "--out gs://x/y" in " ".join(runs[0]).replace("\\", "")
+
+
+def test_survive_goes_on_after_a_preemption_during_the_installation(cloud):
+    code, out, calls = cloud(
+        "survive", "analyze", "--out=gs://x/y", describe=["1 ", "0 READY", "0 PREEMPTED", "0 PREEMPTED", "0 READY"],
+        scp=["255 gone", "0 "],
+    )  # fmt: skip
+    assert code == 0 and "try 2 of 20" in out
+    assert verbs(calls) == ["create", "scp", "delete", "create", "scp", "ssh", "ssh"]
+    installed = next(word for word in calls[-2] if word.startswith("--command="))
+    assert "jaxcrit[tpu,gcs]" in installed
+
+
 @pytest.mark.parametrize(("code", "told"), [("2", ""), ("1", "not trying again")])
 def test_survive_does_not_repeat_a_mistake(cloud, code, told):
     found, out, calls = cloud(
-        "survive", "analyze", describe=["1 ", "0 READY", "0 READY"], ssh=["0 installed", f"{code} error"]
-    )
+        "survive", "analyze", "--out=gs://x/y", describe=["1 ", "0 READY", "0 READY"],
+        ssh=["0 installed", f"{code} error"],
+    )  # fmt: skip
     assert found == int(code) and told in out
     assert verbs(calls).count("create") == 1
 
@@ -116,7 +146,7 @@ def test_fetch_and_delete(cloud):
 
 
 def test_dry_run_calls_nothing_and_prints_what_it_would(cloud):
-    code, out, calls = cloud("--dry_run", "survive", "analyze", "--model=a b")
+    code, out, calls = cloud("--dry_run", "survive", "analyze", "--model=a b", "--out=gs://x/y")
     assert code == 0 and not calls
     printed = [line for line in out.splitlines() if line.startswith("gcloud")]
     assert [line.split()[3:5] for line in printed] == [
@@ -132,6 +162,7 @@ def test_dry_run_calls_nothing_and_prints_what_it_would(cloud):
         (["--type=", "create"], "expected --type"),
         (["--zone=", "delete"], "expected --name and --zone"),
         (["run"], "expected the arguments of jaxcrit"),
+        (["survive", "analyze", "--out=here"], "expected --out=gs://BUCKET/DIR"),
         (["fetch", "gs://x"], "expected gs://BUCKET/DIR and a directory"),
     ],
 )
