@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import os
+import platform
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
 from absl.flags import FlagValues
 
@@ -42,8 +44,8 @@ COMMANDS = {
     "plan": ("jaxcrit.cli.plan", "what a training step needs on a TPU slice, compiled without having one"),
     "export": ("jaxcrit.cli.export", "write a checkpoint directory that transformers loads"),
 }
-# Commands that run no model, so that several processes have nothing to share.
-ALONE = ("select", "correlate", "compare", "plan")
+# Commands that run no model: of several processes the first does it all.
+FIRST_ONLY = ("data", "select", "correlate", "compare", "plan", "export")
 MACHINES = {
     "machines": (
         Flag("distributed", "auto", "join the other processes of this run", ("auto", "off", "on")),
@@ -99,14 +101,15 @@ def dispatch(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
-    known = module.FLAGS if name in ALONE else {**module.FLAGS, **MACHINES}
+    known = {**module.FLAGS, **MACHINES}
     positional = getattr(module, "POSITIONAL", ())
     if "--help" in rest or "-h" in rest:
         print(flags.usage(known, name, summary, positional))
         return 0
     values = flags.parse(known, name, rest, positional)
-    if name not in ALONE:
-        _join(values)
+    _join(name, values)
+    if name in FIRST_ONLY:
+        return int(processes.share(lambda: module.run(values)))
     with contextlib.ExitStack() as silent:
         if not processes.first():
             null = silent.enter_context(open(os.devnull, "w"))
@@ -114,20 +117,25 @@ def dispatch(arguments: Sequence[str]) -> int:
         return int(module.run(values))
 
 
-def _join(values: FlagValues) -> None:
+def _join(name: str, values: FlagValues) -> None:
     """Starts jax as the flags of `MACHINES` say."""
-    import jax
-
     from jaxcrit.parallel.distributed import start
 
     if values.compilation_cache_dir:
+        import jax
+
         jax.config.update("jax_compilation_cache_dir", values.compilation_cache_dir)
+    own = [flag.name for flag in MACHINES["machines"]]
+    versions = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
+    asked = {f"--{flag}": str(values[flag].value) for flag in values if flag not in own}
     start(
         values.distributed,
         coordinator=values.coordinator,
         num_processes=values.num_processes,
         process_id=values.process_id,
         timeout=values.distributed_timeout,
+        about={**versions, "command": name, **asked},
     )
 
 
@@ -140,8 +148,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except UserError as error:
-        if processes.first():
-            print(f"jaxcrit: error: {error}", file=sys.stderr)
+        speaks, alike = processes.agree_on_failure(str(error))
+        who = "" if processes.first() else f"process {processes.place()[0]}: "
+        if speaks:
+            print(f"jaxcrit: error: {who}{error}", file=sys.stderr, flush=True)
+        if not alike:
+            os._exit(BAD_USAGE)  # the others wait for this process; that it is gone is all that ends them
         return BAD_USAGE
     except Preempted as error:
         print(f"jaxcrit: {error}", file=sys.stderr)

@@ -63,7 +63,9 @@ def in_bucket(path: str | Path) -> bool:
 
 
 def remove_tree(path: Path) -> None:
-    """Removes a directory and what is in it, as far as that goes."""
+    """Removes a directory and what is in it, as far as that goes; of several processes only the first does."""
+    if not processes.first():
+        return
     if not in_bucket(path):
         shutil.rmtree(path, ignore_errors=True)
         return

@@ -2,19 +2,27 @@
 
 All processes compute the same; process 0 alone writes, prints and looks at the run directory, for the others may not
 see its disk. What follows from such a look is shared, so that all of them go the same way.
+
+Words go through the coordinator of the run, arrays through the devices: a device waits for its peers for half a minute
+or so, the coordinator as long as process 0 takes to write a report.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxcrit.core.errors import UserError
 
+_PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only life is waited for
+_MOMENT = 5000  # ms that processes may fail apart
 _index, _count = 0, 1
+_said = 0  # things said so far: the same in every process, as all come to the same places
 
 
 def set_process(index: int, count: int) -> None:
@@ -33,44 +41,115 @@ def alone() -> bool:
     return _count == 1
 
 
+def place() -> tuple[int, int]:
+    """Number of this process, and of how many."""
+    return _index, _count
+
+
 def share(look: Callable[[], Any]) -> Any:
     """What ``look`` returns in process 0, in all of them; a collective.
 
     Args:
-        look: called in process 0 only; returns JSON values.
+        look: called in process 0 only, which is alone in the meantime; returns JSON values.
 
     Raises:
         UserError: whatever one ``look`` raised, in every process.
     """
     if alone():
         return look()
-    found: dict[str, Any] = {}
-    if first():
+    key = _next_key()
+    if not first():
+        found = json.loads(_client().blocking_key_value_get(key, _PATIENCE))
+    else:
         try:
-            found = {"value": look()}
+            with _by_itself():
+                found = {"value": look()}
         except UserError as error:
             found = {"error": str(error)}
-    found = json.loads(share_bytes(json.dumps(found).encode()))
+        _client().key_value_set(key, json.dumps(found))
     if "error" in found:
         raise UserError(found["error"])
     return found["value"]
 
 
-def share_bytes(content: bytes) -> bytes:
-    """Process 0's ``content``, in all of them; a collective."""
+def gather(value: Any) -> list[Any]:
+    """The JSON ``value`` of every process, in their order, in all of them; a collective."""
     if alone():
-        return content
+        return [value]
+    key = _next_key()
+    _client().key_value_set(f"{key}/{_index}", json.dumps(value))
+    return [json.loads(_client().blocking_key_value_get(f"{key}/{number}", _PATIENCE)) for number in range(_count)]
+
+
+def share_array(array: np.ndarray | None) -> np.ndarray:
+    """Process 0's ``array``, in all of them; a collective. What the others give is not looked at."""
+    if alone():
+        assert array is not None
+        return array
     from jax.experimental.multihost_utils import broadcast_one_to_all
 
-    # Everyone has to know the length before arrays of it can be sent.
-    length = int(broadcast_one_to_all(np.int32(len(content))))
-    mine = np.frombuffer(content, np.uint8) if first() else np.zeros(length, np.uint8)
-    return np.asarray(broadcast_one_to_all(mine)).astype(np.uint8).tobytes()
+    shape, dtype = share(lambda: None if array is None else [list(array.shape), array.dtype.name])
+    mine = array if first() else np.zeros(shape, dtype)
+    return np.asarray(broadcast_one_to_all(mine)).astype(dtype)
 
 
-def wait_for_all(where: str) -> None:
-    """Returns when every process has come here."""
-    if not alone():
-        from jax.experimental.multihost_utils import sync_global_devices
+def whole(tree: Any) -> Any:
+    """The arrays of a tree on the host, shards that other processes hold included; then a collective."""
+    import jax
+    from jax.experimental.multihost_utils import process_allgather
 
-        sync_global_devices(where)
+    def one(array: Any) -> np.ndarray:
+        if not isinstance(array, jax.Array) or array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return np.asarray(process_allgather(array, tiled=True))
+
+    return jax.tree.map(one, tree)
+
+
+def agree_on_failure(text: str) -> tuple[bool, bool]:
+    """Of a run that ends with an error: whether this process says so, and whether all of them end with it.
+
+    A mistake in a flag fails every process alike, and process 0 speaks for all; a file that one machine lacks fails
+    that one alone, and the others wait for it in vain.
+    """
+    if alone():
+        return True, True
+    key = f"jaxcrit/failed/{_said}"
+    _client().key_value_set(f"{key}/{_index}", text)
+    texts = []
+    for number in range(_count):
+        try:
+            texts.append(_client().blocking_key_value_get(f"{key}/{number}", _MOMENT))
+        except Exception:  # jax's own error, of no public class: it has not come
+            texts.append(None)
+            break
+    return first() or texts[0] != text, texts == [text] * _count
+
+
+def make_directory(path: Path) -> None:
+    """Makes a directory to write to, and those above it."""
+    if first():
+        path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def _by_itself() -> Iterator[None]:
+    global _count
+    count, _count = _count, 1
+    try:
+        yield
+    finally:
+        _count = count
+
+
+def _next_key() -> str:
+    global _said
+    _said += 1
+    return f"jaxcrit/{_said}"
+
+
+def _client() -> Any:
+    """The coordinator's client. jax has no public name for it; orbax takes it from here too."""
+    from jax._src.distributed import global_state
+
+    return global_state.client

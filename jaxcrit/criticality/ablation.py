@@ -15,7 +15,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from jaxcrit.core import processes
 from jaxcrit.criticality.substitution import Sites
 from jaxcrit.criticality.sweep import Batch, Variant, enter
 from jaxcrit.models.decoder import Block, Edit, layer_windows
@@ -58,8 +60,9 @@ def update_sums(
     Returns:
         ``[L, D]`` float64, the number of tokens, and the number of block evaluations.
     """
-    sums, count = _update_sums(blocks, outside["embed"], *batch, sites)
-    return np.asarray(jax.device_get(sums), np.float64), int(count), blocks.config.num_layers
+    rows = batch[0].sharding if isinstance(batch[0].sharding, NamedSharding) else None
+    sums, count = processes.whole(_update_sums(blocks, outside["embed"], *batch, sites, rows))
+    return sums.astype(np.float64), int(count), blocks.config.num_layers
 
 
 def silenced(weights: Mapping[str, jax.Array], layer: int, sites: Sites) -> dict[str, jax.Array]:
@@ -73,13 +76,19 @@ def _zeroed(stack: jax.Array, layer: Any) -> jax.Array:
     return stack.at[layer].set(0)
 
 
-@functools.partial(jax.jit, static_argnames="sites")
+@functools.partial(jax.jit, static_argnames=("sites", "rows"))
 def _update_sums(
-    blocks: Block, table: jax.Array, tokens: jax.Array, lengths: jax.Array, learn: jax.Array, sites: Sites
+    blocks: Block,
+    table: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    learn: jax.Array,
+    sites: Sites,
+    rows: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
-    x, context = enter(table, tokens, lengths, blocks.config)
-    rows = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
-    real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & rows[:, None]).astype(jnp.float32)
+    x, context = enter(table, tokens, lengths, blocks.config, rows)
+    filled = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
+    real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & filled[:, None]).astype(jnp.float32)
 
     def through(x: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
         block, window = layer

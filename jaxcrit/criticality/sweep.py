@@ -81,13 +81,13 @@ def sweep(
     """
     config, depth = blocks.config, blocks.config.num_layers
     tokens, lengths, learn = batch
-    everywhere = None
+    rows = everywhere = None
     if isinstance(tokens.sharding, NamedSharding):  # of several processes, each sees its own devices only
-        everywhere = NamedSharding(tokens.sharding.mesh, PartitionSpec())
+        rows, everywhere = tokens.sharding, NamedSharding(tokens.sharding.mesh, PartitionSpec())
     losses: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
-        state, context = enter(outside["embed"], tokens, lengths, config)
+        state, context = enter(outside["embed"], tokens, lengths, config, rows)
 
         def span(variant: Variant, x: jax.Array, start: int, stop: int) -> jax.Array:
             nonlocal evaluations
@@ -113,11 +113,16 @@ def planned_evaluations(variants: Sequence[Variant], num_layers: int) -> int:
     return sum(num_layers - variant.start for variant in variants) + max(variant.start for variant in variants)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def enter(table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig) -> tuple[jax.Array, Context]:
-    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, and the context."""
+@functools.partial(jax.jit, static_argnames=("config", "rows"))
+def enter(
+    table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig, rows: NamedSharding | None
+) -> tuple[jax.Array, Context]:
+    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    return table[tokens], Context(positions, *config.rope.cos_sin(positions, lengths))
+    x = table[tokens]
+    if rows is not None:  # XLA left to itself splits the width, as the table is split, and keeps all rows everywhere
+        x = jax.lax.with_sharding_constraint(x, rows)
+    return x, Context(positions, *config.rope.cos_sin(positions, lengths))
 
 
 @functools.partial(jax.jit, static_argnames="edit")

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from safetensors import SafetensorError, safe_open
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import local_path, write_text
 from jaxcrit.core.hashing import sha256_json
@@ -164,7 +166,7 @@ def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """Identity of a model: sha256 of its config and of every tensor's name, dtype, shape and digest.
 
     Digests are kept in the cache directory by path, size and time of each shard, so a checkpoint is read
-    for this once.
+    for this once; of several processes, each reads its share.
     """
     config = checkpoint.config
     wanted = hf_shapes(config)
@@ -339,19 +341,36 @@ def _digests(file: Path) -> dict[str, list[Any]]:
     state = file.stat()
     stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
     kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
-    try:
-        return json.loads(kept.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        pass
-    digests: dict[str, list[Any]] = {}
+
+    def known() -> dict[str, list[Any]]:
+        try:
+            return json.loads(kept.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    if digests := processes.share(known):
+        return digests
     with safe_open(file, framework="numpy") as opened:
-        for name in opened.keys():  # noqa: SIM118 (safe_open is no mapping)
-            tensor = opened.get_tensor(name)
-            digest = hashlib.sha256(np.ascontiguousarray(tensor).reshape(-1).view(np.uint8).data).hexdigest()
-            digests[name] = [str(tensor.dtype), list(tensor.shape), digest]
+        names = sorted(opened.keys())
+    index, count = processes.place()
+    for mine in processes.gather({name: _digest(file, name) for name in names[index::count]}):
+        digests |= mine
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(kept.parent)
         write_text(kept, json.dumps(digests))
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return digests
+
+
+def _digest(file: Path, name: str) -> list[Any]:
+    """Dtype, shape and sha256 of a tensor, read in pieces; a file held open keeps all it has given in memory."""
+    digest = hashlib.sha256()
+    with safe_open(file, framework="numpy") as opened:
+        part = opened.get_slice(name)
+        shape = part.get_shape()
+        rows = max(1, _READ_BYTES // (8 * math.prod(shape[1:])))
+        for start in range(0, shape[0], rows):
+            piece = np.ascontiguousarray(part[start : min(start + rows, shape[0])])
+            digest.update(piece.reshape(-1).view(np.uint8).data)
+    return [str(piece.dtype), list(shape), digest.hexdigest()]

@@ -147,7 +147,7 @@ def compiled_programs() -> tuple[int, int]:
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
 def _prefill(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None) -> Cache:
     empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
-    found = forward(decoder, tokens, lengths=lengths, cache=empty).cache
+    found = forward(decoder, tokens, lengths=lengths, cache=empty, mesh=mesh).cache
     assert found is not None
     return found
 
@@ -184,7 +184,8 @@ def _decode(
         def some(site: str, before: jax.Array, after: jax.Array, data: Any) -> jax.Array:
             return after if edit is None else jnp.where(edited, edit(site, before, after, data), after)
 
-        fresh = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits).cache
+        fresh = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits,
+                        mesh=mesh).cache  # fmt: skip
         passes = (lengths + step == boundary + 1)[None, :, None, None, None]
         return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), fresh, cache)
 
@@ -199,7 +200,7 @@ def _decode(
             cache = jax.lax.cond(passing, rerun, lambda _, __, cache: cache, step, new, cache)
         positions = (lengths - 1 + step)[:, None].astype(jnp.int32)
         out = forward(decoder, token[:, None], positions=positions, lengths=lengths + step, cache=cache, edit=edit,
-                      edits=edits)  # fmt: skip
+                      edits=edits, mesh=mesh)  # fmt: skip
         scores = logits(decoder, out.hidden[:, 0]).astype(jnp.float32)
         token = pick(scores, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         if sampling.repetition_penalty != 1:

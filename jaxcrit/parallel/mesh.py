@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "tensor")
@@ -132,14 +133,38 @@ def batch_sharding(mesh: AnyMesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(RULES["batch"]))
 
 
-def device_memory(mesh: Mesh) -> float:
-    """Bytes per device that a sweep may take: half of what there is, for the rest is the model's."""
-    device = mesh.local_devices[0]
-    stats = device.memory_stats() if device.platform != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] / 2
-    # Devices of the CPU share its memory.
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / len(mesh.local_devices)
+def default_axes(weight_bytes: float, width: int, devices: int, memory: float) -> dict[str, int]:
+    """The mesh where none is asked for: rows over all devices, the weights over as few as hold them.
+
+    Copies of the weights cost no traffic, so they are split only where a device cannot hold them whole; over ``fsdp``,
+    which splits rows too and asks nothing of the number of heads.
+
+    Args:
+        weight_bytes: of the whole model.
+        width: D, which is split.
+        devices: their number.
+        memory: bytes of one device that weights may take.
+    """
+    parts = [n for n in range(1, devices + 1) if devices % n == 0 and width % n == 0]
+    fitting = [n for n in parts if weight_bytes / n <= memory]
+    return {"data": -1, "fsdp": min(fitting, default=parts[-1])}
+
+
+def device_memory(devices: Sequence[jax.Device]) -> float:
+    """Bytes per device that the weights, or a sweep, may take: half of what there is, the rest is for the other.
+
+    Args:
+        devices: of this process; the answer is that of process 0, in all of them.
+    """
+
+    def half() -> float:
+        stats = devices[0].memory_stats() if devices[0].platform != "cpu" else None
+        if stats and "bytes_limit" in stats:
+            return stats["bytes_limit"] / 2
+        # Devices of the CPU share its memory.
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2 / len(devices)
+
+    return float(processes.share(half))
 
 
 def _check(sizes: Mapping[str, int]) -> None:

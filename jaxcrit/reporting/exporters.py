@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import write_text
 from jaxcrit.core.layers import LayerSet
@@ -80,6 +81,6 @@ def export_selection(layer_set: LayerSet, fmt: str, model_type: str | None = Non
 def layer_files(directory: Path, layer_set: LayerSet, model_type: str | None = None) -> None:
     """Writes ``layers.json`` and, in ``configs/``, the selection in every trainer's words."""
     layer_set.save(directory / "layers.json")
-    (directory / "configs").mkdir(exist_ok=True)
+    processes.make_directory(directory / "configs")
     for fmt, name in CONFIG_FILES.items():
         write_text(directory / "configs" / name, export_selection(layer_set, fmt, model_type))

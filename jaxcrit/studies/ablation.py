@@ -17,7 +17,7 @@ from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.layers import LayerScores, read_scores, write_scores
+from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.criticality.ablation import METHODS, ablate, intact, silenced, update_sums, variants
 from jaxcrit.criticality.sample_scores import SampleLosses
@@ -31,7 +31,7 @@ from jaxcrit.models.generation import generate
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import SweptRows, batches_of, forget_partial, read_rows, sample_losses
+from jaxcrit.studies.sweeps import SweptRows, batches_of, forget_partial, read_back, read_rows, sample_losses
 
 _ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
 
@@ -102,7 +102,7 @@ def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Abl
     directory = RunDirectory.open(_out(config, session, determines), determines)
     earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
     if earlier.get("status") == "complete":
-        return Ablation(config, earlier, read_scores(directory.path / "scores.json"), directory.path)
+        return Ablation(config, earlier, read_back(directory.path), directory.path)
     run: dict[str, Any] = {
         "command": "ablate",
         "config": dataclasses.asdict(config),

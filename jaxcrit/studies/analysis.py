@@ -14,6 +14,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.capture import POSITIONS
+from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, write_json, write_npz
@@ -348,7 +349,7 @@ def _write(analysis: Analysis) -> None:
     alone = len(analysis.datasets) == 1
     for name, result in analysis.datasets.items():
         folder = analysis.out if alone else analysis.out / name
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(folder)
         write_scores(folder / "scores.json", result.scores)
         meta = {"format": "jaxcrit.cka", "format_version": 1, "dataset": name, "num_samples": result.num_samples}
         write_npz(folder / "cka.npz", {key: values for key, values in result.cka.items() if key != "null_p"}, meta)

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json, remove_tree, write_json, write_text
 from jaxcrit.core.hashing import sha256_json
@@ -170,25 +171,25 @@ class _Lab:
     def initial(self) -> dict[str, Any]:
         """The test of the untouched model, made once."""
         path = self.directory.path / "init.json"
-        if not path.exists():
+        if not processes.share(path.exists):
             tested = self.scoring(Decoder(self.session.config, self.weights))
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
-        return dict(read_json(path, ARM_FORMAT)["points"][0])
+        return dict(processes.share(lambda: read_json(path, ARM_FORMAT))["points"][0])
 
     def done(self, arm: Arm, seed: int) -> bool:
         """Whether an arm with a seed is finished."""
-        return (self._folder(arm, seed) / "arm.json").exists()
+        return bool(processes.share((self._folder(arm, seed) / "arm.json").exists))
 
     def run(self, arm: Arm, chosen: LayerSet, seed: int) -> list[dict[str, Any]]:
         """Trains an arm with a seed, or reads what was found before: tests by step."""
         folder = self._folder(arm, seed)
         if not self.done(arm, seed):
-            folder.mkdir(parents=True, exist_ok=True)
+            processes.make_directory(folder)
             points = self._train(_partition(self.config, self.session, chosen), seed, folder)
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
             remove_tree(folder / FOLDER)
-        stored = read_json(folder / "arm.json", ARM_FORMAT)
+        stored = processes.share(lambda: read_json(folder / "arm.json", ARM_FORMAT))
         if tuple(stored["frozen"]) != chosen.layers:
             raise UserError(f"{folder}: froze layers {stored['frozen']}, not {list(chosen.layers)}; remove it")
         return list(stored["points"])
@@ -242,7 +243,8 @@ class _Lab:
             finally:
                 if bar is not None:
                     bar.close()
-        rows = [row for row in read_metrics(folder / METRICS) if row["kind"] == "backdoor"]
+        found = processes.share(lambda: read_metrics(folder / METRICS))
+        rows = [row for row in found if row["kind"] == "backdoor"]
         return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
 
     def _compiled(self, parts: Partition, params: Bank) -> tuple[Any, Step]:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxcrit.core import processes
 from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation import scorers
@@ -153,9 +156,9 @@ class Scoring:
         for batch in self.loss_batches:
             arrays = (batch.tokens, batch.lengths, response_mask(batch, self.told))
             placed = jax.device_put(arrays, batch_sharding(self.session.mesh))
-            values = _row_losses(decoder, *placed)
+            values = processes.whole(_row_losses(decoder, *placed, mesh=self.session.mesh))
             real = batch.rows < len(self.told)
-            found[:, batch.rows[real]] = np.asarray(values)[:, real]
+            found[:, batch.rows[real]] = values[:, real]
         return found[0], found[1]
 
 
@@ -165,9 +168,9 @@ def _batches(examples: Sequence[Example], batch_size: int, *, prompt_only: bool)
     return make_batches(examples, batch_size, widths, prompt_only)
 
 
-@jax.jit
-def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any) -> jax.Array:
-    hidden = forward(decoder, tokens, lengths=lengths).hidden
+@functools.partial(jax.jit, static_argnames="mesh")
+def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any, *, mesh: Mesh) -> jax.Array:
+    hidden = forward(decoder, tokens, lengths=lengths, mesh=mesh).hidden
     head = decoder.embed if decoder.head is None else decoder.head
     args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config.norm_eps)
     losses, counted = response_losses(*args)

@@ -16,6 +16,7 @@ from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
 from jaxcrit.capture import Activations, Position, capture, compiled_steps, stream
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
 from jaxcrit.core.rundir import RunDirectory
@@ -176,17 +177,24 @@ class Captures:
         file = folder / "fingerprint.npz"
         form = self._form(dataset)
         self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
-        kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
-        if self.directory.resumed and file.exists() and kept:
-            arrays, meta = read_npz(file)
-            if meta.get("identity") == self.directory.identity:
-                self.taken[dataset.name] = {"reused": True}
-                grams = unpack_upper(arrays["gram"])
-                return Swept(gram_tables(grams, band=form.band), grams)
+        earlier: list[np.ndarray] = []
+
+        def look() -> bool:
+            kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
+            if self.directory.resumed and file.exists() and kept:
+                arrays, meta = read_npz(file)
+                if meta.get("identity") == self.directory.identity:
+                    earlier.append(arrays["gram"])
+            return bool(earlier)
+
+        if processes.share(look):
+            self.taken[dataset.name] = {"reused": True}
+            grams = unpack_upper(processes.share_array(earlier[0] if earlier else None))
+            return Swept(gram_tables(grams, band=form.band), grams)
         if form.name == "streamed":
             return Swept(self._streamed(dataset, form), None)
         activations = self._run(dataset, partial(capture, with_embed=self.config.embed))
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(folder)
         swept = self._swept(dataset, form, activations, file)
         if self.config.save_activations:
             arrays = {"hidden": np.asarray(activations.hidden)}
@@ -218,7 +226,7 @@ class Captures:
                 model.num_layers,
                 band=config.layer_band,
                 kernel=config.kernel,
-                memory=device_memory(self.session.mesh),
+                memory=device_memory(self.session.mesh.local_devices),
                 devices=self.session.mesh.size,
                 stored=config.save_activations,
                 asked=config.form,
@@ -249,7 +257,7 @@ class Captures:
                 bandwidths = sampled_bandwidths(hidden, seed=config.seed)
                 self.forms[dataset.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
             mesh = self.session.mesh
-            tile = partial(tiled, jax.device_put(hidden, mesh.devices.flat[0]), progress=progress)
+            tile = partial(tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress)
             if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
                 tile = partial(sharded, shard(hidden, mesh))
             swept = tile(kernel=config.kernel, band=form.band, bandwidths=bandwidths, allow_repeats=repeats)

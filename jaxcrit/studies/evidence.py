@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.criticality.block_influence import influence
 from jaxcrit.criticality.evidence import Gradients, Spectra, States, WeightChanges
@@ -51,7 +53,7 @@ def layer_tensors(session: Session) -> Iterator[dict[str, np.ndarray]]:
             slot = tuned.partition.members(group).index(layer)
             mine = {path: value[slot : slot + 1] for path, value in tuned.params[group].items() if _inside(path)}
             for path, value in mine.items() if lora is None else lora.changes(config, mine):
-                found = np.asarray(jax.device_get(value), np.float32).reshape(tensors[path].shape)
+                found = np.asarray(processes.whole(value), np.float32).reshape(tensors[path].shape)
                 tensors[path] = found if lora is None else tensors[path] + found
         yield tensors
 
@@ -132,7 +134,7 @@ def prompt_states(
     for batch in make_batches(examples, batch_size, max_length=config.max_length):
         placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(session.mesh))
         with jax.default_matmul_precision(precision):
-            states, summed, kl = jax.device_get(_states(decoder, *placed, lens=lens))
+            states, summed, kl = processes.whole(_states(decoder, *placed, lens=lens, mesh=session.mesh))
         real = batch.rows < count
         rows = batch.rows[real]
         hidden[:, rows], turned[rows], read[rows] = states[:, real], summed.T[real], kl.T[real]
@@ -143,9 +145,9 @@ def prompt_states(
     return States(hidden, turned, tokens.astype(int), read if lens else None)
 
 
-@functools.partial(jax.jit, static_argnames="lens")
+@functools.partial(jax.jit, static_argnames=("lens", "mesh"))
 def _states(
-    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, lens: bool
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, lens: bool, mesh: Mesh
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Last states ``[L+1, B, D]``, `influence` summed over the tokens and KL of the lens ``[L, B]`` each."""
     inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
@@ -156,7 +158,7 @@ def _states(
     def tap(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
         return last(after), jnp.sum(jnp.where(inside, influence(before, after), 0), axis=1)
 
-    states, turned = forward(decoder, tokens, lengths=lengths, tap=tap, tap_input=True).taps
+    states, turned = forward(decoder, tokens, lengths=lengths, tap=tap, tap_input=True, mesh=mesh).taps
     kl = divergence(decoder, states) if lens else jnp.zeros_like(turned)
     return jnp.concatenate([last(embed(decoder, tokens))[None], states]), turned, kl
 
@@ -190,7 +192,7 @@ def response_gradients(
     weights = decoder.weights()
     blocks = {path: value for path, value in weights.items() if _inside(path)}
     rest = {path: value for path, value in weights.items() if path not in blocks}
-    total: Arrays = {path: jnp.zeros(value.shape, jnp.float32) for path, value in blocks.items()}
+    total: Arrays = {path: jnp.zeros(value.shape, jnp.float32, device=value.sharding) for path, value in blocks.items()}
     samples, tokens, done = np.zeros((count, config.num_layers)), 0, 0
     for batch in make_batches(examples, batch_size, prompt_only=False, max_length=config.max_length):
         rows = TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
@@ -200,14 +202,14 @@ def response_gradients(
             total, squares = _gradients(parts, {TRAIN: blocks, FROZEN: rest}, total, grouped)
         real = batch.rows < count
         if per_sample:
-            samples[batch.rows[real]] = np.asarray(squares, np.float64)[real]
+            samples[batch.rows[real]] = processes.whole(squares)[real]
         done += int(real.sum())
         if progress is not None:
             progress(done, count)
     held = sum(int(np.prod(value.shape[1:])) for value in blocks.values())
     return Gradients(
-        np.sqrt(np.asarray(_squares(total), np.float64)) / tokens,
-        np.sqrt(np.asarray(_squares(blocks), np.float64)),
+        np.sqrt(np.asarray(processes.whole(_squares(total)), np.float64)) / tokens,
+        np.sqrt(np.asarray(processes.whole(_squares(blocks)), np.float64)),
         np.full(config.num_layers, held),
         samples if per_sample else None,
     )

@@ -128,8 +128,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
         say(job.summary(chosen))
     result, warnings = job.run(progress)
     directory.finish({**run, "result": result})
-    return Finetuned(config, {**run, "result": result}, read_metrics(directory.path / METRICS), chosen, warnings,
-                     directory.path)  # fmt: skip
+    return Finetuned(config, {**run, "result": result}, _metrics(directory.path), chosen, warnings, directory.path)
 
 
 class _Job:
@@ -250,7 +249,12 @@ def _out(config: FinetuneConfig, session: Session, determines: Mapping[str, Any]
 
 def _finished(config: FinetuneConfig, run: dict[str, Any], out: Path) -> Finetuned:
     note = f"{out}: complete already; choose another --out to train again"
-    return Finetuned(config, run, read_metrics(out / METRICS), LayerSet.load(out / "layers.json"), [note], out)
+    chosen = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
+    return Finetuned(config, run, _metrics(out), chosen, [note], out)
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    return list(processes.share(lambda: read_metrics(out / METRICS)))
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from jaxcrit.data.templates import template_hash
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.sampling import Sampling
+from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.analysis import read_datasets, versions
 from jaxcrit.studies.captures import Dataset
 from jaxcrit.studies.rendering import Rendering
@@ -171,8 +172,7 @@ class _Job:
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Answers of one dataset in the order of its rows, those of an interrupted run included."""
         folder = self.directory.path if self.alone else self.directory.path / dataset.name
-        if processes.first():
-            folder.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(folder)
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
         log = GrowingText(part)
         done = {row["row"]: row for row in processes.share(lambda: [*_read(part), *_read(file)])}
@@ -180,14 +180,20 @@ class _Job:
             log.start("".join(map(_line, done.values())))
         bar = None if self.progress is None else self.progress(
             total=len(dataset.examples), desc=dataset.name, initial=len(done))  # fmt: skip
-        for batch in make_batches(dataset.examples, self.batch_size, self.buckets):
-            if all(row in done or row == len(dataset.examples) for row in batch.rows.tolist()):
-                continue
-            found = self._answers(dataset, batch)
-            done |= {row["row"]: row for row in found}
-            log.append("".join(map(_line, found)))
-            if bar is not None:
-                bar.update(len(found))
+        count = len(dataset.examples)
+        batches = make_batches(dataset.examples, self.batch_size, self.buckets)
+        left = [batch for batch in batches if not all(row in done or row == count for row in batch.rows.tolist())]
+        with notice() as leave:
+            for number, batch in enumerate(left, 1):
+                found = self._answers(dataset, batch)
+                done |= {row["row"]: row for row in found}
+                log.append("".join(map(_line, found)))
+                if bar is not None:
+                    bar.update(len(found))
+                if leave(number) and number < len(left):
+                    raise Preempted(
+                        f"told to leave with {len(done)} of {count} prompts answered; the same command goes on"
+                    )
         if bar is not None:
             bar.close()
         rows = [done[row] for row in sorted(done)]

@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.capture import capture
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, write_json
 from jaxcrit.core.hashing import sha256_json
@@ -182,7 +183,7 @@ def states(decoder: Decoder, dataset: Dataset, session: Session, progress: Bars 
     )  # fmt: skip
     if bar is not None:
         bar.close()
-    return np.asarray(found.hidden)
+    return processes.whole(found.hidden)
 
 
 def batch_rows(session: Session, asked: int) -> int:
@@ -203,7 +204,7 @@ def lens(decoder: Decoder, directions: np.ndarray, tokenizer: Any, count: int = 
     The sign of a component is a convention, so both ends are read (the logit lens, nostalgebraist 2020).
     """
     both = jnp.asarray(np.stack([directions, -directions], axis=1), jnp.float32)
-    top = np.asarray(jax.lax.top_k(logits(decoder, both), count)[1])
+    top = processes.whole(jax.lax.top_k(logits(decoder, both), count)[1])
     return [
         dict(zip("+-", [[tokenizer.decode([i]) for i in end] for end in ends.tolist()], strict=True)) for ends in top
     ]
@@ -256,14 +257,14 @@ def _measure(
                            for layer in layers.layers}}  # fmt: skip
     prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
     samples = np.where(batch.rows == 0, config.prompt_index, -1)
-    answers = {}
+    scores = {}
     for name, data in (("before", intervention(shape, rank=edits.basis.shape[1])), ("after", edits)):
-        answers[name] = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
-        ids = answers[name].token_ids[0]
+        answer = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
+        ids, scores[name] = answer.token_ids[0], processes.whole(answer.scores)[0]
         found[name] = {"text": session.tokenizer.decode(ids, skip_special_tokens=True), "token_ids": ids,
-                       "stopped": bool(answers[name].stopped[0]),
-                       "next_tokens": _likely(answers[name].scores[0], session.tokenizer)}  # fmt: skip
-    found["next_token_kl"] = float(divergence(answers["before"].scores[0], answers["after"].scores[0]))
+                       "stopped": bool(answer.stopped[0]),
+                       "next_tokens": _likely(scores[name], session.tokenizer)}  # fmt: skip
+    found["next_token_kl"] = float(divergence(scores["before"], scores["after"]))
     return found, warnings
 
 
@@ -295,7 +296,7 @@ def described(fit: Components, layers: Sequence[int], components: Sequence[int])
     return {str(layer): [round(float(shares[layer, c]), 6) for c in components] for layer in layers}
 
 
-def _likely(scores: jax.Array, tokenizer: Any) -> list[list[Any]]:
+def _likely(scores: np.ndarray, tokenizer: Any) -> list[list[Any]]:
     values, ids = jax.lax.top_k(jax.nn.softmax(scores), min(_LIKELY, len(scores)))
     return [[tokenizer.decode([i]), round(p, 6)] for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
 

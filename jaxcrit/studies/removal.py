@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
@@ -231,7 +232,7 @@ def _dataset(
         for place, edits in _edits(fit, sets, shifts, places, config.mode, shape, rows):
             found = decode(decoder, prompts, stop=stop, samples=np.where(real, batch.rows, -1), edit=edit, edits=edits)
             plain = plain or found
-            into, kl = outcomes[place], np.asarray(divergence(plain.scores, found.scores))
+            into, kl = outcomes[place], processes.whole(divergence(plain.scores, found.scores))
             for at in np.flatnonzero(real):
                 into.token_ids[batch.rows[at]] = found.token_ids[at]
             into.stopped[batch.rows[real]], into.kl[batch.rows[real]] = found.stopped[real], kl[real]

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path
@@ -172,7 +173,7 @@ def _of_data(
         meta = {**_meta(session), "dataset": dataset.name, "num_samples": len(dataset.examples)}
         found[dataset.name] = {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in results.items()}
         folder = out if len(datasets) == 1 else out / dataset.name
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(folder)
         if len(datasets) > 1:
             write_scores(folder / "scores.json", found[dataset.name])
         left = {key: one.without_each for key, one in results.items() if one.without_each is not None}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,15 +13,17 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.tokenizer import load_tokenizer
-from jaxcrit.models.checkpoint import Checkpoint, load, locate, model_hash, open_checkpoint
+from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.parallel.mesh import make_mesh, parse_mesh
+from jaxcrit.models.weights import hf_shapes
+from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 from jaxcrit.training.partition import Bank, Partition, partition_of_json, split
 
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
@@ -97,7 +100,7 @@ def open_session(
 
     Args:
         model: as above.
-        mesh: such as ``data=4,fsdp=2``, or made already; default all devices on ``data``.
+        mesh: such as ``data=4,fsdp=2``, or made already; default as of `default_axes`.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
         step: of a run, which checkpoint: a number, ``best``, ``last``; default where training ended.
         bars: makes progress bars.
@@ -108,13 +111,22 @@ def open_session(
     """
     if model and (as_path(model) / "run.json").is_file():
         return _open_run(as_path(model), mesh, dtype, step, bars)
-    devices = mesh if isinstance(mesh, Mesh) else make_mesh(parse_mesh(mesh))
+    asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
     tokenizer = load_tokenizer(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
+    devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype))
     named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
     return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named)
+
+
+def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
+    """The mesh where none is asked for, by the size of the weights and of a device's memory."""
+    kinds = {dtype} if dtype else set(checkpoint.dtypes.values())
+    width = max(np.dtype(DTYPES[kind]).itemsize for kind in kinds)
+    weights = width * sum(math.prod(shape) for shape in hf_shapes(checkpoint.config).values())
+    return default_axes(weights, checkpoint.config.width, jax.device_count(), device_memory(jax.local_devices()))
 
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Session:
@@ -145,7 +157,7 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
 
 def _digests(params: Bank) -> dict[str, str]:
     return {
-        f"{group}/{path}": hashlib.sha256(np.ascontiguousarray(jax.device_get(value)).tobytes()).hexdigest()
+        f"{group}/{path}": hashlib.sha256(np.ascontiguousarray(processes.whole(value)).tobytes()).hexdigest()
         for group, entries in params.items()
         for path, value in entries.items()
     }

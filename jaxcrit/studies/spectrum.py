@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, plain, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
@@ -285,7 +286,7 @@ def _finish(
 ) -> SpectralAnalysis:
     for name, result in results.items():
         folder = directory.path if len(results) == 1 else directory.path / name
-        folder.mkdir(parents=True, exist_ok=True)
+        processes.make_directory(folder)
         _write(folder, result)
     if len(results) > 1:
         keys = next(iter(results.values())).scores

@@ -16,7 +16,7 @@ from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, read_json, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.layers import LayerScores, LayerSpec, read_scores, resolve, write_scores
+from jaxcrit.core.layers import LayerScores, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.criticality.sample_scores import SampleLosses, mean
 from jaxcrit.criticality.substitution import (
@@ -34,7 +34,7 @@ from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import SweptRows, forget_partial, read_rows, sample_losses
+from jaxcrit.studies.sweeps import SweptRows, forget_partial, read_back, read_rows, sample_losses
 
 # Of ModelConfig: says nothing about what the blocks compute.
 _FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
@@ -321,13 +321,17 @@ def _write_losses(
 
 def _finished(config: SubstitutionConfig, run: dict[str, Any], out: Path) -> Substitution:
     """A run that is complete already, read back."""
-    arrays, _ = read_npz(out / "substitution.npz")
-    centres, samples = run["result"]["centres"], None
-    if centres:
-        losses = arrays["losses"][: len(centres)]
-        samples = SampleLosses(np.array(centres), losses, arrays["host"], arrays["tokens"])
-    scores = read_scores(out / "scores.json") if centres else {}
-    return Substitution(config, run, scores, samples, run["warnings"], out)
+    centres = run["result"]["centres"]
+    if not centres:
+        return Substitution(config, run, {}, None, run["warnings"], out)
+
+    def look() -> dict[str, Any]:
+        arrays, _ = read_npz(out / "substitution.npz")
+        return {name: arrays[name].tolist() for name in ("losses", "host", "tokens")}
+
+    kept = {name: np.array(values) for name, values in processes.share(look).items()}
+    samples = SampleLosses(np.array(centres), kept["losses"][: len(centres)], kept["host"], kept["tokens"])
+    return Substitution(config, run, read_back(out), samples, run["warnings"], out)
 
 
 def _warnings(result: Mapping[str, Any], base: Session, tuned: Session) -> list[str]:

@@ -14,11 +14,13 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criticality.sweep import Batch
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.rendering import Rendering, render_sets
 from jaxcrit.studies.session import Bars, Session
 from jaxcrit.training.data import check_rows
@@ -84,6 +86,9 @@ def sample_losses(
 
     Returns:
         ``[V, N]`` float64 in nats, ``[N]`` response tokens, and the number of batches in all.
+
+    Raises:
+        Preempted: told to leave; what is done is kept.
     """
     losses, tokens = np.full((num_variants, len(examples)), np.nan), np.zeros(len(examples), np.int64)
     file = directory.path / "partial.npz"
@@ -101,14 +106,19 @@ def sample_losses(
         write_npz(file, {"losses": losses, "tokens": tokens}, meta)
 
     try:
-        for rows, batch in left:
-            sums, counts = take(batch, None if bar is None else bar.update)
-            real = rows < len(examples)
-            losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
-            tokens[rows[real]] = counts[real]
-            if time.monotonic() - saved > _SAVE_SECONDS:
-                save()
-                saved = time.monotonic()
+        with notice() as leave:
+            for number, (rows, batch) in enumerate(left, 1):
+                sums, counts = take(batch, None if bar is None else bar.update)
+                real = rows < len(examples)
+                losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
+                tokens[rows[real]] = counts[real]
+                if leave(number) and number < len(left):
+                    raise Preempted(
+                        f"told to leave at batch {number} of {len(left)}; the same command goes on from there"
+                    )
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
     finally:
         if np.isfinite(losses).any():
             save()
@@ -129,6 +139,12 @@ def batches_of(examples: Sequence[Example], batch_size: int, session: Session) -
     for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):
         arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
         yield batch.rows, jax.device_put(arrays, batch_sharding(session.mesh))
+
+
+def read_back(out: Path) -> dict[str, LayerScores]:
+    """The scores of a run that is complete already."""
+    found = processes.share(lambda: {key: score.to_json() for key, score in read_scores(out / "scores.json").items()})
+    return {key: LayerScores.from_json(key, entry) for key, entry in found.items()}
 
 
 def forget_partial(out: Path) -> None:

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
 from jaxcrit.training.partition import Bank
@@ -192,9 +193,13 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         UserError: there is no such checkpoint, or none that can be read.
     """
     path = run.absolute() / FOLDER
+    # A process that looks for all of them is not to wait for the others.
+    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
     with (
         _silence(),
-        _Manager(str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True)) as manager,
+        _Manager(
+            str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
+        ) as manager,
     ):
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -15,29 +17,36 @@ import numpy as np
 import pytest
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
 from jaxcrit.parallel import distributed
-from jaxcrit.studies.session import open_session
+from jaxcrit.studies.session import EMBEDDED_MODEL, open_session
 from jaxcrit.training.loop import read_metrics
 
-ROWS = Path(__file__).parents[2] / "jaxcrit/assets/demo_prompts/choice.jsonl"
+ROOT = Path(__file__).parents[2]
+ROWS = ROOT / "jaxcrit/assets/demo_prompts/choice.jsonl"
+COMMANDS = (str(Path(__file__).with_name("commands.py")),)
 
 
-def start(arguments, process, port, count=2):
-    environment = os.environ | {
+def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcrit.cli.main"), environment=None):
+    """One process of ``count``, in a folder of its own where one is given."""
+    surroundings = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error",
+        "PYTHONPATH": str(ROOT),
     }  # fmt: skip
-    command = [sys.executable, "-m", "jaxcrit.cli.main", *arguments]
     machines = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={process}"]
     return subprocess.Popen(
-        command + machines, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+        [sys.executable, *program, *arguments, *machines], env=surroundings | (environment or {}), cwd=folder,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
 
 
-def together(*arguments):
+def together(*arguments, folders=(None, None), program=("-m", "jaxcrit.cli.main")):
     """Two processes with the same arguments; their outputs."""
     port = free_port()
-    processes = [start(arguments, process, port) for process in (0, 1)]
+    processes = [
+        start(arguments, process, port, folder=folder, program=program) for process, folder in enumerate(folders)
+    ]
     outputs = [process.communicate(timeout=300) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [(said(out), err) for out, err in outputs]
@@ -49,10 +58,12 @@ def said(out):
     return "\n".join(line for line in out.splitlines() if not theirs.search(line))
 
 
-def alone(*arguments):
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    subprocess.run([sys.executable, "-m", "jaxcrit.cli.main", *arguments], env=environment, check=True,
-                   capture_output=True, timeout=300)  # fmt: skip
+def alone(*arguments, folder=None, program=("-m", "jaxcrit.cli.main")):
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
+    }  # fmt: skip
+    subprocess.run([sys.executable, *program, *arguments], env=environment, check=True, capture_output=True,
+                   cwd=folder, timeout=300)  # fmt: skip
 
 
 def free_port():
@@ -113,6 +124,75 @@ def wait_for_step(out, step, processes):
     while not any(row["step"] >= step for row in read_metrics(out / "metrics.jsonl")):
         assert time.monotonic() < deadline and all(process.poll() is None for process in processes)
         time.sleep(0.05)
+
+
+def other_commands(tuned):
+    """Every command that is not tested above; those that run a model in front, with a mesh across the processes."""
+    rows = f"--data={ROWS}"
+    return [
+        ["substitute", f"--tuned={tuned}", rows, "--limit=12", "--window=13", "--out=substitute"],
+        ["generate", rows, "--limit=12", "--max_new_tokens=4", "--out=generate"],
+        ["generate", rows, "--limit=8", "--max_new_tokens=3", "--out=split", "--mesh=fsdp=8"],
+        ["score", rows, "--limit=12", f"--model={tuned}", "--base=", "--out=score"],
+        ["score", rows, "--limit=8", "--criteria=weight_change,lens_kl,gradient_norm", f"--model={tuned}",
+         f"--base={EMBEDDED_MODEL}", "--out=score_split", "--mesh=fsdp=8"],
+        ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
+        ["spectrum", rows, "--limit=16", "--out=spectrum"],
+        ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
+        ["analyze", rows, "--limit=16", "--form=tiled", "--out=tiled"],
+        ["analyze", rows, "--limit=16", "--form=streamed", "--out=streamed"],
+        ["data", rows, "--out=data"],
+        ["select", "--scores=spectrum/scores.json", "--layers=critical:2", "--out=selected.json"],
+        ["compare", "spectrum", "spectrum", "--out=compare"],
+        ["correlate", "--scores=spectrum/scores.json", "--scores=score/scores.json", "--out=correlate"],
+        ["export", f"--run={tuned}", "--out=export"],
+    ]  # fmt: skip
+
+
+def interrupted(folder):
+    """Leaves of the substitution and the generation in a folder what an interruption would."""
+    for run in (folder / "substitute", folder / "generate"):
+        record = run / "run.json"
+        record.write_text(record.read_text().replace('"complete"', '"running"'))
+    identity = read_json(folder / "substitute/run.json", "jaxcrit.run")["identity"]
+    with np.load(folder / "substitute/substitution.npz") as found:
+        losses = np.concatenate([found["losses"], found["host"][None], found["guest"][None]])
+        losses[:, 8:] = np.nan
+        np.savez(folder / "substitute/partial.npz", losses=losses, tokens=found["tokens"],
+                 meta=json.dumps({"format": "jaxcrit.partial", "format_version": 1, "identity": identity}))  # fmt: skip
+    answers = folder / "generate/generations.jsonl"
+    kept = answers.read_text().splitlines(keepends=True)[:7]
+    answers.unlink()
+    (folder / "generate/generations.jsonl.part").write_text("".join(kept))
+
+
+def test_every_other_command(tmp_path):
+    """One start of two processes, the second without any disk in common with the first."""
+    tuned, one, folders = tmp_path / "tuned", tmp_path / "one", (tmp_path / "first", tmp_path / "second")
+    for folder in (one, *folders):
+        folder.mkdir()
+    train = ["finetune", f"--data={ROWS}", "--layers=3-4", "--steps=2", "--batch_size=8", "--learning_rate=1e-3",
+             f"--out={tuned}"]  # fmt: skip
+    commands = other_commands(tuned)
+    alone(json.dumps([train, *commands]), folder=one, program=COMMANDS)
+    for name in ("substitute", "generate"):
+        shutil.copytree(one / name, folders[0] / name)
+    interrupted(folders[0])
+    # The last two find their runs complete.
+    (_, told), (silent, _) = together(json.dumps([*commands, *commands[:2]]), folders=folders, program=COMMANDS)
+    assert silent == "" and "warning" not in told.lower()
+    assert list(folders[1].iterdir()) == []
+    scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
+    assert len(scored) >= 9
+    for path in scored:
+        ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
+        assert ours.keys() == theirs.keys()
+        for key, score in theirs.items():
+            np.testing.assert_allclose(ours[key].values, score.values, atol=1e-5, err_msg=f"{path} {key}")
+    for path in ("generate/generations.jsonl", "split/generations.jsonl", "data/examples.jsonl", "selected.json",
+                 "export/model.safetensors", "correlate/correlation.json", "intervene/intervention.json"):  # fmt: skip
+        assert (folders[0] / path).read_bytes() == (one / path).read_bytes(), path
 
 
 def test_a_worker_that_never_comes(tmp_path):
