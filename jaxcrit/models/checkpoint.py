@@ -230,7 +230,8 @@ def _read_shard(
     for slot, layer in enumerate(layers):
         name, part = row.hf.format(layer), out[slot] if row.stacked else out
         flat = part.reshape(rows.stop - rows.start, -1)
-        step = max(1, _READ_BYTES // flat[:1].nbytes)  # safetensors copies what it reads: keep that copy small
+        # safetensors copies what it reads, and maps whole rows even where some columns are wanted: keep both small.
+        step = max(1, _READ_BYTES // (4 * math.prod(row.hf_shape(checkpoint.config)[1:])))
         for start in range(0, len(flat), step):
             some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is named by `load`

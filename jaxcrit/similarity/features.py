@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity.grams import DegenerateError, GramSums, check_band, checked, refuse_constant, refuse_infinite
 from jaxcrit.similarity.survey import Progress, blocks, survey, take
@@ -223,20 +224,21 @@ class _Sums:
 
     def add(self, x: jax.Array, mask: np.ndarray, pilot: jax.Array, scale: jax.Array) -> np.ndarray:
         """Adds a block ``[L, B, D]``; returns its raw squared lengths ``[L, B]``, which are finite or tell why not."""
-        self.moments, lengths, raw = _accumulate(self.moments, x, mask, pilot, scale, *self.pairs)
-        lengths = np.asarray(lengths, np.float64)
+        self.moments, *found = _accumulate(self.moments, x, mask, pilot, scale, *self.pairs)
+        lengths, raw = processes.whole(found)
+        lengths = lengths.astype(np.float64)
         self.lengths += lengths @ lengths.T
         self.squares += lengths.sum(axis=1)
         self.count += int(mask.sum())
-        return np.asarray(raw)
+        return raw
 
     def tables(self) -> tuple[GramSums, np.ndarray]:
         """The sums of a sweep, NaN for other pairs, and the mean ``[L, D]`` of y."""
         first, second = self.pairs
-        left, right, states = (of.sum(axis=0, dtype=np.float64) for of in jax.device_get(self.moments[1:]))
+        left, right, states = (of.sum(axis=0, dtype=np.float64) for of in processes.whole(self.moments[1:]))
         mean = states / self.count
         norm = np.square(mean).sum(axis=1)
-        rows, turned = _reduce(self.moments, np.float32(mean), first, second, np.float32(self.count))
+        rows, turned = processes.whole(_reduce(self.moments, np.float32(mean), first, second, np.float32(self.count)))
         product = np.asarray(rows, np.float64).sum(axis=1)
         diagonal = (
             self.lengths[first, second]

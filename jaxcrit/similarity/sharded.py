@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity.features import add_exactly, block_size
 from jaxcrit.similarity.grams import GramTables, Kernel, check_band, checked, contract_rows, tables_from
@@ -93,7 +94,7 @@ def sharded(
     def visit(sums: bool, layers: Layers, means: np.ndarray, diagonals: np.ndarray) -> np.ndarray:
         program = _program(mesh, axes, by_width, size, exchange, kernel, band, one_cpu, sums)
         rows = program(hidden, facts.lengths, np.float32(means), np.float32(diagonals), layers)
-        slots = np.asarray(rows).sum(axis=0, dtype=np.float64)
+        slots = processes.whole(rows).sum(axis=0, dtype=np.float64)
         table = np.zeros((count, *slots.shape[2:]))
         for start, slot in zip(starts, slots, strict=True):
             table[start : start + size] += slot

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcrit.core import processes
 from jaxcrit.similarity.grams import ROUNDING, refuse_constant, refuse_infinite, refuse_repeats
 
 Progress = Callable[[int, int], None]
@@ -69,13 +70,13 @@ def survey(hidden: Any, *, allow_repeats: bool = False) -> Survey:
     infinite = {}
     for layer in range(num_layers):
         mean, *facts = _facts(jnp.asarray(hidden[layer]), direction)
-        own, raw, projection = (np.asarray(fact) for fact in facts)
+        own, raw, projection = processes.whole(facts)
         means.append(mean)
         lengths[layer] = own
         if not np.isfinite(raw).all():
             infinite[layer] = np.flatnonzero(~np.isfinite(raw))
             continue
-        trace, centre = own.sum(dtype=np.float64), float(np.square(np.asarray(mean, np.float64)).sum())
+        trace, centre = own.sum(dtype=np.float64), float(np.square(processes.whole(mean).astype(np.float64)).sum())
         spread[layer] = np.sqrt(trace / (trace + count * centre)) if trace else 0
         # Layers of any scale count alike; 10 standard deviations of the projection of a rounding error are enough.
         unit = np.sqrt(count / trace) if trace else 0
@@ -120,5 +121,5 @@ def _repeats(hidden: Any, projected: np.ndarray, tolerance: np.ndarray) -> tuple
 
 
 def _equal(hidden: Any, first: int, second: int) -> bool:
-    one, two = (np.asarray(take(hidden, sample, 1)[:, 0], np.float64) for sample in (first, second))
+    one, two = (processes.whole(take(hidden, sample, 1)[:, 0]).astype(np.float64) for sample in (first, second))
     return bool((np.linalg.norm(one - two, axis=1) <= ROUNDING * np.linalg.norm(two, axis=1)).all())
