@@ -115,6 +115,10 @@ def write_model(path: Path, raw: Mapping[str, Any], dtype: str = "float32") -> P
     return path
 
 
+# (8), (4, 2) and (2, 2, 2) devices: of each axis alone and with the others.
+MESHES = ("data=8", "data=4,fsdp=2", "fsdp=4,tensor=2", "data=2,fsdp=2,tensor=2")
+
+
 def one_device() -> Mesh:
     """A mesh of the first device alone."""
     return make_mesh({"data": 1}, jax.devices()[:1])

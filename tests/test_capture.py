@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import BOUND, error, load_path, one_device, raw_config, states, write_model
+from family_models import BOUND, MESHES, error, load_path, one_device, raw_config, states, write_model
 
 from jaxcrit.capture import capture, compiled_steps
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import embed
-from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 LENGTHS = (5, 24, 1, 16, 17, 11)
 # A sliding window, and a RoPE that differs between prompts of one batch: whatever can depend on the batch does.
@@ -99,10 +99,10 @@ def test_order_of_samples_and_what_padding_holds_do_not_matter(truth):
     assert error(np.asarray(captured(truth.path, shuffled).hidden), hidden[:, order]) <= BOUND
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("position", ["last", "all"])
-def test_devices_do_not_matter(shape, position, truth):
-    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+def test_devices_do_not_matter(mesh, position, truth):
+    mesh = make_mesh(parse_mesh(mesh))
     got = captured(truth.path, make_batches(examples(), 8, (24,)), mesh=mesh, position=position)
     hidden, _ = truth.at(position)
     assert error(np.asarray(got.hidden), hidden) <= BOUND

@@ -6,7 +6,7 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from family_models import load_path, raw_config, tensors, write_model
+from family_models import MESHES, load_path, raw_config, tensors, write_model
 from safetensors.numpy import load_file, save_file
 
 from jaxcrit.core.errors import UserError
@@ -14,7 +14,7 @@ from jaxcrit.models import checkpoint as checkpoints
 from jaxcrit.models.checkpoint import locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import make_mesh, spec_for
+from jaxcrit.parallel.mesh import make_mesh, parse_mesh, spec_for
 
 RAW = raw_config("llama-gqa")
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
@@ -106,12 +106,12 @@ def test_large_tensors_are_read_in_pieces(model, monkeypatch):
         np.testing.assert_array_equal(value, expected[path])
 
 
-@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+@pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias"])
-def test_any_mesh_holds_the_same_bits_in_shards(case, shape, tmp_path):
+def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
     raw = raw_config(case)
     expected = load_path(write_model(tmp_path, raw)).weights()
-    mesh = make_mesh(dict(zip(("data", "fsdp", "tensor"), shape, strict=True)))
+    mesh = make_mesh(parse_mesh(mesh))
     weights = load_path(tmp_path, mesh=mesh).weights()
     for row in table(ModelConfig.from_hf(raw)):
         value = weights[row.path]
@@ -120,7 +120,7 @@ def test_any_mesh_holds_the_same_bits_in_shards(case, shape, tmp_path):
         assert value.addressable_shards[0].data.shape == tuple(
             size // part for size, part in zip(value.shape, parts, strict=True)
         )
-    fsdp, tensor = shape[1:]
+    fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, 48 // tensor, 32 // fsdp)
     if raw["num_key_value_heads"] == 1:  # one head cannot be parted: every device keeps it
         assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 1, 8, 32 // fsdp)

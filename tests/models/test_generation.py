@@ -11,7 +11,7 @@ from scipy import stats
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.generation import compiled_programs, generate
 from jaxcrit.models.sampling import Sampling, pick, restrict
-from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 NEW = 6
 
@@ -153,9 +153,10 @@ def test_a_rows_draws_do_not_depend_on_its_batch(tmp_path):
     assert greedy(decoder, tokens[:, :9], lengths, NEW, **{**options, "seed": 8}) != together
 
 
-def test_one_compile_per_bucket_and_the_same_tokens_on_a_mesh(tmp_path):
+@pytest.mark.parametrize("mesh", ["data=4,tensor=2", "data=2,fsdp=2,tensor=2"])
+def test_one_compile_per_bucket_and_the_same_tokens_on_a_mesh(mesh, tmp_path):
     raw = raw_config("llama-mha")
-    decoder, mesh = load_path(write_model(tmp_path, raw)), make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
+    decoder, mesh = load_path(write_model(tmp_path, raw)), make_mesh(parse_mesh(mesh))
     sharded = load_path(tmp_path, mesh=mesh)
     lengths = np.array([9, 3, 5, 8])
     tokens, _ = sequences(96, lengths=tuple(lengths))

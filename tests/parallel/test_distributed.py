@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import jaxcrit
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
@@ -132,7 +133,7 @@ def other_commands(tuned):
     return [
         ["substitute", f"--tuned={tuned}", rows, "--limit=12", "--window=13", "--out=substitute"],
         ["generate", rows, "--limit=12", "--max_new_tokens=4", "--out=generate"],
-        ["generate", rows, "--limit=8", "--max_new_tokens=3", "--out=split", "--mesh=fsdp=8"],
+        ["generate", rows, "--limit=8", "--max_new_tokens=2", "--out=split", "--mesh=fsdp=8"],
         ["score", rows, "--limit=12", f"--model={tuned}", "--base=", "--out=score"],
         ["score", rows, "--limit=8", "--criteria=weight_change,lens_kl,gradient_norm", f"--model={tuned}",
          f"--base={EMBEDDED_MODEL}", "--out=score_split", "--mesh=fsdp=8"],
@@ -141,7 +142,6 @@ def other_commands(tuned):
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
         ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
         ["analyze", rows, "--limit=16", "--form=tiled", "--out=tiled"],
-        ["analyze", rows, "--limit=16", "--form=streamed", "--out=streamed"],
         ["data", rows, "--out=data"],
         ["select", "--scores=spectrum/scores.json", "--layers=critical:2", "--out=selected.json"],
         ["compare", "spectrum", "spectrum", "--out=compare"],
@@ -201,6 +201,52 @@ def test_a_worker_that_never_comes(tmp_path):
     assert process.returncode == 2
     assert "waited 2 s for the other processes" in err and "on all workers" in err
     assert not (tmp_path / "out").exists()
+
+
+OTHER_VERSION = ("-c", "import jaxcrit; jaxcrit.__version__ = '9.9'; import sys; from jaxcrit.cli import main;"
+                       " sys.exit(main.main(sys.argv[1:]))")  # fmt: skip
+
+
+def test_processes_that_are_not_alike():
+    port = free_port()
+    first = start(["data", "--limit=3"], 0, port)
+    second = start(["data", "--limit=4"], 1, port, program=OTHER_VERSION)
+    (_, told), (_, silent) = (process.communicate(timeout=120) for process in (first, second))
+    assert (first.returncode, second.returncode, silent) == (2, 2, "")
+    assert (
+        f"jaxcrit {jaxcrit.__version__} in process 0, 9.9 in process 1; --limit 3 in process 0, 4 in process 1" in told
+    )
+    assert len(told.strip().splitlines()) == 1
+
+
+def test_who_differs():
+    reports = [{"jax": "1", "python": "3"}, {"jax": "2", "python": "3"}, {"jax": "1"}, {"jax": "1"}]
+    assert distributed.differences(reports) == ["jax 1 in process 0, 2-3, 2 in process 1", "python 3 in process 0-1,"
+                                                " none in process 2-3"]  # fmt: skip
+    assert distributed.differences(reports[:1]) == distributed.differences([]) == []
+
+
+def test_what_one_process_lacks_is_said_by_it(tmp_path):
+    folders, port = (tmp_path / "first", tmp_path / "second"), free_port()
+    for folder in folders:
+        folder.mkdir()
+    shutil.copy(ROWS, folders[0] / "rows.jsonl")
+    asked = ["generate", "--data=rows.jsonl", "--out=run"]
+    processes = [start(asked, process, port, folder=folder) for process, folder in enumerate(folders)]
+    _, told = processes[1].communicate(timeout=120)
+    processes[0].kill()  # jax notices after 100 s that the other is gone
+    processes[0].communicate()
+    assert processes[1].returncode == 2
+    assert re.fullmatch(r"jaxcrit: error: process 1: --data: no file rows.jsonl; .*\n", told)
+
+
+def test_two_processes_need_little_more_than_half_the_memory_of_one_to_load_a_model(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    from load_memory import SPLIT_TARGET, rises, write_checkpoint
+
+    size = write_checkpoint(tmp_path, layers=4, vocab_size=8000, hidden_size=1024, intermediate_size=4096)
+    (one,), two = rises(tmp_path, 1), rises(tmp_path, 2)
+    assert one >= size and max(two) <= SPLIT_TARGET * one, (size, one, two)
 
 
 def test_mistakes():

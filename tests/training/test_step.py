@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from family_models import MESHES
 from tiny_training import CONFIG, Trainer, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
@@ -161,7 +162,7 @@ def reference(outside=()):
 
 @pytest.mark.parametrize(
     "case",
-    ["accumulate", "no remat", "gaps", "data=8", "data=2,fsdp=2,tensor=2", "fsdp=4,tensor=2", "outside"],
+    ["accumulate", "no remat", "gaps", "outside", *MESHES],
 )
 def test_loss_curves_agree(case):
     outside = ("embed", "norm", "head") if case == "outside" else ()

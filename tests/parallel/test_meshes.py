@@ -1,0 +1,90 @@
+"""Eight devices in any arrangement give what one gives, for every job that a model is put to; and wrong meshes."""
+
+import jax
+import numpy as np
+import pytest
+from family_models import MESHES
+from tiny_model import prompts_file, tiny_checkpoint
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
+from jaxcrit.studies import session
+from jaxcrit.studies.analysis import run_analysis
+from jaxcrit.studies.captures import AnalysisConfig
+from jaxcrit.studies.generation import GenerateConfig, run_generate
+from jaxcrit.studies.scoring import ScoreConfig, run_score
+from jaxcrit.studies.session import open_session
+from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory):
+    """A function of a mesh that runs every job on it; what one device finds."""
+    folder = tmp_path_factory.mktemp("meshes")
+    models = [str(tiny_checkpoint(folder / str(seed), seed=seed)) for seed in (0, 1)]
+    prompts = prompts_file(folder / "prompts.jsonl", 16)
+    rows = folder / "rows.jsonl"
+    rows.write_text(prompts.read_text().replace('"}', '", "response": "one two"}'))
+
+    def run(mesh):
+        out = str(folder / str(mesh))
+        shared = {"data": str(rows), "mesh": mesh, "template": "none"}
+        analysed = run_analysis(AnalysisConfig(model=models[0], out=f"{out}-a", **shared))
+        substituted = run_substitution(
+            SubstitutionConfig(base=models[0], tuned=models[1], window=3, out=f"{out}-s", **shared)
+        )
+        criteria = "lens_kl,gradient_norm,effective_rank"
+        scored = run_score(ScoreConfig(model=models[0], criteria=criteria, out=f"{out}-c", **shared))
+        asked = GenerateConfig(model=models[0], max_new_tokens=4, batch_size=8, out=f"{out}-g", **shared)
+        (answers,) = run_generate(asked).rows.values()
+        return {**analysed.scores, **substituted.scores, **scored.scores}, [row["token_ids"] for row in answers]
+
+    one = make_mesh({"data": 1}, jax.devices()[:1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(session, "make_mesh", lambda axes: one)
+        expected = run("")
+    return run, expected
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+def test_every_job_finds_what_one_device_finds(mesh, study):
+    run, (scores, answers) = study
+    found, said = run(mesh)
+    assert found.keys() == scores.keys() and said == answers
+    for key, score in scores.items():
+        np.testing.assert_allclose(found[key].values, score.values, rtol=1e-5, atol=1e-5, err_msg=key)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "message"),
+    [
+        ("data=3", "product is 8, the number of devices, got 3"),
+        ("tensor=8", "model.layers.{}.self_attn.o_proj.weight: heads of size 4 does not divide over tensor=8"),
+        ("data=4,model=2", "expected axes data, fsdp, tensor, got 'model'"),
+    ],
+)
+def test_wrong_meshes_in_a_line(mesh, message, tmp_path):
+    with pytest.raises(UserError) as caught:
+        open_session(str(tiny_checkpoint(tmp_path / "model")), mesh=mesh).decoder()
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("weights", "width", "devices", "fsdp"),
+    [(1e9, 64, 8, 1), (5e9, 64, 8, 2), (20e9, 64, 8, 8), (1e15, 64, 8, 8), (20e9, 12, 8, 4), (9e9, 96, 6, 3)],
+)
+def test_without_a_mesh_weights_are_split_as_far_as_they_have_to_be(weights, width, devices, fsdp):
+    assert default_axes(weights, width, devices, memory=3e9) == {"data": -1, "fsdp": fsdp}
+
+
+def test_the_default_mesh_goes_by_the_model_and_the_devices(tmp_path, monkeypatch):
+    path = str(tiny_checkpoint(tmp_path))
+    assert dict(open_session(path).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(open_session(path).decoder()))
+    monkeypatch.setattr(session, "device_memory", lambda _: weights / 2 - 1)
+    assert dict(open_session(path).mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(open_session(path, dtype="bfloat16").mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+
+
+def test_memory_of_a_device():
+    assert 0 < device_memory(jax.devices()) == device_memory(jax.devices()[:4]) / 2
