@@ -94,13 +94,13 @@ def sweep(
             if start == stop:
                 return x
             evaluations += stop - start
-            return _span(blocks, variant.slots, x, context, np.int32(start), np.int32(stop), variant.edits, edit)
+            return span_step(blocks, variant.slots, x, context, np.int32(start), np.int32(stop), variant.edits, edit)
 
         for place in sorted(range(len(variants)), key=lambda place: variants[place].start):
             variant, before = variants[place], evaluations
             state, at = span(reference, state, at, variant.start), variant.start
             hidden = span(variant, state, at, depth)
-            losses[place], counts = _losses(outside, hidden, tokens, learn, config, everywhere)
+            losses[place], counts = loss_step(outside, hidden, tokens, learn, config, everywhere)
             if progress is not None:
                 losses[place].block_until_ready()
                 progress(evaluations - before)
@@ -126,15 +126,16 @@ def enter(
 
 
 @functools.partial(jax.jit, static_argnames="edit")
-def _span(
+def span_step(
     blocks: Block, slots: Any, x: jax.Array, context: Context, start: Any, stop: Any, edits: Any, edit: Edit | None
 ) -> jax.Array:
+    """One variant's layers ``start`` to ``stop`` on a batch; arguments as of `run_span`."""
     windows = layer_windows(blocks.config)
     return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
-def _losses(
+def loss_step(
     outside: Mapping[str, jax.Array],
     hidden: jax.Array,
     tokens: jax.Array,
@@ -142,6 +143,7 @@ def _losses(
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
+    """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
     head = outside.get("head", outside["embed"])
     losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps)
     sums = losses.sum(axis=1), counted.sum(axis=1)
@@ -150,4 +152,4 @@ def _losses(
 
 def compiled_spans() -> int:
     """How many programs the blocks have compiled to in this process: one per batch shape, model shape and edit."""
-    return _span._cache_size()  # type: ignore[attr-defined]
+    return span_step._cache_size()  # type: ignore[attr-defined]

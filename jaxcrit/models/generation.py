@@ -18,9 +18,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Cache, Decoder, Edit, forward, logits
 from jaxcrit.models.sampling import Sampling, pick
-from jaxcrit.parallel.mesh import RULES, batch_sharding, spec_for
+from jaxcrit.parallel.mesh import RULES, AnyMesh, batch_sharding, spec_for
 
 GREEDY = Sampling()
 
@@ -111,7 +112,7 @@ def prefill(
             " --max_new_tokens, or cut the prompts with --truncate=left"
         )
     prompts, ends = (jax.device_put(np.asarray(array, np.int32), _rows(mesh)) for array in (tokens, lengths))
-    return Prefilled(prompts, ends, _prefill(decoder, prompts, ends, max_new_tokens, mesh), max_new_tokens, mesh)
+    return Prefilled(prompts, ends, prefill_step(decoder, prompts, ends, max_new_tokens, mesh), max_new_tokens, mesh)
 
 
 def decode(
@@ -128,7 +129,7 @@ def decode(
     """Continues prompts that have been run; arguments as of `generate`. The prompts can be continued again."""
     numbers = np.arange(len(prompts.lengths)) if samples is None else samples
     places = jax.device_put(np.asarray(numbers, np.int32), _rows(prompts.mesh))
-    new, done, scores = _decode(
+    new, done, scores = decode_step(
         decoder, prompts.tokens, prompts.lengths, prompts.cache, np.asarray(stop, np.int32), jax.random.key(seed),
         places, edits, max_new_tokens=prompts.max_new_tokens, sampling=sampling, edit=edit, mesh=prompts.mesh,
     )  # fmt: skip
@@ -141,11 +142,14 @@ def decode(
 
 def compiled_programs() -> tuple[int, int]:
     """How many prefills and how many loops have compiled in this process: at most one of each per bucket."""
-    return _prefill._cache_size(), _decode._cache_size()  # type: ignore[attr-defined]
+    return prefill_step._cache_size(), decode_step._cache_size()  # type: ignore[attr-defined]
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
-def _prefill(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None) -> Cache:
+def prefill_step(
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None
+) -> Cache:
+    """The cache of prompts ``[B, T]`` with room for the new tokens."""
     empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
     found = forward(decoder, tokens, lengths=lengths, cache=empty, mesh=mesh).cache
     assert found is not None
@@ -153,7 +157,7 @@ def _prefill(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_to
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "edit", "mesh"))
-def _decode(
+def decode_step(
     decoder: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
@@ -231,7 +235,11 @@ def _empty_cache(decoder: Decoder, batch: int, length: int, mesh: Mesh | None) -
     shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
     empty = jnp.zeros(shape, decoder.embed[...].dtype)
     if mesh is not None:
-        heads = spec_for(("kv_heads",), (config.num_kv_heads,), mesh, "cache")[0]
-        spec = PartitionSpec(None, RULES["batch"], None, heads, None)
-        empty = jax.lax.with_sharding_constraint(empty, NamedSharding(mesh, spec))
+        empty = jax.lax.with_sharding_constraint(empty, cache_sharding(config, mesh))
     return Cache(empty, empty)
+
+
+def cache_sharding(config: ModelConfig, mesh: AnyMesh) -> NamedSharding:
+    """Of the arrays of a cache: rows as the prompts, heads as their weights."""
+    heads = spec_for(("kv_heads",), (config.num_kv_heads,), mesh, "cache")[0]
+    return NamedSharding(mesh, PartitionSpec(None, RULES["batch"], None, heads, None))

@@ -30,25 +30,31 @@ def shard_bytes(tree: Any) -> int:
     return total
 
 
-def product_flops(function: Callable[..., Any], *arguments: Any) -> int:
+def product_flops(function: Callable[..., Any], *arguments: Any, turns: int = 1) -> int:
     """Twice the multiply-adds of every dot product that runs, loops included; of a conditional, the costliest branch.
 
-    XLA's own count takes the body of a loop once, so it cannot tell how deep a scan goes. A loop without a fixed
-    number of turns counts once here too.
+    XLA's own count takes the body of a loop once, so it cannot tell how deep a scan goes.
+
+    Args:
+        function: what runs.
+        arguments: arrays or their shapes.
+        turns: of a loop without a fixed number of them.
     """
-    return _products(jax.make_jaxpr(function)(*arguments).jaxpr)
+    return _products(jax.make_jaxpr(function)(*arguments).jaxpr, turns)
 
 
-def _products(jaxpr: Jaxpr) -> int:
+def _products(jaxpr: Jaxpr, turns: int) -> int:
     total = 0
     for equation in jaxpr.eqns:
-        inside = [_products(inner) for inner in _inner(equation.params)]
+        inside = [_products(inner, turns) for inner in _inner(equation.params)]
         if equation.primitive.name == "dot_general":
             (left, _), _ = equation.params["dimension_numbers"]
             taken, result = (_shape(side[0]) for side in (equation.invars, equation.outvars))
             total += 2 * math.prod(result) * math.prod(taken[axis] for axis in left)
         elif equation.primitive.name == "cond":
             total += max(inside)
+        elif equation.primitive.name == "while":
+            total += sum(inside) * turns
         else:
             total += sum(inside) * equation.params.get("length", 1)
     return total
@@ -67,12 +73,13 @@ def _inner(params: dict[str, Any]) -> Iterator[Jaxpr]:
                 yield item
 
 
-def collectives(program: str) -> dict[str, tuple[int, int]]:
+def collectives(program: str, turns: int = 1) -> dict[str, tuple[int, int]]:
     """Collectives that one device takes part in: how often each kind runs, and the bytes that come out of it.
 
     Args:
         program: text of a compiled program (``compiled.as_text()``). Bodies of loops count as often as the loop's
-            condition says; a loop without a constant limit counts once.
+            condition says.
+        turns: of a loop without a constant limit.
 
     Returns:
         kind -> (runs, bytes), kinds that occur.
@@ -84,9 +91,8 @@ def collectives(program: str) -> dict[str, tuple[int, int]]:
         times[name] += count
         for line in bodies[name]:
             loop = _WHILE.search(line)
-            turns = _turns(bodies.get(loop[1], [])) if loop else 1
             for called in set(_NAME.findall(line)) & bodies.keys():
-                visit(called, count * (turns if loop and called == loop[2] else 1))
+                visit(called, count * (_turns(bodies[loop[1]], turns) if loop and called == loop[2] else 1))
 
     entry = re.search(r"^ENTRY %?([\w.-]+)", program, re.M)
     if entry:
@@ -113,9 +119,9 @@ def _computations(program: str) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def _turns(condition: list[str]) -> int:
+def _turns(condition: list[str], default: int) -> int:
     limits = [int(found[1]) for line in condition if (found := _LIMIT.search(line))]
-    return max(limits, default=1)
+    return max(limits, default=default)
 
 
 def _result_bytes(kind: str) -> int:

@@ -11,7 +11,15 @@ def plan_text(plan: Any) -> str:
     """Memory by kind, traffic, time at the ceilings, whether it fits: of a `jaxcrit.studies.plan.Plan`."""
     config, chip, compiled = plan.config, plan.topology.chip, plan.compiled
     mesh = ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1) or "one device"
-    of = f" of layers {config.layers} ({config.mode})" if config.job == "finetune" else ""
+    of = {
+        "finetune": f" of layers {config.layers} ({config.mode}"
+        f"{f', adapters of rank {config.lora_rank}' if config.lora_rank else ''})",
+        "substitute": f" in windows of {config.window}",
+        "generate": f" of {config.max_new_tokens} tokens",
+    }.get(config.job, "")
+    done, unit = config.batch_size * config.length, "tokens"
+    if config.job == "generate":
+        done, unit = config.batch_size * config.max_new_tokens, "new tokens"
     lines = [
         f"{config.model}: {config.job}{of}, {config.batch_size} x {config.length:,} tokens, {config.dtype},"
         f" on {config.topology} ({mesh})",
@@ -40,8 +48,7 @@ def plan_text(plan: Any) -> str:
     bound = max(seconds, key=seconds.get)
     lines += [
         "",
-        f"no faster than {seconds[bound]:.3f} s a batch, bound by {bound}"
-        f" ({config.batch_size * config.length / seconds[bound]:,.0f} tokens/s)",
+        f"no faster than {seconds[bound]:.3f} s a batch, bound by {bound} ({done / seconds[bound]:,.0f} {unit}/s)",
         f"ceilings of a {chip.name}: {chip.flops / 1e12:,.0f} bf16 TFLOP/s, {chip.bandwidth / 1e9:,.0f} GB/s of memory,"
         f" {chip.links / 1e9:,.0f} GB/s of links",
         f"  ({chip.source})",

@@ -116,7 +116,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
     directory.begin({**earlier, **run})
     try:
         chosen = fixed or critical_layers(config, spec, session, directory.path, progress)
-        parts = partition_of(config, session, chosen)
+        parts = partition_of(config, session.config, chosen)
         job = _Job(config, session, parts, rows, held, directory.path)
     except UserError:
         directory.discard()

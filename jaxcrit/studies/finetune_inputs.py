@@ -17,6 +17,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
 from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.models.config import ModelConfig
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.captures import AnalysisConfig
@@ -166,11 +167,11 @@ def resolve_fixed(config: FinetuneConfig, spec: LayerSpec, session: Session) -> 
         UserError: see `resolve` and `partition_of`.
     """
     chosen = resolve(spec, session.config.num_layers, model_hash=session.model_hash)
-    partition_of(config, session, chosen)
+    partition_of(config, session.config, chosen)
     return chosen
 
 
-def partition_of(config: FinetuneConfig, session: Session, chosen: LayerSet) -> Partition:
+def partition_of(config: FinetuneConfig, model: ModelConfig, chosen: LayerSet) -> Partition:
     """What trains: the chosen layers or all others, and what is outside the blocks.
 
     Raises:
@@ -189,8 +190,8 @@ def partition_of(config: FinetuneConfig, session: Session, chosen: LayerSet) -> 
     lora = None
     if config.lora_rank:
         targets = [name.strip() for name in config.lora_targets.split(",") if name.strip()]
-        lora = make_lora(session.config, config.lora_rank, config.lora_alpha, targets)
-    return partition(session.config, layers, trains, rate_factors(config.layer_rates, chosen.num_layers), lora)
+        lora = make_lora(model, config.lora_rank, config.lora_alpha, targets)
+    return partition(model, layers, trains, rate_factors(config.layer_rates, chosen.num_layers), lora)
 
 
 def rate_factors(text: str, num_layers: int) -> dict[int, float]:

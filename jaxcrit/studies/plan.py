@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import math
 import os
 import re
 import time
@@ -23,10 +22,9 @@ from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
-from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program
+from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program, program_of
 
-# What runtimes keep for themselves: XLA reports 15.75 of a v5e's 16 GiB as usable.
-_USABLE = 0.98
+_USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +55,10 @@ class Compiled:
     """What the compiler says of one device; bytes.
 
     Attributes:
-        arguments, temporaries, peak: memory; peak is at the worst moment.
+        arguments, temporaries: of the unit that needs most.
+        peak: at the worst moment, with what other units keep meanwhile.
         needed: where it does not fit, what it would take; else 0.
-        collectives: kind -> (runs, bytes).
+        collectives: kind -> (runs, bytes), of a batch.
         seconds: how long compiling took here.
     """
 
@@ -106,6 +105,11 @@ class Plan:
         """Bytes at the worst moment: the compiler's word where there is one."""
         if self.compiled:
             return self.compiled.needed or self.compiled.peak
+        return self.estimated
+
+    @property
+    def estimated(self) -> int:
+        """The same from shapes alone."""
         return sum(self.memory.values()) + self.temporaries
 
     @property
@@ -135,23 +139,21 @@ def run_plan(config: PlanConfig) -> Plan:
     if config.job not in JOBS:
         raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
     topology, model = Topology.parse(config.topology), _model(config.model)
+    _flops(config.as_job(), model)  # mistakes in the flags of the job, whatever the mesh
     if config.search:
         return _search(config, topology, model)
     return _compile(_by_shapes(config, topology, model), model)
 
 
-def fitting(config: PlanConfig) -> PlanConfig | None:
-    """The fastest of `_candidates` that fits by shapes, or None."""
-    topology, model = Topology.parse(config.topology), _model(config.model)
-    plans = [plan for plan in _candidates(config, topology, model) if plan.fits]
-    best = min(plans, key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size, default=None)
-    return None if best is None else best.config
+def fitting(plan: Plan) -> PlanConfig | None:
+    """The fastest way to run the job that fits by shapes, or None; shapes count for more where the compiler said so."""
+    plans = _fitting(plan.config, plan.topology, _model(plan.config.model), plan.peak / plan.estimated)
+    return plans[0].config if plans else None
 
 
 def _search(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
-    """Compiles candidates, fastest per row by shapes first, until one fits."""
-    plans = [plan for plan in _candidates(config, topology, model) if plan.fits]
-    plans.sort(key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size)
+    """Compiles what fits by shapes, fastest first, until one fits."""
+    plans = _fitting(config, topology, model)
     for plan in plans[:4]:
         compiled = _compile(plan, model)
         if compiled.fits:
@@ -161,6 +163,13 @@ def _search(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
             f"nothing fits {config.topology}: no mesh holds even one row per device; take more chips, or fewer --layers"
         )
     return compiled
+
+
+def _fitting(config: PlanConfig, topology: Topology, model: ModelConfig, factor: float = 1.0) -> list[Plan]:
+    """Those of `_candidates` that fit if they take so many times what shapes say, fastest per row first."""
+    room = _USABLE * topology.chip.memory / max(1.0, factor)
+    plans = [plan for plan in _candidates(config, topology, model) if plan.estimated <= room]
+    return sorted(plans, key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size)
 
 
 def _candidates(config: PlanConfig, topology: Topology, model: ModelConfig) -> Iterator[Plan]:
@@ -193,8 +202,7 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         raise UserError(
             f"--batch_size={config.batch_size}: does not divide over data*fsdp={sizes['data'] * sizes['fsdp']}"
         )
-    program = JOBS[config.job](model, config, abstract_mesh(sizes, topology.devices))
-    params = program.kinds["weights"][1] if config.job == "finetune" else {}
+    program = program_of(model, config.as_job(), abstract_mesh(sizes, topology.devices))
     return Plan(
         config=config,
         topology=topology,
@@ -204,7 +212,7 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         flops=_flops(config.as_job(), model) / topology.devices,
         moved=program.moved,
         exchanged=_exchanged(program, config, sizes, model),
-        trained=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        trained=sum(leaf.size for leaf in jax.tree.leaves(program.trained)),
         compiled=None,
     )
 
@@ -212,58 +220,67 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
 @functools.lru_cache
 def _flops(config: JobConfig, model: ModelConfig) -> int:
     """Of all devices; the mesh changes nothing, and tracing takes a third of a second."""
-    program = JOBS[config.job](model, config, abstract_mesh(None, 1))
-    return product_flops(program.function, *program.arguments)
+    units = program_of(model, config, abstract_mesh(None, 1)).units
+    return sum(unit.runs * product_flops(unit.function, *unit.arguments, turns=unit.turns) for unit in units)
 
 
 def _exchanged(program: Program, config: PlanConfig, sizes: dict[str, int], model: ModelConfig) -> int:
     """Bytes over one device's links: weights gathered over fsdp, activations summed over tensor, gradients."""
     size = 2 if config.dtype == "bfloat16" else 4
     fsdp, tensor, rows = sizes["fsdp"], sizes["tensor"], sizes["data"] * sizes["fsdp"]
-    weights = shard_bytes(program.kinds["weights"])
-    stream = size * config.batch_size // rows * config.length * model.width
+    # Once: of a substitution, both models' weights lie there, and a pass reads as much as one has.
+    weights = shard_bytes(program.kinds["weights"]) // (2 if config.job == "substitute" else 1)
     gathered = program.passes * weights * (fsdp - 1)
-    summed = program.passes * 2 * model.num_layers * 2 * stream * (tensor - 1) // tensor
-    trained = shard_bytes(program.kinds["weights"][1]) if config.job == "finetune" else 0
-    return gathered + summed + (2 * trained * (rows - 1) // rows if rows > 1 else 0)
+    summed = 4 * model.num_layers * size * program.tokens * model.width * (tensor - 1) / tensor
+    reduced = 2 * shard_bytes(program.trained) * (rows - 1) / rows
+    return int(gathered + summed + reduced)
 
 
 def _compile(plan: Plan, model: ModelConfig) -> Plan:
     """The plan with the compiler's numbers, or with a note that says why there are none."""
     config, chip = plan.config, plan.topology.chip
-    if not chip.tpu:
+    if not chip.slices:
         return dataclasses.replace(plan, notes=("no compiler for GPUs that are not here: from shapes alone",))
     if not config.compile:
         return dataclasses.replace(plan, notes=("not compiled, as asked: from shapes alone",))
     if importlib.util.find_spec("libtpu") is None:
         note = "libtpu is missing, which compiles for TPUs without having one: from shapes alone (pip install"
         return dataclasses.replace(plan, notes=(f"{note} 'jaxcrit[plan]')",))
-    mesh = make_mesh(plan.mesh, _tpus(config.topology))
-    program = JOBS[config.job](model, config, mesh)
+    program = program_of(model, config.as_job(), make_mesh(plan.mesh, tpus(config.topology)))
     began = time.perf_counter()
-    try:
-        compiled = program.function.lower(*program.arguments).compile()
-    except jax.errors.JaxRuntimeError as error:
-        needed = re.search(r"([\d.]+)([GM])(?:iB)? (?:of hbm|exceeds)|[Uu]sed ([\d.]+)([GM])", str(error))
-        if needed is None:
-            raise UserError(f"does not compile for {config.topology}: {str(error).splitlines()[0][:200]}") from None
-        number, unit = (needed[1], needed[2]) if needed[1] else (needed[3], needed[4])
-        size = int(float(number) * 2 ** {"G": 30, "M": 20}[unit])
-        return dataclasses.replace(plan, compiled=Compiled(0, 0, 0, size, {}, round(time.perf_counter() - began, 1)))
-    memory = compiled.memory_analysis()
-    found = collectives(compiled.as_text())
+    kept, worst = sum(plan.memory.values()), Compiled(0, 0, 0, 0, {}, 0.0)
+    found: dict[str, tuple[int, int]] = {}
+    for unit in program.units:
+        beside = max(0, kept - shard_bytes((unit.arguments, unit.results)))
+        try:
+            with jax.default_matmul_precision(unit.precision):
+                compiled = unit.function.lower(*unit.arguments).compile()
+        except jax.errors.JaxRuntimeError as error:
+            needed = _needed(str(error), config.topology) + beside
+            worst = Compiled(0, 0, needed, needed, {}, 0.0)
+            break
+        for kind, (runs, size) in collectives(compiled.as_text(), unit.turns).items():
+            before = found.get(kind, (0, 0))
+            found[kind] = (before[0] + unit.runs * runs, before[1] + unit.runs * size)
+        memory = compiled.memory_analysis()
+        peak = memory.peak_memory_in_bytes + beside
+        if peak > worst.peak:
+            needed = peak if beside and peak > _USABLE * chip.memory else 0
+            worst = Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, needed, {}, 0.0)
+    exchanged = plan.exchanged if worst.needed else sum(size for _, size in found.values())
+    seconds = round(time.perf_counter() - began, 1)
     return dataclasses.replace(
-        plan,
-        exchanged=sum(size for _, size in found.values()),
-        compiled=Compiled(
-            arguments=memory.argument_size_in_bytes,
-            temporaries=memory.temp_size_in_bytes,
-            peak=memory.peak_memory_in_bytes,
-            needed=0,
-            collectives=found,
-            seconds=round(time.perf_counter() - began, 1),
-        ),
+        plan, exchanged=exchanged, compiled=dataclasses.replace(worst, collectives=found, seconds=seconds)
     )
+
+
+def _needed(error: str, topology: str) -> int:
+    """Bytes that a program too large would take, from the compiler's words."""
+    found = re.search(r"([\d.]+)([GM])(?:iB)? (?:of hbm|exceeds)|[Uu]sed ([\d.]+)([GM])", error)
+    if found is None:
+        raise UserError(f"does not compile for {topology}: {error.splitlines()[0][:200]}") from None
+    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
+    return int(float(number) * 2 ** {"G": 30, "M": 20}[unit])
 
 
 def _model(name: str) -> ModelConfig:
@@ -281,15 +298,18 @@ def _model(name: str) -> ModelConfig:
         ) from None
 
 
-def _tpus(topology: str) -> list[Any]:
+def tpus(topology: str) -> list[Any]:
+    """Devices of a slice that is not here, to compile for."""
     # libtpu would ask the metadata server of a cloud machine who it is; this says so instead. Its lock file guards a
     # chip, of which there is none, and stays behind: without the last of these a second plan would be refused.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
                         ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
         os.environ.setdefault(name, value)
-    one = {"chips_per_host_bounds": (1, 1, 1)} if math.prod(map(int, topology.split(":")[1].split("x"))) == 1 else {}
+    # A v4's two cores are one device on real machines; a slice of one chip has a host of its own.
+    more = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}
+    one = {"chips_per_host_bounds": (1, 1, 1)} if topology.endswith(":1x1") else {}
     try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **one).devices)
-    except Exception as error:  # an unknown name is an error of its own in every backend
+        return list(topologies.get_topology_desc(platform="tpu", topology_name=topology, **more, **one).devices)
+    except Exception as error:  # each backend has errors of its own
         reason = str(error).strip().splitlines()[0][:160]
         raise UserError(f"--topology={topology}: libtpu knows no such slice ({reason})") from None

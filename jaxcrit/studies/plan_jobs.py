@@ -1,8 +1,9 @@
-"""The programs that a plan is about: what they take, as shapes with shardings, and how to compile them."""
+"""The programs that a plan is about: those the commands run, with what they take as shapes with shardings."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,13 +15,18 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxcrit.capture import forward_step
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSpec, resolve
+from jaxcrit.criticality.substitution import host_variant, variants, windows
+from jaxcrit.criticality.sweep import loss_step, planned_evaluations, span_step
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Block, Cache, Context
+from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefill_step
 from jaxcrit.models.weights import abstract
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
+from jaxcrit.studies.finetune_inputs import FinetuneConfig, partition_of
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import FROZEN, OUTSIDE, Partition, partition, split
+from jaxcrit.training.partition import FROZEN, Partition, split
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings
 
 
@@ -30,116 +36,252 @@ class JobConfig:
 
     Attributes:
         job: a key of `JOBS`.
-        layers, mode, optimizer, dtype, remat: as of `FinetuneConfig`; layers by number or rule, not by score.
+        layers, mode, train_embeddings, train_norms, train_head, lora_rank, lora_targets, optimizer, dtype, remat: as of
+            `FinetuneConfig`; layers by number or rule, not by score.
+        window: of ``substitute``, layers taken together.
+        max_new_tokens: of ``generate``.
         batch_size: rows, over all devices.
-        length: tokens of a row.
+        length: tokens of a row; of ``generate``, of its prompt.
     """
 
     job: str = "finetune"
     layers: str = "all"
     mode: str = "only"
+    train_embeddings: bool | None = None
+    train_norms: bool | None = None
+    train_head: bool | None = None
+    lora_rank: int = 0
+    lora_targets: str = ""
     optimizer: str = "adamw"
     dtype: str = "bfloat16"
     remat: bool = True
+    window: int = 5
+    max_new_tokens: int = 64
     batch_size: int = 32
     length: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
-    """One compiled unit of a job.
+class Unit:
+    """What is compiled as one.
 
     Attributes:
         function: jitted.
         arguments: of it, abstract.
-        kinds: what stays in memory, by kind, for the table.
-        passes: how often it reads the weights: forward, again for the backward pass, and once more to recompute.
-        moved: bytes of a device's memory that it reads and writes at least.
-        temporaries: bytes that it needs besides, estimated from shapes.
+        results: what it makes of what stays in memory.
+        runs: how often for a batch.
+        turns: of those of its loops whose number of turns is data.
+        precision: of matrix products, as the command sets it.
     """
 
     function: Any
     arguments: tuple[Any, ...]
+    results: Any = ()
+    runs: int = 1
+    turns: int = 1
+    precision: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A job for one batch.
+
+    Attributes:
+        units: run one after the other.
+        kinds: what stays in memory throughout, by kind, for the table.
+        passes: how often weights are read: forward, again for the backward pass, and once more to recompute.
+        tokens: of one device, that go through all layers, over all passes.
+        moved: bytes of a device's memory that are read and written at least.
+        temporaries: bytes needed besides, estimated from shapes.
+        trained: what trains.
+    """
+
+    units: tuple[Unit, ...]
     kinds: Mapping[str, Any]
-    passes: int
+    passes: float
+    tokens: float
     moved: int
     temporaries: int
+    trained: Any = ()
 
 
-def _rows(mesh: AnyMesh) -> int:
-    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """What the jobs have in common: a batch of rows and the model, abstract, on a mesh."""
+
+    model: ModelConfig
+    config: JobConfig
+    mesh: AnyMesh
+
+    @property
+    def dtype(self) -> Any:
+        return DTYPES[self.config.dtype]
+
+    @property
+    def tokens(self) -> int:
+        """Of one device."""
+        rows = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
+        return max(1, self.config.batch_size // rows) * self.config.length
+
+    @functools.cached_property
+    def decoder(self) -> Any:
+        return abstract(self.model, self.dtype, self.mesh)
+
+    def rows(self, dtype: Any, *shape: int, steps: tuple[int, ...] = ()) -> Any:
+        """An array with an entry for every row; behind it the shape, in front of it the steps."""
+        place = NamedSharding(self.mesh, PartitionSpec(*(None for _ in steps), *batch_sharding(self.mesh).spec))
+        return jax.ShapeDtypeStruct((*steps, self.config.batch_size, *shape), dtype, sharding=place)
+
+    def batch(self) -> tuple[Any, Any]:
+        """Tokens and lengths."""
+        return self.rows(jnp.int32, self.config.length), self.rows(jnp.int32)
+
+    def block_bytes(self) -> int:
+        """Of one block: attention scores in float32 or the MLP's inside, whichever is more, the stream, and weights."""
+        size, tensor = np.dtype(self.dtype).itemsize, self.mesh.shape["tensor"]
+        scores = 2 * 4 * self.tokens * self.config.length * self.model.num_heads // tensor
+        inside = 3 * size * self.tokens * self.model.ff_width // tensor
+        blocks = sum(leaf.size for path, leaf in self.decoder.weights().items() if path.startswith("blocks."))
+        gathered = size * blocks // self.model.num_layers // tensor  # from the other devices, to be used
+        return max(scores, inside) + 3 * size * self.tokens * self.model.width + gathered
 
 
-def _block_bytes(model: ModelConfig, config: JobConfig, mesh: AnyMesh, dtype: Any) -> int:
-    """Activations of one block on one device: attention scores in float32, or the MLP's inside, whichever is more."""
-    size = np.dtype(dtype).itemsize
-    rows, tensor = max(1, config.batch_size // _rows(mesh)), mesh.shape["tensor"]
-    scores = 2 * 4 * rows * model.num_heads // tensor * config.length**2
-    inside = 3 * size * rows * config.length * model.ff_width // tensor
-    weights = (
-        sum(leaf.size for path, leaf in abstract(model).weights().items() if path.startswith("blocks."))
-        // model.num_layers
-    )  # gathered from the other devices to be used
-    return max(scores, inside) + 3 * size * rows * config.length * model.width + size * weights // tensor
-
-
-def _analyze(model: ModelConfig, config: JobConfig, mesh: AnyMesh) -> Program:
-    decoder = abstract(model, DTYPES[config.dtype], mesh)
-    place = batch_sharding(mesh)
-    tokens = jax.ShapeDtypeStruct((config.batch_size, config.length), jnp.int32, sharding=place)
-    lengths = jax.ShapeDtypeStruct((config.batch_size,), jnp.int32, sharding=place)
-
-    @jax.jit
-    def run(decoder: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        return forward_step(decoder, tokens, lengths, mesh=mesh, position="last", with_embed=False)
-
-    weights = shard_bytes(decoder)
-    kinds = {"weights": decoder, "batch": (tokens, lengths)}
-    return Program(run, (decoder, tokens, lengths), kinds, 1, weights,
-                   _block_bytes(model, config, mesh, DTYPES[config.dtype]))  # fmt: skip
+def _analyze(job: _Job) -> Program:
+    batch = job.batch()
+    run = functools.partial(forward_step, mesh=job.mesh, position="last", with_embed=False)
+    weights = shard_bytes(job.decoder)
+    return Program(
+        units=(Unit(jax.jit(run), (job.decoder, *batch), precision="highest"),),
+        kinds={"weights": job.decoder, "batch": batch},
+        passes=1,
+        tokens=job.tokens,
+        moved=weights,
+        temporaries=job.block_bytes(),
+    )
 
 
 def partition_for(model: ModelConfig, config: JobConfig) -> Partition:
-    """What ``--layers`` and ``--mode`` train."""
+    """What the flags train.
+
+    Raises:
+        UserError: as `partition_of`, or the layers ask for scores.
+    """
     spec = LayerSpec.parse(config.layers)
     if spec.needs_scores:
         raise UserError(f"--layers={config.layers}: planning looks at no data; name layers, or first:K, random:K, all")
-    chosen = resolve(spec, model.num_layers)
-    layers = chosen.layers if config.mode == "only" else chosen.complement()
-    everything = config.mode == "freeze" or len(layers) == model.num_layers
-    return partition(model, layers, set(OUTSIDE) if everything else ())
+    shared = {field.name for field in dataclasses.fields(FinetuneConfig)} & vars(config).keys()
+    asked = FinetuneConfig(**{name: getattr(config, name) for name in shared})
+    return partition_of(asked, model, resolve(spec, model.num_layers))
 
 
-def _finetune(model: ModelConfig, config: JobConfig, mesh: AnyMesh) -> Program:
-    dtype = DTYPES[config.dtype]
+def _finetune(job: _Job) -> Program:
+    model, config, mesh = job.model, job.config, job.mesh
     parts = partition_for(model, config)
-    params, frozen = split(parts.abstract(mesh, dtype))
+    params, frozen = split(parts.abstract(mesh, job.dtype))
     optimizer = make_optimizer(config.optimizer, make_schedule("constant", 1e-5, 1), parts)
     state = abstract_state(parts, optimizer, params)
     shardings = state_shardings(state, mesh)
     state = jax.tree.map(
         lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
     )
-    rows = NamedSharding(mesh, PartitionSpec(None, *batch_sharding(mesh).spec))
-
-    def like(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((1, config.batch_size, *shape), dtype, sharding=rows)
-
+    like = functools.partial(job.rows, steps=(1,))
     batch = TokenBatch(like(jnp.int32, config.length), like(jnp.int32), like(np.bool_, config.length))
-    step = make_step(parts, optimizer, dtype=dtype, remat=config.remat, mesh=mesh, shardings=shardings)
-    trained, kept = shard_bytes(params), shard_bytes(state.optimizer)
-    passes = 3 if config.remat else 2
+    step = make_step(parts, optimizer, dtype=job.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
+    trained, passes = shard_bytes(params), 3 if config.remat else 2
     lowest = min((layer for layer, group in enumerate(parts.groups) if group != FROZEN), default=model.num_layers)
-    residual = np.dtype(dtype).itemsize * config.batch_size * config.length * model.width // mesh.size
-    temporaries = trained + (model.num_layers - lowest) * residual + 2 * _block_bytes(model, config, mesh, dtype)
+    residual = np.dtype(job.dtype).itemsize * config.batch_size * config.length * model.width // mesh.size
     return Program(
-        function=step,
-        arguments=(state, frozen, batch),
+        units=(Unit(step, (state, frozen, batch)),),
         kinds={"weights": (frozen, params), "optimizer": state.optimizer, "batch": batch},
         passes=passes,
-        moved=passes * (shard_bytes(frozen) + trained) + 3 * trained + 2 * kept,
-        temporaries=temporaries,
+        tokens=passes * job.tokens,
+        moved=passes * (shard_bytes(frozen) + trained) + 3 * trained + 2 * shard_bytes(state.optimizer),
+        temporaries=trained + (model.num_layers - lowest) * residual + 2 * job.block_bytes(),
+        trained=params,
     )
 
 
-JOBS: dict[str, Callable[[ModelConfig, JobConfig, AnyMesh], Program]] = {"analyze": _analyze, "finetune": _finetune}
+def _substitute(job: _Job) -> Program:
+    """Both models' blocks stay, in one stack; every window's blocks run from the window on."""
+    model, depth = job.model, job.model.num_layers
+    weights = job.decoder.weights()
+    inside = {path.removeprefix("blocks."): leaf for path, leaf in weights.items() if path.startswith("blocks.")}
+    outside = {path: leaf for path, leaf in weights.items() if not path.startswith("blocks.")}
+    both = {
+        name: jax.ShapeDtypeStruct((2 * depth, *leaf.shape[1:]), leaf.dtype, sharding=leaf.sharding)
+        for name, leaf in inside.items()
+    }
+    host, guest = (host_variant(depth, base=base) for base in (False, True))
+    hosted = [*variants(list(windows(depth, job.config.window).values()), depth), host]
+    evaluations = planned_evaluations(hosted, depth) + planned_evaluations([guest], depth)
+    blocks, (tokens, lengths) = Block(model, both), job.batch()
+    x, learn = job.rows(job.dtype, job.config.length, model.width), job.rows(np.bool_, job.config.length)
+    turned = jax.eval_shape(model.rope.cos_sin, tokens, lengths)
+    context = Context(tokens, *(job.rows(leaf.dtype, *leaf.shape[1:]) for leaf in turned))
+    number, slots = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((depth, 2), jnp.int32)
+    losses = functools.partial(loss_step, config=model, sharding=NamedSharding(job.mesh, PartitionSpec()))
+    span = jax.jit(functools.partial(span_step, edits=None, edit=None))
+    runs, block, rest = len(hosted) + 1, shard_bytes(inside) // depth, shard_bytes(outside)
+    return Program(
+        units=(
+            Unit(span, (blocks, slots, x, context, number, number), x, turns=evaluations, precision="highest"),
+            Unit(jax.jit(losses), (outside, x, tokens, learn), runs=runs, precision="highest"),
+        ),
+        kinds={"weights": (blocks, outside, outside), "hidden states": (x, x), "batch": (tokens, learn)},
+        passes=evaluations / depth,
+        tokens=evaluations / depth * job.tokens,
+        moved=evaluations * block + runs * rest,
+        temporaries=job.block_bytes(),
+    )
+
+
+def _generate(job: _Job) -> Program:
+    """The prompts run once; then every new token reads the weights and the cache."""
+    model, config, mesh = job.model, job.config, job.mesh
+    tokens, lengths = batch = job.batch()
+    shape = (model.num_layers, config.batch_size, config.length + config.max_new_tokens)
+    kept: Any = jax.ShapeDtypeStruct(
+        (*shape, model.num_kv_heads, model.head_dim), job.dtype, sharding=cache_sharding(model, mesh)
+    )
+    cache = Cache(kept, kept)
+    stop = jax.ShapeDtypeStruct((len(model.eos_token_ids),), jnp.int32)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    fill = functools.partial(prefill_step, max_new_tokens=config.max_new_tokens, mesh=mesh)
+    go_on = functools.partial(
+        decode_step, edits=None, max_new_tokens=config.max_new_tokens, sampling=GREEDY, edit=None, mesh=mesh
+    )
+    weights, held = shard_bytes(job.decoder), shard_bytes(cache)
+    return Program(
+        units=(
+            Unit(jax.jit(fill), (job.decoder, *batch), cache),
+            Unit(
+                jax.jit(go_on), (job.decoder, tokens, lengths, cache, stop, key, lengths), turns=config.max_new_tokens
+            ),
+        ),
+        kinds={"weights": job.decoder, "cache": cache, "batch": batch},
+        passes=1 + config.max_new_tokens,
+        tokens=job.tokens * (1 + config.max_new_tokens / config.length),
+        moved=weights + held + config.max_new_tokens * (weights + held),
+        temporaries=held + job.block_bytes(),
+    )
+
+
+JOBS: dict[str, Callable[[_Job], Program]] = {
+    "analyze": _analyze,
+    "finetune": _finetune,
+    "substitute": _substitute,
+    "generate": _generate,
+}
+
+
+def program_of(model: ModelConfig, config: JobConfig, mesh: AnyMesh) -> Program:
+    """The programs of a job.
+
+    Raises:
+        UserError: an axis of the mesh divides nothing, a row is longer than the model's context, or a mistake in the
+            flags of the job.
+    """
+    longest = config.length + (config.max_new_tokens if config.job == "generate" else 0)
+    if longest > model.max_length:
+        raise UserError(f"--length={config.length}: needs {longest} positions, the model has {model.max_length}")
+    return JOBS[config.job](_Job(model, config, mesh))

@@ -215,7 +215,7 @@ def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_fro
     chosen = resolve(LayerSpec.parse("0-4"), 7)
     for norms, outside in ((None, set()), (True, {"norm"})):
         asked = dataclasses.replace(base, lora_rank=1, mode="freeze", train_norms=norms)
-        parts = partition_of(asked, session, chosen)
+        parts = partition_of(asked, session.config, chosen)
         assert parts.members("train") == (5, 6) and parts.outside == outside and parts.lora.alpha == 2
 
 

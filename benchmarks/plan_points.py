@@ -1,0 +1,61 @@
+"""Plans of many jobs, one compile each, kept as they come: what a result file already has is not compiled again."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from environment import RESULTS, write_result
+
+from jaxcrit.studies.plan import Plan, PlanConfig, run_plan
+
+
+def planned(name: str, asked: Sequence[PlanConfig]) -> list[dict[str, Any]]:
+    """One row for every configuration, in their order; ``results/NAME.json`` is written after each."""
+    file = RESULTS / f"{name}.json"
+    known = json.loads(file.read_text())["rows"] if file.exists() else []
+    rows: list[dict[str, Any]] = []
+    for config in asked:
+        row = next((row for row in known if row["config"] == dataclasses.asdict(config)), None)
+        if row is None:
+            began = time.process_time()
+            row = _row(run_plan(config)) | {
+                "cpu_seconds": round(time.process_time() - began, 1), "load_average": os.getloadavg()[0]
+            }  # fmt: skip
+            print(f"{config.model} {config.job} on {config.topology}: {row['wall_seconds']} s", flush=True)
+        rows.append(row)
+        write_result(name, {"rows": rows})
+    return rows
+
+
+def _row(plan: Plan) -> dict[str, Any]:
+    compiled = plan.compiled
+    if compiled is None:
+        raise SystemExit(f"nothing was compiled: {'; '.join(plan.notes)}")
+    return {
+        "config": dataclasses.asdict(plan.config),
+        "devices": plan.topology.devices,
+        "fits": plan.fits,
+        "peak": plan.peak,
+        "state": sum(plan.memory.values()),
+        "temporaries": plan.temporaries,
+        "arguments_compiled": compiled.arguments,
+        "temporaries_compiled": compiled.temporaries,
+        "flops": plan.flops,
+        "moved": plan.moved,
+        "exchanged": plan.exchanged,
+        "collectives": compiled.collectives,
+        "seconds": plan.seconds,
+        "wall_seconds": compiled.seconds,
+    }
+
+
+def write_table(name: str, lines: Sequence[str]) -> None:
+    """Prints a table, and writes it beside the rows as ``results/NAME.txt``."""
+    text = "\n".join(lines) + "\n"
+    (RESULTS / f"{name}.txt").write_text(text)
+    print(text, end="")
