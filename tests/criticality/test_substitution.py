@@ -11,7 +11,7 @@ from tiny_training import random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criticality.substitution import host_variant, join, random_sets, variants, windows
-from jaxcrit.criticality.sweep import _span, compiled_spans, enter, planned_evaluations, sweep
+from jaxcrit.criticality.sweep import compiled_spans, enter, planned_evaluations, span_step, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Decoder
 
@@ -116,7 +116,7 @@ def test_memory_is_two_models_and_a_batch():
     tokens, lengths, _ = batch_of(config)
     x, context = enter(placed(random_weights(config))["embed"], tokens, lengths, config)
     slots, bound = host_variant(8, base=False).slots, np.int32(3)
-    memory = _span.lower(blocks, slots, x, context, bound, bound, None, None).compile().memory_analysis()
+    memory = span_step.lower(blocks, slots, x, context, bound, bound, None, None).compile().memory_analysis()
     one_block = sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) / 16
     assert memory.temp_size_in_bytes < 1.5 * one_block + 24 * x.nbytes
     assert memory.output_size_in_bytes <= x.nbytes + 64
