@@ -203,6 +203,7 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
             f"--batch_size={config.batch_size}: does not divide over data*fsdp={sizes['data'] * sizes['fsdp']}"
         )
     program = program_of(model, config.as_job(), abstract_mesh(sizes, topology.devices))
+    moved, exchanged = _traffic(program, config, sizes, model)
     return Plan(
         config=config,
         topology=topology,
@@ -210,8 +211,8 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         memory={kind: shard_bytes(tree) for kind, tree in program.kinds.items()},
         temporaries=program.temporaries,
         flops=_flops(config.as_job(), model) / topology.devices,
-        moved=program.moved,
-        exchanged=_exchanged(program, config, sizes, model),
+        moved=moved,
+        exchanged=exchanged,
         trained=sum(leaf.size for leaf in jax.tree.leaves(program.trained)),
         compiled=None,
     )
@@ -224,16 +225,17 @@ def _flops(config: JobConfig, model: ModelConfig) -> int:
     return sum(unit.runs * product_flops(unit.function, *unit.arguments, turns=unit.turns) for unit in units)
 
 
-def _exchanged(program: Program, config: PlanConfig, sizes: dict[str, int], model: ModelConfig) -> int:
-    """Bytes over one device's links: weights gathered over fsdp, activations summed over tensor, gradients."""
+def _traffic(program: Program, config: PlanConfig, sizes: dict[str, int], model: ModelConfig) -> tuple[int, int]:
+    """Bytes through one device's memory and over its links: weights, gathered over fsdp, and what is summed besides.
+
+    Summed are activations over tensor, twice a layer, and gradients over all that split the rows.
+    """
     size = 2 if config.dtype == "bfloat16" else 4
     fsdp, tensor, rows = sizes["fsdp"], sizes["tensor"], sizes["data"] * sizes["fsdp"]
-    # Once: of a substitution, both models' weights lie there, and a pass reads as much as one has.
-    weights = shard_bytes(program.kinds["weights"]) // (2 if config.job == "substitute" else 1)
-    gathered = program.passes * weights * (fsdp - 1)
+    read = program.passes * program.weights
     summed = 4 * model.num_layers * size * program.tokens * model.width * (tensor - 1) / tensor
     reduced = 2 * shard_bytes(program.trained) * (rows - 1) / rows
-    return int(gathered + summed + reduced)
+    return int(read * fsdp + program.moved), int(read * (fsdp - 1) + summed + reduced)
 
 
 def _compile(plan: Plan, model: ModelConfig) -> Plan:

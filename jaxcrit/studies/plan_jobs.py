@@ -89,19 +89,21 @@ class Program:
     Attributes:
         units: run one after the other.
         kinds: what stays in memory throughout, by kind, for the table.
-        passes: how often weights are read: forward, again for the backward pass, and once more to recompute.
+        weights: bytes on a device of those that a pass reads.
+        passes: how many: forward, again for the backward pass, and once more to recompute.
         tokens: of one device, that go through all layers, over all passes.
-        moved: bytes of a device's memory that are read and written at least.
+        moved: bytes of a device's memory that are read and written besides, at least.
         temporaries: bytes needed besides, estimated from shapes.
         trained: what trains.
     """
 
     units: tuple[Unit, ...]
     kinds: Mapping[str, Any]
+    weights: int
     passes: float
     tokens: float
-    moved: int
     temporaries: int
+    moved: int = 0
     trained: Any = ()
 
 
@@ -149,13 +151,12 @@ class _Job:
 def _analyze(job: _Job) -> Program:
     batch = job.batch()
     run = functools.partial(forward_step, mesh=job.mesh, position="last", with_embed=False)
-    weights = shard_bytes(job.decoder)
     return Program(
         units=(Unit(jax.jit(run), (job.decoder, *batch), precision="highest"),),
         kinds={"weights": job.decoder, "batch": batch},
+        weights=shard_bytes(job.decoder),
         passes=1,
         tokens=job.tokens,
-        moved=weights,
         temporaries=job.block_bytes(),
     )
 
@@ -193,9 +194,10 @@ def _finetune(job: _Job) -> Program:
     return Program(
         units=(Unit(step, (state, frozen, batch)),),
         kinds={"weights": (frozen, params), "optimizer": state.optimizer, "batch": batch},
+        weights=shard_bytes(frozen) + trained,
         passes=passes,
         tokens=passes * job.tokens,
-        moved=passes * (shard_bytes(frozen) + trained) + 3 * trained + 2 * shard_bytes(state.optimizer),
+        moved=3 * trained + 2 * shard_bytes(state.optimizer),
         temporaries=trained + (model.num_layers - lowest) * residual + 2 * job.block_bytes(),
         trained=params,
     )
@@ -221,16 +223,17 @@ def _substitute(job: _Job) -> Program:
     number, slots = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((depth, 2), jnp.int32)
     losses = functools.partial(loss_step, config=model, sharding=NamedSharding(job.mesh, PartitionSpec()))
     span = jax.jit(functools.partial(span_step, edits=None, edit=None))
-    runs, block, rest = len(hosted) + 1, shard_bytes(inside) // depth, shard_bytes(outside)
+    runs = len(hosted) + 1
     return Program(
         units=(
             Unit(span, (blocks, slots, x, context, number, number), x, turns=evaluations, precision="highest"),
             Unit(jax.jit(losses), (outside, x, tokens, learn), runs=runs, precision="highest"),
         ),
         kinds={"weights": (blocks, outside, outside), "hidden states": (x, x), "batch": (tokens, learn)},
+        weights=shard_bytes(inside),
         passes=evaluations / depth,
         tokens=evaluations / depth * job.tokens,
-        moved=evaluations * block + runs * rest,
+        moved=runs * shard_bytes(outside),
         temporaries=job.block_bytes(),
     )
 
@@ -250,7 +253,7 @@ def _generate(job: _Job) -> Program:
     go_on = functools.partial(
         decode_step, edits=None, max_new_tokens=config.max_new_tokens, sampling=GREEDY, edit=None, mesh=mesh
     )
-    weights, held = shard_bytes(job.decoder), shard_bytes(cache)
+    held = shard_bytes(cache)
     return Program(
         units=(
             Unit(jax.jit(fill), (job.decoder, *batch), cache),
@@ -259,9 +262,10 @@ def _generate(job: _Job) -> Program:
             ),
         ),
         kinds={"weights": job.decoder, "cache": cache, "batch": batch},
+        weights=shard_bytes(job.decoder),
         passes=1 + config.max_new_tokens,
         tokens=job.tokens * (1 + config.max_new_tokens / config.length),
-        moved=weights + held + config.max_new_tokens * (weights + held),
+        moved=(1 + config.max_new_tokens) * held,
         temporaries=held + job.block_bytes(),
     )
 
