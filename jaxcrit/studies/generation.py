@@ -191,6 +191,7 @@ class _Job:
                 if bar is not None:
                     bar.update(len(found))
                 if leave(number) and number < len(left):
+                    log.flush()
                     raise Preempted(
                         f"told to leave with {len(done)} of {count} prompts answered; the same command goes on"
                     )
