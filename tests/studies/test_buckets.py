@@ -19,7 +19,7 @@ from jaxcrit.studies.session import open_session
 from jaxcrit.training.loop import read_metrics
 
 BUCKET = "gs://bucket"
-TRAIN = ["--layers=2,4", "--steps=6", "--eval_every=2", "--checkpoint_every=2", "--learning_rate=1e-2"]
+TRAIN = ["--layers=2,4", "--steps=6", "--eval_every=2", "--checkpoint_every=1", "--learning_rate=1e-2"]
 TIMED = {"run.json", "report.html"}  # say when, how long, and where
 
 
@@ -40,6 +40,14 @@ def data(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def tuned(model, data, tmp_path_factory):
+    """A training run on a disk."""
+    out = tmp_path_factory.mktemp("tuned") / "run"
+    assert main(["finetune", f"--model={model}", f"--data={data}", *TRAIN, f"--out={out}"]) == 0
+    return out
+
+
 @pytest.fixture
 def run(storage, tmp_path):
     """Runs a command with ``--out`` in the bucket, and on a disk where told to, with the same files."""
@@ -51,9 +59,8 @@ def run(storage, tmp_path):
         assert main([command, *flags, f"--out={tmp_path / out}"]) == 0
         local = {str(path.relative_to(tmp_path / out)): path for path in (tmp_path / out).rglob("*") if path.is_file()}
         stored = storage.files(f"bucket/{out}/")
-        kept = {name for name in local if not name.startswith("checkpoints/")}
-        assert {name for name in stored if not name.startswith("checkpoints/")} == kept
-        for name in kept - TIMED - {"metrics.jsonl"}:
+        assert set(stored) == set(local)
+        for name in set(local) - TIMED:
             assert stored[name] == local[name].read_bytes(), name
 
     return run
@@ -70,14 +77,15 @@ def parameters(out):
     return jax.device_get(tuned.params)
 
 
-def test_commands_write_the_same_files_and_read_them_back(run, storage, model, data, tmp_path, capsys):
+def test_commands_write_the_same_files_and_read_them_back(run, storage, model, data, tuned, tmp_path, capsys):
     given = [f"--model={model}", f"--data={data}"]
     run("analyze", *given, "--save_activations", out="analysis", twin=True)
     run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
     assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
-    run("finetune", *given, *TRAIN, out="tuned", twin=True)
-    assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tmp_path / "tuned")
-    jax.tree.map(np.testing.assert_array_equal, parameters(f"{BUCKET}/tuned"), parameters(tmp_path / "tuned"))
+    run("finetune", *given, *TRAIN, out="tuned")
+    assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tuned)
+    assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
+    jax.tree.map(np.testing.assert_array_equal, parameters(f"{BUCKET}/tuned"), parameters(tuned))
     run("substitute", f"--base={model}", f"--tuned={BUCKET}/tuned", f"--data={data}", out="swapped", twin=True)
     run("analyze", f"--model={BUCKET}/tuned", f"--data={data}", out="analysis-tuned")
     run("compare", f"--a={BUCKET}/analysis", f"--b={BUCKET}/analysis-tuned", out="compared", twin=True)
@@ -117,8 +125,8 @@ main(sys.argv[2:])
 """
 
 
-def test_a_killed_run_goes_on_elsewhere(storage, model, data, tmp_path):
-    flags = ["finetune", f"--model={model}", f"--data={data}", *TRAIN, "--checkpoint_every=1"]
+def test_a_killed_run_goes_on_elsewhere(storage, model, data, tuned):
+    flags = ["finetune", f"--model={model}", f"--data={data}", *TRAIN]
     done = subprocess.run([sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"], env=os.environ,
                           capture_output=True, text=True, check=False)  # fmt: skip
     assert done.returncode == -signal.SIGKILL, done.stderr
@@ -126,9 +134,8 @@ def test_a_killed_run_goes_on_elsewhere(storage, model, data, tmp_path):
     saved = {path.name for path in (begun / "checkpoints").iterdir()}
     assert saved & {"2", "3", "4"} and not (begun / "checkpoints/6").exists()
     assert main([*flags, f"--out={BUCKET}/run"]) == 0
-    assert main([*flags, f"--out={tmp_path / 'run'}"]) == 0
-    assert untimed(begun) == untimed(tmp_path / "run")
-    jax.tree.map(np.testing.assert_array_equal, parameters(begun), parameters(tmp_path / "run"))
+    assert untimed(begun) == untimed(tuned)
+    jax.tree.map(np.testing.assert_array_equal, parameters(begun), parameters(tuned))
 
 
 def test_refusals_are_one_line(storage, model, data, capsys, monkeypatch):
