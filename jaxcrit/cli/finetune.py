@@ -33,7 +33,7 @@ TRAINING = (
     Flag("clip", 0.0, "largest gradient norm; 0 for any", lowest=0),
     Flag("dtype", "", "of compute; trained weights are float32", ("float32", "bfloat16")),
     Flag("remat", True, "recompute blocks in the backward pass: less memory"),
-    Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+    Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
 )
 
 FLAGS = {

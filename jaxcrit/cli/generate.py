@@ -28,7 +28,7 @@ FLAGS = {
     "machine": (
         Flag("batch_size", 16, "prompts at a time", lowest=1),
         Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
     ),
 }
 

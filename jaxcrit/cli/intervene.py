@@ -32,7 +32,7 @@ FLAGS = {
         Flag("max_new_tokens", 64, "of each answer, at most", lowest=1),
         Flag("stop", "", "more tokens that end an answer, ids or texts, with commas", word="TOKENS"),
         Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
     ),
 }
 

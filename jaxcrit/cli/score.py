@@ -22,7 +22,7 @@ FLAGS = {
         Flag("batch_size", 8, "rows per pass", lowest=1),
         Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
         Flag("precision", "highest", "of matrix products", ("default", "high", "highest")),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
     ),
 }
 

@@ -15,7 +15,7 @@ TESTED = (
     Flag("max_length", 0, "tokens per row; 0 for the model's context", lowest=0),
     Flag("batch_size", 8, "rows per forward pass", lowest=1),
     Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
-    Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: all on data)", word="AXES"),
+    Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
 )
 FLAGS = {
     "what": (

@@ -3,8 +3,8 @@
 All processes compute the same; process 0 alone writes, prints and looks at the run directory, for the others may not
 see its disk. What follows from such a look is shared, so that all of them go the same way.
 
-Words go through the coordinator of the run, arrays through the devices: a device waits for its peers for half a minute
-or so, the coordinator as long as process 0 takes to write a report.
+Words go through the coordinator of the run, which needs no devices and no like versions of jax, and waits as long as
+process 0 takes to write a report; arrays go through the devices.
 """
 
 from __future__ import annotations
