@@ -280,7 +280,7 @@ def test_digests_are_kept_until_the_file_changes(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     made = []
     sha256 = checkpoints.hashlib.sha256
-    monkeypatch.setattr(checkpoints.hashlib, "sha256", lambda data: made.append(1) or sha256(data))
+    monkeypatch.setattr(checkpoints.hashlib, "sha256", lambda *data: made.append(1) or sha256(*data))
     first, count = model_hash(open_checkpoint(model)), len(made)
     assert count > 20
     made.clear()
