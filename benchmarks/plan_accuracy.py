@@ -25,7 +25,7 @@ def main() -> None:
         for model, topology, mesh, batch in PLACES
         for job in ("analyze", "finetune")
     ]
-    rows = planned("plan_accuracy", asked)
+    rows = planned("plan_accuracy", asked, traffic=False)
     lines = [
         "GiB of one device, rows of 1,024 tokens, bfloat16; finetune trains layers 10-14 with AdamW",
         "",

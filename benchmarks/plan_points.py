@@ -14,8 +14,14 @@ from environment import RESULTS, write_result
 from jaxcrit.studies.plan import Plan, PlanConfig, run_plan
 
 
-def planned(name: str, asked: Sequence[PlanConfig]) -> list[dict[str, Any]]:
-    """One row for every configuration, in their order; ``results/NAME.json`` is written after each."""
+def planned(name: str, asked: Sequence[PlanConfig], *, traffic: bool) -> list[dict[str, Any]]:
+    """One row for every configuration, in their order; ``results/NAME.json`` is written after each.
+
+    Args:
+        name: of the benchmark.
+        asked: what to plan.
+        traffic: whether rows say what moves, besides what lies in memory.
+    """
     file = RESULTS / f"{name}.json"
     known = json.loads(file.read_text())["rows"] if file.exists() else []
     rows: list[dict[str, Any]] = []
@@ -23,16 +29,16 @@ def planned(name: str, asked: Sequence[PlanConfig]) -> list[dict[str, Any]]:
         row = next((row for row in known if row["config"] == dataclasses.asdict(config)), None)
         if row is None:
             began = time.process_time()
-            row = _row(run_plan(config)) | {
-                "cpu_seconds": round(time.process_time() - began, 1), "load_average": os.getloadavg()[0]
-            }  # fmt: skip
+            plan = run_plan(config)
+            row = _memory(plan) | (_traffic(plan) if traffic else {})
+            row |= {"cpu_seconds": round(time.process_time() - began, 1), "load_average": os.getloadavg()[0]}
             print(f"{config.model} {config.job} on {config.topology}: {row['wall_seconds']} s", flush=True)
         rows.append(row)
         write_result(name, {"rows": rows})
     return rows
 
 
-def _row(plan: Plan) -> dict[str, Any]:
+def _memory(plan: Plan) -> dict[str, Any]:
     compiled = plan.compiled
     if compiled is None:
         raise SystemExit(f"nothing was compiled: {'; '.join(plan.notes)}")
@@ -45,12 +51,17 @@ def _row(plan: Plan) -> dict[str, Any]:
         "temporaries": plan.temporaries,
         "arguments_compiled": compiled.arguments,
         "temporaries_compiled": compiled.temporaries,
+        "wall_seconds": compiled.seconds,
+    }
+
+
+def _traffic(plan: Plan) -> dict[str, Any]:
+    return {
         "flops": plan.flops,
         "moved": plan.moved,
         "exchanged": plan.exchanged,
-        "collectives": compiled.collectives,
+        "collectives": plan.compiled.collectives if plan.compiled else {},
         "seconds": plan.seconds,
-        "wall_seconds": compiled.seconds,
     }
 
 

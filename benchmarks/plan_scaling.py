@@ -31,7 +31,7 @@ def main() -> None:
         for job, layers in JOBS.items()
         for chips, topology in SLICES.items()
     ]  # fmt: skip
-    rows = planned("plan_scaling", asked)
+    rows = planned("plan_scaling", asked, traffic=True)
     lines = [
         f"{model}, {ROWS} rows of {LENGTH} tokens over all chips of a v5e slice, weights split over all of them;",
         "one chip, one batch; memory: weights and state read and written, at least; links: what collectives give",

@@ -15,7 +15,8 @@ _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s16": 2, "u16": 2, 
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$", re.M)
 _WHILE = re.compile(r" while\(.*?condition=%?([\w.-]+), body=%?([\w.-]+)")
 _NAME = re.compile(r"%([\w.-]+)")
-_LIMIT = re.compile(r"= s32\[\][^ ]* constant\((\d+)\)")
+_CONSTANT = re.compile(r"%([\w.-]+) = [su]32\[\][^ ]* constant\((\d+)\)")
+_COUNTER = re.compile(r" = [su]32\[\][^ ]* get-tuple-element\(.*\), index=(\d+)")
 _COLLECTIVE = re.compile(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(")
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
@@ -92,7 +93,8 @@ def collectives(program: str, turns: int = 1) -> dict[str, tuple[int, int]]:
         for line in bodies[name]:
             loop = _WHILE.search(line)
             for called in set(_NAME.findall(line)) & bodies.keys():
-                visit(called, count * (_turns(bodies[loop[1]], turns) if loop and called == loop[2] else 1))
+                often = _turns(bodies[loop[1]], bodies[called], turns) if loop and called == loop[2] else 1
+                visit(called, count * often)
 
     entry = re.search(r"^ENTRY %?([\w.-]+)", program, re.M)
     if entry:
@@ -119,9 +121,21 @@ def _computations(program: str) -> dict[str, list[str]]:
     }  # fmt: skip
 
 
-def _turns(condition: list[str], default: int) -> int:
-    limits = [int(found[1]) for line in condition if (found := _LIMIT.search(line))]
-    return max(limits, default=default)
+def _turns(condition: list[str], body: list[str], default: int) -> int:
+    """Of a loop that counts up from 0 to a constant; products that are gathered piece by piece count in twos."""
+    limit = max(_constants(condition).values(), default=0)
+    if not limit:
+        return default
+    counter = next((int(found[1]) for line in condition if (found := _COUNTER.search(line))), 0)
+    ends = next((_NAME.findall(line.split(" tuple(")[1]) for line in body if "ROOT" in line and " tuple(" in line), [])
+    end = f"%{ends[counter]} = " if counter < len(ends) else "no such line"
+    known = _constants(body)
+    steps = [known[name] for line in body if end in line for name in _NAME.findall(line) if name in known]
+    return -(-limit // max((1, *steps)))
+
+
+def _constants(lines: list[str]) -> dict[str, int]:
+    return {found[1]: int(found[2]) for line in lines if (found := _CONSTANT.search(line))}
 
 
 def _result_bytes(kind: str) -> int:

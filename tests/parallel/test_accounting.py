@@ -52,3 +52,32 @@ def test_collectives_in_a_loop_count_every_turn(known):
     program = jax.jit(function).lower(x, w, np.int32(5)).compile().as_text()
     found = collectives(program, turns=1 if known else 5)
     assert found == {"all-gather": (5, 5 * 16 * 8 * 4)}
+
+
+def test_a_loop_that_counts_in_twos():
+    """As the TPU compiler writes a product whose operand is gathered piece by piece: 8 pieces, two a turn."""
+    program = """HloModule windowed
+%condition (p: (bf16[4,8], u32[])) -> pred[] {
+  %limit = u32[]{:T(128)} constant(8), metadata={op_name="dot"}
+  %p = (bf16[4,8]{1,0}, u32[]{:T(128)}) parameter(0)
+  %i = u32[]{:T(128)} get-tuple-element(%p), index=1
+  ROOT %less = pred[]{:T(512)} compare(%i, %limit), direction=LT
+}
+%body (q: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {
+  %one = u32[]{:T(128)} constant(1)
+  %two..sunk = u32[]{:T(128)} constant(2)
+  %q = (bf16[4,8]{1,0}, u32[]{:T(128)}) parameter(0)
+  %j = u32[]{:T(128)} get-tuple-element(%q), index=1
+  %x = bf16[4,8]{1,0} get-tuple-element(%q), index=0
+  %other = u32[]{:T(128)} add(%j, %one)
+  %sent = bf16[4,8]{1,0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}
+  %again = bf16[4,8]{1,0} collective-permute(%sent), channel_id=2, source_target_pairs={{0,1},{1,0}}
+  %next = u32[]{:T(128)} add(%j, %two..sunk)
+  ROOT %out = (bf16[4,8]{1,0}, /*index=1*/u32[]{:T(128)}) tuple(%again, %next)
+}
+ENTRY %main (a: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {
+  %a = (bf16[4,8]{1,0}, u32[]{:T(128)}) parameter(0)
+  ROOT %w = (bf16[4,8]{1,0}, u32[]{:T(128)}) while(%a), condition=%condition, body=%body
+}
+"""
+    assert collectives(program) == {"collective-permute": (4 * 2, 4 * 2 * 64)}
