@@ -11,6 +11,9 @@ CKA of neighbours is r^2 exactly: 0.95^2, but at the planted layer. Eigenvalues 
 - ``null``: how often p < 5 % for independent layers; target 4 to 7 %. The normal distribution beside it.
 - ``confidence_set``: how often the set holds the planted layer, by step and by δ, and how many of the 8 candidates it
   holds; target 95 % or more. Without a planted layer it should hold about all of them.
+- ``mean_ranks``: the same set for several datasets, which choose by mean rank: three of different spectra and levels
+  (neighbours apart from the planted pair differ too), 60 or 300 prompts each, the layer planted in all, in two of the
+  three, or in none. All differences are bounded at once, so it should be wider than needed.
 - ``sample_size``: the predicted share of draws of 4 N that make the choice of N, beside that of fresh chains of 4 N.
 
 One core for each part. Prints tables; writes benchmarks/results/coverage.json.
@@ -136,6 +139,29 @@ def confidence(rng, runs):
     return rows
 
 
+def mean_ranks(rng, runs):
+    """Coverage and size of the set of the layer of lowest mean rank."""
+    rows, datasets = [], ((0.5, KEEP), (1.0, 0.96), (1.5, 0.94))
+    for jump, planted, samples in ((0.8, 3, 60), (0.8, 2, 60), (JUMP, 3, 60), (JUMP, 3, 300), (None, 0, 60)):
+        sets = {"step_debiased": [], "delta_debiased": []}
+        for _ in range(runs):
+            scores, left = {key: [] for key in sets}, {key: [] for key in sets}
+            for k, (power, keep) in enumerate(datasets):
+                tables = sweep(chain(rng, samples, power, jump=jump if k < planted else None, keep=keep))
+                without = deletions(tables, reach=2)
+                found = layer_scores(tables, without=without)
+                for key in sets:
+                    scores[key].append(found[key])
+                    left[key].append(values_without_each(tables, key, without=without))
+            for key, kept in sets.items():
+                kept.append(confidence_set(scores[key], left[key], draws=500))
+        for key, kept in sets.items():
+            share, size = np.mean([LAYERS // 2 in one for one in kept]), np.mean([len(one) for one in kept])
+            row = {"score": key, "jump": jump, "planted_in": planted, "samples": samples}
+            rows.append({**row, "holds": share, "layers": size})
+    return rows
+
+
 def sample_size(rng, runs):
     """Predicted and actual share of choices that agree with this one, at 4 N."""
     rows, samples = [], 60
@@ -154,7 +180,8 @@ def sample_size(rng, runs):
     return rows
 
 
-KNOWN = {"interval": interval, "null": null, "confidence_set": confidence, "sample_size": sample_size}
+KNOWN = {"interval": interval, "null": null, "confidence_set": confidence, "sample_size": sample_size,
+         "mean_ranks": mean_ranks}  # fmt: skip
 
 
 def measured(part, seed, runs):

@@ -36,13 +36,15 @@ def delta(
         raise UserError(f"window={window}: expected an odd number from 3 to the {num_layers} layers there are")
     half = window // 2
     layers = np.arange(num_layers)
-    distance = np.abs(layers[:, None] - layers[None, :])
-    band = (distance <= half) & (include_self | (distance > 0))
-    inside = np.where(band, np.asarray(cka, np.float64), 0)
-    if np.isnan(inside).any():
+    total, counts = np.zeros(cka.shape[:-1]), np.zeros(num_layers)
+    for apart in range(-half, half + 1):
+        if apart or include_self:
+            reached = slice(max(0, apart), num_layers + min(0, apart))
+            total[..., reached] += np.diagonal(cka, offset=apart, axis1=-2, axis2=-1)
+            counts[reached] += 1
+    if np.isnan(total).any():
         raise UserError(
             f"window={window}: the sweep's band leaves out pairs of it; sweep with a band of at least {half}"
         )
-    values = np.einsum("...rl,rl->...l", inside, band / band.sum(axis=0))
     valid = np.full(num_layers, True) if edges == "clip" else (layers >= half) & (layers < num_layers - half)
-    return np.where(valid, values, np.nan), valid
+    return np.where(valid, total / counts, np.nan), valid

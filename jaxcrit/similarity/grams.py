@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
 import jax
@@ -33,7 +33,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 _CPU_BLOCKS, _CPU_BLOCK_UNIT = 4, 16
 # Samples whose rows are contracted at a time on CPU: one batch of all 300 spends 27 ms, mostly moving the Grams
 # about, batches of ten 7 ms. Accelerators take all at once.
-_CPU_ROWS = 10
+_CPU_ROWS = 5
 # Layers contracted at a time with those of their band: narrower products run slower, wider ones compute what is far.
 _STRIP = 16
 # Equal rows, captured in batches of other shapes, differ by rounding: about 1e-6 of their length.
@@ -62,8 +62,9 @@ class GramTables:
     underflows; CKA does not depend on it. Where two models are compared, the second's layers follow the first's.
 
     Attributes:
-        rows: ``[N, L, L]`` float64, ``sum_i G0_l[m, i] G0_l'[m, i]``; NaN outside the band of a banded sweep.
-        weighted: ``[N, L, L]`` float64, ``sum_i G0_l[m, i] d_l'[i]``.
+        rows: ``[N, L, L]``, ``sum_i G0_l[m, i] G0_l'[m, i]``, symmetric up to rounding; NaN outside a sweep's band.
+            Float32 as the device made it where a row is one product; float64 where it is a sum of tiles.
+        weighted: ``[N, L, L]`` of the same type, ``sum_i G0_l[m, i] d_l'[i]``.
         diagonals: ``[L, N]`` float64, ``d_l[m]``; the row sums of G0_l are their negatives.
         num_left: layers of the first model where two are compared, None where a model is compared with itself.
     """
@@ -78,19 +79,20 @@ class GramTables:
         """N."""
         return self.diagonals.shape[1]
 
-    @property
+    @cached_property
     def cross(self) -> np.ndarray:
-        """``<G0_l, G0_l'>``, ``[L, L]``."""
-        return self.rows.sum(axis=0)
+        """``<G0_l, G0_l'>``, ``[L, L]`` float64."""
+        total = self.rows.sum(axis=0, dtype=np.float64)
+        return (total + total.T) / 2
 
-    @property
+    @cached_property
     def aligned(self) -> np.ndarray:
-        """``d_l . d_l'``, ``[L, L]``."""
+        """``d_l . d_l'``, ``[L, L]`` float64."""
         return self.diagonals @ self.diagonals.T
 
-    @property
+    @cached_property
     def trace(self) -> np.ndarray:
-        """``sum_m d_l[m]``, ``[L]``."""
+        """``sum_m d_l[m]``, ``[L]`` float64."""
         return self.diagonals.sum(axis=1)
 
     def pairs(self, matrix: np.ndarray) -> np.ndarray:
@@ -371,9 +373,8 @@ _sweep_jit = partial(jax.jit, static_argnums=(1, 2, 3))(_sweep)
 
 
 def tables_from(both: Any, diagonals: Any, *, num_left: int | None = None, band: int | None = None) -> GramTables:
-    """Tables in float64 from what `contract_rows` gives for all samples, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
-    rows, weighted = np.split(np.asarray(both, np.float64), 2, axis=2)
-    rows = (rows + rows.swapaxes(1, 2)) / 2
+    """Tables from what `contract_rows` gives for all samples, ``[N, L, 2L]``, and diagonals ``[L, N]``."""
+    rows, weighted = np.split(np.asarray(both), 2, axis=2)
     if band is not None:
         layers = np.arange(len(diagonals))
         far = np.abs(layers[:, None] - layers[None, :]) > band

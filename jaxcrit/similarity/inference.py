@@ -72,13 +72,13 @@ def permutation_null(tables: Tables) -> PermutationNull:
     purposes; it says something about layers far apart, of two models, or of very few samples. The samples must be
     exchangeable: tokens of one prompt are not.
     """
-    from scipy.stats import gamma
+    from scipy.special import gammaincc
 
     values, mean, variance = from_tables(tables), null_mean(tables), null_variance(tables)
     # Permuting does nothing where all samples are equally far apart: 0/0, and no evidence.
     with np.errstate(invalid="ignore", divide="ignore"):
         score = (values - mean) / np.sqrt(variance)
-        p = gamma.sf(values, mean**2 / variance, scale=variance / mean)
+        p = gammaincc(mean**2 / variance, values * mean / variance)
     return PermutationNull(mean, np.sqrt(variance), score, p)
 
 
@@ -121,23 +121,31 @@ def cka_without_each(tables: Tables, bias: Bias = "biased", *, reach: int | None
         )
     n = tables.num_samples - 1
     i, j = _wanted(tables, reach)
-    diagonals, rows = tables.diagonals.T, tables.rows[:, i, j]
-    own = diagonals[:, i] * diagonals[:, j]
+    diagonals = tables.diagonals.T
+    rows, own = _of(tables.rows, i, j), diagonals[:, i] * diagonals[:, j]
     if bias == "biased":
         products = hsic(tables, bias)[i, j] - 2 * (1 + 1 / n) * rows - (1 - 1 / n**2) * own
     elif n < 4:
         raise UserError(f"expected at least 5 samples to delete one of, got {n + 1}; give more prompts")
     else:
         trace = diagonals.sum(axis=0) - 2 * diagonals
-        cross = rows.sum(axis=0) - 2 * rows
-        aligned = own.sum(axis=0) - own + rows + tables.weighted[:, i, j] + tables.weighted[:, j, i]
+        cross = tables.cross[i, j] - 2 * rows
+        aligned = tables.aligned[i, j] - own + rows + 2 * _of(tables.weighted, i, j)
         products = cross + trace[:, i] * trace[:, j] / ((n - 1) * (n - 2)) - 2 / (n - 2) * aligned
     norms = np.sqrt(products[:, i == j])
-    values = np.where(i == j, 1.0, products / (norms[:, i] * norms[:, j]))
-    deleted = np.zeros_like(tables.rows)
+    values = products / (norms[:, i] * norms[:, j])
+    values[:, i == j] = 1.0
+    deleted = np.zeros(tables.rows.shape)
     deleted[:, i, j] = values
     deleted[:, j, i] = values
     return tables.pairs(deleted)
+
+
+def _of(rows: np.ndarray, i: np.ndarray, j: np.ndarray) -> np.ndarray:
+    """The mean of ``[N, L, L]`` at (i, j) and (j, i), ``[N, P]`` float64."""
+    depth = rows.shape[1]
+    flat = rows.reshape(len(rows), -1)
+    return (flat[:, i * depth + j].astype(np.float64) + flat[:, j * depth + i]) / 2
 
 
 def _wanted(tables: GramTables, reach: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ from jaxcrit.core import processes
 from jaxcrit.similarity.grams import ROUNDING, refuse_constant, refuse_infinite, refuse_repeats
 
 Progress = Callable[[int, int], None]
+_DIRECTIONS = 4
 
 
 class Survey(NamedTuple):
@@ -53,8 +54,8 @@ def take(hidden: Any, start: int, size: int) -> jax.Array:
 def survey(hidden: Any, *, allow_repeats: bool = False) -> Survey:
     """Means and lengths, layer by layer, with the checks of `centred_grams`.
 
-    Equal samples have equal projections: all layers' projections on random directions are added up, sorted, and only
-    samples that are neighbours there are compared.
+    Equal samples have equal projections: all layers' projections on random directions are added up, sorted along the
+    first, and only samples that are neighbours there, and near along the others, are compared.
 
     Args:
         hidden: ``[L, N, D]`` activations, on devices or on the host (a memory map, say).
@@ -64,12 +65,12 @@ def survey(hidden: Any, *, allow_repeats: bool = False) -> Survey:
         DegenerateError: NaN or infinity, a constant layer, repeated samples.
     """
     num_layers, count, width = hidden.shape
-    direction = np.random.default_rng(0).standard_normal(width).astype(np.float32)
+    directions = np.random.default_rng(0).standard_normal((width, _DIRECTIONS)).astype(np.float32)
     means, lengths = [], np.empty((num_layers, count), np.float32)
-    spread, projected, tolerance = np.empty(num_layers), np.zeros(count), np.zeros(count)
+    spread, projected, tolerance = np.empty(num_layers), np.zeros((count, _DIRECTIONS)), np.zeros(count)
     infinite = {}
     for layer in range(num_layers):
-        mean, *facts = _facts(jnp.asarray(hidden[layer]), direction)
+        mean, *facts = _facts(jnp.asarray(hidden[layer]), directions)
         own, raw, projection = processes.whole(facts)
         means.append(mean)
         lengths[layer] = own
@@ -92,32 +93,45 @@ def survey(hidden: Any, *, allow_repeats: bool = False) -> Survey:
 
 
 @jax.jit
-def _facts(x: jax.Array, direction: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-    """Mean, squared lengths about it, squared lengths, and projections of a layer's samples ``[N, D]``."""
+def _facts(x: jax.Array, directions: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Mean, squared lengths about it, squared lengths, and projections ``[N, P]`` of a layer's samples ``[N, D]``."""
     x = x.astype(jnp.float32)
     mean = x[0]
     for _ in range(2):  # a sum of 1e5 float32 far from 0 is not exact; that of what is left of it is
         mean = mean + (x - mean).mean(axis=0)
     centred = x - mean
-    projection = jnp.dot(centred, direction, precision=jax.lax.Precision.HIGHEST)
+    projection = jnp.dot(centred, directions, precision=jax.lax.Precision.HIGHEST)
     return mean, jnp.square(centred).sum(axis=1), jnp.square(x).sum(axis=1), projection
 
 
 def _repeats(hidden: Any, projected: np.ndarray, tolerance: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Pairs (earlier, later) of samples that are equal in every layer up to rounding; each later sample once."""
-    order = np.argsort(projected, kind="stable")
-    value, allowed = projected[order], tolerance[order]
+    """Pairs (earlier, later) of samples that are equal in every layer up to rounding; each later sample once.
+
+    Large constant dimensions make the tolerance large: of 20,000 samples some 20 neighbours are within it along one
+    direction, none along all. What repeats is taken out at once, so that many copies of one are not all compared.
+    """
+    order = np.argsort(projected[:, 0], kind="stable")
     found: dict[int, int] = {}
-    for step in range(1, len(order)):
-        near = np.flatnonzero(np.abs(value[step:] - value[:-step]) <= np.maximum(allowed[step:], allowed[:-step]))
+    step = 1
+    while True:
+        one, two = order[:-step], order[step:]
+        allowed = np.maximum(tolerance[one], tolerance[two])
+        near = np.flatnonzero(np.abs(projected[two, 0] - projected[one, 0]) <= allowed)
         if not near.size:
             break
-        for a, b in zip(order[near], order[near + step], strict=True):
-            first, second = int(min(a, b)), int(max(a, b))
-            if found.get(second, second) > first and _equal(hidden, first, second):
-                found[second] = first
+        pairs = np.sort(np.stack([one[near], two[near]]), axis=0)
+        apart = np.abs(projected[pairs[0]] - projected[pairs[1]]).max(axis=1)
+        pairs = pairs[:, apart <= allowed[near]]
+        repeats = {second: first for first, second in pairs.T.tolist() if _equal(hidden, first, second)}
+        found |= repeats
+        if repeats:
+            order, step = order[~np.isin(order, list(repeats))], 1
+        else:
+            step += 1
     later = np.array(sorted(found), np.int64)
-    return np.array([found[sample] for sample in later.tolist()], np.int64), later
+    for second in later.tolist():  # of several copies, the first, which is found by now
+        found[second] = found.get(found[second], found[second])
+    return np.array([found[second] for second in later.tolist()], np.int64), later
 
 
 def _equal(hidden: Any, first: int, second: int) -> bool:

@@ -58,7 +58,7 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
     within, aligned, totals = (np.asarray(part, np.float64) for part in jax.device_get(raw))
     touched = np.zeros((num_units, num_layers, num_layers))
     np.add.at(touched, units, tables.rows)
-    cross = tables.rows.sum(axis=0) - 2 * touched + within
+    cross = tables.cross - touched - touched.swapaxes(1, 2) + within
     n = (num_samples - counts)[:, None, None]
     u, v = slice(None, num_layers), slice(num_layers, None)
     diagonal = tables.diagonals.T[:, :, None] * tables.diagonals.T[:, None, :]
