@@ -53,6 +53,7 @@ MACHINES = {
         Flag("num_processes", 0, "likewise", lowest=0),
         Flag("process_id", -1, "likewise", lowest=-1),
         Flag("distributed_timeout", 300, "seconds to wait for the others", lowest=1),
+        Flag("attention", "auto", "kernels on accelerators", ("auto", "reference", "cudnn", "splash")),
         Flag("compilation_cache_dir", "", "keep compiled programs here", word="DIR"),
     )
 }
@@ -119,8 +120,10 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def _join(name: str, values: FlagValues) -> None:
     """Starts jax as the flags of `MACHINES` say."""
+    from jaxcrit.models.attention import ASKED
     from jaxcrit.parallel.distributed import start
 
+    ASKED.set(values.attention)
     if values.compilation_cache_dir:
         import jax
 

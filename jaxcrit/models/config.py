@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.models.attention import REFERENCE, Attention
 from jaxcrit.models.rope import Rope
 
 # What transformers' own config class assumes where the file is silent, where it is not the default below.
@@ -71,6 +72,7 @@ class ModelConfig:
         rope: rotary position embedding.
         bos_token_id, eos_token_ids: of the config; generation stops at the latter.
         hf_json: the file's own content, given back by `to_hf`.
+        attention: how it is computed here; not of the file.
     """
 
     family: str
@@ -93,6 +95,7 @@ class ModelConfig:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     hf_json: str = dataclasses.field(repr=False)
+    attention: Attention = REFERENCE
 
     @classmethod
     def from_hf(cls, raw: Mapping[str, Any], where: str = "config.json") -> ModelConfig:

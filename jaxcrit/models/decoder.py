@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxcrit.models.attention import attend, choose_attention
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
@@ -33,7 +34,7 @@ class Context:
     """What every block of one forward pass shares.
 
     Attributes:
-        positions: ``[B, T]`` int32, position of each token in its sequence.
+        positions: ``[B, T]`` int32, position of each token in its sequence; one after the other within a segment.
         cos: ``[B, T, R/2]`` float32.
         sin: ``[B, T, R/2]`` float32.
         segments: ``[B, T]`` int32 or None; tokens see only their own segment (packed rows).
@@ -53,10 +54,12 @@ class Cache:
     Attributes:
         keys: ``[L, B, S, K, head_dim]``.
         values: ``[L, B, S, K, head_dim]``.
+        fresh: whether nothing is in it before this pass, whose tokens then need see no others; static.
     """
 
     keys: jax.Array
     values: jax.Array
+    fresh: bool = dataclasses.field(default=False, metadata={"static": True})
 
     def extend(
         self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
@@ -78,8 +81,10 @@ class Cache:
             The cache, and the layer's keys and values ``[B, S, K, head_dim]``.
         """
         at = (layer, jnp.arange(len(positions))[:, None], positions)
-        stored = Cache(
-            self.keys.at[at].set(keys.astype(self.keys.dtype)), self.values.at[at].set(values.astype(self.values.dtype))
+        stored = dataclasses.replace(
+            self,
+            keys=self.keys.at[at].set(keys.astype(self.keys.dtype)),
+            values=self.values.at[at].set(values.astype(self.values.dtype)),
         )
         mine = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (stored.keys, stored.values))
         return stored, *mine
@@ -175,12 +180,20 @@ class Block(nnx.Module):
         if self.config.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        form, alone = "reference", (k, v)
+        if cache is None or cache[0].fresh:
+            packed = context.segments is not None
+            form, _ = choose_attention(self.config.attention, q.dtype, *q.shape, packed=packed)
         key_positions = context.positions
         if cache is not None:
             stored, layer = cache
             stored, k, v = stored.extend(layer, k, v, context.positions)
             cache = (stored, layer)
             key_positions = jnp.arange(k.shape[1])[None, :]
+        if form != "reference":
+            mixed = attend(form, q, *alone, windows=self.config.windows, window=window, segments=context.segments,
+                           mesh=self.config.attention.mesh)  # fmt: skip
+            return self.linear(mixed, "o", "hk", "d"), cache
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if window is not None:

@@ -153,7 +153,7 @@ def prefill_step(
     empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
     found = forward(decoder, tokens, lengths=lengths, cache=empty, mesh=mesh).cache
     assert found is not None
-    return found
+    return dataclasses.replace(found, fresh=False)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "edit", "mesh"))
@@ -236,7 +236,7 @@ def _empty_cache(decoder: Decoder, batch: int, length: int, mesh: Mesh | None) -
     empty = jnp.zeros(shape, decoder.embed[...].dtype)
     if mesh is not None:
         empty = jax.lax.with_sharding_constraint(empty, cache_sharding(config, mesh))
-    return Cache(empty, empty)
+    return Cache(empty, empty, fresh=True)
 
 
 def cache_sharding(config: ModelConfig, mesh: AnyMesh) -> NamedSharding:

@@ -111,6 +111,7 @@ def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Abl
                   "family": session.config.family, "num_layers": session.config.num_layers,
                   "width": session.config.width, "dtype": session.dtype},
         "data": {"source": config.data or "demo", "num_samples": len(examples)},
+        "attention": session.attention(),
         "versions": versions(),
     }  # fmt: skip
     directory.begin(run)

@@ -243,6 +243,7 @@ def run_record(
             }
             for dataset in datasets
         },
+        "attention": session.attention(),
         "versions": versions(),
         "devices": {"kind": device.device_kind, "platform": device.platform, "mesh": dict(session.mesh.shape)},
     }

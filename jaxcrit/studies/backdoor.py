@@ -103,6 +103,7 @@ def run_backdoor(config: BackdoorConfig, *, progress: Bars | None = None, say: S
         "seed": config.seed,
         "determines": determines,
         "model": {"path": config.model, "hash": session.model_hash, "num_layers": session.config.num_layers},
+        "attention": session.attention(compute_dtype(config.training())),
         "versions": versions(),
     }
     directory.begin(record)

@@ -111,6 +111,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
                   else config.model, "hash": session.model_hash, "family": session.config.family,
                   "num_layers": session.config.num_layers, "width": session.config.width},
         "data": {"train": len(rows), "eval": len(held)},
+        "attention": session.attention(compute_dtype(config)),
         "versions": versions(),
     }  # fmt: skip
     directory.begin({**earlier, **run})

@@ -117,6 +117,7 @@ def run_generate(config: GenerateConfig, *, progress: Bars | None = None) -> Gen
         "model": {"path": str(config.model or "embedded"), "hash": session.model_hash, "family": session.config.family},
         "data": {dataset.name: {"source": dataset.source, "num_prompts": len(dataset.examples)}
                  for dataset in datasets},
+        "attention": session.attention(),
         "versions": versions(),
     }  # fmt: skip
     directory.begin(run)

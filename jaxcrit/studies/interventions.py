@@ -132,6 +132,7 @@ def run_intervene(config: InterveneConfig, *, progress: Bars | None = None) -> I
     run = {
         "command": "intervene", "config": dataclasses.asdict(config), "seed": 0, "determines": determines,
         "model": {"path": str(config.model or "embedded"), "hash": session.model_hash}, "versions": versions(),
+        "attention": session.attention(),
     }  # fmt: skip
     directory.begin(run)
     try:

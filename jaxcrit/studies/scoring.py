@@ -92,6 +92,7 @@ def run_score(config: ScoreConfig, *, progress: Bars | None = None) -> Scored:
         "config": dataclasses.asdict(config),
         "determines": determines,
         "data": {one.name: {"source": one.source, "num_samples": len(one.examples)} for one in datasets},
+        "attention": session.attention(),
         "versions": versions(),
     }
     directory.begin(run)

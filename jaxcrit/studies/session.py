@@ -19,6 +19,7 @@ from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.tokenizer import load_tokenizer
+from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
@@ -74,6 +75,11 @@ class Session:
         """The model's configuration."""
         return self.checkpoint.config
 
+    def attention(self, dtype: str = "") -> str:
+        """The form that attention takes for the longest rows, in this dtype of compute; default the session's."""
+        stored = list(self.checkpoint.dtypes.values())
+        return _form(self.config, dtype or self.dtype or max(stored, key=stored.count))
+
     def decoder(self, bars: Bars | None = None) -> Decoder:
         """Loads the weights onto the mesh."""
         decoder = self._checkpoint(bars)
@@ -106,17 +112,20 @@ def open_session(
         bars: makes progress bars.
 
     Raises:
-        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`; or a run that is no fine-tuning, has no such
-            checkpoint, or whose model is gone or has changed.
+        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`, `choose_attention`; or a run that is no
+            fine-tuning, has no such checkpoint, or whose model is gone or has changed.
     """
     if model and (as_path(model) / "run.json").is_file():
         return _open_run(as_path(model), mesh, dtype, step, bars)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
-    tokenizer = load_tokenizer(path)
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype))
+    how = Attention(ASKED.get(), platform_of(devices.devices.flat[0]), devices)
+    checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=how))
+    _form(checkpoint.config, "bfloat16")  # which every form knows: what else keeps it from this model is said first
+    tokenizer = load_tokenizer(path)
     named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
     return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named)
 
@@ -127,6 +136,12 @@ def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
     width = max(np.dtype(DTYPES[kind]).itemsize for kind in kinds)
     weights = width * sum(math.prod(shape) for shape in hf_shapes(checkpoint.config).values())
     return default_axes(weights, checkpoint.config.width, jax.device_count(), device_memory(jax.local_devices()))
+
+
+def _form(config: ModelConfig, dtype: str) -> str:
+    how = config.attention
+    rows = 1 if how.mesh is None else how.mesh.size
+    return choose_attention(how, DTYPES[dtype], rows, config.max_length, config.num_heads, config.head_dim)[0]
 
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Session:

@@ -377,6 +377,7 @@ def _run_record(
         "models": {"base": base.model_hash, "tuned": tuned.model_hash, "family": tuned.config.family,
                    "num_layers": tuned.config.num_layers, "width": tuned.config.width},
         "data": {"source": config.data or "demo", "num_samples": len(examples)},
+        "attention": tuned.attention(),
         "versions": versions(),
     }  # fmt: skip
 

@@ -1,0 +1,203 @@
+"""How attention is computed: from all scores of a row at once, or by a kernel that holds a tile of them.
+
+The reference form is the decoder's own, and the rule for every other: it goes everywhere, and needs ``B H T²`` scores
+in float32. cuDNN's flash attention (GPU) and splash attention (TPU) need none, in the backward pass either. They go by
+the order of the tokens in a row, and rows are right padded, so nothing of the padding is visible to a real token.
+XLA cannot split a kernel, so on a mesh each device runs it on its own rows and heads. Tokens that follow others in a
+cache always take the reference form: one query has few scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.parallel.mesh import RULES, AnyMesh
+
+FORMS = ("auto", "reference", "cudnn", "splash")
+ASKED: ContextVar[str] = ContextVar("attention", default="auto")  # by --attention, of every model opened from then on
+_PLATFORMS = {"cudnn": "cuda", "splash": "tpu"}
+_DTYPES = {"cudnn": ("bfloat16", "float16"), "splash": ("bfloat16", "float32")}
+_WIDEST_HEAD = {"cudnn": 128, "splash": 256}
+# From here on scores are more than the inside of the MLP: 8 H T > 6 F, which is T > 258 for Llama-2-7B.
+_SHORTEST = 512
+_TILES = (512, 256, 128)
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Which form a model is to take; static.
+
+    Attributes:
+        asked: one of `FORMS`.
+        platform: of the devices: cpu, tpu, cuda (where cuDNN's kernel runs), or any other.
+        mesh: the devices, or None for one.
+    """
+
+    asked: str = "reference"
+    platform: str = "cpu"
+    mesh: AnyMesh | None = None
+
+
+REFERENCE = Attention()
+
+
+def platform_of(device: Any) -> str:
+    """``cuda`` for what cuDNN's kernel runs on, NVIDIA's GPUs since Ampere; others as jax calls them."""
+    if device.platform == "gpu" and "cuda" in device.client.platform_version and float(device.compute_capability) >= 8:
+        return "cuda"
+    return str(device.platform)
+
+
+def choose_attention(
+    how: Attention,
+    dtype: Any,
+    rows: int,
+    length: int,
+    heads: int,
+    head_dim: int,
+    packed: bool = False,
+) -> tuple[str, str]:
+    """The form of one pass.
+
+    Args:
+        how: what is asked for, and where.
+        dtype: of compute.
+        rows: B, over all devices.
+        length: T, tokens of a row.
+        heads: of the queries.
+        head_dim: width of one.
+        packed: whether a row holds several segments.
+
+    Returns:
+        One of `FORMS` besides auto; and why it is the reference where ``auto`` took that, else nothing.
+
+    Raises:
+        UserError: a form asked for by name that does not go here.
+    """
+    if how.asked == "reference":
+        return "reference", ""
+    form = how.asked
+    if form == "auto":
+        form = next((kernel for kernel, platform in _PLATFORMS.items() if platform == how.platform), "reference")
+    if form == "reference":
+        return form, f"there is no kernel for {how.platform}"
+    against = _against(form, how, np.dtype(dtype).name, rows, heads, head_dim, packed)
+    if how.asked != "auto":
+        if against:
+            raise UserError(f"--attention={form}: {against}; use --attention=auto, which then takes the reference form")
+        return form, ""
+    if not against and length < _SHORTEST:
+        against = f"rows are shorter than {_SHORTEST} tokens"
+    return ("reference", against) if against else (form, "")
+
+
+def _against(form: str, how: Attention, dtype: str, rows: int, heads: int, head_dim: int, packed: bool) -> str:
+    """What keeps a kernel from being used, or nothing."""
+    if how.platform != _PLATFORMS[form]:
+        return f"the kernel is for {_PLATFORMS[form]}, got {how.platform}"
+    if dtype not in _DTYPES[form]:
+        return f"the kernel computes in {' or '.join(_DTYPES[form])}, got {dtype}"
+    if head_dim % 8 or head_dim > _WIDEST_HEAD[form]:
+        return f"expected heads of a multiple of 8, at most {_WIDEST_HEAD[form]}, got {head_dim}"
+    if packed and form == "cudnn":
+        return "the kernel knows no packed rows"
+    if how.mesh is not None:
+        over, tensor = how.mesh.shape["data"] * how.mesh.shape["fsdp"], how.mesh.shape["tensor"]
+        if rows % over or heads % tensor:
+            return f"{rows} rows and {heads} heads do not divide over data*fsdp={over} and tensor={tensor}"
+    return ""
+
+
+def attend(
+    form: str,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    windows: Sequence[int | None] = (None,),
+    window: jax.Array | None = None,
+    segments: jax.Array | None = None,
+    mesh: AnyMesh | None = None,
+) -> jax.Array:
+    """Causal attention by a kernel.
+
+    Args:
+        form: ``cudnn`` or ``splash``, as of `choose_attention`.
+        q: ``[B, T, H, head_dim]``.
+        k: ``[B, T, K, head_dim]``.
+        v: ``[B, T, K, head_dim]``.
+        windows: all that ``window`` may be: kernels take it as a constant, so each is compiled, and one of them run.
+        window: scalar, how many tokens back attention sees; None sees all.
+        segments: ``[B, T]`` int32, or None; tokens see only their own segment.
+        mesh: splits rows and heads.
+
+    Returns:
+        ``[B, T, H, head_dim]``.
+    """
+    length = q.shape[1]
+    kinds = [length] if window is None else sorted({min(size or length, length) for size in windows})
+    kernels = [functools.partial(_split, form, mesh, size if size < length else None) for size in kinds]
+    if len(kernels) == 1 or window is None:
+        return kernels[0](q, k, v, segments)
+    which = jnp.searchsorted(jnp.asarray(kinds), jnp.minimum(window, length))
+    return jax.lax.switch(which, kernels, q, k, v, segments)
+
+
+def _split(
+    form: str, mesh: AnyMesh | None, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any
+) -> jax.Array:
+    """Each device's rows and heads."""
+    kernel = functools.partial(_cudnn if form == "cudnn" else _splash, window)
+    if mesh is None or mesh.size == 1:
+        return kernel(q, k, v, segments)
+    if k.shape[2] % mesh.shape["tensor"]:  # fewer key heads than devices: to each query head its own
+        k, v = (jnp.repeat(part, q.shape[2] // k.shape[2], axis=2) for part in (k, v))
+    rows = RULES["batch"]
+    whole = PartitionSpec(rows, None, "tensor", None)
+    places = (whole, whole, whole, PartitionSpec(rows, None))
+    return jax.shard_map(kernel, mesh=mesh, in_specs=places, out_specs=whole, check_vma=False)(q, k, v, segments)
+
+
+def _cudnn(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: None) -> jax.Array:
+    back = None if window is None else (window - 1, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=back, implementation="cudnn")
+
+
+def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    length, scale = q.shape[1], q.shape[-1] ** -0.5
+    padded = -(-length // _TILES[-1]) * _TILES[-1]
+    tile = next(size for size in _TILES if padded % size == 0)
+    names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
+    shape = (padded, padded)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    with jax.ensure_compile_time_eval():
+        kernel = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * q.shape[2]), block_sizes=splash.BlockSizes(**dict.fromkeys(names, tile)),
+            head_shards=1, q_seq_shards=1,
+        )  # fmt: skip
+
+    def heads_first(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)
+
+    # The kernel does not scale; a scale rounded to bfloat16 would be another temperature.
+    q = (q.astype(jnp.float32) * scale).astype(q.dtype)
+    q, k, v = heads_first(q), heads_first(k), heads_first(v)
+    if segments is None:
+        mixed = jax.vmap(kernel)(q, k, v)
+    else:
+        segments = jnp.pad(segments, ((0, 0), (0, padded - length)), mode="edge")
+        mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+    return mixed.swapaxes(1, 2)[:, :length]

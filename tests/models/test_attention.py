@@ -1,0 +1,172 @@
+"""Kernels against the reference form, the TPU's interpreted on CPU; and which form is taken."""
+
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from family_models import error, load_path, one_device, raw_config, write_model
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.models import attention
+from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.generation import generate
+from jaxcrit.models.weights import abstract
+from jaxcrit.parallel.mesh import make_mesh
+
+LENGTH = 140  # padded to two tiles
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Splash attention without a TPU, in tiles of 128."""
+    make = functools.partial(splash_attention_kernel.make_splash_mha, interpret=True)
+    monkeypatch.setattr(splash_attention_kernel, "make_splash_mha", make)
+    monkeypatch.setattr(attention, "_TILES", (128,))
+
+
+def by(decoder: Decoder, how: Attention) -> Decoder:
+    """The decoder, with attention computed so."""
+    return Decoder(dataclasses.replace(decoder.config, attention=how), decoder.weights())
+
+
+def rows(count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens ``[count, LENGTH]``, and which are real."""
+    tokens = np.random.RandomState(0).randint(0, 96, (count, LENGTH)).astype(np.int32)
+    lengths = np.linspace(40, LENGTH, count).astype(np.int32)
+    return tokens, np.arange(LENGTH) < lengths[:, None]
+
+
+@jax.jit
+def loss_and_gradient(decoder, tokens, real):
+    def loss(decoder):
+        hidden = forward(decoder, tokens).hidden
+        return jnp.mean(jnp.where(real[..., None], hidden, 0) ** 2), hidden
+
+    (_, hidden), gradient = jax.value_and_grad(loss, has_aux=True)(decoder)
+    return hidden, gradient
+
+
+@pytest.mark.parametrize(
+    ("case", "sizes"),
+    [
+        ("qwen2-mixed-sliding", None),  # two key heads for four, layers with and without a window in one scan
+        ("mistral-mqa", {"data": 2, "fsdp": 2, "tensor": 2}),  # one key head for two devices
+    ],
+)
+def test_splash_is_the_reference_form(interpreted, tmp_path, case, sizes):
+    """States of real tokens and every weight's gradient, with padding behind most rows."""
+    mesh = one_device() if sizes is None else make_mesh(sizes)
+    decoder = load_path(write_model(tmp_path, raw_config(case)), mesh=mesh)
+    tokens, real = rows(4)
+    expected, slopes = loss_and_gradient(decoder, tokens, real)
+    found, ours = loss_and_gradient(by(decoder, Attention("splash", "tpu", mesh)), tokens, real)
+    assert error(np.asarray(found)[real], np.asarray(expected)[real]) < 1e-5
+    for path in ("embed", "blocks.q", "blocks.k", "blocks.v", "blocks.o"):
+        assert error(np.asarray(ours.weights()[path]), np.asarray(slopes.weights()[path])) < 2e-5, path
+
+
+def test_splash_keeps_packed_rows_apart(interpreted):
+    q, k, v = (jax.random.normal(key, (1, LENGTH, heads, 96)) for key, heads in
+               zip(jax.random.split(jax.random.key(0), 3), (2, 1, 1), strict=True))  # fmt: skip
+    segments = np.repeat([1, 2, 3], [50, 60, 30])[None].astype(np.int32)
+    found = attend("splash", q, k, v, segments=segments)
+    visible = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
+    expected = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
+    assert error(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+def test_prompts_go_through_the_kernel_and_answers_through_the_cache(interpreted, tmp_path):
+    decoder = load_path(write_model(tmp_path, {**raw_config("llama-gqa"), "max_position_embeddings": 256}))
+    tokens, real = rows(2)
+    lengths = real.sum(axis=1).astype(np.int32)
+    expected = generate(decoder, tokens, lengths, 4)
+    found = generate(by(decoder, Attention("splash", "tpu")), tokens, lengths, 4)
+    assert found.token_ids == expected.token_ids
+    assert error(np.asarray(found.scores), np.asarray(expected.scores)) < 1e-5
+    assert not np.array_equal(found.scores, expected.scores)  # another form, so another order of sums
+
+
+@pytest.mark.parametrize(("head_dim", "window"), [(64, None), (96, 2048), (128, None)])
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_kernels_lower_without_their_device_and_hold_no_scores(monkeypatch, platform, head_dim, window):
+    monkeypatch.setattr("jax._src.cudnn.fused_attention_stablehlo.check_cudnn_version", lambda: 91000)
+    form, call = {"tpu": ("splash", "tpu_custom_call"), "cuda": ("cudnn", "cudnn$fmha")}[platform]
+    length = 4096
+    q, kv = (jax.ShapeDtypeStruct((2, length, heads, head_dim), jnp.bfloat16) for heads in (4, 2))
+
+    def slopes(q, k, v):
+        window_of = None if window is None else jnp.int32(window)
+        return jax.grad(lambda *x: attend(form, *x, windows=(window,), window=window_of).astype(jnp.float32).sum(),
+                        (0, 1, 2))(q, k, v)  # fmt: skip
+
+    # The calls have no promise of compatibility, which nobody who only reads the program needs.
+    unsafe = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{way}") for way in ("", "Backward")]
+    exported = jax.export.export(jax.jit(slopes), platforms=[platform], disabled_checks=unsafe)(q, kv, kv)
+    text = exported.mlir_module()
+    assert text.count(call) >= 2
+    assert not re.search(rf"tensor<(\d+x)*{length}x{length}x", text)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("case", ["qwen2-mixed-sliding", "mistral-mqa"])
+def test_cudnn_is_the_reference_form(tmp_path, case):
+    decoder = load_path(write_model(tmp_path, raw_config(case), "bfloat16"))
+    tokens, real = rows(4)
+    expected, slopes = loss_and_gradient(decoder, tokens, real)
+    found, ours = loss_and_gradient(by(decoder, Attention("cudnn", "cuda")), tokens, real)
+    assert error(np.asarray(found, np.float32)[real], np.asarray(expected, np.float32)[real]) < 0.05
+    for path in ("embed", "blocks.q", "blocks.k", "blocks.v", "blocks.o"):
+        got, slope = (np.asarray(one.weights()[path], np.float32) for one in (ours, slopes))
+        assert error(got, slope) < 0.1, path
+
+
+USUAL = {"dtype": "bfloat16", "rows": 8, "length": 2048, "heads": 32, "head_dim": 128}
+
+
+@pytest.mark.parametrize(
+    ("platform", "changed", "form", "why"),
+    [
+        ("tpu", {}, "splash", ""),
+        ("cuda", {}, "cudnn", ""),
+        ("cpu", {}, "reference", "no kernel for cpu"),
+        ("gpu", {}, "reference", "no kernel for gpu"),  # of another maker, or too old
+        ("tpu", {"length": 256}, "reference", "shorter than 512"),
+        ("tpu", {"dtype": "float32"}, "splash", ""),
+        ("cuda", {"dtype": "float32"}, "reference", "computes in bfloat16 or float16, got float32"),
+        ("cuda", {"head_dim": 256}, "reference", "at most 128, got 256"),
+        ("cuda", {"packed": True}, "reference", "no packed rows"),
+        ("tpu", {"packed": True}, "splash", ""),
+        ("tpu", {"head_dim": 20}, "reference", "multiple of 8"),
+        ("tpu", {"rows": 3}, "reference", "3 rows and 32 heads do not divide"),
+    ],
+)
+def test_auto_takes_a_kernel_where_one_goes(platform, changed, form, why):
+    asked = {**USUAL, **changed}
+    mesh = make_mesh({"data": 2, "tensor": 4})
+    found, reason = choose_attention(Attention("auto", platform, mesh), **asked)
+    assert (found, bool(reason)) == (form, bool(why)) and why in reason
+    assert choose_attention(REFERENCE, **asked) == ("reference", "")
+    if platform in ("tpu", "cuda") and form == "reference" and "length" not in changed:
+        name = {"tpu": "splash", "cuda": "cudnn"}[platform]
+        with pytest.raises(UserError, match=rf"--attention={name}: .*{re.escape(why)}.*; use --attention=auto"):
+            choose_attention(Attention(name, platform, mesh), **asked)
+
+
+def test_a_form_by_name_goes_for_short_rows_too_but_not_elsewhere():
+    assert choose_attention(Attention("splash", "tpu"), **{**USUAL, "length": 16})[0] == "splash"
+    with pytest.raises(UserError, match=r"--attention=splash: the kernel is for tpu, got cpu; use --attention=auto"):
+        choose_attention(Attention("splash", "cpu"), **USUAL)
+
+
+def test_a_model_does_not_lose_its_form():
+    config = dataclasses.replace(ModelConfig.from_hf(raw_config("llama-gqa")), attention=Attention("splash", "cpu"))
+    tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
+    with pytest.raises(UserError, match="the kernel is for tpu, got cpu"):
+        jax.eval_shape(forward, abstract(config), tokens)
