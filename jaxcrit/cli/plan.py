@@ -48,7 +48,7 @@ def run(values: FlagValues) -> int:
     from jaxcrit.studies.plan import PlanConfig, fitting, run_plan
 
     given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    config = PlanConfig(**given)
+    config = PlanConfig(**given, attention=values.attention)
     plan = run_plan(config)
     print(plan_text(plan))
     if plan.fits:

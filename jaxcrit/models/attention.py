@@ -181,11 +181,12 @@ def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
     padded = -(-length // _TILES[-1]) * _TILES[-1]
     tile = next(size for size in _TILES if padded % size == 0)
     names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
+    tiles: Any = dict.fromkeys(names, tile)
     shape = (padded, padded)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * q.shape[2]), block_sizes=splash.BlockSizes(**dict.fromkeys(names, tile)),
+            masks.MultiHeadMask([mask] * q.shape[2]), block_sizes=splash.BlockSizes(**tiles),
             head_shards=1, q_seq_shards=1,
         )  # fmt: skip
 

@@ -183,7 +183,8 @@ class Block(nnx.Module):
         form, alone = "reference", (k, v)
         if cache is None or cache[0].fresh:
             packed = context.segments is not None
-            form, _ = choose_attention(self.config.attention, q.dtype, *q.shape, packed=packed)
+            rows, length, heads, width = q.shape
+            form, _ = choose_attention(self.config.attention, q.dtype, rows, length, heads, width, packed)
         key_positions = context.positions
         if cache is not None:
             stored, layer = cache

@@ -53,6 +53,8 @@ def plan_text(plan: Any) -> str:
         f" {chip.links / 1e9:,.0f} GB/s of links",
         f"  ({chip.source})",
     ]
+    form, why = plan.attention
+    lines.append(f"attention: {form}" + (f" ({why})" if why else ""))
     if plan.trained:
         lines.append(f"{plan.trained:,} parameters train")
     if compiled:

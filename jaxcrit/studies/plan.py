@@ -17,11 +17,13 @@ import jax
 from jax.experimental import topologies
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.models.attention import Attention, choose_attention
+from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
-from jaxcrit.parallel.mesh import AXES, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
+from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
 from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program, program_of
 
 _USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e
@@ -37,6 +39,7 @@ class PlanConfig(JobConfig):
         mesh: devices by axis; empty splits the weights over all of them.
         search: try meshes and batch sizes, and plan the best that fits.
         compile: compile where libtpu is installed; otherwise shapes alone.
+        attention: one of `jaxcrit.models.attention.FORMS`.
     """
 
     model: str = ""
@@ -44,6 +47,7 @@ class PlanConfig(JobConfig):
     mesh: str = ""
     search: bool = False
     compile: bool = True
+    attention: str = "auto"
 
     def as_job(self) -> JobConfig:
         """The job alone."""
@@ -85,6 +89,7 @@ class Plan:
         exchanged: over links: of the compiled program, or estimated from shapes.
         trained: parameters that train, over all devices.
         compiled: None where it was not.
+        attention: the form it takes, and why where that is not a kernel.
         notes: what is missing, and why.
     """
 
@@ -98,6 +103,7 @@ class Plan:
     exchanged: int
     trained: int
     compiled: Compiled | None
+    attention: tuple[str, str]
     notes: tuple[str, ...] = ()
 
     @property
@@ -202,7 +208,11 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         raise UserError(
             f"--batch_size={config.batch_size}: does not divide over data*fsdp={sizes['data'] * sizes['fsdp']}"
         )
-    program = program_of(model, config.as_job(), abstract_mesh(sizes, topology.devices))
+    mesh = abstract_mesh(sizes, topology.devices)
+    placed = _placed(model, config, topology, mesh)
+    program = program_of(placed, config.as_job(), mesh)
+    form = choose_attention(placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads,
+                            model.head_dim)  # fmt: skip
     moved, exchanged = _traffic(program, config, sizes, model)
     return Plan(
         config=config,
@@ -215,12 +225,19 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         exchanged=exchanged,
         trained=sum(leaf.size for leaf in jax.tree.leaves(program.trained)),
         compiled=None,
+        attention=form,
     )
+
+
+def _placed(model: ModelConfig, config: PlanConfig, topology: Topology, mesh: AnyMesh) -> ModelConfig:
+    """The model with attention as it would be computed there."""
+    how = Attention(config.attention, "tpu" if topology.chip.slices else "cuda", mesh)
+    return dataclasses.replace(model, attention=how)
 
 
 @functools.lru_cache
 def _flops(config: JobConfig, model: ModelConfig) -> int:
-    """Of all devices; the mesh changes nothing, and tracing takes a third of a second."""
+    """Of all devices, in the reference form; the mesh changes nothing, and tracing takes a third of a second."""
     units = program_of(model, config, abstract_mesh(None, 1)).units
     return sum(unit.runs * product_flops(unit.function, *unit.arguments, turns=unit.turns) for unit in units)
 
@@ -248,7 +265,8 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
     if importlib.util.find_spec("libtpu") is None:
         note = "libtpu is missing, which compiles for TPUs without having one: from shapes alone (pip install"
         return dataclasses.replace(plan, notes=(f"{note} 'jaxcrit[plan]')",))
-    program = program_of(model, config.as_job(), make_mesh(plan.mesh, tpus(config.topology)))
+    mesh = make_mesh(plan.mesh, tpus(config.topology))
+    program = program_of(_placed(model, config, plan.topology, mesh), config.as_job(), mesh)
     began = time.perf_counter()
     kept, worst = sum(plan.memory.values()), Compiled(0, 0, 0, 0, {}, 0.0)
     found: dict[str, tuple[int, int]] = {}

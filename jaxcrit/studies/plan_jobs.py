@@ -17,6 +17,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSpec, resolve
 from jaxcrit.criticality.substitution import host_variant, variants, windows
 from jaxcrit.criticality.sweep import loss_step, planned_evaluations, span_step
+from jaxcrit.models.attention import choose_attention
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Cache, Context
@@ -139,9 +140,16 @@ class _Job:
         return self.rows(jnp.int32, self.config.length), self.rows(jnp.int32)
 
     def block_bytes(self) -> int:
-        """Of one block: attention scores in float32 or the MLP's inside, whichever is more, the stream, and weights."""
+        """Of one block: attention scores in float32 or the MLP's inside, whichever is more, the stream, and weights.
+
+        Kernels keep no scores.
+        """
         size, tensor = np.dtype(self.dtype).itemsize, self.mesh.shape["tensor"]
-        scores = 2 * 4 * self.tokens * self.config.length * self.model.num_heads // tensor
+        model, length = self.model, self.config.length
+        form, _ = choose_attention(
+            model.attention, self.dtype, self.config.batch_size, length, model.num_heads, model.head_dim
+        )
+        scores = 2 * 4 * self.tokens * length * model.num_heads // tensor if form == "reference" else 0
         inside = 3 * size * self.tokens * self.model.ff_width // tensor
         blocks = sum(leaf.size for path, leaf in self.decoder.weights().items() if path.startswith("blocks."))
         gathered = size * blocks // self.model.num_layers // tensor  # from the other devices, to be used

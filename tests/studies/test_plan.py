@@ -164,6 +164,20 @@ def test_gpus_are_planned_by_shapes(capsys):
     assert "of 80.00: fits" in out and "no compiler for GPUs" in out and max(map(len, out.splitlines())) <= 100
 
 
+def test_a_plan_says_how_attention_is_computed(capsys):
+    """Without scores long rows need less; where no kernel goes the reason is told, and a name is refused."""
+    long = {"job": "analyze", "length": 8192, "compile": False}
+    kernel, scores = plan(**long), plan(**long, attention="reference")
+    assert (kernel.attention[0], scores.attention[0]) == ("splash", "reference")
+    # 8 rows x 8 heads on a device, two float32 scores for each pair of tokens.
+    assert kernel.temporaries < 2 * 4 * 8 * 8 * 8192**2 < scores.temporaries
+    assert kernel.flops == scores.flops
+    assert cli.main(["plan", "--model=llama2-7b", "--topology=h100:8", "--dtype=float32", "--layers=10-14"]) in (0, 3)
+    assert "attention: reference (the kernel computes in bfloat16 or float16, got float32)" in capsys.readouterr().out
+    with pytest.raises(UserError, match="the kernel is for cuda, got tpu"):
+        plan(**long, attention="cudnn")
+
+
 def test_what_does_not_fit_exits_3_and_names_what_would(capsys):
     arguments = ["plan", "--model=llama3.1-70b", "--topology=h100:8", "--layers=10-14", "--batch_size=512"]
     assert cli.main(arguments) == 3
