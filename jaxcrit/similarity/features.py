@@ -274,9 +274,9 @@ def _square_sum(x: jax.Array) -> jax.Array:
     1e-5 off.
     """
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & np.uint32(0xFFFFF000)
-    high = jax.lax.bitcast_convert_type(bits, jnp.float32)  # of so few digits that its square is exact
-    low, main = x - high, jnp.square(x)
-    rest = (jnp.square(high) - main) + 2 * high * low + jnp.square(low)
+    # Of so few digits that its square is exact, and the same whether or not the compiler joins it with a sum.
+    high = jax.lax.bitcast_convert_type(bits, jnp.float32)
+    main, rest = jnp.square(high), (x - high) * (x + high)
     while main.shape[-1] > 1:
         odd = main.shape[-1] % 2
         if odd:
@@ -318,7 +318,7 @@ def _accumulate(
         x = jnp.where(mask[:, None], x.astype(jnp.float32), 0)
         y = jnp.where(mask[:, None], (x - pilot[:, None]) * scale[:, None, None], 0)
         lengths = _square_sum(y)
-        q = lengths[0]
+        q = lengths.sum(axis=0)
 
         def pair(p: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
             one, two = y[first[p]], y[second[p]]

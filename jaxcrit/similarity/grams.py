@@ -32,7 +32,7 @@ HIGHEST = jax.lax.Precision.HIGHEST
 # Grams of L=32, N=300, D=4096 on one core, for 0.24 s whole.
 _CPU_BLOCKS, _CPU_BLOCK_UNIT = 4, 16
 # Samples whose rows are contracted at a time on CPU: one batch of all 300 spends 27 ms, mostly moving the Grams
-# about, batches of ten 7 ms. Accelerators take all at once.
+# about, batches of five 5 ms. Accelerators take all at once.
 _CPU_ROWS = 5
 # Layers contracted at a time with those of their band: narrower products run slower, wider ones compute what is far.
 _STRIP = 16

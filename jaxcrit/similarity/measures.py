@@ -135,7 +135,7 @@ def svcca(spectrum: Spectrum, other: Spectrum | None = None, *, variance: float 
     return np.minimum(values, 1)
 
 
-def unit_rows(hidden: Any) -> jax.Array:
+def unit_rows(hidden: Any, samples: np.ndarray | None = None) -> jax.Array:
     """Activations whose rows have unit length, for a CKA that no sample far out can carry alone (``--normalize=row``).
 
     Every sample counts by its direction from the origin, as in Huh et al. 2024; centring follows, in the Gram. Rows are
@@ -144,6 +144,7 @@ def unit_rows(hidden: Any) -> jax.Array:
 
     Args:
         hidden: ``[L, N, D]`` activations.
+        samples: ``[N]`` int, what errors call each; negative for what is none. By default counted from 0.
 
     Returns:
         ``[L, N, D]`` float32.
@@ -154,13 +155,15 @@ def unit_rows(hidden: Any) -> jax.Array:
     hidden = jnp.asarray(hidden, jnp.float32)
     scaled = hidden / jnp.maximum(jnp.abs(hidden).max(axis=2, keepdims=True), jnp.finfo(jnp.float32).tiny)
     lengths = jnp.linalg.norm(scaled, axis=2, keepdims=True)
-    layers, samples = np.nonzero(np.asarray(lengths[..., 0] == 0))
+    samples = np.arange(hidden.shape[1]) if samples is None else samples
+    layers, places = np.nonzero(np.asarray(lengths[..., 0] == 0) & (samples >= 0))
     if layers.size:
+        named = samples[places]
         raise DegenerateError(
-            f"layer {layers[0]}: {listed(samples[layers == layers[0]].tolist())} are samples of zeros, which have no"
+            f"layer {layers[0]}: {listed(named[layers == layers[0]].tolist())} are samples of zeros, which have no"
             " direction to normalise; leave --normalize=row out",
             sorted(set(layers.tolist())),
-            sorted(set(samples.tolist())),
+            sorted(set(named.tolist())),
         )
     return scaled / lengths
 

@@ -272,13 +272,13 @@ class Captures:
 
         def add(*arguments: Any, **options: Any) -> None:
             for states in stream(*arguments, **options):
-                sums.add(self._normalised(states.hidden), states.samples)
+                sums.add(self._normalised(states.hidden, states.samples), states.samples)
 
         self._run(dataset, add)
         return sums.tables()
 
-    def _normalised(self, hidden: jax.Array) -> jax.Array:
-        return unit_rows(hidden) if self.config.normalize == "row" else hidden
+    def _normalised(self, hidden: jax.Array, samples: np.ndarray | None = None) -> jax.Array:
+        return unit_rows(hidden, samples) if self.config.normalize == "row" else hidden
 
     def _product_sharding(self) -> NamedSharding | None:
         mesh, width = self.session.mesh, self.session.config.width

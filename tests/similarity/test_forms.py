@@ -26,7 +26,9 @@ from jaxcrit.similarity import (
     sampled_bandwidths,
     sweep,
     tiled,
+    unit_rows,
 )
+from jaxcrit.similarity import survey as surveys
 
 BIASES = ["biased", "debiased"]
 
@@ -93,9 +95,41 @@ def test_wide_activations_whose_debiased_value_is_a_small_difference():
     check(np.random.default_rng(0).standard_normal((3, 60, 1024), np.float32), 25)
 
 
-def test_four_samples():
-    """The fewest there can be, where the features' rounding of each length is all of a debiased value's error."""
-    check(oracles.chain(2, 4, 5), 3, atol=5e-6)
+@pytest.mark.parametrize("seed", [0, 1, 3, 4])
+def test_four_samples(seed):
+    """The fewest there can be: rounded to float32, the features' lengths alone put these up to 4e-6 off."""
+    check(oracles.chain(2, 4, 5, seed=seed), 3)
+
+
+def test_a_sample_far_from_all_others():
+    """Its squared length, of 100 times the others', is what the debiased value is the small rest of."""
+    hidden = oracles.chain(2, 40, 64, rho=0.6)
+    hidden[:, 7] *= 10
+    check(hidden, 16)
+
+
+@pytest.mark.parametrize("band", [None, 1])
+@pytest.mark.parametrize("name", ["resident", "tiled", "features", "streamed"])
+def test_rows_of_unit_length(name, band):
+    """``--normalize=row``: rows of any length, two of them far longer."""
+    hidden = oracles.with_outliers(oracles.chain(4, 61, 30), 100, 3)
+    hidden[:, [3, 40]] *= np.array([1e3, 1e-3], np.float32)[:, None]
+    exact = hidden / np.linalg.norm(hidden.astype(np.float64), axis=2, keepdims=True)
+    tables = forms(16)[name](unit_rows(hidden), band=band)
+    near = np.abs(np.subtract.outer(range(4), range(4))) <= (band or 4)
+    for bias in BIASES:
+        np.testing.assert_allclose(
+            from_tables(tables, bias)[near], oracles.oracle(exact, bias)[near], atol=1e-6, rtol=0
+        )
+        assert np.isnan(from_tables(tables, bias)[~near]).all()
+
+
+def test_a_row_of_zeros_is_named_as_its_sample():
+    hidden = oracles.chain(3, 4, 5)
+    hidden[1, 2:] = 0
+    with pytest.raises(DegenerateError, match="layer 1: 71 are samples of zeros") as caught:
+        unit_rows(hidden, np.array([5, 8, 71, -1]))
+    assert caught.value.samples == (71,)
 
 
 def test_a_first_batch_unlike_the_rest():
@@ -219,6 +253,19 @@ def test_repeated_samples(form, noise):
     with pytest.raises(DegenerateError, match=r"2 of 40 samples repeat .* samples 4 and 17,"):
         form(hidden)
     np.testing.assert_allclose(from_tables(form(hidden, allow_repeats=True)), oracles.oracle(hidden), atol=1e-6)
+
+
+def test_many_copies_are_counted_by_few_comparisons(monkeypatch):
+    """Large constant dimensions make neighbours of all samples along a direction; only what is equal is compared."""
+    hidden = oracles.with_outliers(oracles.chain(3, 2000, 60), 1000, 3)
+    compared = []
+    monkeypatch.setattr(surveys, "_equal", lambda *given, equal=surveys._equal: compared.append(1) or equal(*given))
+    surveys.survey(hidden)
+    assert len(compared) < 20
+    hidden[:, 500:700] = hidden[:, 699:700]
+    with pytest.raises(DegenerateError, match=r"199 of 2000 samples repeat .* samples 500 and 501,"):
+        surveys.survey(hidden)
+    assert len(compared) < 600
 
 
 @pytest.mark.parametrize(

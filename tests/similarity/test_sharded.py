@@ -18,6 +18,7 @@ from jaxcrit.similarity import (
     shard,
     sharded,
     sweep,
+    unit_rows,
 )
 from jaxcrit.similarity.features import product_sharding
 
@@ -57,6 +58,22 @@ def test_eight_devices(way, kernel):
         np.testing.assert_allclose(cka_without_each(tables, bias), deleted, atol=1e-6)
         if kernel == "linear":
             np.testing.assert_allclose(from_tables(tables, bias), oracles.oracle(HIDDEN, bias), atol=1e-6)
+
+
+@pytest.mark.parametrize("by", ["samples", "width"])
+def test_rows_of_unit_length(by):
+    """``--normalize=row``, all pairs and a band.
+
+    Constant dimensions of 100 standard deviations would leave float32 rows of length 1 too few digits for 1e-6.
+    """
+    hidden = oracles.with_outliers(oracles.chain(5, 80, 48), 100, 3)
+    rows = hidden / np.linalg.norm(hidden.astype(np.float64), axis=2, keepdims=True)
+    split = shard(unit_rows(hidden), mesh(8), by)
+    near = np.abs(np.subtract.outer(range(5), range(5))) <= 1
+    for bias in BIASES:
+        expected = oracles.oracle(rows, bias)
+        np.testing.assert_allclose(from_tables(sharded(split), bias), expected, atol=1e-6)
+        np.testing.assert_allclose(from_tables(sharded(split, band=1), bias)[near], expected[near], atol=1e-6)
 
 
 @pytest.mark.parametrize("by", ["samples", "width"])

@@ -196,6 +196,10 @@ def test_rows_of_unit_length(config, tmp_path):
     hidden = load_file(tmp_path / "run" / "activations.safetensors")["hidden"]
     rows = hidden / np.linalg.norm(hidden, axis=2, keepdims=True)
     np.testing.assert_allclose(unit.datasets["prompts"].cka["biased"], oracles.oracle(rows), atol=1e-6)
+    for form in ("tiled", "features", "streamed"):
+        same = dataclasses.replace(config, normalize="row", form=form, band="2", out=str(tmp_path / form))
+        scores = run_analysis(same).scores
+        np.testing.assert_allclose(scores["delta_debiased"].values, unit.scores["delta_debiased"].values, atol=1e-6)
     assert np.abs(unit.scores["delta"].values[2:5] - plain.scores["delta"].values[2:5]).max() > 1e-4
 
 
