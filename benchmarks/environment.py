@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-_PACKAGES = ("jaxcrit", "jax", "jaxlib", "flax", "numpy", "safetensors", "transformers", "torch")
+_PACKAGES = ("jaxcrit", "jax", "jaxlib", "flax", "libtpu", "numpy", "safetensors", "transformers", "torch")
 
 
 def describe() -> dict[str, Any]:

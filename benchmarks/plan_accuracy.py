@@ -6,7 +6,7 @@ which depend on the compiler's choices, stand beside. Run as ``python benchmarks
 
 from __future__ import annotations
 
-from plan_points import planned, write_table
+from plan_points import flags, planned, write_table
 
 from jaxcrit.studies.plan import PlanConfig
 
@@ -20,12 +20,13 @@ PLACES = (
 
 
 def main() -> None:
+    kept = flags(__doc__.splitlines()[0]).parse_args().kept
     asked = [
         PlanConfig(model=model, topology=topology, mesh=mesh, batch_size=batch, job=job, layers="10-14")
         for model, topology, mesh, batch in PLACES
         for job in ("analyze", "finetune")
     ]
-    rows = planned("plan_accuracy", asked, traffic=False)
+    rows = planned("plan_accuracy", asked, traffic=False, kept=kept)
     lines = [
         "GiB of one device, rows of 1,024 tokens, bfloat16; finetune trains layers 10-14 with AdamW",
         "",
@@ -41,7 +42,7 @@ def main() -> None:
             worst = max(worst, abs(off))
             lines.append(
                 f"{config['model']:<13}{config['topology']:<10}{config['mesh']:<17}{config['batch_size']:>5}"
-                f"{row['state'] / GIB:>9.3f}{row['arguments_compiled'] / GIB:>9.3f}{100 * off:>5.1f}%"
+                f"{row['state'] / GIB:>9.3f}{row['arguments_compiled'] / GIB:>9.3f}{round(100 * off, 1) + 0.0:>5.1f}%"
                 f"{row['temporaries'] / GIB:>13.2f}{row['temporaries_compiled'] / GIB:>9.2f}"
             )
     lines += ["", f"arguments and state are at most {100 * worst:.1f} % off (target {100 * TARGET:.0f} %)"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
@@ -14,19 +15,29 @@ from environment import RESULTS, write_result
 from jaxcrit.studies.plan import Plan, PlanConfig, run_plan
 
 
-def planned(name: str, asked: Sequence[PlanConfig], *, traffic: bool) -> list[dict[str, Any]]:
+def flags(about: str) -> argparse.ArgumentParser:
+    """Flags of every benchmark of plans."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("--kept", action="store_true", help="the table of what is there; compile nothing")
+    return parser
+
+
+def planned(name: str, asked: Sequence[PlanConfig], *, traffic: bool, kept: bool) -> list[dict[str, Any]]:
     """One row for every configuration, in their order; ``results/NAME.json`` is written after each.
 
     Args:
         name: of the benchmark.
         asked: what to plan.
         traffic: whether rows say what moves, besides what lies in memory.
+        kept: leave out what is not there yet.
     """
     file = RESULTS / f"{name}.json"
     known = json.loads(file.read_text())["rows"] if file.exists() else []
     rows: list[dict[str, Any]] = []
     for config in asked:
         row = next((row for row in known if row["config"] == dataclasses.asdict(config)), None)
+        if row is None and kept:
+            continue
         if row is None:
             began = time.process_time()
             plan = run_plan(config)

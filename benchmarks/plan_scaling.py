@@ -7,11 +7,10 @@ there are, while its share of the work shrinks: from some number on it waits for
 
 from __future__ import annotations
 
-import argparse
 import math
 from typing import Any
 
-from plan_points import planned, write_table
+from plan_points import flags, planned, write_table
 
 from jaxcrit.studies.plan import PlanConfig
 
@@ -22,16 +21,17 @@ JOBS = {"analyze": "all", "finetune": "last:5"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flags(__doc__.splitlines()[0])
     parser.add_argument("--model", default="tinyllama-1.1b", help="a shape that jaxcrit plan knows")
-    model = parser.parse_args().model
+    given = parser.parse_args()
+    model = given.model
     asked = [
         PlanConfig(model=model, topology=topology, mesh=f"fsdp={chips}", job=job, layers=layers, batch_size=ROWS,
                    length=LENGTH)
         for job, layers in JOBS.items()
         for chips, topology in SLICES.items()
     ]  # fmt: skip
-    rows = planned("plan_scaling", asked, traffic=True)
+    rows = planned("plan_scaling", asked, traffic=True, kept=given.kept)
     lines = [
         f"{model}, {ROWS} rows of {LENGTH} tokens over all chips of a v5e slice, weights split over all of them;",
         "one chip, one batch; memory: weights and state read and written, at least; links: what collectives give",
