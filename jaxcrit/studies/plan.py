@@ -276,7 +276,7 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
             with jax.default_matmul_precision(unit.precision):
                 compiled = unit.function.lower(*unit.arguments).compile()
         except jax.errors.JaxRuntimeError as error:
-            needed = _needed(str(error), config.topology) + beside
+            needed = needed_bytes(str(error), shard_bytes(unit.arguments), config.topology) + beside
             worst = Compiled(0, 0, needed, needed, {}, 0.0)
             break
         for kind, (runs, size) in collectives(compiled.as_text(), unit.turns).items():
@@ -294,13 +294,19 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
     )
 
 
-def _needed(error: str, topology: str) -> int:
-    """Bytes that a program too large would take, from the compiler's words."""
-    found = re.search(r"([\d.]+)([GM])(?:iB)? (?:of hbm|exceeds)|[Uu]sed ([\d.]+)([GM])", error)
+def needed_bytes(error: str, arguments: int, topology: str) -> int:
+    """What a program too large would take, from the compiler's words; some of them leave its arguments out.
+
+    Raises:
+        UserError: the words say something else.
+    """
+    found = re.search(
+        r"[Uu]sed ([\d.]+)([GM])|temporaries \(([\d.]+)([GM])|([\d.]+)([GM])(?:iB)?\)? (?:of hbm|exceeds)", error
+    )
     if found is None:
         raise UserError(f"does not compile for {topology}: {error.splitlines()[0][:200]}") from None
-    number, unit = (found[1], found[2]) if found[1] else (found[3], found[4])
-    return int(float(number) * 2 ** {"G": 30, "M": 20}[unit])
+    number, unit = (part for part in found.groups() if part)
+    return int(float(number) * 2 ** {"G": 30, "M": 20}[unit]) + (arguments if found[3] else 0)
 
 
 def _model(name: str) -> ModelConfig:

@@ -19,7 +19,7 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.studies.plan import PlanConfig, fitting, run_plan, tpus
+from jaxcrit.studies.plan import PlanConfig, fitting, needed_bytes, run_plan, tpus
 from jaxcrit.studies.plan_jobs import JobConfig, program_of
 
 GIB = 2**30
@@ -54,6 +54,19 @@ def test_a_program_too_large_says_by_how_much(capsys):
     assert cli.main(arguments) == 3
     out = capsys.readouterr().out
     assert "does not fit, by" in out and out.count("nothing on this topology") + out.count("would fit, by shapes") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "needed"),
+    [
+        ("XLA:TPU compile permanent error. Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm.", 20.5),
+        ("the total memory required for HLO temporaries (32.68G) exceeds available HBM (15.75G).", 32.68 + 2),
+    ],
+)
+def test_the_compiler_says_what_it_would_take(words, needed):
+    assert needed_bytes(f"RESOURCE_EXHAUSTED: {words}", 2 * GIB, "v5e:2x2") == pytest.approx(needed * GIB)
+    with pytest.raises(UserError, match="does not compile for v5e:2x2: INTERNAL"):
+        needed_bytes("INTERNAL: something else", 0, "v5e:2x2")
 
 
 def test_shapes_alone_know_what_stays_in_memory():
