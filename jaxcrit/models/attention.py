@@ -180,8 +180,8 @@ def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
     length, scale = q.shape[1], q.shape[-1] ** -0.5
     padded = -(-length // _TILES[-1]) * _TILES[-1]
     tile = next(size for size in _TILES if padded % size == 0)
-    names = [field.name for field in dataclasses.fields(splash.BlockSizes) if field.name.startswith("block_")]
-    tiles: Any = dict.fromkeys(names, tile)
+    fields = dataclasses.fields(splash.BlockSizes)
+    tiles: Any = {field.name: tile for field in fields if field.name.startswith("block_")}
     shape = (padded, padded)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     with jax.ensure_compile_time_eval():

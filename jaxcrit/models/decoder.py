@@ -182,9 +182,9 @@ class Block(nnx.Module):
         q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
         form, alone = "reference", (k, v)
         if cache is None or cache[0].fresh:
+            rows, length, heads, head_dim = q.shape
             packed = context.segments is not None
-            rows, length, heads, width = q.shape
-            form, _ = choose_attention(self.config.attention, q.dtype, rows, length, heads, width, packed)
+            form, _ = choose_attention(self.config.attention, q.dtype, rows, length, heads, head_dim, packed)
         key_positions = context.positions
         if cache is not None:
             stored, layer = cache
