@@ -87,8 +87,12 @@ def test_analyze(tmp_path):
 
 
 def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
-    asked = ["finetune", f"--data={ROWS}", "--layers=3-4", "--steps=20", "--batch_size=8", "--learning_rate=1e-4",
-             "--optimizer=sgd", "--checkpoint_every=4"]  # fmt: skip
+    rows = [json.loads(line) for line in ROWS.read_text().splitlines()]  # with answers that the model does not know
+    (tmp_path / "rows.jsonl").write_text(
+        "".join(json.dumps(row | {"response": row["response"][::-1]}) + "\n" for row in rows)
+    )
+    asked = ["finetune", f"--data={tmp_path / 'rows.jsonl'}", "--layers=3-4", "--steps=20", "--batch_size=8",
+             "--learning_rate=1e-3", "--optimizer=sgd", "--checkpoint_every=4"]  # fmt: skip
     out = tmp_path / "two"
     port = free_port()
     processes = [start([*asked, f"--out={out}"], process, port) for process in (0, 1)]
@@ -101,8 +105,10 @@ def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
     together(*asked, f"--out={out}")
     alone(*asked, f"--out={tmp_path / 'one'}")
     tuned = [open_session(str(tmp_path / name)).tuned[0].params["train"] for name in ("two", "one")]
+    base = open_session("").decoder().weights()
     for path, value in tuned[1].items():
         np.testing.assert_allclose(tuned[0][path], value, atol=1e-6, err_msg=path)
+        assert np.abs(value - base[path][3:5]).max() > 1e-4, path
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == list(range(1, 21))
 
