@@ -108,22 +108,22 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(flags.usage(known, name, summary, positional))
         return 0
     values = flags.parse(known, name, rest, positional)
-    _join(name, values)
-    if name in FIRST_ONLY:
-        return int(processes.share(lambda: module.run(values)))
-    with contextlib.ExitStack() as silent:
+    with contextlib.ExitStack() as stack:
+        _join(name, values, stack)
+        if name in FIRST_ONLY:
+            return int(processes.share(lambda: module.run(values)))
         if not processes.first():
-            null = silent.enter_context(open(os.devnull, "w"))
-            silent.enter_context(contextlib.redirect_stdout(null))
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
         return int(module.run(values))
 
 
-def _join(name: str, values: FlagValues) -> None:
-    """Starts jax as the flags of `MACHINES` say."""
+def _join(name: str, values: FlagValues, stack: contextlib.ExitStack) -> None:
+    """Starts jax as the flags of `MACHINES` say; the form of attention is asked for until the stack closes."""
     from jaxcrit.models.attention import ASKED
     from jaxcrit.parallel.distributed import start
 
-    ASKED.set(values.attention)
+    stack.callback(ASKED.reset, ASKED.set(values.attention))
     if values.compilation_cache_dir:
         import jax
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from family_models import error, load_path, one_device, raw_config, write_model
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
+from jaxcrit.cli import main as cli
 from jaxcrit.core.errors import UserError
 from jaxcrit.models import attention
 from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
@@ -170,3 +172,16 @@ def test_a_model_does_not_lose_its_form():
     tokens = jax.ShapeDtypeStruct((1, 8), jnp.int32)
     with pytest.raises(UserError, match="the kernel is for tpu, got cpu"):
         jax.eval_shape(forward, abstract(config), tokens)
+
+
+def test_a_form_that_does_not_go_ends_a_command_before_it_reads_weights(capsys):
+    assert cli.main(["analyze", "--attention=splash"]) == 2
+    assert capsys.readouterr().err.count("the kernel is for tpu, got cpu; use --attention=auto") == 1
+    assert attention.ASKED.get() == "auto"  # of that command alone
+    flag = next(flag for flag in cli.MACHINES["machines"] if flag.name == "attention")
+    assert flag.choices == attention.FORMS
+
+
+def test_a_run_says_which_form_it_took(tmp_path):
+    assert cli.main(["generate", f"--out={tmp_path}", "--limit=1", "--max_new_tokens=1"]) == 0
+    assert json.loads((tmp_path / "run.json").read_text())["attention"] == "reference"
