@@ -54,21 +54,18 @@ def main() -> None:
 
 def _overtakes(rows: list[dict[str, Any]]) -> str:
     """Where the links need longer than the products, between two points in a straight line of logarithms."""
-    before = None
+    before, under = 1, 0.0
     for row in rows:
-        seconds = row["seconds"]
-        gap = math.log(max(seconds["links"], 1e-9) / seconds["compute"])
+        chips, seconds = row["devices"], row["seconds"]
+        gap = math.log(seconds["links"] / seconds["compute"]) if seconds["links"] else 0.0
+        if gap > 0 and not under:
+            return f"links overtake compute between {before} and {chips} chips"
         if gap > 0:
-            if before is None:
-                break
-            chips, under = before
-            share = -under / (gap - under)
-            crossing = chips * (row["devices"] / chips) ** share
-            return (
-                f"links overtake compute at about {crossing:.0f} chips, {ROWS * LENGTH / crossing:,.0f} tokens a chip"
-            )
-        before = (row["devices"], gap)
-    return "links need longer everywhere" if before is None else "compute needs longer everywhere"
+            crossing = before * (chips / before) ** (-under / (gap - under))
+            tokens = ROWS * LENGTH / crossing
+            return f"links overtake compute at about {crossing:.0f} chips, {tokens:,.0f} tokens a chip"
+        before, under = chips, gap
+    return "compute needs longer everywhere"
 
 
 if __name__ == "__main__":

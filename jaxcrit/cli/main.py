@@ -120,10 +120,12 @@ def dispatch(arguments: Sequence[str]) -> int:
 
 def _join(name: str, values: FlagValues, stack: contextlib.ExitStack) -> None:
     """Starts jax as the flags of `MACHINES` say; the form of attention is asked for until the stack closes."""
-    from jaxcrit.models.attention import ASKED
     from jaxcrit.parallel.distributed import start
 
-    stack.callback(ASKED.reset, ASKED.set(values.attention))
+    if values.attention != "auto":
+        from jaxcrit.models.attention import ASKED
+
+        stack.callback(ASKED.reset, ASKED.set(values.attention))
     if values.compilation_cache_dir:
         import jax
 
