@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -12,7 +13,9 @@ from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import exporters, plots, tables, views
 from jaxcrit.reporting.measures import measures_table
 from jaxcrit.reporting.report import Figure, Section, render_report
-from jaxcrit.studies.analysis import Analysis, DatasetResult
+
+if TYPE_CHECKING:
+    from jaxcrit.studies.analysis import Analysis, DatasetResult
 
 _SIZES = (
     "How often so many prompts of this kind would make the same choice, predicted from how much each prompt moves the"

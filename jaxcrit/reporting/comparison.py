@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import textwrap
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import plots, tables
 from jaxcrit.reporting.report import CAVEATS, Figure, Section, render_report
-from jaxcrit.studies.comparison import Comparison
+
+if TYPE_CHECKING:
+    from jaxcrit.studies.comparison import Comparison
 
 # A layer that no step of training has touched has a CKA of 1 with itself, but for rounding.
 _SAME = 1 - 1e-6

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from jaxcrit.criticality.correlation import Correlation
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Section, render_report
 from jaxcrit.reporting.tables import WIDTH, aligned
-from jaxcrit.studies.correlation import Correlated
+
+if TYPE_CHECKING:
+    from jaxcrit.studies.correlation import Correlated
 
 CAVEATS = (
     "Neighbouring layers are alike, so that layers are fewer independent observations than they are layers: read the"

@@ -6,6 +6,7 @@ import math
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -14,7 +15,9 @@ from jaxcrit.criticality.tracking import Tracking
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Section, render_report
 from jaxcrit.reporting.tables import WIDTH, aligned
-from jaxcrit.studies.spectrum import SpectralAnalysis, SpectrumResult
+
+if TYPE_CHECKING:
+    from jaxcrit.studies.spectrum import SpectralAnalysis, SpectrumResult
 
 CAVEATS = (
     "CCA of the first k principal components compares which directions two layers vary in, whatever their size; δ is"

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.criticality.delta import delta
-from jaxcrit.studies.analysis import Analysis, DatasetResult
+
+if TYPE_CHECKING:
+    from jaxcrit.studies.analysis import Analysis, DatasetResult
 
 _PLAIN = 0.001
 
