@@ -145,7 +145,8 @@ def loss_step(
 ) -> tuple[jax.Array, jax.Array]:
     """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
     head = outside.get("head", outside["embed"])
-    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps)
+    mesh = None if sharding is None else sharding.mesh
+    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps, mesh)
     sums = losses.sum(axis=1), counted.sum(axis=1)
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 

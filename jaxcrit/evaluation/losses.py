@@ -10,10 +10,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from jaxcrit.models.decoder import rms_norm
+from jaxcrit.parallel.mesh import AnyMesh, spec_for
 
-# Logits of one chunk, in float32, and as much again for their gradient: the whole [B, T, V] outgrows the model.
+# Logits of one chunk on a device, in float32, and as much again for their gradient: all of them outgrow the model.
 _CHUNK_ELEMENTS = 2**24
 
 
@@ -48,7 +50,9 @@ class LossSums:
         return self.means / self.samples
 
 
-def token_losses(hidden: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, eps: float) -> jax.Array:
+def token_losses(
+    hidden: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, eps: float, mesh: AnyMesh | None = None
+) -> jax.Array:
     """Cross entropy of each target under final norm and head, in float32, a chunk of positions at a time.
 
     Args:
@@ -57,12 +61,18 @@ def token_losses(hidden: jax.Array, norm: jax.Array, head: jax.Array, targets: j
         head: ``[V, D]``.
         targets: ``[B, T]`` int32.
         eps: of the norm.
+        mesh: that everything is split over.
 
     Returns:
         ``[B, T]`` float32, in nats.
     """
     batch, length, width = hidden.shape
-    most = max(1, _CHUNK_ELEMENTS // (batch * head.shape[0]))
+    devices = 1 if mesh is None else mesh.size
+    if mesh is not None:
+        # Here once: within the loop its parts would come over the links for every chunk.
+        spec = spec_for(("vocab", None), head.shape, mesh, "head")
+        head = jax.lax.with_sharding_constraint(head.astype(hidden.dtype), NamedSharding(mesh, spec))
+    most = max(1, _CHUNK_ELEMENTS * devices // (batch * head.shape[0]))
     chunk = max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
 
     def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
@@ -82,7 +92,13 @@ def token_losses(hidden: jax.Array, norm: jax.Array, head: jax.Array, targets: j
 
 
 def response_loss(
-    hidden: jax.Array, norm: jax.Array, head: jax.Array, tokens: jax.Array, learn: jax.Array, eps: float
+    hidden: jax.Array,
+    norm: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    learn: jax.Array,
+    eps: float,
+    mesh: AnyMesh | None = None,
 ) -> LossSums:
     """Sums of the loss over the tokens marked in ``learn``, each predicted from the position before it.
 
@@ -93,15 +109,22 @@ def response_loss(
         tokens: ``[B, T]`` int32.
         learn: ``[B, T]`` bool, tokens of the response; the first of a row has nothing before it and never counts.
         eps: of the norm.
+        mesh: that everything is split over.
     """
-    losses, counted = response_losses(hidden, norm, head, tokens, learn, eps)
+    losses, counted = response_losses(hidden, norm, head, tokens, learn, eps, mesh)
     count = counted.sum(axis=1)
     has = (count > 0).astype(jnp.float32)
     return LossSums(losses.sum(), count.sum(), (losses.sum(axis=1) / jnp.maximum(count, 1)).sum(), has.sum())
 
 
 def response_losses(
-    hidden: jax.Array, norm: jax.Array, head: jax.Array, tokens: jax.Array, learn: jax.Array, eps: float
+    hidden: jax.Array,
+    norm: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    learn: jax.Array,
+    eps: float,
+    mesh: AnyMesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The same token by token: ``[B, T]`` losses, 0 where nothing is to be predicted, and ``[B, T]`` 1 where it is.
 
@@ -109,4 +132,4 @@ def response_losses(
     """
     targets = jnp.roll(tokens, -1, axis=1)
     counted = jnp.roll(learn, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
-    return token_losses(hidden, norm, head, targets, eps) * counted, counted
+    return token_losses(hidden, norm, head, targets, eps, mesh) * counted, counted

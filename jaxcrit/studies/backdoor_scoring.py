@@ -173,5 +173,5 @@ def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any, *, mesh
     hidden = forward(decoder, tokens, lengths=lengths, mesh=mesh).hidden
     head = decoder.embed if decoder.head is None else decoder.head
     args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config.norm_eps)
-    losses, counted = response_losses(*args)
+    losses, counted = response_losses(*args, mesh)
     return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1)])

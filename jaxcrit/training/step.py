@@ -83,7 +83,8 @@ def batch_loss(
         partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh
     )  # fmt: skip
     head = outside(bank, "embed" if partition.config.tied else "head")
-    return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config.norm_eps)
+    norm, eps = outside(bank, "norm"), partition.config.norm_eps
+    return response_loss(hidden, norm, head, batch.tokens, batch.learn, eps, mesh)
 
 
 def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation import losses
+from jaxcrit.parallel.accounting import collectives
+from jaxcrit.parallel.mesh import batch_sharding, make_mesh
 
 
 @pytest.fixture
@@ -46,3 +51,32 @@ def test_gradients_do_not_depend_on_the_chunk(inputs, monkeypatch):
 def test_a_batch_without_response_counts_nothing(inputs):
     found = losses.response_loss(*inputs[:4], jnp.zeros_like(inputs[4]), 1e-6)
     assert [float(leaf) for leaf in jax.tree.leaves(found)] == [0.0, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("axes", ({"fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}), ids=str)
+def test_a_split_head_is_gathered_once(axes, monkeypatch):
+    rng = np.random.default_rng(1)
+    mesh = make_mesh(axes)
+    hidden, norm, head = rng.normal(size=(16, 32, 64)), rng.normal(size=64), rng.normal(size=(48, 64))
+    values = [array.astype(np.float32) for array in (hidden, norm, head)]
+    tokens, learn = rng.integers(0, 48, (16, 32)), np.ones((16, 32), bool)
+    rows = batch_sharding(mesh)
+    places = (
+        rows,
+        NamedSharding(mesh, PartitionSpec()),
+        NamedSharding(mesh, PartitionSpec("tensor", "fsdp")),
+        rows,
+        rows,
+    )
+    given = jax.device_put((*values, tokens, learn), places)
+    monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 16 * 48 * 4 // 8)  # 8 chunks of 4 positions
+
+    def loss(hidden, *rest, mesh):
+        return losses.response_loss(hidden, *rest, 1e-6, mesh).loss
+
+    step = jax.jit(jax.value_and_grad(functools.partial(loss, mesh=mesh)))
+    for ours, wanted in zip(jax.tree.leaves(step(*given)), jax.tree.leaves(
+            jax.value_and_grad(functools.partial(loss, mesh=None))(*values, tokens, learn)), strict=True):  # fmt: skip
+        np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
+    runs, size = collectives(step.lower(*given).compile().as_text())["all-gather"]
+    assert runs <= 2 and size <= 2 * head.size * 4 // axes.get("tensor", 1)
