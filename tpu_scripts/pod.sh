@@ -112,7 +112,12 @@ create() {
   else
     tpu tpu-vm create "$name" --accelerator-type="$type" --version="$version" "${extra[@]}"
   fi
-  until [[ $(state) == READY ]]; do
+  local now
+  until now=$(state) && [[ $now == READY ]]; do
+    if [[ $now =~ PREEMPTED|TERMINATED|STOPPED ]]; then
+      echo "pod.sh: $name was $now before it was ready" >&2
+      return 1
+    fi
     if [[ $queued && $(queue_state) =~ FAILED|SUSPENDED ]]; then
       fail "create: the queued resource $name is $(queue_state); pod.sh delete, then ask again"
     fi
@@ -156,9 +161,8 @@ survive() {
   [[ " $*" == *" --out=gs://"* || " $*" == *" --out gs://"* ]] ||
     fail "survive: expected --out=gs://BUCKET/DIR; what is on the workers is gone when they are preempted"
   for ((try = 1; try <= tries; try++)); do
-    create
     code=0
-    if install; then run "$@" || code=$?; else code=1; fi
+    if create && install; then run "$@" || code=$?; else code=1; fi
     ((code == 0)) && return
     # 2 is a mistake in the command, 3 a plan that does not fit: trying again changes nothing.
     ((code == 2 || code == 3)) && return "$code"

@@ -127,6 +127,17 @@ def test_survive_goes_on_after_a_preemption_during_the_installation(cloud):
     assert "jaxcrit[tpu,gcs]" in installed
 
 
+def test_a_preemption_before_it_is_ready_is_not_waited_for(cloud):
+    code, said, calls = cloud("--spot", "create", describe=["1 ", "0 CREATING", "0 PREEMPTED"])
+    assert code == 1 and "pod was PREEMPTED before it was ready" in said and verbs(calls) == ["create"]
+
+
+def test_survive_makes_the_pod_anew_when_it_was_preempted_before_it_was_ready(cloud):
+    states = ["1 ", "0 PREEMPTED", "0 PREEMPTED", "0 PREEMPTED", "0 READY"]
+    code, _, calls = cloud("--spot", "survive", "analyze", "--out=gs://x/y", describe=states)
+    assert code == 0 and verbs(calls)[:3] == ["create", "delete", "create"]
+
+
 @pytest.mark.parametrize(("code", "told"), [("2", ""), ("1", "not trying again")])
 def test_survive_does_not_repeat_a_mistake(cloud, code, told):
     found, out, calls = cloud(
