@@ -114,7 +114,7 @@ def test_memory_is_two_models_and_a_batch():
     config = ModelConfig.from_hf({**raw_config("llama-gqa"), "hidden_size": 128, "num_hidden_layers": 8})
     blocks = join(config, placed(random_weights(config, 0)), placed(random_weights(config, 1)))
     tokens, lengths, _ = batch_of(config)
-    x, context = enter(placed(random_weights(config))["embed"], tokens, lengths, config)
+    x, context = enter(placed(random_weights(config))["embed"], tokens, lengths, config, None)
     slots, bound = host_variant(8, base=False).slots, np.int32(3)
     memory = span_step.lower(blocks, slots, x, context, bound, bound, None, None).compile().memory_analysis()
     one_block = sum(leaf.nbytes for leaf in jax.tree.leaves(blocks)) / 16

@@ -179,7 +179,7 @@ def test_gpus_are_planned_by_shapes(capsys):
 
 def test_a_plan_says_how_attention_is_computed(capsys):
     """Without scores long rows need less; where no kernel goes the reason is told, and a name is refused."""
-    long = {"job": "analyze", "length": 8192, "compile": False}
+    long = {"job": "analyze", "model": "llama3.1-8b", "length": 8192, "compile": False}
     kernel, scores = plan(**long), plan(**long, attention="reference")
     assert (kernel.attention[0], scores.attention[0]) == ("splash", "reference")
     # 8 rows x 8 heads on a device, two float32 scores for each pair of tokens.
