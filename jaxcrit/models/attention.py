@@ -196,9 +196,33 @@ def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
     # The kernel does not scale; a scale rounded to bfloat16 would be another temperature.
     q = (q.astype(jnp.float32) * scale).astype(q.dtype)
     q, k, v = heads_first(q), heads_first(k), heads_first(v)
-    if segments is None:
-        mixed = jax.vmap(kernel)(q, k, v)
-    else:
+    ids = None
+    if segments is not None:
         segments = jnp.pad(segments, ((0, 0), (0, padded - length)), mode="edge")
-        mixed = jax.vmap(kernel)(q, k, v, splash.SegmentIds(segments, segments))
+        ids = splash.SegmentIds(segments, segments)
+    rows = jax.vmap(kernel, in_axes=(0, 0, 0, None if ids is None else 0))
+    mixed = rows(q, k, v, ids) if q.dtype == jnp.float32 else _by_default(rows, q, k, v, ids)
     return mixed.swapaxes(1, 2)[:, :length]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_default(kernel: Any, *arguments: Any) -> jax.Array:
+    """A kernel without the precision that its surroundings ask of products, in the backward pass either.
+
+    Mosaic refuses ``highest`` for bfloat16, whose products are exact in the float32 they are summed in anyway.
+    """
+    with jax.default_matmul_precision("default"):
+        return kernel(*arguments)
+
+
+def _forward(kernel: Any, *arguments: Any) -> Any:
+    with jax.default_matmul_precision("default"):
+        return jax.vjp(kernel, *arguments)
+
+
+def _backward(kernel: Any, turned: Any, cotangent: jax.Array) -> Any:
+    with jax.default_matmul_precision("default"):
+        return turned(cotangent)
+
+
+_by_default.defvjp(_forward, _backward)

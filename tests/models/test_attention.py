@@ -84,6 +84,26 @@ def test_splash_keeps_packed_rows_apart(interpreted):
     assert error(np.asarray(found), np.asarray(expected)) < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_highest_precision_is_of_float32_alone(interpreted, dtype):
+    """Mosaic compiles no product of bfloat16 at ``highest``, in either direction."""
+    q, k, v = (jax.random.normal(key, (1, LENGTH, 2, 64), dtype) for key in jax.random.split(jax.random.key(0), 3))
+    segments = np.zeros((1, LENGTH), np.int32)
+
+    def slopes(q, k, v):
+        return jax.grad(lambda *x: attend("splash", *x, segments=segments).astype(jnp.float32).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    found = slopes(q, k, v)
+    with jax.default_matmul_precision("highest"):
+        program = str(jax.make_jaxpr(slopes)(q, k, v))
+        asked = slopes(q, k, v)
+    assert ("Precision.HIGHEST" in program) == (dtype == jnp.float32)
+    for ours, theirs in zip(asked, found, strict=True):
+        assert error(np.asarray(ours, np.float32), np.asarray(theirs, np.float32)) < 1e-5
+
+
 def test_prompts_go_through_the_kernel_and_answers_through_the_cache(interpreted, tmp_path):
     decoder = load_path(write_model(tmp_path, {**raw_config("llama-gqa"), "max_position_embeddings": 256}))
     tokens, real = rows(2)
