@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.generation import generate
+from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import generation
 from jaxcrit.studies.generation import GenerateConfig, run_generate
 from jaxcrit.studies.session import open_session
@@ -74,6 +77,23 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypa
     assert not part.exists()
     with pytest.raises(UserError, match="holds another run"):
         run_generate(dataclasses.replace(config, seed=1))
+
+
+def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, batch_size=8)
+    run_generate(dataclasses.replace(config, out=str(tmp_path / "whole")))
+
+    def told(*args, **kwargs):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"with \d+ of 12 prompts answered"):
+        patch.setattr(generation, "generate", told)
+        run_generate(config)
+    kept = (tmp_path / "run/generations.jsonl.part").read_text().splitlines()
+    assert 4 <= len(kept) <= 8
+    run_generate(config)
+    assert (tmp_path / "run/generations.jsonl").read_bytes() == (tmp_path / "whole/generations.jsonl").read_bytes()
 
 
 def test_stop_tokens(config, model):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import read_scores
+from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import sweeps
 from jaxcrit.studies.ablation import AblationConfig, run_ablation
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
@@ -149,6 +152,24 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
         path.read_bytes() for path in (tmp_path / "out" / "scores.json", tmp_path / "other" / "scores.json")
     )
     assert first == second
+
+
+def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
+    whole = run_substitution(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    sweep = sweeps.sample_losses
+
+    def told(examples, batch_size, session, directory, take, *rest):
+        def some(batch, step):
+            os.kill(os.getpid(), signal.SIGTERM)
+            return take(batch, step)
+
+        return sweep(examples, batch_size, session, directory, some, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="told to leave at batch 1 of"):
+        patch.setattr("jaxcrit.studies.substitution.sample_losses", told)
+        run_substitution(config)
+    assert (tmp_path / "out" / "partial.npz").exists()
+    np.testing.assert_array_equal(run_substitution(config).samples.losses, whole.samples.losses)
 
 
 def test_bad_input(config, inputs, tmp_path):
