@@ -370,8 +370,11 @@ def _digest(file: Path, name: str) -> list[Any]:
     with safe_open(file, framework="numpy") as opened:
         part = opened.get_slice(name)
         shape = part.get_shape()
-        rows = max(1, _READ_BYTES // (8 * math.prod(shape[1:])))
-        for start in range(0, shape[0], rows):
-            piece = np.ascontiguousarray(part[start : min(start + rows, shape[0])])
-            digest.update(piece.reshape(-1).view(np.uint8).data)
+        if math.prod(shape) == 0 or not shape:  # none or a scalar: there are no rows to take
+            pieces = iter([opened.get_tensor(name)])
+        else:
+            rows = max(1, _READ_BYTES // (8 * math.prod(shape[1:])))
+            pieces = (part[start : min(start + rows, shape[0])] for start in range(0, shape[0], rows))
+        for piece in pieces:
+            digest.update(np.ascontiguousarray(piece).reshape(-1).view(np.uint8).data)
     return [str(piece.dtype), list(shape), digest.hexdigest()]

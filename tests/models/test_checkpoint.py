@@ -1,5 +1,6 @@
 """Opening and loading: every kind of bad directory is one line, and a mesh changes no bit."""
 
+import hashlib
 import json
 import struct
 
@@ -274,6 +275,19 @@ def test_model_hash_follows_weights_and_config(model, tmp_path, monkeypatch):
     index(model, split(model))
     assert first == model_hash(open_checkpoint(model))  # however it is parted into files
     assert first != model_hash(open_checkpoint(write_model(tmp_path / "half", RAW, "bfloat16")))
+
+
+def test_digests_are_of_the_bytes_whatever_the_shape(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_READ_BYTES", 64)  # three rows at a time, of the one that has rows
+    arrays = {
+        "scalar": np.array(2, np.float32),
+        "none": np.zeros((0, 3), np.float32),
+        "rows": np.ones((7, 2), ml_dtypes.bfloat16),
+    }
+    save_file(arrays, tmp_path / "model.safetensors")
+    for name, array in arrays.items():
+        found = checkpoints._digest(tmp_path / "model.safetensors", name)
+        assert found == [str(array.dtype), list(array.shape), hashlib.sha256(array.tobytes()).hexdigest()]
 
 
 def test_digests_are_kept_until_the_file_changes(model, tmp_path, monkeypatch):
