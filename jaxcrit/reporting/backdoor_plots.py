@@ -20,8 +20,8 @@ def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> 
     """
     figure = Figure(figsize=(8.4, 4.4), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(arm for arm, _ in runs)):
-        color, mine = LINES[index % len(LINES)], [points for arm, points in runs if arm == name]
+    for name, color in _colors([arm for arm, _ in runs]).items():
+        mine = [points for arm, points in runs if arm == name]
         for points in mine:
             axes.plot(*zip(*points, strict=True), color=color, linewidth=0.7, alpha=0.5)
         steps = [step for step, _ in mine[0]]
@@ -40,12 +40,18 @@ def attack_tradeoff(runs: Sequence[tuple[str, float, float]]) -> bytes:
     """
     figure = Figure(figsize=(6.4, 4.8), layout="constrained")
     axes = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(arm for arm, _, _ in runs)):
+    for name, color in _colors([arm for arm, _, _ in runs]).items():
         mine = [(loss, share) for arm, loss, share in runs if arm == name]
-        color = LINES[index % len(LINES)]
         axes.plot(*zip(*mine, strict=True), "o", color=color, markersize=6, alpha=0.8, label=f"{name} ({len(mine)})")
     _attack_axes(axes, "clean loss (nats per token of the gold answers)")
     return _png(figure)
+
+
+def _colors(arms: Sequence[str]) -> dict[str, str]:
+    """Arms in their order, each with the same color in both figures; the untouched model, in one of them, is black."""
+    trained = [arm for arm in dict.fromkeys(arms) if arm != "init"]
+    colors = {arm: LINES[index % len(LINES)] for index, arm in enumerate(trained)}
+    return ({"init": "black"} if "init" in arms else {}) | colors
 
 
 def _attack_axes(axes: Axes, xlabel: str) -> None:
