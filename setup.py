@@ -61,5 +61,5 @@ setup(
         # Compiles for a TPU topology on a machine without one: 0.0.42 goes with jax 0.10.2, 0.0.50 with 0.12.0.
         "plan": ["libtpu>=0.0.42,<0.0.51"],
     },
-    entry_points={"console_scripts": ["jaxcrit=jaxcrit.cli.main:main"]},
+    entry_points={"console_scripts": ["jaxcrit=jaxcrit.commands.main:main"]},
 )

@@ -22,9 +22,9 @@ import transformers
 from environment import write_result
 from safetensors.numpy import save_file
 
-from jaxcrit.capture import capture, compiled_steps
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
+from jaxcrit.evidence.capture import capture, compiled_steps
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import hf_shapes, table

@@ -29,7 +29,7 @@ Function = Callable[[np.ndarray, np.ndarray], Any]
 
 def jaxcrit() -> dict[str, tuple[str, Function]]:
     """Entry -> variant and function; the forms get both sides at one width, the narrower padded with zeros."""
-    from jaxcrit.criticality.score import jackknife_stderr
+    from jaxcrit.core.deletions import jackknife_stderr
     from jaxcrit.similarity import cka, cka_without_each, features, from_tables, null_mean, sweep, tiled
 
     def pair(x: np.ndarray, y: np.ndarray) -> np.ndarray:

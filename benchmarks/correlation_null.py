@@ -14,7 +14,7 @@ from environment import write_result
 from scipy.signal import lfilter
 from scipy.stats import kstest
 
-from jaxcrit.criticality.correlation import block_permutation_p, circular_shift_p, naive_p, partial_given_depth
+from jaxcrit.selection.correlation import block_permutation_p, circular_shift_p, naive_p, partial_given_depth
 
 LAYERS = (16, 28, 32, 80)
 WINDOW = 5

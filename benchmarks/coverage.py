@@ -36,8 +36,8 @@ from absl import app, flags
 from environment import write_result
 from scipy.stats import norm, t
 
-from jaxcrit.criticality import confidence_set, sample_sizes
-from jaxcrit.criticality.score import deletions, jackknife_stderr, layer_scores, values_without_each
+from jaxcrit.criteria.score import deletions, jackknife_stderr, layer_scores, values_without_each
+from jaxcrit.selection import confidence_set, sample_sizes
 from jaxcrit.similarity import cka_without_each, from_tables, permutation_null, sweep
 
 RUNS = flags.DEFINE_integer("runs", 1000, "chains of each setting")

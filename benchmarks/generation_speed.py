@@ -23,8 +23,8 @@ from environment import write_result
 
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.generation import generate
+from jaxcrit.models.model import EMBEDDED_MODEL
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.studies.session import EMBEDDED_MODEL
 
 BATCHES = (1, 16)
 LENGTHS = (16, 40)  # shortest and longest prompt

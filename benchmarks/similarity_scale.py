@@ -28,7 +28,9 @@ from pathlib import Path
 form, layers, samples, width, batch = sys.argv[1], *map(int, sys.argv[2:])
 
 import jax, numpy as np
-from jaxcrit.similarity import FeatureSums, features, from_tables, sweep, tiled
+from jaxcrit.similarity import features
+from jaxcrit.similarity import tiled
+from jaxcrit.similarity import FeatureSums, from_tables, sweep
 
 def resident(key):
     status = Path("/proc/self/status").read_text()

@@ -19,10 +19,10 @@ import numpy as np
 from absl import app
 from environment import write_result
 
-from jaxcrit.criticality import leverage
-from jaxcrit.criticality.score import deletions, layer_scores, values_without_each
+from jaxcrit.criteria.score import deletions, layer_scores, values_without_each
+from jaxcrit.selection import leverage
 from jaxcrit.similarity import participation_ratio, permutation_null, sweep
-from jaxcrit.similarity.grams import _grams, _refuse_degenerate
+from jaxcrit.similarity._grams import _grams, _refuse_degenerate
 
 
 @jax.jit

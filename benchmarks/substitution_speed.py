@@ -23,8 +23,8 @@ import numpy as np
 from environment import write_result
 from safetensors.numpy import save_file
 
-from jaxcrit.criticality.substitution import host_variant, join, variants, windows
-from jaxcrit.criticality.sweep import Batch, Swept, Variant, planned_evaluations, sweep
+from jaxcrit.criteria.substitution import host_variant, join, variants, windows
+from jaxcrit.evidence.variants import Batch, Swept, Variant, planned_evaluations, sweep
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Decoder

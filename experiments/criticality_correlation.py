@@ -24,12 +24,12 @@ from typing import Any
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
-from jaxcrit.criticality.correlation import Correlation, correlate
 from jaxcrit.data.demo import generate
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.reporting.plots import twin_curves
 from jaxcrit.reporting.tables import aligned
+from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.correlation import plain
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
 from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution

@@ -28,10 +28,10 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.layers import default_count
 from jaxcrit.data.demo import generate
+from jaxcrit.models.model import open_session
 from jaxcrit.reporting.plots import loss_curves
 from jaxcrit.reporting.training import evaluations
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.session import open_session
 
 # PAPER: Llama-2-7B-chat, read off the figures; shares of full training's drop at the last step.
 PAPER = {"critical": {"dolly": 0.96, "openbookqa": 0.94}, "noncritical": {"dolly": 0.87, "openbookqa": 0.80}}

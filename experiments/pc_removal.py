@@ -17,12 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcrit.cli import flags
-from jaxcrit.cli.data import RENDERING, ROWS
-from jaxcrit.cli.flags import Flag
-from jaxcrit.cli.progress import bars
+from jaxcrit.commands.data import RENDERING, ROWS
+from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json
+from jaxcrit.core.flags import Flag
+from jaxcrit.core.progress import bars
 from jaxcrit.reporting.removal import removal_figure, removal_text
 from jaxcrit.studies.removal import RemovalConfig, run_removal
 

@@ -16,13 +16,14 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxcrit.cli import analyze, flags
-from jaxcrit.cli.progress import bars
+from jaxcrit.commands import analyze
+from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
-from jaxcrit.criticality import overlap_matrix, spearman_matrix
+from jaxcrit.core.progress import bars
 from jaxcrit.reporting.analysis import write_analysis
 from jaxcrit.reporting.tables import aligned
+from jaxcrit.selection import overlap_matrix, spearman_matrix
 from jaxcrit.studies.analysis import AnalysisConfig, run_analysis
 
 # Llama-2-7B-chat, printed in the paper's figure: Spearman's correlation of δ over layers 2 to 29.

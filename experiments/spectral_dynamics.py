@@ -18,14 +18,15 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.cli import flags, spectrum
-from jaxcrit.cli.progress import bars
+from jaxcrit.commands import spectrum
+from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criticality.tracking import Tracking, tracking
+from jaxcrit.core.progress import bars
 from jaxcrit.reporting.spectrum import write_spectrum
 from jaxcrit.reporting.tables import aligned
+from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.studies.spectrum import SpectrumConfig, run_spectrum
 
 # PAPER: Llama-2-7B-chat on Dolly, layers 2 to 29, read off its figure: Spearman's ρ with biased δ, and the p of all

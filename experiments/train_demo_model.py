@@ -30,14 +30,14 @@ from safetensors.numpy import save_file
 from tqdm import tqdm
 
 from jaxcrit.core.files import atomic_path, read_npz, write_npz, write_text
-from jaxcrit.criticality.delta import delta
+from jaxcrit.criteria.delta import delta
 from jaxcrit.data import demo
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import to_hf
-from jaxcrit.similarity.cka import cka
+from jaxcrit.similarity import cka
 
 FLAGS = flags.FLAGS
 flags.DEFINE_string("out", "runs/demo_model", "checkpoint directory; the state of training is kept in OUT/training.npz")

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
-from jaxcrit.criticality.confidence import Certainty, SampleSizes
-from jaxcrit.criticality.delta import delta
+from jaxcrit.criteria.delta import delta
+from jaxcrit.selection.confidence import Certainty, SampleSizes
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcrit.core.files import write_bytes, write_text
-from jaxcrit.criticality.correlation import Correlation
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Section, render_report
 from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.selection.correlation import Correlation
 
 if TYPE_CHECKING:
     from jaxcrit.studies.correlation import Correlated

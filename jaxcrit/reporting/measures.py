@@ -8,8 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criticality.correlation import spearman
 from jaxcrit.reporting.tables import aligned
+from jaxcrit.selection.correlation import spearman
 
 
 def measures_table(scores: Mapping[str, LayerScores]) -> str:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet
-from jaxcrit.criticality.confidence import Certainty
+from jaxcrit.selection.confidence import Certainty
 
 WIDTH = 100
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"

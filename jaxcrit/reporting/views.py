@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
-from jaxcrit.criticality.delta import delta
+from jaxcrit.criteria.delta import delta
 
 if TYPE_CHECKING:
     from jaxcrit.studies.analysis import Analysis, DatasetResult

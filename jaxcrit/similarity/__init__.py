@@ -1,9 +1,11 @@
 """Similarity of layer activations: pure functions of arrays that know nothing of models, data or files."""
 
-from jaxcrit.similarity.cka import Bias, cka, from_tables
-from jaxcrit.similarity.features import FeatureSums, features
-from jaxcrit.similarity.forms import Form, choose_form
-from jaxcrit.similarity.grams import (
+from jaxcrit.similarity._cka import Bias, cka, from_tables, hsic
+from jaxcrit.similarity._components import Components, principal_components
+from jaxcrit.similarity._features import FeatureSums, features, product_sharding
+from jaxcrit.similarity._forms import FORMS, RESIDENT_SAMPLES, Form, choose_form
+from jaxcrit.similarity._grams import (
+    KERNELS,
     DegenerateError,
     GramSums,
     GramTables,
@@ -15,7 +17,7 @@ from jaxcrit.similarity.grams import (
     sweep,
     unpack_upper,
 )
-from jaxcrit.similarity.inference import (
+from jaxcrit.similarity._inference import (
     PermutationNull,
     cka_without_each,
     null_mean,
@@ -23,25 +25,42 @@ from jaxcrit.similarity.inference import (
     participation_ratio,
     permutation_null,
 )
-from jaxcrit.similarity.measures import knn, measure, procrustes, rsa, svcca, unit_rows
-from jaxcrit.similarity.sharded import shard, sharded
-from jaxcrit.similarity.spectrum import Spectrum, canonical_correlations, cca, decompose, directions
-from jaxcrit.similarity.tiled import sampled_bandwidths, tiled
-from jaxcrit.similarity.units import cka_without_units
+from jaxcrit.similarity._measures import MEASURES, knn, measure, parse_measures, procrustes, rsa, svcca, unit_rows
+from jaxcrit.similarity._sharded import shard, sharded
+from jaxcrit.similarity._spectrum import (
+    Spectrum,
+    canonical_correlations,
+    cca,
+    cca_without_each,
+    decompose,
+    directions,
+    effective_rank,
+)
+from jaxcrit.similarity._tiled import Layers, sampled_bandwidths, tiled
+from jaxcrit.similarity._units import MIN_SAMPLES, MIN_UNITS, cka_without_units
 
 __all__ = [
+    "FORMS",
+    "KERNELS",
+    "MEASURES",
+    "MIN_SAMPLES",
+    "MIN_UNITS",
+    "RESIDENT_SAMPLES",
     "Bias",
+    "Components",
     "DegenerateError",
     "FeatureSums",
     "Form",
     "GramSums",
     "GramTables",
     "Kernel",
+    "Layers",
     "PermutationNull",
     "Spectrum",
     "Tables",
     "canonical_correlations",
     "cca",
+    "cca_without_each",
     "centred_grams",
     "choose_form",
     "cka",
@@ -49,17 +68,22 @@ __all__ = [
     "cka_without_units",
     "decompose",
     "directions",
+    "effective_rank",
     "features",
     "from_tables",
     "gram_tables",
+    "hsic",
     "knn",
     "measure",
     "null_mean",
     "null_variance",
     "pack_upper",
+    "parse_measures",
     "participation_ratio",
     "permutation_null",
+    "principal_components",
     "procrustes",
+    "product_sharding",
     "rsa",
     "sampled_bandwidths",
     "shard",

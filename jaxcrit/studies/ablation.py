@@ -19,19 +19,19 @@ from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
-from jaxcrit.criticality.ablation import METHODS, ablate, intact, silenced, update_sums, variants
-from jaxcrit.criticality.sample_scores import SampleLosses
-from jaxcrit.criticality.substitution import SITES, Sites
-from jaxcrit.criticality.sweep import Batch, planned_evaluations, sweep
+from jaxcrit.criteria.ablation import METHODS, ablate, intact, silenced, update_sums, variants
+from jaxcrit.criteria.substitution import SITES, Sites
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.evidence.rows import SweptRows, batches_of, forget_partial, read_back, read_rows, sample_losses
+from jaxcrit.evidence.sample_scores import SampleLosses
+from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
 from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.generation import generate
+from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.generation import stop_tokens
-from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import SweptRows, batches_of, forget_partial, read_back, read_rows, sample_losses
 
 _ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
 

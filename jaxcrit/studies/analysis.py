@@ -13,7 +13,6 @@ import jax
 import numpy as np
 
 from jaxcrit import __version__
-from jaxcrit.capture import POSITIONS
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
@@ -21,23 +20,20 @@ from jaxcrit.core.files import as_path, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.cautions import cautions
-from jaxcrit.criticality.confidence import Certainty, certainty
-from jaxcrit.criticality.leverage import Leverage, leverage
-from jaxcrit.criticality.measures import measure_scores
-from jaxcrit.criticality.score import CRITERIA, deletions, layer_scores, values_without_each
-from jaxcrit.criticality.selection import mean_rank
+from jaxcrit.criteria.measures import measure_scores
+from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
 from jaxcrit.data.batches import refuse_long
+from jaxcrit.data.rendering import Rendering, render_sets
 from jaxcrit.data.templates import template_hash
-from jaxcrit.similarity.cka import from_tables
-from jaxcrit.similarity.forms import FORMS
-from jaxcrit.similarity.grams import KERNELS
-from jaxcrit.similarity.inference import participation_ratio, permutation_null
-from jaxcrit.similarity.measures import parse_measures
-from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset, Swept
-from jaxcrit.studies.measures import measured
-from jaxcrit.studies.rendering import Rendering, render_sets
-from jaxcrit.studies.session import Bars, Session, open_session
+from jaxcrit.evidence.capture import POSITIONS
+from jaxcrit.evidence.captures import AnalysisConfig, Captures, Dataset, Swept
+from jaxcrit.evidence.measures import measured
+from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.selection.cautions import cautions
+from jaxcrit.selection.choice import mean_rank
+from jaxcrit.selection.confidence import Certainty, certainty
+from jaxcrit.selection.leverage import Leverage, leverage
+from jaxcrit.similarity import FORMS, KERNELS, from_tables, parse_measures, participation_ratio, permutation_null
 
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")

@@ -28,13 +28,13 @@ from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.backdoor_inputs import Arm, BackdoorConfig, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.finetune_inputs import check_mesh, compute_dtype, layer_scores
-from jaxcrit.studies.session import Bars, Session, open_session
 from jaxcrit.training.checkpoints import FOLDER, Checkpoints
 from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train

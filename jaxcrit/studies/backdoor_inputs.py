@@ -14,14 +14,14 @@ from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import REFUSAL, Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
 from jaxcrit.data.published import PUBLISHED, Row
+from jaxcrit.data.rendering import render_set
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
+from jaxcrit.models.model import Session
 from jaxcrit.studies.finetune_inputs import FinetuneConfig, TrainingConfig
 from jaxcrit.studies.finetune_inputs import check as check_training
 from jaxcrit.studies.generation import stop_tokens
-from jaxcrit.studies.rendering import render_set
-from jaxcrit.studies.session import Session
 from jaxcrit.training.data import check_rows, hold_out
 
 CELLS = ("triggered", "clean", "near")

@@ -18,10 +18,10 @@ from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
+from jaxcrit.models.model import Session
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, BackdoorConfig, Prompts
 from jaxcrit.studies.generation import stop_tokens
-from jaxcrit.studies.session import Session
 
 _MOST_WIDTHS = 3  # as in training: a compile each
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")

@@ -14,15 +14,13 @@ from jaxcrit.core.files import as_path, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.confidence import confidence_set
-from jaxcrit.criticality.score import deletions, jackknife_stderr
+from jaxcrit.criteria.score import deletions, jackknife_stderr
 from jaxcrit.data.templates import check_same_rendering
-from jaxcrit.similarity.cka import from_tables
-from jaxcrit.similarity.grams import DegenerateError, gram_tables
-from jaxcrit.similarity.inference import permutation_null
+from jaxcrit.evidence.fingerprint import Fingerprint, paired, read_fingerprint
+from jaxcrit.models.model import Bars
+from jaxcrit.selection.confidence import confidence_set
+from jaxcrit.similarity import DegenerateError, from_tables, gram_tables, permutation_null
 from jaxcrit.studies.analysis import versions
-from jaxcrit.studies.fingerprint import Fingerprint, paired, read_fingerprint
-from jaxcrit.studies.session import Bars
 
 _HIGH_NULL = 0.5
 

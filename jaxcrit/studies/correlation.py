@@ -16,8 +16,8 @@ from jaxcrit.core.files import as_path, write_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.cautions import correlation_cautions
-from jaxcrit.criticality.correlation import Correlation, correlate, spearman_matrix
+from jaxcrit.selection.cautions import correlation_cautions
+from jaxcrit.selection.correlation import Correlation, correlate, spearman_matrix
 
 CORRELATION_FORMAT = "jaxcrit.correlation"
 _FIRST_CHOICE = "delta_debiased"

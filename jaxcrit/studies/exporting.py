@@ -16,9 +16,9 @@ from jaxcrit.core.files import as_path, atomic_path, local_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
+from jaxcrit.models.model import Session, Tuned, open_session
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.studies.session import Session, Tuned, open_session
 from jaxcrit.training.lora import peft_config, peft_tensors
 
 DELTA = "delta.safetensors"

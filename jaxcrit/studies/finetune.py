@@ -22,6 +22,7 @@ from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
+from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.finetune_inputs import (
@@ -35,7 +36,6 @@ from jaxcrit.studies.finetune_inputs import (
     read_examples,
     resolve_fixed,
 )
-from jaxcrit.studies.session import Bars, Session, open_session
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import evaluation_batches, micro_batches, training_steps
 from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train

@@ -16,13 +16,13 @@ from jaxcrit.core.files import in_bucket
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
+from jaxcrit.data.rendering import Rendering, render_sets
 from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.model import Bars, Session
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
-from jaxcrit.studies.rendering import Rendering, render_sets
-from jaxcrit.studies.session import Bars, Session
 from jaxcrit.training.data import check_rows, hold_out
 from jaxcrit.training.lora import make_lora
 from jaxcrit.training.optimizer import make_schedule

@@ -18,15 +18,15 @@ from jaxcrit.core.files import GrowingText, as_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
+from jaxcrit.data.rendering import Rendering
 from jaxcrit.data.templates import template_hash
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
+from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.models.sampling import Sampling
 from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.analysis import read_datasets, versions
-from jaxcrit.studies.captures import Dataset
-from jaxcrit.studies.rendering import Rendering
-from jaxcrit.studies.session import Bars, Session, open_session
 
 GENERATIONS = "generations.jsonl"
 

@@ -12,26 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
-from jaxcrit.capture import capture
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, write_json
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.score import layer_scores
+from jaxcrit.criteria.score import layer_scores
 from jaxcrit.data.batches import make_batches
+from jaxcrit.data.rendering import Rendering
 from jaxcrit.data.templates import template_hash
+from jaxcrit.evidence.capture import capture
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.similarity.components import Components, principal_components
-from jaxcrit.similarity.grams import centred_grams, gram_tables
+from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
 from jaxcrit.studies.analysis import read_datasets, versions
-from jaxcrit.studies.captures import Dataset
 from jaxcrit.studies.generation import stop_tokens
-from jaxcrit.studies.rendering import Rendering
-from jaxcrit.studies.session import Bars, Session, open_session
 
 MODES = ("paper", "project", "steer", "none")
 INTERVENTION = "intervention.json"

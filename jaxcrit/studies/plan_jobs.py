@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.capture import forward_step
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSpec, resolve
-from jaxcrit.criticality.substitution import host_variant, variants, windows
-from jaxcrit.criticality.sweep import loss_step, planned_evaluations, span_step
+from jaxcrit.criteria.substitution import host_variant, variants, windows
+from jaxcrit.evidence.capture import forward_step
+from jaxcrit.evidence.variants import loss_step, planned_evaluations, span_step
 from jaxcrit.models.attention import choose_attention
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig

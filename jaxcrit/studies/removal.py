@@ -17,14 +17,16 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.rendering import Rendering
 from jaxcrit.evaluation.rationale import BEFORE, rationale
 from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.similarity.components import Components, principal_components
+from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.similarity import Components, principal_components
 from jaxcrit.studies.analysis import read_datasets, versions
-from jaxcrit.studies.captures import Dataset
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.interventions import (
     batch_rows,
@@ -36,8 +38,6 @@ from jaxcrit.studies.interventions import (
     removal,
     states,
 )
-from jaxcrit.studies.rendering import Rendering
-from jaxcrit.studies.session import Bars, Session, open_session
 
 RANDOM = "random:"
 _DRAWS = 2000  # of the bootstrap

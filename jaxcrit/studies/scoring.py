@@ -17,16 +17,16 @@ from jaxcrit.core.files import as_path
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.criteria import LAYER_CRITERIA, Needs, needed, parse_criteria
-from jaxcrit.criticality.evidence import Measured
-from jaxcrit.criticality.selection import mean_rank
+from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
+from jaxcrit.data.rendering import Rendering, render_sets
 from jaxcrit.data.templates import template_hash
+from jaxcrit.evidence.captures import Dataset
+from jaxcrit.evidence.measured import Measured
+from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.selection.choice import mean_rank
 from jaxcrit.studies.analysis import versions
-from jaxcrit.studies.captures import Dataset
-from jaxcrit.studies.evidence import prompt_states, response_gradients, weight_changes, weight_spectra
-from jaxcrit.studies.rendering import Rendering, render_sets
-from jaxcrit.studies.session import Bars, Session, open_session
 from jaxcrit.training.data import check_rows
 
 _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")

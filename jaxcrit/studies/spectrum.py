@@ -17,17 +17,16 @@ from jaxcrit.core.files import as_path, plain, write_json, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criticality.measures import component_scores
-from jaxcrit.criticality.score import layer_scores
-from jaxcrit.criticality.selection import mean_rank
-from jaxcrit.criticality.tracking import Tracking, tracking
-from jaxcrit.similarity.grams import gram_tables
-from jaxcrit.similarity.spectrum import Spectrum, cca, decompose
+from jaxcrit.criteria.measures import component_scores
+from jaxcrit.criteria.score import layer_scores
+from jaxcrit.data.rendering import Rendering
+from jaxcrit.evidence.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.evidence.fingerprint import read_own, read_run
+from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.selection.choice import mean_rank
+from jaxcrit.selection.tracking import Tracking, tracking
+from jaxcrit.similarity import Spectrum, cca, decompose, gram_tables
 from jaxcrit.studies.analysis import check_flags, determines_of, out_of, read_datasets, run_record, versions
-from jaxcrit.studies.captures import AnalysisConfig, Captures, Dataset
-from jaxcrit.studies.fingerprint import read_own, read_run
-from jaxcrit.studies.rendering import Rendering
-from jaxcrit.studies.session import Bars, Session, open_session
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
 COMPLETE_BYTES = 2 * 2**30  # all scores of all layers, which errors need

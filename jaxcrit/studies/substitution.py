@@ -18,8 +18,7 @@ from jaxcrit.core.files import as_path, read_json, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
-from jaxcrit.criticality.sample_scores import SampleLosses, mean
-from jaxcrit.criticality.substitution import (
+from jaxcrit.criteria.substitution import (
     SITES,
     Layers,
     Sites,
@@ -29,12 +28,13 @@ from jaxcrit.criticality.substitution import (
     variants,
     windows,
 )
-from jaxcrit.criticality.sweep import Batch, planned_evaluations, sweep
 from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.evidence.rows import SweptRows, forget_partial, read_back, read_rows, sample_losses
+from jaxcrit.evidence.sample_scores import SampleLosses, mean
+from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.studies.analysis import versions
-from jaxcrit.studies.session import Bars, Session, open_session
-from jaxcrit.studies.sweeps import SweptRows, forget_partial, read_back, read_rows, sample_losses
 
 # Of ModelConfig: says nothing about what the blocks compute.
 _FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criticality import correlate
+from jaxcrit.selection import correlate
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from tiny_model import prompts_file, tiny_checkpoint
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import LayerSet, read_scores
-from jaxcrit.criticality import spearman_matrix
+from jaxcrit.selection import spearman_matrix
 
 
 def test_matrices(tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import pytest
 from family_models import error, load_path, one_device, raw_config, write_model
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
 
-from jaxcrit.cli import main as cli
+from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
 from jaxcrit.models import attention
 from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention

@@ -11,7 +11,7 @@ from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.generation import generate
-from jaxcrit.studies.session import EMBEDDED_MODEL
+from jaxcrit.models.model import EMBEDDED_MODEL
 
 ROWS = 16
 

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from family_models import load_path, raw_config, sequences, write_model
 
-from jaxcrit.capture import capture
 from jaxcrit.data.batches import Batch
+from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.generation import compiled_programs, decode, generate, prefill
 from jaxcrit.models.interventions import edit, intervention
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.similarity.components import principal_components
+from jaxcrit.similarity import principal_components
 
 LENGTHS = np.array([9, 3, 5, 8, 7, 2, 6, 4])
 LAYERS, BATCH, WIDTH, NEW = 3, len(LENGTHS), 32, 6

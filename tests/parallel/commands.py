@@ -3,7 +3,7 @@
 import json
 import sys
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 
 commands, machines = json.loads(sys.argv[1]), sys.argv[2:]
 for command in commands:

@@ -20,8 +20,8 @@ import jaxcrit
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
+from jaxcrit.models.model import EMBEDDED_MODEL, open_session
 from jaxcrit.parallel import distributed
-from jaxcrit.studies.session import EMBEDDED_MODEL, open_session
 from jaxcrit.training.loop import read_metrics
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +29,7 @@ ROWS = ROOT / "jaxcrit/assets/demo_prompts/choice.jsonl"
 COMMANDS = (str(Path(__file__).with_name("commands.py")),)
 
 
-def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcrit.cli.main"), environment=None):
+def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcrit.commands.main"), environment=None):
     """One process of ``count``, in a folder of its own where one is given."""
     surroundings = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error",
@@ -42,7 +42,7 @@ def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcri
     )  # fmt: skip
 
 
-def together(*arguments, folders=(None, None), program=("-m", "jaxcrit.cli.main")):
+def together(*arguments, folders=(None, None), program=("-m", "jaxcrit.commands.main")):
     """Two processes with the same arguments; their outputs."""
     port = free_port()
     processes = [
@@ -59,7 +59,7 @@ def said(out):
     return "\n".join(line for line in out.splitlines() if not theirs.search(line))
 
 
-def alone(*arguments, folder=None, program=("-m", "jaxcrit.cli.main")):
+def alone(*arguments, folder=None, program=("-m", "jaxcrit.commands.main")):
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
     }  # fmt: skip
@@ -209,7 +209,7 @@ def test_a_worker_that_never_comes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-OTHER_VERSION = ("-c", "import jaxcrit; jaxcrit.__version__ = '9.9'; import sys; from jaxcrit.cli import main;"
+OTHER_VERSION = ("-c", "import jaxcrit; jaxcrit.__version__ = '9.9'; import sys; from jaxcrit.commands import main;"
                        " sys.exit(main.main(sys.argv[1:]))")  # fmt: skip
 
 

@@ -7,13 +7,13 @@ from family_models import MESHES
 from tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.evidence.captures import AnalysisConfig
+from jaxcrit.models import model as session
+from jaxcrit.models.model import open_session
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
-from jaxcrit.studies import session
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.generation import GenerateConfig, run_generate
 from jaxcrit.studies.scoring import ScoreConfig, run_score
-from jaxcrit.studies.session import open_session
 from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
 
 

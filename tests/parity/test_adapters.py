@@ -14,9 +14,9 @@ from tiny import tiny_tokenizer_dir
 from tiny_training import Trainer, random_batch
 
 from jaxcrit.models.decoder import forward, logits
+from jaxcrit.models.model import open_session
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.session import open_session
 from jaxcrit.training.lora import make_lora, peft_config, peft_tensors
 
 torch = reference.torch

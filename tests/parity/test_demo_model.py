@@ -7,7 +7,7 @@ from family_models import BOUND, error, load_path, states
 from jaxcrit.data import demo
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
-from jaxcrit.studies.session import EMBEDDED_MODEL
+from jaxcrit.models.model import EMBEDDED_MODEL
 
 
 def test_states_and_logits_of_a_row():

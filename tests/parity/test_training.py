@@ -15,10 +15,10 @@ from tiny_model import tiny_checkpoint
 from tiny_training import Trainer, random_batch
 
 from jaxcrit.models.decoder import Decoder, forward, logits
+from jaxcrit.models.model import open_session
 from jaxcrit.models.weights import to_hf
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.session import open_session
 
 torch = reference.torch
 RATE = 2e-4

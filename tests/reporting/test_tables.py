@@ -8,9 +8,9 @@ import numpy as np
 import synthetic_analysis as synthetic
 
 from jaxcrit.core.layers import LayerSet
-from jaxcrit.criticality import Certainty, SampleSizes
 from jaxcrit.reporting import tables
 from jaxcrit.reporting.analysis import analysis_text, warnings
+from jaxcrit.selection import Certainty, SampleSizes
 
 
 def test_a_row_says_what_was_measured():

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity.components import principal_components
+from jaxcrit.similarity import principal_components
 
 
 def activations(values, samples=40, width=12, layers=2, seed=0):

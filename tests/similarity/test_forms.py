@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.criticality import delta, step
-from jaxcrit.criticality.score import layer_scores
+from jaxcrit.criteria.delta import delta
+from jaxcrit.criteria.score import layer_scores
+from jaxcrit.criteria.step import step
 from jaxcrit.similarity import (
     DegenerateError,
     FeatureSums,
@@ -28,7 +29,7 @@ from jaxcrit.similarity import (
     tiled,
     unit_rows,
 )
-from jaxcrit.similarity import survey as surveys
+from jaxcrit.similarity import _survey as surveys
 
 BIASES = ["biased", "debiased"]
 

@@ -10,12 +10,12 @@ from oracles import tables_of
 from jaxcrit.core.errors import UserError
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.similarity import (
+    _grams,
     centred_grams,
     cka,
     cka_without_each,
     cka_without_units,
     gram_tables,
-    grams,
     null_mean,
     null_variance,
     participation_ratio,
@@ -173,10 +173,10 @@ def test_tables_of_all_statistics_cost_little_more_than_the_sweep(blocks):
     hidden = jax.ShapeDtypeStruct((32, 300, 4096), jnp.float32)
 
     def bare(hidden):
-        flat = grams._grams(hidden, "linear", blocks)[0].reshape(32, -1)
+        flat = _grams._grams(hidden, "linear", blocks)[0].reshape(32, -1)
         return jnp.matmul(flat, flat.T)
 
-    everything = product_flops(lambda hidden: grams._sweep((hidden,), "linear", blocks, None), hidden)
+    everything = product_flops(lambda hidden: _grams._sweep((hidden,), "linear", blocks, None), hidden)
     assert 1 < everything / product_flops(bare, hidden) < 1.02
 
 

@@ -10,9 +10,12 @@ from scipy.spatial.distance import cdist, pdist
 from scipy.stats import pearsonr, spearmanr
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity import DegenerateError, centred_grams, cka, decompose
-from jaxcrit.similarity.measures import (
+from jaxcrit.similarity import (
     MEASURES,
+    DegenerateError,
+    centred_grams,
+    cka,
+    decompose,
     knn,
     measure,
     parse_measures,

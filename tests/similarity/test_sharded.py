@@ -15,12 +15,12 @@ from jaxcrit.similarity import (
     cka_without_each,
     features,
     from_tables,
+    product_sharding,
     shard,
     sharded,
     sweep,
     unit_rows,
 )
-from jaxcrit.similarity.features import product_sharding
 
 BIASES = ["biased", "debiased"]
 
@@ -103,14 +103,14 @@ def test_features_on_eight_devices(split):
 
 def test_what_a_ring_holds():
     """Two blocks of samples, not all of them, and one program for the whole sweep."""
-    from jaxcrit.similarity.sharded import _program
+    from jaxcrit.similarity._sharded import _program
 
     def compiled(exchange):
         devices = mesh(8)
         program = _program(devices, ("data",), False, 16, exchange, "linear", None, True, False)
         hidden, facts = jnp.zeros((4, 1024, 64)), np.zeros((3, 4, 1024), np.float32)
         layers = (np.zeros((4, 64), np.float32), *(np.ones(4, np.float32),) * 3)
-        from jaxcrit.similarity.tiled import Layers
+        from jaxcrit.similarity import Layers
 
         return program.lower(shard(hidden, devices), *facts, Layers(*layers)).compile()
 

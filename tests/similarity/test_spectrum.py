@@ -7,10 +7,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.similarity import canonical_correlations, cca, centred_grams, decompose, directions
-from jaxcrit.similarity.grams import gram_tables
-from jaxcrit.similarity.inference import participation_ratio
-from jaxcrit.similarity.spectrum import cca_without_each
+from jaxcrit.similarity import (
+    canonical_correlations,
+    cca,
+    cca_without_each,
+    centred_grams,
+    decompose,
+    directions,
+    gram_tables,
+    participation_ratio,
+)
 
 EXAMPLES = settings(max_examples=20, deadline=None, derandomize=True)
 

@@ -12,15 +12,15 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
+from jaxcrit.evidence import captures
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.reporting.analysis import analysis_text, write_analysis
-from jaxcrit.studies import captures
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 
 
 @pytest.fixture(scope="module")

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from tiny_model import tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs
+from jaxcrit.models.model import open_session
 from jaxcrit.reporting.backdoor import backdoor_text, write_figures
 from jaxcrit.studies import backdoor, backdoor_scoring
 from jaxcrit.studies.backdoor import run_backdoor
 from jaxcrit.studies.backdoor_inputs import BackdoorConfig, check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.session import open_session
 from jaxcrit.training.loop import read_metrics
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from tiny_model import tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.files import as_path
-from jaxcrit.studies.session import open_session
+from jaxcrit.models.model import open_session
 from jaxcrit.training.loop import read_metrics
 
 BUCKET = "gs://bucket"
@@ -113,7 +113,7 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
 
 KILLED = """
 import os, signal, sys
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.studies import finetune
 at, real = int(sys.argv[1]), finetune.micro_batches
 def micro_batches(steps, number, micro):

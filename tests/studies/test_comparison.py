@@ -11,13 +11,13 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.layers import read_scores
+from jaxcrit.evidence import captures
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.similarity import pack_upper
-from jaxcrit.studies import captures
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.comparison import CompareConfig, run_compare
 
 

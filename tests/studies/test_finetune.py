@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.models.checkpoint import load, open_checkpoint
+from jaxcrit.models.model import open_session
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
 from jaxcrit.studies.finetune_inputs import partition_of
-from jaxcrit.studies.session import open_session
 from jaxcrit.training.loop import read_metrics
 
 

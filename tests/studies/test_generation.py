@@ -17,10 +17,10 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.generation import generate
+from jaxcrit.models.model import open_session
 from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import generation
 from jaxcrit.studies.generation import GenerateConfig, run_generate
-from jaxcrit.studies.session import open_session
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.models.generation import generate
 from jaxcrit.models.interventions import edit, intervention
+from jaxcrit.models.model import open_session
 from jaxcrit.reporting.interventions import intervention_text
 from jaxcrit.studies.interventions import InterveneConfig, divergence, one_dataset, run_intervene, states
-from jaxcrit.studies.session import open_session
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxcrit.cli import main as cli
+from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
-from jaxcrit.criticality import sweep as sweeping
-from jaxcrit.criticality.substitution import host_variant, variants, windows
+from jaxcrit.criteria.substitution import host_variant, variants, windows
+from jaxcrit.evidence import variants as sweeping
 from jaxcrit.models import generation
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES

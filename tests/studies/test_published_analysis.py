@@ -10,8 +10,8 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import check_same_rendering, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 
 
 @pytest.fixture(scope="module")

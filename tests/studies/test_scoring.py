@@ -12,25 +12,25 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_model import tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
-from jaxcrit.criticality.angular_distance import angular_distance
-from jaxcrit.criticality.block_influence import block_influence
-from jaxcrit.criticality.fisher import fisher
-from jaxcrit.criticality.gradient_norm import gradient_norm
-from jaxcrit.criticality.lens_kl import lens_kl
-from jaxcrit.criticality.rgn import rgn
-from jaxcrit.criticality.weight_change import weight_change
+from jaxcrit.criteria.angular_distance import angular_distance
+from jaxcrit.criteria.block_influence import block_influence
+from jaxcrit.criteria.fisher import fisher
+from jaxcrit.criteria.gradient_norm import gradient_norm
+from jaxcrit.criteria.lens_kl import lens_kl
+from jaxcrit.criteria.rgn import rgn
+from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
+from jaxcrit.evidence.passes import layer_tensors, prompt_states, response_gradients, weight_changes
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
+from jaxcrit.models.model import Session, Tuned, open_session
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies import scoring
-from jaxcrit.studies.evidence import layer_tensors, prompt_states, response_gradients, weight_changes
 from jaxcrit.studies.scoring import ScoreConfig, run_score
-from jaxcrit.studies.session import Session, Tuned, open_session
 from jaxcrit.training.lora import make_lora
 from jaxcrit.training.partition import TRAIN, partition
 

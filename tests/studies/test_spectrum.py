@@ -10,14 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 from tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.cli import spectrum as command
-from jaxcrit.cli.main import main
+from jaxcrit.commands import spectrum as command
+from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.layers import read_scores
-from jaxcrit.studies import captures
+from jaxcrit.evidence import captures
+from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.captures import AnalysisConfig
 from jaxcrit.studies.spectrum import SpectrumConfig, parse_components, run_spectrum
 
 DATA_FILES = ("scores.json", "spectrum.json", "spectrum.npz")

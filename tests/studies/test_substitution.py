@@ -13,13 +13,13 @@ import pytest
 from tiny import tiny_tokenizer_dir
 from tiny_model import tiny_checkpoint
 
-from jaxcrit.cli.main import main
+from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import read_scores
+from jaxcrit.evidence import rows as sweeps
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies import sweeps
 from jaxcrit.studies.ablation import AblationConfig, run_ablation
 from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
 from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution

@@ -1,0 +1,181 @@
+"""``jaxcrit COMMAND [flags]``: finds the command, reads its flags, turns a user's mistake into one line and exit 2.
+
+Commands are imported when they are run, so that help answers at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import platform
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+
+from absl.flags import FlagValues
+
+import jaxcrit
+from jaxcrit.core import flags, processes
+from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.flags import Flag
+from jaxcrit.parallel.preemption import Preempted
+
+# name: (module, one line). A module has FLAGS (jaxcrit.core.flags.Groups) and run(values) -> exit code, and may have
+# POSITIONAL: names of flags that may be given without them, in this order.
+COMMANDS = {
+    "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
+    "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
+    "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
+    "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
+    "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
+    "intervene": (
+        "jaxcrit.commands.intervene",
+        "remove components, or steer, and see what an answer becomes",
+    ),
+    "compare": ("jaxcrit.commands.compare", "CKA between two models over the same prompts, from their fingerprints"),
+    "backdoor": ("jaxcrit.commands.backdoor", "whether freezing layers keeps poisoned data from planting a backdoor"),
+    "select": ("jaxcrit.commands.select", "choose layers again from scores.json, in the words of another trainer"),
+    "substitute": ("jaxcrit.commands.substitute", "put layers of the base into the tuned model: what each is worth"),
+    "ablate": ("jaxcrit.commands.ablate", "put each layer out of action: loss and right answers without it"),
+    "correlate": ("jaxcrit.commands.correlate", "compare two scores of the layers, or every score in a folder"),
+    "score": ("jaxcrit.commands.score", "score layers by other criteria: weights, states, gradients"),
+    "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
+    "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
+}
+# Commands that run no model: of several processes the first does it all.
+FIRST_ONLY = ("data", "select", "correlate", "compare", "plan", "export")
+MACHINES = {
+    "machines": (
+        Flag("distributed", "auto", "join the other processes of this run", ("auto", "off", "on")),
+        Flag("coordinator", "", "process 0, where the cluster does not say", word="HOST:PORT"),
+        Flag("num_processes", 0, "likewise", lowest=0),
+        Flag("process_id", -1, "likewise", lowest=-1),
+        Flag("distributed_timeout", 300, "seconds to wait for the others", lowest=1),
+        Flag("attention", "auto", "kernels on accelerators", ("auto", "reference", "cudnn", "splash")),
+        Flag("compilation_cache_dir", "", "keep compiled programs here", word="DIR"),
+    )
+}
+# Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
+QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
+
+
+def overview() -> str:
+    """The help page of ``jaxcrit`` itself."""
+    rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    return "\n".join(
+        [
+            "jaxcrit: find the critical layers of a language model.",
+            "",
+            "usage: jaxcrit [--help|--version] COMMAND [flags]",
+            "",
+            "commands:",
+            *rows,
+            "",
+            "jaxcrit COMMAND --help lists the flags of a command. jaxcrit analyze, without any, runs on a small",
+            "embedded model.",
+        ]
+    )
+
+
+def dispatch(arguments: Sequence[str]) -> int:
+    """Runs one command and returns its exit code.
+
+    Raises:
+        UserError: unknown command or flag, or whatever the command finds wrong with its input.
+    """
+    if not arguments:
+        print(overview(), file=sys.stderr)
+        return BAD_USAGE
+    name, *rest = arguments
+    if name in ("--help", "-h", "help"):
+        print(overview())
+        return 0
+    if name == "--version":
+        print(f"jaxcrit {jaxcrit.__version__}")
+        return 0
+    if name not in COMMANDS:
+        what = "flag" if name.startswith("-") else "command"
+        nearest = did_you_mean(name, ["--help", "--version"] if what == "flag" else COMMANDS)
+        raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
+    module_name, summary = COMMANDS[name]
+    module = importlib.import_module(module_name)
+    known = {**module.FLAGS, **MACHINES}
+    positional = getattr(module, "POSITIONAL", ())
+    if "--help" in rest or "-h" in rest:
+        print(flags.usage(known, name, summary, positional))
+        return 0
+    values = flags.parse(known, name, rest, positional)
+    with contextlib.ExitStack() as stack:
+        _join(name, values, stack)
+        if name in FIRST_ONLY:
+            return int(processes.share(lambda: module.run(values)))
+        if not processes.first():
+            null = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(null))
+        return int(module.run(values))
+
+
+def _join(name: str, values: FlagValues, stack: contextlib.ExitStack) -> None:
+    """Starts jax as the flags of `MACHINES` say; the form of attention is asked for until the stack closes."""
+    from jaxcrit.parallel.distributed import start
+
+    if values.attention != "auto":
+        from jaxcrit.models.attention import ASKED
+
+        stack.callback(ASKED.reset, ASKED.set(values.attention))
+    if values.compilation_cache_dir:
+        import jax
+
+        jax.config.update("jax_compilation_cache_dir", values.compilation_cache_dir)
+    own = [flag.name for flag in MACHINES["machines"]]
+    versions = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version()}
+    versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
+    asked = {f"--{flag}": str(values[flag].value) for flag in values if flag not in own}
+    start(
+        values.distributed,
+        coordinator=values.coordinator,
+        num_processes=values.num_processes,
+        process_id=values.process_id,
+        timeout=values.distributed_timeout,
+        about={**versions, "command": name, **asked},
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Entry point of the ``jaxcrit`` command; returns the exit code."""
+    for variable, value in QUIET.items():
+        os.environ.setdefault(variable, value)
+    try:
+        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+        return code
+    except UserError as error:
+        speaks, alike = processes.agree_on_failure(str(error))
+        who = "" if processes.first() else f"process {processes.place()[0]}: "
+        if speaks:
+            print(f"jaxcrit: error: {who}{error}", file=sys.stderr, flush=True)
+        if not alike:
+            os._exit(BAD_USAGE)  # the others wait for this process; that it is gone is all that ends them
+        return BAD_USAGE
+    except Preempted as error:
+        print(f"jaxcrit: {error}", file=sys.stderr)
+        return PREEMPTED
+    except KeyboardInterrupt:
+        print("jaxcrit: interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader has gone (| head). Python would complain once more when it closes stdout on exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return BROKEN_PIPE
+    except OSError as error:
+        # Of a file: the disk is full, the bucket no longer lets itself be written, the share is gone.
+        if not (error.filename and error.strerror):
+            raise
+        print(f"jaxcrit: error: {error.filename}: {error.strerror}", file=sys.stderr)
+        return FAILED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

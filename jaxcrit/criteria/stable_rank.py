@@ -1,0 +1,15 @@
+"""stable_rank: ``||W||_F^2 / ||W||_2^2`` of weight matrices (Rudelson and Vershynin 2007).
+
+Low is critical: a few directions carry the matrix, as training leaves it (Martin and Mahoney 2021). Needs weights
+alone. Sees one strong direction; blind to scale, to rotations, and to what the direction does.
+"""
+
+from __future__ import annotations
+
+from jaxcrit.criteria.weight_snr import relative_mean
+from jaxcrit.evidence.measured import Measured, Spectra
+
+
+def stable_rank(spectra: Spectra) -> Measured:
+    """Stable rank of each layer, `relative_mean` of its matrices; ``[L]``."""
+    return relative_mean(spectra, lambda values, shape: (values**2).sum(axis=-1) / values[:, 0] ** 2)

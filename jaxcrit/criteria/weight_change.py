@@ -1,0 +1,15 @@
+"""weight_change: how far tuning moved a layer's weights, ``||tuned - base|| / ||base||`` over all of its tensors.
+
+High is critical. Names the layers that were trained, exactly; blind to whether the change matters: a change of weights
+that leaves the function as it is counts in full. Under equal learning rates it mostly follows gradient size, hence
+depth (arXiv 2604.17177).
+"""
+
+from __future__ import annotations
+
+from jaxcrit.evidence.measured import Measured, WeightChanges
+
+
+def weight_change(changes: WeightChanges) -> Measured:
+    """Relative change of each layer, ``[L]``."""
+    return Measured(changes.apart / changes.base)

@@ -1,0 +1,367 @@
+"""The sweep of every dataset of an analysis: from the run's fingerprint, else from forward passes of the model."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+from safetensors.numpy import save_file
+
+from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import atomic_path, read_npz, write_npz
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
+from jaxcrit.data.rendering import Rendering
+from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.evidence.capture import Activations, Position, capture, compiled_steps, stream
+from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.model import Bars, Session
+from jaxcrit.parallel.mesh import device_memory
+from jaxcrit.similarity import (
+    RESIDENT_SAMPLES,
+    FeatureSums,
+    Form,
+    Kernel,
+    Tables,
+    centred_grams,
+    choose_form,
+    features,
+    gram_tables,
+    pack_upper,
+    product_sharding,
+    sampled_bandwidths,
+    shard,
+    sharded,
+    tiled,
+    unit_rows,
+    unpack_upper,
+)
+
+T = TypeVar("T")
+FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wants in a run directory
+
+
+@dataclasses.dataclass(frozen=True)
+class AnalysisConfig(Rendering):
+    """What ``jaxcrit analyze`` is asked; every field is a flag of the same name.
+
+    Attributes:
+        model: checkpoint directory or hub id; empty for the embedded model.
+        data: JSONL files and datasets of the paper with commas; empty for the embedded prompts.
+        split: of the paper's datasets; empty for ``test``.
+        out: run directory; empty for one named after the inputs.
+        template: auto, none, chat, or a family of the paper.
+        edition: clean or paper.
+        position: last, mean or all.
+        embed: save the embedding output too.
+        save_activations: keep the hidden states.
+        batch_size: prompts per forward pass.
+        dtype: of weights and compute; empty for the session's default.
+        precision: of matrix products.
+        mesh: devices by axis.
+        normalize: ``row`` to give every sample's activations unit length; empty to leave them as they are.
+        kernel: linear or rbf.
+        form: of the sweep: auto, resident, tiled, features or streamed.
+        band: how far apart layers may be for their CKA to be computed, or all.
+        window: layers that delta averages over.
+        include_self: whether a layer is in its own window.
+        measures: of `jaxcrit.similarity._measures.MEASURES`, with commas, beside CKA.
+        layers: LayerSpec of the selection.
+        bias: which delta selects, debiased or biased.
+        trim: layers at each end that are never critical.
+        limit: first rows of each dataset only; 0 for all.
+        shuffle_seed: of the order of the rows, before the limit; -1 for the order of the file.
+        truncate: ``left``, ``right`` or ``paper`` to cut prompts that are too long.
+        seed: of everything random.
+    """
+
+    model: str = ""
+    out: str = ""
+    position: Position = "last"
+    embed: bool = False
+    save_activations: bool = False
+    batch_size: int = 8
+    dtype: str = ""
+    precision: str = "highest"
+    mesh: str = ""
+    normalize: str = ""
+    kernel: Kernel = "linear"
+    form: str = "auto"
+    band: str = "all"
+    window: int = 5
+    include_self: bool = True
+    measures: str = ""
+    layers: str = "critical"
+    bias: str = "debiased"
+    trim: int = 2
+    seed: int = 0
+
+    @property
+    def criterion(self) -> str:
+        """Score key that selects."""
+        return "delta" if self.bias == "biased" else "delta_debiased"
+
+    @property
+    def layer_band(self) -> int | None:
+        """``--band`` as a number; None for all pairs.
+
+        Raises:
+            UserError: neither a number nor all, or narrower than the window.
+        """
+        if self.band == "all":
+            return None
+        if not self.band.isdecimal():
+            raise UserError(f"--band={self.band}: expected all, or a number of layers")
+        if int(self.band) < self.window // 2:
+            raise UserError(
+                f"--band={self.band}: δ of --window={self.window} takes layers up to {self.window // 2} apart; give"
+                f" --band={self.window // 2} or more"
+            )
+        return int(self.band)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One dataset, rendered.
+
+    Attributes:
+        name: unique within a run.
+        source: path, or ``demo:FAMILY``.
+        examples: in the order of the file.
+    """
+
+    name: str
+    source: str
+    examples: list[Example]
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Identity of each prompt."""
+        return [example.sample_id for example in self.examples]
+
+
+class Swept(NamedTuple):
+    """Tables of one dataset, and the centred Grams ``[L, N, N]`` they are from where these were kept."""
+
+    tables: Tables
+    grams: np.ndarray | jax.Array | None
+
+
+class Captures:
+    """The sweep of each dataset: from the run's fingerprint where one fits, else from forward passes of the model.
+
+    The weights are read when the first dataset needs them, and the buckets are common to all datasets, so
+    that a bucket compiles once for all.
+    """
+
+    def __init__(
+        self,
+        config: AnalysisConfig,
+        session: Session,
+        datasets: Sequence[Dataset],
+        directory: RunDirectory,
+        progress: Bars | None,
+    ):
+        self.config, self.session, self.directory, self.progress = config, session, directory, progress
+        self.alone = len(datasets) == 1
+        self.decoder: Decoder | None = None
+        self.taken: dict[str, dict[str, Any]] = {}
+        self.forms: dict[str, dict[str, Any]] = {}
+        self.began = time.time()
+        lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
+        split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+        self.batch_size = -(-config.batch_size // split) * split
+        self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
+
+    def folder(self, dataset: Dataset) -> Path:
+        return self.directory.path if self.alone else self.directory.path / dataset.name
+
+    def sweep(self, dataset: Dataset) -> Swept:
+        folder = self.folder(dataset)
+        file = folder / "fingerprint.npz"
+        form = self._form(dataset)
+        self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
+        earlier: list[np.ndarray] = []
+
+        def look() -> bool:
+            kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
+            if self.directory.resumed and file.exists() and kept:
+                arrays, meta = read_npz(file)
+                if meta.get("identity") == self.directory.identity:
+                    earlier.append(arrays["gram"])
+            return bool(earlier)
+
+        if processes.share(look):
+            self.taken[dataset.name] = {"reused": True}
+            grams = unpack_upper(processes.share_array(earlier[0] if earlier else None))
+            return Swept(gram_tables(grams, band=form.band), grams)
+        if form.name == "streamed":
+            return Swept(self._streamed(dataset, form), None)
+        activations = self._run(dataset, partial(capture, with_embed=self.config.embed))
+        processes.make_directory(folder)
+        swept = self._swept(dataset, form, activations, file)
+        if self.config.save_activations:
+            arrays = {"hidden": np.asarray(activations.hidden)}
+            if activations.embed is not None:
+                arrays["embed"] = np.asarray(activations.embed)
+            with atomic_path(folder / "activations.safetensors") as temporary:
+                save_file(arrays, temporary)
+        return swept
+
+    def grams(self, dataset: Dataset) -> np.ndarray | jax.Array:
+        """The centred Grams ``[L, N, N]``, for what takes them whole.
+
+        Raises:
+            UserError: there are too many samples to keep them.
+        """
+        found = self.sweep(dataset).grams
+        if found is None:
+            raise UserError(f"{dataset.name}: too many samples to keep their Grams; give fewer prompts with --limit")
+        return found
+
+    def _form(self, dataset: Dataset) -> Form:
+        config, model = self.config, self.session.config
+        prompts = dataset.examples
+        count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
+        try:
+            return choose_form(
+                count,
+                model.width,
+                model.num_layers,
+                band=config.layer_band,
+                kernel=config.kernel,
+                memory=device_memory(self.session.mesh.local_devices),
+                devices=self.session.mesh.size,
+                stored=config.save_activations,
+                asked=config.form,
+            )
+        except UserError as error:
+            raise UserError(f"{dataset.name}: {error}") from None
+
+    def _swept(self, dataset: Dataset, form: Form, activations: Activations, file: Path) -> Swept:
+        """The sweep of stored activations; of the resident form with a fingerprint."""
+        config, hidden, repeats = self.config, self._normalised(activations.hidden), self.config.position == "all"
+        if form.name == "resident":
+            grams: np.ndarray | jax.Array = centred_grams(hidden, config.kernel, allow_repeats=repeats)
+            if hidden.shape[1] <= FINGERPRINT_SAMPLES:
+                grams = self._fingerprint(dataset, activations, pack_upper(grams), file)
+            return Swept(gram_tables(grams, band=form.band), grams)
+        with self._bar(f"{dataset.name}, sweep") as progress:
+            if form.name == "features":
+                tables: Tables = features(
+                    hidden,
+                    band=form.band,
+                    sharding=self._product_sharding(),
+                    allow_repeats=repeats,
+                    progress=progress,
+                )
+                return Swept(tables, None)
+            bandwidths = None
+            if config.kernel == "rbf":
+                bandwidths = sampled_bandwidths(hidden, seed=config.seed)
+                self.forms[dataset.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
+            mesh = self.session.mesh
+            tile = partial(tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress)
+            if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
+                tile = partial(sharded, shard(hidden, mesh))
+            swept = tile(kernel=config.kernel, band=form.band, bandwidths=bandwidths, allow_repeats=repeats)
+            return Swept(swept, None)
+
+    def _streamed(self, dataset: Dataset, form: Form) -> Tables:
+        """Sums added up batch by batch, without activations ever being stored."""
+        if self.config.position != "all":
+            refuse_equal_prompts(dataset.examples)
+        model = self.session.config
+        sums = FeatureSums(model.num_layers, model.width, band=form.band, sharding=self._product_sharding())
+
+        def add(*arguments: Any, **options: Any) -> None:
+            for states in stream(*arguments, **options):
+                sums.add(self._normalised(states.hidden, states.samples), states.samples)
+
+        self._run(dataset, add)
+        return sums.tables()
+
+    def _normalised(self, hidden: jax.Array, samples: np.ndarray | None = None) -> jax.Array:
+        return unit_rows(hidden, samples) if self.config.normalize == "row" else hidden
+
+    def _product_sharding(self) -> NamedSharding | None:
+        mesh, width = self.session.mesh, self.session.config.width
+        return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
+
+    def _fingerprint(self, dataset: Dataset, activations: Activations, packed: np.ndarray, file: Path) -> np.ndarray:
+        meta = {
+            "format": "jaxcrit.fingerprint",
+            "format_version": 1,
+            "identity": self.directory.identity,
+            "model_hash": self.session.model_hash,
+            "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
+            "position": self.config.position,
+            "kernel": self.config.kernel,
+            "normalize": self.config.normalize,
+            "num_layers": self.session.config.num_layers,
+        }
+        ids = np.array(dataset.sample_ids)[activations.units]
+        write_npz(file, {"gram": packed, "sample_ids": ids, "units": activations.units}, meta)
+        return unpack_upper(packed)  # so that a resumed run computes from the same bits
+
+    def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
+        """Gives the model and the batches of a dataset to ``take``, and notes what that took."""
+        if self.decoder is None:
+            self.decoder = self.session.decoder(self.progress)
+        batches = make_batches(
+            dataset.examples,
+            self.batch_size,
+            buckets=self.buckets,
+            max_length=self.session.config.max_length,
+        )
+        began, count = time.perf_counter(), len(dataset.examples)
+        with self._bar(dataset.name) as progress:
+            taken = take(
+                self.decoder,
+                batches,
+                count,
+                mesh=self.session.mesh,
+                position=self.config.position,
+                precision=self.config.precision,
+                progress=progress,
+            )
+        seconds = time.perf_counter() - began
+        self.taken[dataset.name] = {
+            "seconds": round(seconds, 3),
+            "prompts_per_second": round(count / seconds, 2),
+            "tokens": sum(example.prompt_length for example in dataset.examples),
+            "padded_tokens": sum(batch.tokens.size for batch in batches),
+            "buckets": len({batch.tokens.shape for batch in batches}),
+        }
+        return taken
+
+    @contextlib.contextmanager
+    def _bar(self, name: str) -> Iterator[Callable[[int, int], None] | None]:
+        """A progress bar that learns how much there is to do with the first step."""
+        if self.progress is None:
+            yield None
+            return
+        with self.progress(total=None, desc=name) as bar:
+
+            def advance(done: int, total: int) -> None:
+                bar.total = total
+                bar.update(done - bar.n)
+
+            yield advance
+
+    def times(self) -> dict[str, Any]:
+        return {
+            "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.began)),
+            "seconds": round(time.time() - self.began, 3),
+            "compiled_forward_passes": compiled_steps(),
+            "capture": self.taken,
+        }

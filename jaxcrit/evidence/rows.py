@@ -1,0 +1,165 @@
+"""What substitution and ablation have in common: rows with responses, and losses that outlive an interruption."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.layers import LayerScores, read_scores
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.rendering import Rendering, render_sets
+from jaxcrit.data.templates import Example
+from jaxcrit.evidence.variants import Batch
+from jaxcrit.models.model import Bars, Session
+from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.preemption import Preempted, notice
+from jaxcrit.training.data import check_rows
+
+_SAVE_SECONDS = 10.0
+# batch, progress -> losses [V, B] summed over each row's response, tokens [B]
+Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweptRows(Rendering):
+    """Which rows a model is tested on.
+
+    Attributes:
+        max_length: tokens per row, prompt and response; 0 for the model's context.
+        batch_size: rows per forward pass.
+    """
+
+    max_length: int = 0
+    batch_size: int = 8
+
+
+def read_rows(config: SweptRows, session: Session) -> list[Example]:
+    """The rows of every dataset of ``--data``, with their responses.
+
+    Raises:
+        UserError: see `render_sets` and `check_rows`; among them rows without a response.
+    """
+    if config.batch_size < 1:
+        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
+    most = min(config.max_length or session.config.max_length, session.config.max_length)
+    found: list[Example] = []
+    for one in render_sets(config, session.tokenizer, most, training=True):
+        limit = one.limit if config.truncate == "paper" else most
+        check_rows(one.cut, limit, session.config.vocab_size, one.named.source)
+        found += one.cut
+    return found
+
+
+def sample_losses(
+    examples: Sequence[Example],
+    batch_size: int,
+    session: Session,
+    directory: RunDirectory,
+    take: Take,
+    num_variants: int,
+    evaluations: int,
+    progress: Bars | None,
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Mean loss of each sample under each variant, batch by batch.
+
+    What is done is kept in ``partial.npz`` and not done again when an interrupted run is given anew.
+
+    Args:
+        examples: N rows.
+        batch_size: rows per batch; rounded up to what divides over the mesh.
+        session: of the mesh.
+        directory: of the run.
+        take: does one batch.
+        num_variants: V.
+        evaluations: block evaluations of one batch, for the progress bar.
+        progress: makes the bar.
+
+    Returns:
+        ``[V, N]`` float64 in nats, ``[N]`` response tokens, and the number of batches in all.
+
+    Raises:
+        Preempted: told to leave; what is done is kept.
+    """
+    losses, tokens = np.full((num_variants, len(examples)), np.nan), np.zeros(len(examples), np.int64)
+    file = directory.path / "partial.npz"
+    if directory.resumed and (kept := processes.share(lambda: _kept(file, directory.identity))):
+        losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
+    batches = list(batches_of(examples, batch_size, session))
+    left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
+    bar = None if progress is None else progress(
+        total=len(batches) * evaluations, desc="layers", unit=" block evaluations",
+        initial=(len(batches) - len(left)) * evaluations)  # fmt: skip
+    saved = time.monotonic()
+
+    def save() -> None:
+        meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
+        write_npz(file, {"losses": losses, "tokens": tokens}, meta)
+
+    try:
+        with notice() as leave:
+            for number, (rows, batch) in enumerate(left, 1):
+                sums, counts = take(batch, None if bar is None else bar.update)
+                real = rows < len(examples)
+                losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
+                tokens[rows[real]] = counts[real]
+                if leave(number) and number < len(left):
+                    raise Preempted(
+                        f"told to leave at batch {number} of {len(left)}; the same command goes on from there"
+                    )
+                if time.monotonic() - saved > _SAVE_SECONDS:
+                    save()
+                    saved = time.monotonic()
+    finally:
+        if np.isfinite(losses).any():
+            save()
+        if bar is not None:
+            bar.close()
+    return losses, tokens, len(batches)
+
+
+def batches_of(examples: Sequence[Example], batch_size: int, session: Session) -> Iterator[tuple[np.ndarray, Batch]]:
+    """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
+
+    Args:
+        examples: N rows.
+        batch_size: rows per batch; rounded up to what divides over the mesh.
+        session: of the mesh.
+    """
+    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):
+        arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
+        yield batch.rows, jax.device_put(arrays, batch_sharding(session.mesh))
+
+
+def read_back(out: Path) -> dict[str, LayerScores]:
+    """The scores of a run that is complete already."""
+    found = processes.share(lambda: {key: score.to_json() for key, score in read_scores(out / "scores.json").items()})
+    return {key: LayerScores.from_json(key, entry) for key, entry in found.items()}
+
+
+def forget_partial(out: Path) -> None:
+    """Removes what `sample_losses` kept for a resumption."""
+    if processes.first():
+        (out / "partial.npz").unlink(missing_ok=True)
+
+
+def _kept(file: Path, identity: str) -> dict[str, Any]:
+    """What an earlier run of this identity has left, as JSON values; empty where nothing."""
+    if not file.exists():
+        return {}
+    arrays, meta = read_npz(file)
+    return {name: arrays[name].tolist() for name in ("losses", "tokens")} if meta["identity"] == identity else {}
+
+
+def _done(losses: np.ndarray, rows: np.ndarray) -> bool:
+    return bool(np.isfinite(losses[:, rows]).all())

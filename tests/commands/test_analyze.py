@@ -1,0 +1,51 @@
+"""``jaxcrit analyze``: flags become one config and one library call; table and report come out."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import types
+
+import pytest
+import synthetic_analysis as synthetic
+
+from jaxcrit.commands import analyze
+from jaxcrit.commands.main import main
+
+
+@pytest.fixture
+def calls(monkeypatch, tmp_path):
+    """Stands in for the study: notes the config, returns an analysis made up from a formula."""
+    seen = []
+    fields = [(flag.name, type(flag.default), flag.default) for group in analyze.FLAGS.values() for flag in group]
+    module = types.ModuleType("jaxcrit.studies.analysis")
+    module.AnalysisConfig = dataclasses.make_dataclass("AnalysisConfig", fields, frozen=True)
+
+    def run_analysis(config, progress):
+        with progress(total=3, desc="dolly") as bar:
+            bar.update(3)
+        seen.append(config)
+        return synthetic.analysis(tmp_path)
+
+    module.run_analysis = run_analysis
+    monkeypatch.setitem(sys.modules, "jaxcrit.studies.analysis", module)
+    return seen
+
+
+def test_flags_are_the_fields_of_the_config():
+    from jaxcrit.evidence.captures import AnalysisConfig
+
+    flags = {flag.name: flag.default for group in analyze.FLAGS.values() for flag in group}
+    assert flags == {field.name: field.default for field in dataclasses.fields(AnalysisConfig)}
+
+
+def test_flags_become_the_config(calls, capsys, tmp_path):
+    assert main(["analyze", "--model", "m", "--embed", "--noinclude_self", "--window=7", "--layers=first:2"]) == 0
+    config = calls[0]
+    assert (config.model, config.embed, config.include_self, config.window) == ("m", True, False, 7)
+    assert config.layers == "first:2" and config.bias == "debiased"
+    out, err = capsys.readouterr()
+    assert "Critical layers: " in out and "How sure: " in out and "\x1b" not in out
+    assert out.endswith(f"report: {tmp_path / 'report.html'}\n")
+    assert err == "", "progress is for terminals"
+    assert (tmp_path / "report.html").exists()

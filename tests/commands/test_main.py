@@ -1,0 +1,131 @@
+"""What the command does before any work: help, and one line for every mistake."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+import jaxcrit
+from jaxcrit.commands import main as cli
+from jaxcrit.core.errors import UserError
+
+MISTAKES = {
+    "analyse": "did you mean 'analyze'?",
+    "--hlep": "did you mean '--help'?",
+    "analyze --modle=x": "unknown flag --modle (did you mean 'model'?)",
+    "analyze --window=abc": "--window=abc",
+    "analyze --batch_size=0": "--batch_size=0",
+    "analyze --limit=-1": "--limit=-1",
+    "analyze --kernel=lnear": "did you mean 'linear'?",
+    "analyze --embed=perhaps": "--embed=perhaps",
+    "analyze --out": "--out",
+    "analyze stray": "expected flags only, got 'stray'",
+    "analyze model=x": "did you mean --model=x?",
+    "analyze --seed=1 -- --limit=3": "expected flags only",
+    "analyze --truncate=lef": "did you mean 'left'?",
+    "data --template=lama3": "did you mean 'llama3'?",
+    "data --edition=papr": "did you mean 'paper'?",
+    "data --split=tset": "did you mean 'test'?",
+    "data --model=/absent": "/absent",
+    "generate --temprature=1": "did you mean 'temperature'?",
+    "generate --max_new_tokens=0": "--max_new_tokens=0",
+    "generate --top_k=5": "give a --temperature above 0",
+    "generate --stop=</w>": "did you mean '</s>'?",
+    "generate --stop=793": "'793' is no token id",
+    "generate --max_new_tokens=256": "leaves no room for a prompt in the model's context of 256 tokens",
+    "select": "expected --scores=FILE",
+    "select --scores=/absent.json": "/absent.json: no such file",
+    "export": "expected --model=DIR",
+    "export --model=x": "expected --out=DIR",
+    "export --model=x --out=y --dtype=float23": "did you mean 'float32'?",
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES.items())
+def test_a_mistake_is_one_line_and_exit_2(arguments, message, capsys):
+    assert cli.main(arguments.split()) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("jaxcrit: error: ") and message in err
+    assert err.count("\n") == 1
+
+
+def test_help_lists_every_command(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for name, (_, summary) in cli.COMMANDS.items():
+        assert f"  {name:<10} {summary}\n" in out
+    assert cli.main([]) == 2
+    assert capsys.readouterr().err == out
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_of_a_command_has_one_line_per_flag_within_100_columns(command, capsys):
+    assert cli.main([command, "--model=x", "--help"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 100
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    for flag in [flag for group in module.FLAGS.values() for flag in group]:
+        rows = [line for line in lines if line.strip().startswith((f"--{flag.name}=", f"--[no]{flag.name} "))]
+        assert len(rows) == 1
+        assert flag.help in rows[0]
+        if flag.default not in ("", (), None, True, False):
+            assert rows[0].endswith(f"[{flag.default}]")
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"jaxcrit {jaxcrit.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", ["--help", "analyze --help", "data --help", "export --help", "select --help"])
+def test_help_imports_nothing_slow(arguments):
+    code = (
+        "import sys; from jaxcrit.commands.main import main; code = main(sys.argv[1:]);"
+        " slow = {'jax', 'flax', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules); assert not slow, slow;"
+        " sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments.split()], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout
+
+
+def command_that(monkeypatch, act):
+    module = types.ModuleType("fake_command")
+    module.FLAGS, module.run = {}, act
+    monkeypatch.setitem(sys.modules, "fake_command", module)
+    monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "for a test"))
+
+
+def raising(error):
+    def act(values):
+        raise error
+
+    return act
+
+
+def test_exit_codes_of_what_happens_inside(monkeypatch, capsys):
+    command_that(monkeypatch, raising(UserError("expected a, got b")))
+    assert cli.main(["fake"]) == 2
+    assert capsys.readouterr().err == "jaxcrit: error: expected a, got b\n"
+    command_that(monkeypatch, raising(KeyboardInterrupt()))
+    assert cli.main(["fake"]) == 130
+    assert "Traceback" not in capsys.readouterr().err
+    command_that(monkeypatch, raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["fake"])
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    code = (
+        "import sys; from jaxcrit.commands import main as m;"
+        " m.overview = lambda: 'line\\n' * 100000; sys.exit(m.main(['--help']))"
+    )
+    command = f'{sys.executable} -c "{code}" | head -n 1; echo ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert done.stdout.split() == ["line", "141"]
+    assert done.stderr == ""
