@@ -30,7 +30,7 @@ hypothesis.settings.load_profile("untimed")
 @pytest.fixture(scope="session")
 def storage_server():
     """One for all tests, for clients remember where it is."""
-    from fake_storage import FakeStorage
+    from support.fake_storage import FakeStorage
 
     return FakeStorage()
 

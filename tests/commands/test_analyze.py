@@ -7,7 +7,7 @@ import sys
 import types
 
 import pytest
-import synthetic_analysis as synthetic
+from support import synthetic_analysis as synthetic
 
 from jaxcrit.commands import analyze
 from jaxcrit.commands.main import main

@@ -6,7 +6,7 @@ import json
 import make_renderings as goldens
 import numpy as np
 import pytest
-from tiny_model import tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands import data
 from jaxcrit.commands.main import main

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import raw_config
-from plain_loss import batch_of, placed, plain
-from tiny_training import random_weights
+from support.family_models import raw_config
+from support.plain_loss import batch_of, placed, plain
+from support.tiny_training import random_weights
 
 from jaxcrit.criteria.ablation import ablate, intact, silenced, update_sums, variants
 from jaxcrit.evaluation.losses import response_losses

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from oracles import states
+from support.oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.delta import delta

@@ -5,9 +5,9 @@ from __future__ import annotations
 import jax
 import numpy as np
 import pytest
-from family_models import CASES, raw_config
-from plain_loss import batch_of, placed, plain
-from tiny_training import random_weights
+from support.family_models import CASES, raw_config
+from support.plain_loss import batch_of, placed, plain
+from support.tiny_training import random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.substitution import host_variant, join, random_sets, variants, windows

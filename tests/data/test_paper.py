@@ -8,8 +8,8 @@ import make_renderings
 import numpy as np
 import pytest
 from conftest import SHARED
-from family_tokenizers import family_tokenizer
-from tiny import tiny_tokenizer_dir
+from support.family_tokenizers import family_tokenizer
+from support.tiny import tiny_tokenizer_dir
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data import paper

@@ -8,9 +8,9 @@ import types
 import make_renderings as goldens
 import pytest
 from conftest import SHARED
-from family_tokenizers import family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.family_tokenizers import family_tokenizer
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.datasets import load, read_rows

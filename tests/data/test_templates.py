@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 from conftest import SHARED
-from family_tokenizers import family_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import CHAT_TEMPLATE, tiny_tokenizer_dir
+from support.family_tokenizers import family_tokenizer
+from support.tiny import CHAT_TEMPLATE, tiny_tokenizer_dir
 from tokenizers import normalizers
 
 from jaxcrit.core.errors import UserError

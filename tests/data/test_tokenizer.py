@@ -6,7 +6,7 @@ import sys
 
 import pytest
 from conftest import SHARED
-from tiny import tiny_tokenizer_dir
+from support.tiny import tiny_tokenizer_dir
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.tokenizer import load_tokenizer

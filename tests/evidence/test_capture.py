@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import BOUND, MESHES, error, load_path, one_device, raw_config, states, write_model
+from support.family_models import BOUND, MESHES, error, load_path, one_device, raw_config, states, write_model
 
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pc_removal
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.files import read_json
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import representation_dynamics
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json

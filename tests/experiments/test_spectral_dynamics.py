@@ -3,7 +3,7 @@
 import numpy as np
 import spectral_dynamics
 from scipy.stats import spearmanr
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-import reference
-from family_models import GOLDEN_CASES, raw_config, sequences
+from support import reference
+from support.family_models import GOLDEN_CASES, raw_config, sequences
 
 from jaxcrit.core.files import write_npz
 

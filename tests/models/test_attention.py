@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import error, load_path, one_device, raw_config, write_model
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel
+from support.family_models import error, load_path, one_device, raw_config, write_model
 
 from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError

@@ -7,8 +7,8 @@ import struct
 import ml_dtypes
 import numpy as np
 import pytest
-from family_models import MESHES, load_path, raw_config, tensors, write_model
 from safetensors.numpy import load_file, save_file
+from support.family_models import MESHES, load_path, raw_config, tensors, write_model
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models import checkpoint as checkpoints

@@ -1,7 +1,7 @@
 """What is read from config.json, and every refusal of what is not understood."""
 
 import pytest
-from family_models import BASE, CASES, raw_config
+from support.family_models import BASE, CASES, raw_config
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import error, load_path, raw_config, sequences, states, write_model
 from flax import nnx
+from support.family_models import error, load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Context, embed, forward, layer_windows, logits, run

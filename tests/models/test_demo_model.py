@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from family_models import load_path
+from support.family_models import load_path
 
 from jaxcrit.data import demo
 from jaxcrit.data.templates import render

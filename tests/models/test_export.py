@@ -5,8 +5,8 @@ import os
 
 import numpy as np
 import pytest
-from family_models import load_path, raw_config, tensors, write_model
 from safetensors.numpy import load_file
+from support.family_models import load_path, raw_config, tensors, write_model
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models import export as exporting

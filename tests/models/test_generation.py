@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHARED
-from family_models import LENGTH, load_path, raw_config, sequences, states, write_model
 from scipy import stats
+from support.family_models import LENGTH, load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.generation import compiled_programs, generate

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from family_models import BOUND, GOLDEN_CASES, error, load_path, states, write_model
+from support.family_models import BOUND, GOLDEN_CASES, error, load_path, states, write_model
 
 from jaxcrit.core.files import read_npz
 from jaxcrit.models.config import ModelConfig

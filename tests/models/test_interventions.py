@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import load_path, raw_config, sequences, write_model
+from support.family_models import load_path, raw_config, sequences, write_model
 
 from jaxcrit.data.batches import Batch
 from jaxcrit.evidence.capture import capture

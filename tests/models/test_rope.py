@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from family_models import load_path, raw_config, sequences, states, write_model
+from support.family_models import load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate

@@ -26,7 +26,7 @@ from jaxcrit.training.loop import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "jaxcrit/assets/demo_prompts/choice.jsonl"
-COMMANDS = (str(Path(__file__).with_name("commands.py")),)
+COMMANDS = (str(Path(__file__).parents[1] / "support" / "commands.py"),)
 
 
 def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcrit.commands.main"), environment=None):

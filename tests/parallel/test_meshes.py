@@ -3,8 +3,8 @@
 import jax
 import numpy as np
 import pytest
-from family_models import MESHES
-from tiny_model import prompts_file, tiny_checkpoint
+from support.family_models import MESHES
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.evidence.captures import AnalysisConfig

@@ -8,10 +8,10 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from family_models import BOUND, load_path, raw_config
-from tiny import tiny_tokenizer_dir
-from tiny_training import Trainer, random_batch
+from support import reference
+from support.family_models import BOUND, load_path, raw_config
+from support.tiny import tiny_tokenizer_dir
+from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.model import open_session

@@ -3,8 +3,8 @@
 import os
 
 import numpy as np
-import oracles
 import pytest
+from support import oracles
 
 from jaxcrit.similarity import canonical_correlations, centred_grams, decompose
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import reference
 from conftest import SHARED
-from family_models import BOUND, error, load_path, states
+from support import reference
+from support.family_models import BOUND, error, load_path, states
 
 from jaxcrit.models.generation import generate
 

@@ -1,8 +1,8 @@
 """The embedded model in transformers: same states, same logits, same chat template."""
 
 import numpy as np
-import reference
-from family_models import BOUND, error, load_path, states
+from support import reference
+from support.family_models import BOUND, error, load_path, states
 
 from jaxcrit.data import demo
 from jaxcrit.data.templates import render

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import reference
-from family_models import load_path, raw_config
+from support import reference
+from support.family_models import load_path, raw_config
 
 from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.export import export, write_checkpoint

@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-import reference
 import transformers
-from family_models import BOUND, CASES, error, load_path, raw_config, sequences, states
+from support import reference
+from support.family_models import BOUND, CASES, error, load_path, raw_config, sequences, states
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import hf_shapes

@@ -2,8 +2,8 @@
 
 import numpy as np
 import pytest
-import reference
-from family_models import CASES, load_path, raw_config
+from support import reference
+from support.family_models import CASES, load_path, raw_config
 
 from jaxcrit.models.generation import generate
 from jaxcrit.models.sampling import Sampling

@@ -8,11 +8,11 @@ import json
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import reference
-from family_models import BOUND, load_path, raw_config
 from safetensors.numpy import load_file
-from tiny_model import tiny_checkpoint
-from tiny_training import Trainer, random_batch
+from support import reference
+from support.family_models import BOUND, load_path, raw_config
+from support.tiny_model import tiny_checkpoint
+from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_session

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import synthetic_analysis as synthetic
+from support import synthetic_analysis as synthetic
 
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.analysis import write_analysis

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-import synthetic_analysis as synthetic
+from support import synthetic_analysis as synthetic
 
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.reporting import tables

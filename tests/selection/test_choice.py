@@ -2,7 +2,7 @@ from math import erf
 
 import numpy as np
 import pytest
-from oracles import states
+from support.oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores

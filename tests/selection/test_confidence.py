@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from oracles import states
+from support.oracles import states
 
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.criteria.score import deletions, layer_scores, values_without_each

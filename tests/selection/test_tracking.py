@@ -3,10 +3,10 @@
 import csv
 
 import numpy as np
-import oracles
 import pytest
 from conftest import SHARED
 from scipy.stats import spearmanr
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores

@@ -1,9 +1,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support import oracles
 
 from jaxcrit.similarity import (
     _grams,

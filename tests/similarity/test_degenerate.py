@@ -1,8 +1,8 @@
 """Data that no similarity can be computed from is refused by name, not scored."""
 
 import numpy as np
-import oracles
 import pytest
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import DegenerateError, centred_grams, cka

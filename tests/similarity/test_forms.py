@@ -5,10 +5,10 @@ import itertools
 
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.delta import delta

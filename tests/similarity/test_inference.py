@@ -3,9 +3,9 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
-from oracles import tables_of
+from support import oracles
+from support.oracles import tables_of
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.parallel.accounting import product_flops

@@ -1,10 +1,10 @@
 """What CKA must not see, and what it must."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracles
 
 from jaxcrit.similarity import cka, null_mean, sweep
 

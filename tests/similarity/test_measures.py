@@ -1,13 +1,13 @@
 """Every measure against its definition in float64 on the activations, and what none of them may see."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import orthogonal_procrustes
 from scipy.spatial.distance import cdist, pdist
 from scipy.stats import pearsonr, spearmanr
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import (

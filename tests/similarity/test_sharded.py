@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracles
 import pytest
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import (

@@ -1,10 +1,10 @@
 """Spectra and CCA against float64 decompositions of the activations themselves."""
 
 import numpy as np
-import oracles
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import (

@@ -7,10 +7,10 @@ import json
 import shutil
 
 import numpy as np
-import oracles
 import pytest
 from safetensors.numpy import load_file
-from tiny_model import prompts_file, tiny_checkpoint
+from support import oracles
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions

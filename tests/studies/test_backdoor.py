@@ -7,7 +7,7 @@ import json
 
 import numpy as np
 import pytest
-from tiny_model import tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError

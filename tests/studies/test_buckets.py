@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from tiny_model import tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import as_path

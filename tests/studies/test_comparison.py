@@ -6,10 +6,10 @@ import json
 import shutil
 
 import numpy as np
-import oracles
 import pytest
 from safetensors.numpy import load_file
-from tiny_model import prompts_file, tiny_checkpoint
+from support import oracles
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import read_json, read_npz, write_npz

@@ -15,7 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError

@@ -6,8 +6,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from family_models import load_path
-from tiny_model import prompts_file, tiny_checkpoint
+from support.family_models import load_path
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json

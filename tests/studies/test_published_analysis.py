@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 import pytest
-from tiny_model import tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json

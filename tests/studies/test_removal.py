@@ -8,7 +8,7 @@ import json
 import jax
 import numpy as np
 import pytest
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.reporting.removal import removal_figure, removal_text

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_model import tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions

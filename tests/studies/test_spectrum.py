@@ -8,7 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands import spectrum as command
 from jaxcrit.commands.main import main

@@ -10,8 +10,8 @@ import signal
 
 import numpy as np
 import pytest
-from tiny import tiny_tokenizer_dir
-from tiny_model import tiny_checkpoint
+from support.tiny import tiny_tokenizer_dir
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions

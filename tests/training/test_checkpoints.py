@@ -9,7 +9,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
-from tiny_training import Trainer, random_batch
+from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.parallel.mesh import make_mesh

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_training import CONFIG, Trainer, one_device, random_batch, random_weights
+from support.tiny_training import CONFIG, Trainer, one_device, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from family_models import MESHES
-from tiny_training import CONFIG, Trainer, random_batch, random_weights
+from support.family_models import MESHES
+from support.tiny_training import CONFIG, Trainer, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.templates import Example

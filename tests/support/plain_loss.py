@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import jax
-from tiny_training import random_batch
 
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import forward
+from support.tiny_training import random_batch
 
 
 def batch_of(config, seed=1):

@@ -16,9 +16,9 @@ if importlib.util.find_spec("torch") is None and os.environ.get("JAXCRIT_REQUIRE
 
 import torch
 import transformers
-from family_models import recipe
 
 from jaxcrit.models.config import ModelConfig
+from support.family_models import recipe
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
-from tiny import tiny_tokenizer_dir
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.weights import hf_shapes
+from support.tiny import tiny_tokenizer_dir
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
