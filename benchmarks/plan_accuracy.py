@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from plan_points import flags, planned, write_table
 
-from jaxcrit.studies.plan import PlanConfig
+from jaxcrit.commands.plan import PlanOptions
 
 TARGET, GIB = 0.15, 2**30
 PLACES = (
@@ -22,7 +22,7 @@ PLACES = (
 def main() -> None:
     kept = flags(__doc__.splitlines()[0]).parse_args().kept
     asked = [
-        PlanConfig(model=model, topology=topology, mesh=mesh, batch_size=batch, job=job, layers="10-14")
+        PlanOptions(model=model, topology=topology, mesh=mesh, batch_size=batch, job=job, layers="10-14")
         for model, topology, mesh, batch in PLACES
         for job in ("analyze", "finetune")
     ]

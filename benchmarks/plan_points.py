@@ -12,7 +12,8 @@ from typing import Any
 
 from environment import RESULTS, write_result
 
-from jaxcrit.studies.plan import Plan, PlanConfig, run_plan
+from jaxcrit.commands.plan import PlanOptions
+from jaxcrit.studies.plan import Plan, run_plan
 
 
 def flags(about: str) -> argparse.ArgumentParser:
@@ -22,7 +23,7 @@ def flags(about: str) -> argparse.ArgumentParser:
     return parser
 
 
-def planned(name: str, asked: Sequence[PlanConfig], *, traffic: bool, kept: bool) -> list[dict[str, Any]]:
+def planned(name: str, asked: Sequence[PlanOptions], *, traffic: bool, kept: bool) -> list[dict[str, Any]]:
     """One row for every configuration, in their order; ``results/NAME.json`` is written after each.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from plan_points import flags, planned, write_table
 
-from jaxcrit.studies.plan import PlanConfig
+from jaxcrit.commands.plan import PlanOptions
 
 GIB = 2**30
 SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}
@@ -26,7 +26,7 @@ def main() -> None:
     given = parser.parse_args()
     model = given.model
     asked = [
-        PlanConfig(model=model, topology=topology, mesh=f"fsdp={chips}", job=job, layers=layers, batch_size=ROWS,
+        PlanOptions(model=model, topology=topology, mesh=f"fsdp={chips}", job=job, layers=layers, batch_size=ROWS,
                    length=LENGTH)
         for job, layers in JOBS.items()
         for chips, topology in SLICES.items()

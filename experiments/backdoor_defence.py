@@ -25,12 +25,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_text
 from jaxcrit.data.demo import FAMILIES, generate
 from jaxcrit.reporting.backdoor import backdoor_text, write_figures
 from jaxcrit.studies.backdoor import Backdoor, run_backdoor
-from jaxcrit.studies.backdoor_inputs import BackdoorConfig
 
 # PAPER: attack success by keywords / by GPT in per cent, of 300 prompts, one training each.
 PAPER = {
@@ -91,12 +91,12 @@ def run(given: argparse.Namespace) -> tuple[dict[float, Backdoor], float]:
     out, began = Path(given.out), time.perf_counter()
     counts = [int(count) for count in given.counts.split(",")]
     data, tests = (given.data, given.eval_data) if given.data else demo_rows(out, given.train_rows)
-    fields = {field.name for field in dataclasses.fields(BackdoorConfig)}
+    fields = {field.name for field in dataclasses.fields(BackdoorOptions)}
     common = {key: value for key, value in vars(given).items() if key in fields}
     common |= {"data": data, "eval_data": tests, "analysis": str(out / "analysis")}
     found = {}
     for rate in (float(rate) for rate in given.rates.split(",")):
-        config = BackdoorConfig(**{**common, "arms": arms(counts, given.draws), "rate": rate,
+        config = BackdoorOptions(**{**common, "arms": arms(counts, given.draws), "rate": rate,
                                    "out": str(out / f"rate-{rate:g}"), "remat": bool(given.model)})  # fmt: skip
         found[rate] = run_backdoor(config, say=lambda text: print(text, file=sys.stderr, flush=True))
         write_figures(found[rate].out, found[rate].content)

@@ -21,18 +21,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.commands.analyze import AnalyzeOptions
+from jaxcrit.commands.finetune import FinetuneOptions
+from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.data.demo import generate
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.reporting.plots import twin_curves
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.correlation import plain
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
+from jaxcrit.studies.finetune import run_finetune
+from jaxcrit.studies.substitution import run_substitution
 
 # PAPER, Table 2: Spearman's correlation of δ and substitution loss.
 DATASETS = ("alpaca", "dolly", "gsm8k", "boolq", "openbookqa")
@@ -88,11 +90,11 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
     out = Path(given.out) / name
     rendering = {"edition": given.edition, "truncate": given.truncate}
     analysis = run_analysis(
-        AnalysisConfig(model=given.model, data=tests, limit=given.tests, window=given.window,
+        AnalyzeOptions(model=given.model, data=tests, limit=given.tests, window=given.window,
                        out=str(out / "analysis"), **rendering)
     )  # fmt: skip
     run_finetune(
-        FinetuneConfig(
+        FinetuneOptions(
             model=given.model, data=data, eval_data=tests, out=str(out / "tuned"), layers="all",
             train_embeddings=True, train_norms=True, train_head=True, steps=given.steps, batch_size=given.batch_size,
             learning_rate=given.learning_rate, eval_every=given.steps, checkpoint_every=given.steps,
@@ -100,7 +102,7 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
         )
     )  # fmt: skip
     substituted = run_substitution(
-        SubstitutionConfig(base=given.model, tuned=str(out / "tuned"), data=tests, limit=given.tests,
+        SubstituteOptions(base=given.model, tuned=str(out / "tuned"), data=tests, limit=given.tests,
                            window=given.window, out=str(out / "substitution"), **rendering)
     )  # fmt: skip
     loss = substituted.scores["substitution"]

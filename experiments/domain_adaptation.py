@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.layers import default_count
@@ -31,7 +32,7 @@ from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_session
 from jaxcrit.reporting.plots import loss_curves
 from jaxcrit.reporting.training import evaluations
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune import run_finetune
 
 # PAPER: Llama-2-7B-chat, read off the figures; shares of full training's drop at the last step.
 PAPER = {"critical": {"dolly": 0.96, "openbookqa": 0.94}, "noncritical": {"dolly": 0.87, "openbookqa": 0.80}}
@@ -57,10 +58,10 @@ class Curve:
     paper_points: list[tuple[int, float]]
 
 
-def configs(arguments: argparse.Namespace, data: str, count: int) -> dict[tuple[str, int], FinetuneConfig]:
+def configs(arguments: argparse.Namespace, data: str, count: int) -> dict[tuple[str, int], FinetuneOptions]:
     """The runs: every arm with every seed, ``random`` with five at least."""
     out = Path(arguments.out)
-    common = FinetuneConfig(
+    common = FinetuneOptions(
         model=arguments.model, data=data, analysis=str(out / "analysis"), steps=arguments.steps, epochs=0,
         batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, checkpoint_every=arguments.steps,
         eval_every=max(1, arguments.steps // 10), mesh=arguments.mesh, truncate=arguments.truncate,
@@ -86,7 +87,7 @@ def held_out_task(out: Path, rows: int) -> str:
     return str(path)
 
 
-def curve(arm: str, seed: int, config: FinetuneConfig) -> Curve:
+def curve(arm: str, seed: int, config: FinetuneOptions) -> Curve:
     """Trains, or reads what an earlier call trained."""
     finetuned = run_finetune(config)
     tests = evaluations(finetuned.metrics)

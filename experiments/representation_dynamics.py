@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxcrit.commands import analyze
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
@@ -24,7 +24,7 @@ from jaxcrit.core.progress import bars
 from jaxcrit.reporting.analysis import write_analysis
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection import overlap_matrix, spearman_matrix
-from jaxcrit.studies.analysis import AnalysisConfig, run_analysis
+from jaxcrit.studies.analysis import run_analysis
 
 # Llama-2-7B-chat, printed in the paper's figure: Spearman's correlation of δ over layers 2 to 29.
 PAPER = ("dolly", "alpaca", "openbookqa", "gsm8k", "boolq")
@@ -52,9 +52,8 @@ def mean_off_diagonal(matrix: np.ndarray) -> float:
 
 def main(arguments: Sequence[str]) -> None:
     """Analyses, prints the matrices, writes them."""
-    values = flags.parse(analyze.FLAGS, "representation_dynamics", arguments)
-    given = {flag.name: values[flag.name].value for group in analyze.FLAGS.values() for flag in group}
-    analysis = run_analysis(AnalysisConfig(**given), progress=bars)
+    (options,) = flags.read([AnalyzeOptions], "representation_dynamics", arguments)
+    analysis = run_analysis(options, progress=bars)
     if len(analysis.datasets) < 2:
         raise UserError("representation_dynamics: expected two datasets or more to compare, got one")
     names = list(analysis.datasets)

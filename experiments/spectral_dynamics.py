@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.commands import spectrum
+from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json
@@ -27,7 +28,7 @@ from jaxcrit.core.progress import bars
 from jaxcrit.reporting.spectrum import write_spectrum
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.tracking import Tracking, tracking
-from jaxcrit.studies.spectrum import SpectrumConfig, run_spectrum
+from jaxcrit.studies.spectrum import run_spectrum
 
 # PAPER: Llama-2-7B-chat on Dolly, layers 2 to 29, read off its figure: Spearman's ρ with biased δ, and the p of all
 # circular shifts of the one curve against the other, which the paper does not give.
@@ -68,7 +69,7 @@ def main(arguments: Sequence[str]) -> None:
     """Decomposes, prints the correlations, writes them."""
     values = flags.parse(spectrum.FLAGS, "spectral_dynamics", arguments)
     given: dict[str, Any] = {flag.name: values[flag.name].value for group in spectrum.FLAGS.values() for flag in group}
-    analysis = run_spectrum(SpectrumConfig(**given), progress=bars)
+    analysis = run_spectrum(SpectrumOptions(**given), progress=bars)
     report = write_spectrum(analysis)
     everything = {name: tracked(result.scores, analysis.ks) for name, result in analysis.datasets.items()}
     model = {key: analysis.run["model"][key] for key in ("family", "num_layers", "width", "hash")}

@@ -1,40 +1,41 @@
-"""``jaxcrit ablate``: flags are the fields of `jaxcrit.studies.ablation.AblationConfig`."""
+"""``jaxcrit ablate``: what a model loses without each layer."""
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from typing import Any
+from typing import Literal
 
-from absl.flags import FlagValues
-
-from jaxcrit.commands.data import ROWS
-from jaxcrit.commands.substitute import TESTED
-from jaxcrit.core.flags import Flag
-
-FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint, hub id or finetune run (default: the embedded model)", word="DIR"),
-        *ROWS,
-        Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
-    ),
-    "layers": (
-        Flag("methods", "skip,mean", "what a layer adds: skip nothing, mean the average", word="LIST"),
-        Flag("sites", "blocks", "whole blocks, or their attention or MLP alone", ("blocks", "attn", "mlp")),
-        Flag("generate", False, "count right answers too, with each layer skipped"),
-        Flag("max_new_tokens", 64, "of each answer, at most", lowest=1),
-    ),
-    "testing": TESTED,
-}
+from jaxcrit.core.groups import MeshOptions, ModelOptions, TestedRowOptions
+from jaxcrit.core.options import option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers"):
+    """What ``jaxcrit ablate`` is asked; all datasets are one here."""
+
+    methods: str = option("skip,mean", "what a layer adds: skip nothing, mean the average", word="LIST")
+    sites: Literal["blocks", "attn", "mlp"] = option(
+        "blocks", "whole blocks, or their attention or MLP alone", ("blocks", "attn", "mlp")
+    )
+    generate: bool = option(False, "count right answers too, with each layer skipped")
+    max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
+
+    def score(self, what: str) -> str:
+        """Score key: of a method, or of ``skip_accuracy``."""
+        return f"ablation_{what}{'' if self.sites == 'blocks' else f'_{self.sites}'}"
+
+
+OPTIONS = AblateOptions
+
+
+def run(options: AblateOptions) -> int:
     """Ablates, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.ablation import ablation_text, write_ablation
-    from jaxcrit.studies.ablation import AblationConfig, run_ablation
+    from jaxcrit.studies.ablation import run_ablation
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    found = run_ablation(AblationConfig(**given), progress=bars)
+    found = run_ablation(options, progress=bars)
     report = write_ablation(found.out, found.run, found.scores)
     print(ablation_text(found.run, found.scores, style=sys.stdout.isatty()))
     print(f"report: {report}")

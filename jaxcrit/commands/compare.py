@@ -1,35 +1,34 @@
-"""``jaxcrit compare``: flags are the fields of `jaxcrit.studies.comparison.CompareConfig`."""
+"""``jaxcrit compare``: CKA between two models over the same prompts, from their fingerprints."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from absl.flags import FlagValues
-
-from jaxcrit.core.flags import Flag
-
-POSITIONAL = ("a", "b")
-FLAGS = {
-    "what": (
-        Flag("a", "", "fingerprint.npz, or the run directory with it: the base, say", word="RUN"),
-        Flag("b", "", "the other: the tuned model, say", word="RUN"),
-        Flag("out", "", "run directory to write (default: a new one here)", word="DIR"),
-    ),
-    "pairing": (
-        Flag("common", False, "leave out samples that only one of them has"),
-        Flag("allow_template_mismatch", False, "compare prompts that were rendered otherwise"),
-    ),
-}
+from jaxcrit.core.groups import BY_HASH, WHERE
+from jaxcrit.core.options import Options, option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompareOptions(Options, title="what", positional=("a", "b")):
+    """What ``jaxcrit compare`` is asked."""
+
+    a: str = option("", "fingerprint.npz, or the run directory with it: the base, say", word="RUN", free=BY_HASH)
+    b: str = option("", "the other: the tuned model, say", word="RUN", free=BY_HASH)
+    out: str = option("", "run directory to write (default: a new one here)", word="DIR", free=WHERE)
+    common: bool = option(False, "leave out samples that only one of them has", group="pairing")
+    allow_template_mismatch: bool = option(False, "compare prompts that were rendered otherwise", group="pairing")
+
+
+OPTIONS = CompareOptions
+
+
+def run(options: CompareOptions) -> int:
     """Compares, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.comparison import comparison_text, write_comparison
-    from jaxcrit.studies.comparison import CompareConfig, run_compare
+    from jaxcrit.studies.comparison import run_compare
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    comparison = run_compare(CompareConfig(**given), progress=bars)
+    comparison = run_compare(options, progress=bars)
     report = write_comparison(comparison)
     print(comparison_text(comparison))
     print(f"report: {report}")

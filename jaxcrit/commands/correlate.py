@@ -1,33 +1,33 @@
-"""``jaxcrit correlate``: flags are the fields of `jaxcrit.studies.correlation.CorrelationConfig`."""
+"""``jaxcrit correlate``: whether two scores of the layers agree, honestly."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from absl.flags import FlagValues
-
-from jaxcrit.core.flags import Flag
-
-FLAGS = {
-    "what": (
-        Flag("scores", (), "scores.json to compare; give it twice", word="FILE[:KEY]"),
-        Flag("all", "", "instead: every score in a folder against every other", word="DIR"),
-        Flag("out", "", "directory for pictures and report (default: none)", word="DIR"),
-    ),
-    "tests": (
-        Flag("block", 0, "layers to a block; 0 for twice the wider window", lowest=0),
-        Flag("seed", 0, "of permutations and interval", lowest=0),
-    ),
-}
+from jaxcrit.core.groups import BY_HASH, WHERE
+from jaxcrit.core.options import Options, option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorrelateOptions(Options, title="what"):
+    """What ``jaxcrit correlate`` is asked."""
+
+    scores: tuple[str, ...] = option((), "scores.json to compare; give it twice", word="FILE[:KEY]", free=BY_HASH)
+    all: str = option("", "instead: every score in a folder against every other", word="DIR", free=BY_HASH)
+    out: str = option("", "directory for pictures and report (default: none)", word="DIR", free=WHERE)
+    block: int = option(0, "layers to a block; 0 for twice the wider window", lowest=0, group="tests")
+    seed: int = option(0, "seed of permutations and interval", lowest=0, group="tests")
+
+
+OPTIONS = CorrelateOptions
+
+
+def run(options: CorrelateOptions) -> int:
     """Correlates, draws where asked, prints."""
     from jaxcrit.reporting.correlation import correlation_text, write_correlation
-    from jaxcrit.studies.correlation import CorrelationConfig, run_correlation
+    from jaxcrit.studies.correlation import run_correlation
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    correlated = run_correlation(CorrelationConfig(**given))
+    correlated = run_correlation(options)
     print(correlation_text(correlated))
     if correlated.out is not None:
         print(f"report: {write_correlation(correlated)}")

@@ -1,31 +1,40 @@
-"""``jaxcrit export``: a model or a fine-tuning run in, a checkpoint directory that `transformers` loads out."""
+"""``jaxcrit export``: a model or a fine-tuning run in, a checkpoint directory that transformers loads out."""
 
 from __future__ import annotations
 
-from absl.flags import FlagValues
+import dataclasses
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.flags import Flag
-
-FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint directory or hub id", word="DIR"),
-        Flag("run", "", "instead: run of jaxcrit finetune", word="DIR"),
-        Flag("out", "", "directory to write; must not exist yet or be empty", word="DIR"),
-        Flag("dtype", "source", "of the weights; source: as read", ("float32", "bfloat16", "float16")),
-        Flag("step", "", "of a run: checkpoint N, best or last (default: where it ended)", word="N|best|last"),
-        Flag("delta_only", False, "of a run: just the trained tensors, as delta.safetensors"),
-        Flag("adapter", False, "of a run with --lora_rank: the adapters, for peft"),
-    ),
-}
+from jaxcrit.core.groups import BY_HASH, WHERE
+from jaxcrit.core.options import Options, option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions(Options, title="what"):
+    """What ``jaxcrit export`` is asked."""
+
+    model: str = option("", "checkpoint directory or hub id", word="DIR", free=BY_HASH)
+    run: str = option("", "instead: run of jaxcrit finetune", word="DIR", free=BY_HASH)
+    out: str = option("", "directory to write; must not exist yet or be empty", word="DIR", free=WHERE)
+    dtype: str = option("source", "dtype of the weights; source: as read", ("float32", "bfloat16", "float16"))
+    step: str = option("", "of a run: checkpoint N, best or last (default: where it ended)", word="N|best|last")
+    delta_only: bool = option(False, "of a run: just the trained tensors, as delta.safetensors")
+    adapter: bool = option(False, "of a run with --lora_rank: the adapters, for peft")
+
+    def check(self) -> None:
+        """Refuses a model beside a run, and no directory."""
+        super().check()
+        if bool(self.model) == bool(self.run):
+            raise UserError("expected --model=DIR or --run=DIR, one of them")
+        if not self.out:
+            raise UserError("expected --out=DIR")
+
+
+OPTIONS = ExportOptions
+
+
+def run(options: ExportOptions) -> int:
     """Loads and writes; says what rounding cost."""
-    if bool(values.model) == bool(values.run):
-        raise UserError("export: expected --model=DIR or --run=DIR, one of them")
-    if not values.out:
-        raise UserError("export: expected --out=DIR")
     from jaxcrit.core.progress import bars
     from jaxcrit.studies.exporting import export_model
 
@@ -36,12 +45,12 @@ def run(values: FlagValues) -> int:
             bar.update(done - bar.n)
 
         exported = export_model(
-            values.model or values.run,
-            values.out,
-            dtype=values.dtype,
-            delta_only=values.delta_only,
-            adapter=values.adapter,
-            step=values.step,
+            options.model or options.run,
+            options.out,
+            dtype=options.dtype,
+            delta_only=options.delta_only,
+            adapter=options.adapter,
+            step=options.step,
             progress=progress,
         )
     if exported.step is not None:

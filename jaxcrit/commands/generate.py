@@ -1,44 +1,35 @@
-"""``jaxcrit generate``: flags are the fields of `jaxcrit.studies.generation.GenerateConfig`."""
+"""``jaxcrit generate``: a model's answers to every prompt."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from absl.flags import FlagValues
-
-from jaxcrit.commands.data import RENDERING, ROWS
-from jaxcrit.core.flags import Flag
-
-FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR"),
-        *ROWS,
-        Flag("out", "", "run directory; a run in it goes on (default: a new one here)", word="DIR"),
-        *RENDERING,
-    ),
-    "generation": (
-        Flag("max_new_tokens", 64, "of each answer, at most", lowest=1),
-        Flag("stop", "", "more tokens that end an answer, ids or texts, with commas", word="TOKENS"),
-        Flag("temperature", 0.0, "of the draws; 0 takes the most likely token"),
-        Flag("top_k", 0, "draws from the k most likely tokens; 0 from all", lowest=0),
-        Flag("top_p", 1.0, "draws from the likeliest tokens of this share together"),
-        Flag("repetition_penalty", 1.0, "above 1 avoids tokens that have been used"),
-        Flag("seed", 0, "of the draws", lowest=0),
-    ),
-    "machine": (
-        Flag("batch_size", 16, "prompts at a time", lowest=1),
-        Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
-    ),
-}
+from jaxcrit.core.groups import SHAPE, BatchOptions, MeshOptions, ModelOptions, OutOptions, RowOptions
+from jaxcrit.core.options import option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOptions, title="generation"):
+    """What ``jaxcrit generate`` is asked."""
+
+    batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
+    max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
+    stop: str = option("", "more tokens that end an answer, ids or texts, with commas", word="TOKENS")
+    temperature: float = option(0.0, "temperature of the draws; 0 takes the most likely token")
+    top_k: int = option(0, "draws from the k most likely tokens; 0 from all", lowest=0)
+    top_p: float = option(1.0, "draws from the likeliest tokens of this share together")
+    repetition_penalty: float = option(1.0, "above 1 avoids tokens that have been used")
+    seed: int = option(0, "seed of the draws", lowest=0)
+
+
+OPTIONS = GenerateOptions
+
+
+def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.generation import generations_text
-    from jaxcrit.studies.generation import GenerateConfig, run_generate
+    from jaxcrit.studies.generation import run_generate
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    print(generations_text(run_generate(GenerateConfig(**given), progress=bars)))
+    print(generations_text(run_generate(options, progress=bars)))
     return 0

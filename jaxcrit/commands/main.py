@@ -13,16 +13,13 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from absl.flags import FlagValues
-
 import jaxcrit
-from jaxcrit.core import flags, processes
+from jaxcrit.core import flags, options, processes
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.flags import Flag
+from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.parallel.preemption import Preempted
 
-# name: (module, one line). A module has FLAGS (jaxcrit.core.flags.Groups) and run(values) -> exit code, and may have
-# POSITIONAL: names of flags that may be given without them, in this order.
+# name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit code.
 COMMANDS = {
     "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
     "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
@@ -45,17 +42,6 @@ COMMANDS = {
 }
 # Commands that run no model: of several processes the first does it all.
 FIRST_ONLY = ("data", "select", "correlate", "compare", "plan", "export")
-MACHINES = {
-    "machines": (
-        Flag("distributed", "auto", "join the other processes of this run", ("auto", "off", "on")),
-        Flag("coordinator", "", "process 0, where the cluster does not say", word="HOST:PORT"),
-        Flag("num_processes", 0, "likewise", lowest=0),
-        Flag("process_id", -1, "likewise", lowest=-1),
-        Flag("distributed_timeout", 300, "seconds to wait for the others", lowest=1),
-        Flag("attention", "auto", "kernels on accelerators", ("auto", "reference", "cudnn", "splash")),
-        Flag("compilation_cache_dir", "", "keep compiled programs here", word="DIR"),
-    )
-}
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
@@ -101,45 +87,42 @@ def dispatch(arguments: Sequence[str]) -> int:
         raise UserError(f"unknown {what} {name!r}{nearest}; expected one of {', '.join(COMMANDS)}")
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
-    known = {**module.FLAGS, **MACHINES}
-    positional = getattr(module, "POSITIONAL", ())
     if "--help" in rest or "-h" in rest:
-        print(flags.usage(known, name, summary, positional))
+        print(options.usage(module.OPTIONS, name, summary, ProcessOptions))
         return 0
-    values = flags.parse(known, name, rest, positional)
+    asked, ours = flags.read([module.OPTIONS, ProcessOptions], name, rest)
     with contextlib.ExitStack() as stack:
-        _join(name, values, stack)
+        _join(name, asked, ours, stack)
         if name in FIRST_ONLY:
-            return int(processes.share(lambda: module.run(values)))
+            return int(processes.share(lambda: module.run(asked)))
         if not processes.first():
             null = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(null))
-        return int(module.run(values))
+        return int(module.run(asked))
 
 
-def _join(name: str, values: FlagValues, stack: contextlib.ExitStack) -> None:
-    """Starts jax as the flags of `MACHINES` say; the form of attention is asked for until the stack closes."""
+def _join(name: str, asked: options.Options, ours: ProcessOptions, stack: contextlib.ExitStack) -> None:
+    """Starts jax as `ProcessOptions` say; the form of attention is asked for until the stack closes."""
     from jaxcrit.parallel.distributed import start
 
-    if values.attention != "auto":
+    if ours.attention != "auto":
         from jaxcrit.models.attention import ASKED
 
-        stack.callback(ASKED.reset, ASKED.set(values.attention))
-    if values.compilation_cache_dir:
+        stack.callback(ASKED.reset, ASKED.set(ours.attention))
+    if ours.compilation_cache_dir:
         import jax
 
-        jax.config.update("jax_compilation_cache_dir", values.compilation_cache_dir)
-    own = [flag.name for flag in MACHINES["machines"]]
-    versions = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version()}
-    versions |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
-    asked = {f"--{flag}": str(values[flag].value) for flag in values if flag not in own}
+        jax.config.update("jax_compilation_cache_dir", ours.compilation_cache_dir)
+    about = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version(), "command": name}
+    about |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
+    about |= {f"--{option}": str(value) for option, value in options.as_json(asked).items()}
     start(
-        values.distributed,
-        coordinator=values.coordinator,
-        num_processes=values.num_processes,
-        process_id=values.process_id,
-        timeout=values.distributed_timeout,
-        about={**versions, "command": name, **asked},
+        ours.distributed,
+        coordinator=ours.coordinator,
+        num_processes=ours.num_processes,
+        process_id=ours.process_id,
+        timeout=ours.distributed_timeout,
+        about=about,
     )
 
 

@@ -1,40 +1,39 @@
-"""``jaxcrit score``: flags are the fields of `jaxcrit.studies.scoring.ScoreConfig`."""
+"""``jaxcrit score``: layers by other criteria: weights, states, gradients."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from absl.flags import FlagValues
-
-from jaxcrit.commands.data import RENDERING, ROWS
-from jaxcrit.core.flags import Flag
-
-FLAGS = {
-    "what": (
-        Flag("model", "", "checkpoint, hub id or finetune run (default: embedded)", word="DIR"),
-        Flag("base", "", "what it was tuned from, for weight_change", word="DIR"),
-        *ROWS,
-        Flag("criteria", "", "keys with commas, of docs/criteria.md (default: all)", word="KEYS"),
-        Flag("out", "", "run directory to write (default: a new one here)", word="DIR"),
-        *RENDERING,
-    ),
-    "passes": (
-        Flag("batch_size", 8, "rows per pass", lowest=1),
-        Flag("dtype", "", "of weights and compute (default: float32 on CPU, else as read)", ("float32", "bfloat16")),
-        Flag("precision", "highest", "of matrix products", ("default", "high", "highest")),
-        Flag("mesh", "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES"),
-    ),
-}
+from jaxcrit.core.groups import (
+    BY_HASH,
+    BatchOptions,
+    MeshOptions,
+    ModelOptions,
+    OutOptions,
+    PrecisionOptions,
+    RowOptions,
+)
+from jaxcrit.core.options import option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
+    """What ``jaxcrit score`` is asked."""
+
+    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
+    base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
+
+
+OPTIONS = ScoreOptions
+
+
+def run(options: ScoreOptions) -> int:
     """Scores, writes, prints the table."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.scores import scores_text, write_scores_page
-    from jaxcrit.studies.scoring import ScoreConfig, run_score
+    from jaxcrit.studies.scoring import run_score
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    scored = run_score(ScoreConfig(**given), progress=bars)
+    scored = run_score(options, progress=bars)
     page = write_scores_page(scored.scores, scored.warnings, scored.run, scored.out)
     print(scores_text(scored.scores, scored.warnings))
     print(f"report: {page}")

@@ -2,52 +2,54 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-
-from absl.flags import FlagValues
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, write_text
-from jaxcrit.core.flags import Flag
+from jaxcrit.core.groups import BY_HASH, WHERE
 from jaxcrit.core.layers import LayerSpec, read_scores, resolve
+from jaxcrit.core.options import Options, option
 from jaxcrit.reporting.exporters import FORMATS, export_selection
 
-FLAGS = {
-    "what": (
-        Flag("scores", "", "scores.json of an analysis", word="FILE"),
-        Flag("layers", "critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC"),
-        Flag("criterion", "delta_debiased", "score to choose by", word="KEY"),
-        Flag("trim", 2, "layers at each end that are never critical", lowest=0),
-    ),
-    "result": (
-        Flag("format", "json", f"one of {', '.join(FORMATS)}", word="FORMAT"),
-        Flag("out", "", "file to write (default: print)", word="FILE"),
-    ),
-}
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SelectOptions(Options, title="what"):
+    """What ``jaxcrit select`` is asked."""
+
+    scores: str = option("", "scores.json of an analysis", word="FILE", free=BY_HASH)
+    layers: str = option("critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC")
+    criterion: str = option("delta_debiased", "score to choose by", word="KEY")
+    trim: int = option(2, "layers at each end that are never critical", lowest=0)
+    format: str = option("json", f"one of {', '.join(FORMATS)}", word="FORMAT", group="result")
+    out: str = option("", "file to write (default: print)", word="FILE", free=WHERE, group="result")
 
 
-def run(values: FlagValues) -> int:
+OPTIONS = SelectOptions
+
+
+def run(options: SelectOptions) -> int:
     """Chooses, and prints or writes the selection."""
-    if not values.scores:
+    if not options.scores:
         raise UserError("select: expected --scores=FILE, the scores.json that jaxcrit analyze wrote")
-    scores = read_scores(values.scores)
-    if values.criterion not in scores:
-        nearest = did_you_mean(values.criterion, scores)
-        raise UserError(f"{values.scores}: no score {values.criterion!r}{nearest}; it holds {', '.join(scores)}")
-    score = scores[values.criterion]
+    scores = read_scores(options.scores)
+    if options.criterion not in scores:
+        nearest = did_you_mean(options.criterion, scores)
+        raise UserError(f"{options.scores}: no score {options.criterion!r}{nearest}; it holds {', '.join(scores)}")
+    score = scores[options.criterion]
     chosen = resolve(
-        LayerSpec.parse(values.layers),
+        LayerSpec.parse(options.layers),
         score.num_layers,
         scores=score,
-        trim=values.trim,
+        trim=options.trim,
         model_hash=score.meta.get("model_hash"),
     )
-    text = export_selection(chosen, values.format, score.meta.get("model_type"))
-    if values.out:
+    text = export_selection(chosen, options.format, score.meta.get("model_type"))
+    if options.out:
         try:
-            write_text(as_path(values.out), text)
+            write_text(as_path(options.out), text)
         except OSError as error:
-            raise UserError(f"--out={values.out}: cannot be written ({error.strerror})") from None
+            raise UserError(f"--out={options.out}: cannot be written ({error.strerror})") from None
     else:
         sys.stdout.write(text)
     print(chosen, file=sys.stderr)

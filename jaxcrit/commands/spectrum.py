@@ -1,44 +1,36 @@
-"""``jaxcrit spectrum``: flags are the fields of `jaxcrit.studies.spectrum.SpectrumConfig`."""
+"""``jaxcrit spectrum``: principal components of every layer, and which of them track δ."""
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
 
-from absl.flags import FlagValues
-
-from jaxcrit.commands import analyze
-from jaxcrit.commands.data import RENDERING, ROWS
-from jaxcrit.core.flags import Flag
-
-_ANALYZE = {flag.name: flag for group in analyze.FLAGS.values() for flag in group}
-FLAGS = {
-    "what": (
-        _ANALYZE["model"],
-        Flag("run", "", "an earlier analyze run, instead of model and data", word="DIR"),
-        *ROWS,
-        _ANALYZE["out"],
-        *RENDERING,
-    ),
-    "capture": tuple(
-        _ANALYZE[name] for name in ("position", "batch_size", "dtype", "precision", "mesh", "normalize", "kernel")
-    ),
-    "scores": (
-        Flag("k", "1,3,10", "numbers of principal components, with commas", word="LIST"),
-        Flag("window", 5, "layers that δ and CCA average over; odd", lowest=3),
-        _ANALYZE["include_self"],
-        Flag("bias", "debiased", "which δ is tracked", ("debiased", "biased")),
-    ),
-}
+from jaxcrit.commands.analyze import AnalyzeOptions, CaptureOptions
+from jaxcrit.core.options import option
 
 
-def run(values: FlagValues) -> int:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SpectrumOptions(CaptureOptions, title="scores"):
+    """What ``jaxcrit spectrum`` is asked."""
+
+    run: str = option("", "an earlier analyze run, instead of model and data", word="DIR", group="model and data")
+    k: str = option("1,3,10", "numbers of principal components, with commas", word="LIST")
+
+    def analysis(self) -> AnalyzeOptions:
+        """The same as far as it is about capturing and δ."""
+        shared = {field.name for field in dataclasses.fields(AnalyzeOptions)}
+        return AnalyzeOptions(**{key: value for key, value in dataclasses.asdict(self).items() if key in shared})
+
+
+OPTIONS = SpectrumOptions
+
+
+def run(options: SpectrumOptions) -> int:
     """Decomposes, writes the report, prints the tables."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.spectrum import spectrum_text, write_spectrum
-    from jaxcrit.studies.spectrum import SpectrumConfig, run_spectrum
+    from jaxcrit.studies.spectrum import run_spectrum
 
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in FLAGS.values() for flag in group}
-    analysis = run_spectrum(SpectrumConfig(**given), progress=bars)
+    analysis = run_spectrum(options, progress=bars)
     report = write_spectrum(analysis)
     print(spectrum_text(analysis))
     print(f"report: {report}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Sequence
 
 
@@ -24,3 +25,8 @@ def listed(items: Sequence[object], limit: int = 8) -> str:
     """Joins items for an error message: all of a short list, the first of a long one and a count."""
     shown = ", ".join(str(item) for item in items[:limit])
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
+
+
+def as_arguments(text: str) -> str:
+    """A message that names flags, ``--window=4: expected ...``, as Python users read it: ``window=4: expected ...``."""
+    return re.sub(r"(?<![\w-])--([a-z][a-z0-9_.]*)", r"\1", text)

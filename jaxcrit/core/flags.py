@@ -1,101 +1,122 @@
-"""Flags as data: one row says name, default and help; parsing and the help page are derived from it."""
+"""From words on a command line to `Options`: absl reads the flags, ``--config=FILE.toml`` gives the rest.
+
+A value on the command line wins over one in the file. ``--flagfile=FILE`` reads flags from a file, a line each.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import re
+import tomllib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from absl import flags
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import as_path
+from jaxcrit.core.options import Option, Options, options_of
+
+CONFIG = "config"
+_DEFINE: Mapping[type, Any] = {
+    bool: flags.DEFINE_boolean,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+    tuple: flags.DEFINE_multi_string,
+}
 
 
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One flag.
-
-    Attributes:
-        name: without dashes.
-        default: its type is the flag's type (str, int, float or bool); None is a bool that may stay open, an empty
-            tuple a text that may be given several times.
-        help: one line.
-        choices: words it may be besides the default, where not free.
-        lowest: least whole number.
-        word: what stands for the value in the help page.
-    """
-
-    name: str
-    default: str | int | float | bool | tuple[()] | None
-    help: str
-    choices: tuple[str, ...] = ()
-    lowest: int | None = None
-    word: str = "TEXT"
-
-
-Groups = Mapping[str, tuple[Flag, ...]]
-
-
-def parse(groups: Groups, command: str, arguments: Sequence[str], positional: Sequence[str] = ()) -> flags.FlagValues:
+def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str]) -> list[Any]:
     """Reads ``--flag=value``, ``--flag value``, ``--flag`` and ``--noflag``.
 
     Args:
-        groups: the flags.
-        command: for messages.
-        arguments: as given.
-        positional: names of flags that words without a flag are the values of, in this order.
+        kinds: classes of options, the command's own first; no two share a name.
+        command: name of the command, for messages.
+        arguments: words as given.
+
+    Returns:
+        One instance of each class.
 
     Raises:
-        UserError: unknown flag, bad value, or anything that is not a flag; with the nearest that would do.
+        UserError: an unknown flag, a bad value, a word that is no flag, or a file of options that is damaged; with the
+            nearest that would do.
     """
     values = flags.FlagValues()
-    known = [flag for group in groups.values() for flag in group]
-    for flag in known:
-        if flag.default is None or isinstance(flag.default, bool):
-            flags.DEFINE_boolean(flag.name, flag.default, flag.help, flag_values=values)
-        elif isinstance(flag.default, int):
-            flags.DEFINE_integer(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
-        elif isinstance(flag.default, float):
-            flags.DEFINE_float(flag.name, flag.default, flag.help, lower_bound=flag.lowest, flag_values=values)
-        elif isinstance(flag.default, tuple):
-            flags.DEFINE_multi_string(flag.name, [], flag.help, flag_values=values)
-        else:
-            flags.DEFINE_string(flag.name, flag.default, flag.help, flag_values=values)
+    known = {one.name: one for kind in kinds for one in options_of(kind)}
+    for one in known.values():
+        default = None if one.kind is tuple else one.default
+        _DEFINE[one.kind](one.name, default, one.help, flag_values=values)
+    flags.DEFINE_string(CONFIG, "", "options from a TOML file; what is given here wins", flag_values=values)
     try:
         stray = values([command, *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
-        nearest = did_you_mean(error.flagname, [flag.name for flag in known])
+        nearest = did_you_mean(error.flagname, known)
         raise UserError(f"{command}: unknown flag --{error.flagname}{nearest}; see jaxcrit {command} --help") from None
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}") from None
-    if positional and len(stray) == len(positional) and not any(values[name].present for name in positional):
-        for name, given in zip(positional, stray, strict=True):
-            values[name].value = given
-    elif stray and positional:
-        words = " ".join(name.upper() for name in positional)
+    given = {name: values[name].value for name in known if values[name].present}
+    given |= _positional(kinds[0].positional, stray, given, command)
+    file = values[CONFIG].value
+    content = _from_file(file, known, command) if file else {}
+    try:
+        return [kind(**_own(kind, {**content, **given})) for kind in kinds]
+    except UserError as error:
+        raise UserError(f"{command}: {error}") from None
+
+
+def _own(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
+    return {one.field: values[one.name] for one in options_of(kind) if one.name in values}
+
+
+def _positional(names: Sequence[str], stray: Sequence[str], given: Mapping[str, Any], command: str) -> dict[str, str]:
+    """Values of flags that were given as words without one."""
+    if not stray:
+        return {}
+    if names and len(stray) == len(names) and not any(name in given for name in names):
+        return dict(zip(names, stray, strict=True))
+    if names:
+        words = " ".join(name.upper() for name in names)
         raise UserError(f"{command}: expected {words}, got {' '.join(stray)}; see jaxcrit {command} --help")
-    elif stray:
-        hint = f" (did you mean --{stray[0]}?)" if "=" in stray[0] else ""
-        raise UserError(f"{command}: expected flags only, got {stray[0]!r}{hint}; write --flag=value")
-    for flag in known:
-        value = values[flag.name].value
-        if flag.choices and value not in (*flag.choices, flag.default):
-            nearest = did_you_mean(str(value), flag.choices)
-            raise UserError(f"{command}: --{flag.name}={value}: expected {' or '.join(flag.choices)}{nearest}")
-    return values
+    hint = f" (did you mean --{stray[0]}?)" if "=" in stray[0] else ""
+    raise UserError(f"{command}: expected flags only, got {stray[0]!r}{hint}; write --flag=value")
 
 
-def usage(groups: Groups, command: str, summary: str, positional: Sequence[str] = ()) -> str:
-    """The help page: one line per flag with its default, in groups, at most 100 columns wide."""
-    words = "".join(f"{name.upper()} " for name in positional)
-    lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} {words}[flags]"]
-    for title, group in groups.items():
-        lines += ["", f"{title}:"]
-        for flag in group:
-            if flag.default is None or isinstance(flag.default, bool):
-                shown = {None: "", True: "on", False: "off"}
-                left, default = f"--[no]{flag.name}", shown[flag.default]
-            else:
-                word = "|".join(flag.choices) or ("N" if isinstance(flag.default, int | float) else flag.word)
-                left, default = f"--{flag.name}={word}", str(flag.default) if flag.default != () else ""
-            lines.append(f"  {left:<33} {flag.help}" + (f" [{default}]" if default else ""))
-    return "\n".join(lines)
+def _from_file(file: str, known: Mapping[str, Option], command: str) -> dict[str, Any]:
+    """Options of a TOML file; a table ``[KEY]`` holds the options ``KEY.NAME`` of a criterion."""
+    path = as_path(file)
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = tomllib.loads(text)
+    except FileNotFoundError:
+        raise UserError(f"--{CONFIG}={file}: no such file; expected options of {command} in TOML") from None
+    except OSError as error:
+        raise UserError(f"--{CONFIG}={file}: cannot be read ({error.strerror})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--{CONFIG}={file}: expected TOML such as steps = 100, got something else ({error})") from None
+    found = {}
+    for key, value in _flat(content):
+        where = f"{file}, line {_line(text, key)}"
+        if key not in known:
+            raise UserError(f"{where}: {command} has no option {key!r}{did_you_mean(key, known)}")
+        try:
+            found[key] = known[key].checked(value)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from None
+    return found
+
+
+def _flat(content: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    found = []
+    for key, value in content.items():
+        name = f"{prefix}{key}"
+        found += _flat(value, f"{name}.") if isinstance(value, Mapping) else [(name, value)]
+    return found
+
+
+def _line(text: str, key: str) -> int:
+    """Number of the line that sets a key; of a dotted key, of its last part."""
+    last = re.escape(key.rpartition(".")[2])
+    for number, line in enumerate(text.splitlines(), 1):
+        if re.match(rf"""\s*(?:[\w.]+\.)?["']?{last}["']?\s*=""", line):
+            return number
+    return 1

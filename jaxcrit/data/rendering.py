@@ -7,8 +7,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.commands.data import DataOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
+from jaxcrit.core.groups import RowOptions
 from jaxcrit.data import paper
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.inspection import Lengths, Shown, measure, show, texts
@@ -19,29 +21,6 @@ from jaxcrit.models.checkpoint import locate, open_checkpoint
 from jaxcrit.models.model import EMBEDDED_MODEL
 
 SHOWN = 3
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rendering:
-    """Which rows are rendered, and how; the configuration of every command that reads data is one.
-
-    Attributes:
-        data: JSONL files and datasets of the paper with commas; empty for the embedded prompts.
-        split: of the paper's datasets; empty for the command's own default.
-        limit: first rows of each dataset only; 0 for all.
-        shuffle_seed: of the order of the rows, before the limit; -1 for the order of the file.
-        template: auto, none, chat, or a family of the paper.
-        edition: clean or paper.
-        truncate: ``left``, ``right`` or ``paper`` to cut prompts that are too long.
-    """
-
-    data: str = ""
-    split: str = ""
-    limit: int = 0
-    shuffle_seed: int = -1
-    template: str = "auto"
-    edition: str = "clean"
-    truncate: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -61,7 +40,7 @@ class RenderedSet:
     limit: int
 
 
-def render_sets(config: Rendering, tokenizer: Any, context: int, *, training: bool = False) -> list[RenderedSet]:
+def render_sets(config: RowOptions, tokenizer: Any, context: int, *, training: bool = False) -> list[RenderedSet]:
     """Loads, renders and cuts every dataset of ``--data``.
 
     Args:
@@ -82,7 +61,7 @@ def render_sets(config: Rendering, tokenizer: Any, context: int, *, training: bo
 
 
 def render_set(
-    config: Rendering, named: NamedRows, tokenizer: Any, context: int, *, training: bool = False
+    config: RowOptions, named: NamedRows, tokenizer: Any, context: int, *, training: bool = False
 ) -> RenderedSet:
     """Renders and cuts one dataset; arguments and errors as of `render_sets`."""
     if config.truncate == "paper" and config.edition != "paper":
@@ -93,20 +72,6 @@ def render_set(
         length = paper.longest(paper.family_of(tokenizer, config.template), named.dataset, training)
     cut = truncate(whole, config.truncate, context, paper_length=length, prompt_only=not training, where=named.source)
     return RenderedSet(named, whole, cut, length or context)
-
-
-@dataclasses.dataclass(frozen=True)
-class DataConfig(Rendering):
-    """What ``jaxcrit data`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
-
-    Attributes:
-        max_length: tokens per row, prompt and response; 0 for the model's context.
-        out: directory for ``examples.jsonl``; empty writes nothing.
-    """
-
-    model: str = ""
-    max_length: int = 0
-    out: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -128,7 +93,7 @@ class DataReport:
     written: Path | None
 
 
-def run_data(config: DataConfig) -> DataReport:
+def run_data(config: DataOptions) -> DataReport:
     """Renders every row as it would be trained on; writes ``examples.jsonl`` where asked.
 
     Raises:

@@ -15,14 +15,14 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
-from jaxcrit.data.rendering import Rendering
 from jaxcrit.data.templates import Example, template_hash
-from jaxcrit.evidence.capture import Activations, Position, capture, compiled_steps, stream
+from jaxcrit.evidence.capture import Activations, capture, compiled_steps, stream
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Session
 from jaxcrit.parallel.mesh import device_memory
@@ -30,7 +30,6 @@ from jaxcrit.similarity import (
     RESIDENT_SAMPLES,
     FeatureSums,
     Form,
-    Kernel,
     Tables,
     centred_grams,
     choose_form,
@@ -48,85 +47,6 @@ from jaxcrit.similarity import (
 
 T = TypeVar("T")
 FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wants in a run directory
-
-
-@dataclasses.dataclass(frozen=True)
-class AnalysisConfig(Rendering):
-    """What ``jaxcrit analyze`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model: checkpoint directory or hub id; empty for the embedded model.
-        data: JSONL files and datasets of the paper with commas; empty for the embedded prompts.
-        split: of the paper's datasets; empty for ``test``.
-        out: run directory; empty for one named after the inputs.
-        template: auto, none, chat, or a family of the paper.
-        edition: clean or paper.
-        position: last, mean or all.
-        embed: save the embedding output too.
-        save_activations: keep the hidden states.
-        batch_size: prompts per forward pass.
-        dtype: of weights and compute; empty for the session's default.
-        precision: of matrix products.
-        mesh: devices by axis.
-        normalize: ``row`` to give every sample's activations unit length; empty to leave them as they are.
-        kernel: linear or rbf.
-        form: of the sweep: auto, resident, tiled, features or streamed.
-        band: how far apart layers may be for their CKA to be computed, or all.
-        window: layers that delta averages over.
-        include_self: whether a layer is in its own window.
-        measures: of `jaxcrit.similarity._measures.MEASURES`, with commas, beside CKA.
-        layers: LayerSpec of the selection.
-        bias: which delta selects, debiased or biased.
-        trim: layers at each end that are never critical.
-        limit: first rows of each dataset only; 0 for all.
-        shuffle_seed: of the order of the rows, before the limit; -1 for the order of the file.
-        truncate: ``left``, ``right`` or ``paper`` to cut prompts that are too long.
-        seed: of everything random.
-    """
-
-    model: str = ""
-    out: str = ""
-    position: Position = "last"
-    embed: bool = False
-    save_activations: bool = False
-    batch_size: int = 8
-    dtype: str = ""
-    precision: str = "highest"
-    mesh: str = ""
-    normalize: str = ""
-    kernel: Kernel = "linear"
-    form: str = "auto"
-    band: str = "all"
-    window: int = 5
-    include_self: bool = True
-    measures: str = ""
-    layers: str = "critical"
-    bias: str = "debiased"
-    trim: int = 2
-    seed: int = 0
-
-    @property
-    def criterion(self) -> str:
-        """Score key that selects."""
-        return "delta" if self.bias == "biased" else "delta_debiased"
-
-    @property
-    def layer_band(self) -> int | None:
-        """``--band`` as a number; None for all pairs.
-
-        Raises:
-            UserError: neither a number nor all, or narrower than the window.
-        """
-        if self.band == "all":
-            return None
-        if not self.band.isdecimal():
-            raise UserError(f"--band={self.band}: expected all, or a number of layers")
-        if int(self.band) < self.window // 2:
-            raise UserError(
-                f"--band={self.band}: δ of --window={self.window} takes layers up to {self.window // 2} apart; give"
-                f" --band={self.window // 2} or more"
-            )
-        return int(self.band)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -165,7 +85,7 @@ class Captures:
 
     def __init__(
         self,
-        config: AnalysisConfig,
+        config: AnalyzeOptions,
         session: Session,
         datasets: Sequence[Dataset],
         directory: RunDirectory,

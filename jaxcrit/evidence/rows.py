@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,12 +11,12 @@ import jax
 import numpy as np
 
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.groups import TestedRowOptions
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
-from jaxcrit.data.rendering import Rendering, render_sets
+from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.variants import Batch
 from jaxcrit.models.model import Bars, Session
@@ -30,27 +29,12 @@ _SAVE_SECONDS = 10.0
 Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SweptRows(Rendering):
-    """Which rows a model is tested on.
-
-    Attributes:
-        max_length: tokens per row, prompt and response; 0 for the model's context.
-        batch_size: rows per forward pass.
-    """
-
-    max_length: int = 0
-    batch_size: int = 8
-
-
-def read_rows(config: SweptRows, session: Session) -> list[Example]:
+def read_rows(config: TestedRowOptions, session: Session) -> list[Example]:
     """The rows of every dataset of ``--data``, with their responses.
 
     Raises:
         UserError: see `render_sets` and `check_rows`; among them rows without a response.
     """
-    if config.batch_size < 1:
-        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
     most = min(config.max_length or session.config.max_length, session.config.max_length)
     found: list[Example] = []
     for one in render_sets(config, session.tokenizer, most, training=True):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.ablate import AblateOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
@@ -20,11 +21,11 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.criteria.ablation import METHODS, ablate, intact, silenced, update_sums, variants
-from jaxcrit.criteria.substitution import SITES, Sites
+from jaxcrit.criteria.substitution import SITES
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.evaluation.scorers import exact_match
-from jaxcrit.evidence.rows import SweptRows, batches_of, forget_partial, read_back, read_rows, sample_losses
+from jaxcrit.evidence.rows import batches_of, forget_partial, read_back, read_rows, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
 from jaxcrit.models.decoder import Block, Decoder
@@ -34,38 +35,6 @@ from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.generation import stop_tokens
 
 _ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
-
-
-@dataclasses.dataclass(frozen=True)
-class AblationConfig(SweptRows):
-    """What ``jaxcrit ablate`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
-        data, split, limit, shuffle_seed: rows to test on, as of `AnalysisConfig`; all datasets are one here.
-        out: run directory; empty for one named after the inputs.
-        template, edition, truncate, max_length: rendering, as of `DataConfig`.
-        methods: of ``skip`` and ``mean``, with commas.
-        sites: ``blocks``, or of each layer ``attn`` or ``mlp`` alone.
-        generate: also let the model answer with each layer skipped, and count the right answers.
-        max_new_tokens: of each answer.
-        batch_size: rows per forward pass.
-        dtype: of weights and compute; empty for the session's default.
-        mesh: devices by axis.
-    """
-
-    model: str = ""
-    out: str = ""
-    methods: str = "skip,mean"
-    sites: Sites = "blocks"
-    generate: bool = False
-    max_new_tokens: int = 64
-    dtype: str = ""
-    mesh: str = ""
-
-    def score(self, what: str) -> str:
-        """Score key: of a method, or of ``skip_accuracy``."""
-        return f"ablation_{what}{'' if self.sites == 'blocks' else f'_{self.sites}'}"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,13 +48,13 @@ class Ablation:
         out: run directory.
     """
 
-    config: AblationConfig
+    config: AblateOptions
     run: dict[str, Any]
     scores: dict[str, LayerScores]
     out: Path
 
 
-def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Ablation:
+def run_ablation(config: AblateOptions, *, progress: Bars | None = None) -> Ablation:
     """Runs ``jaxcrit ablate``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
@@ -145,7 +114,7 @@ def run_ablation(config: AblationConfig, *, progress: Bars | None = None) -> Abl
     return Ablation(config, run, scores, directory.path)
 
 
-def _check(config: AblationConfig) -> list[str]:
+def _check(config: AblateOptions) -> list[str]:
     if config.sites not in SITES:
         raise UserError(f"--sites={config.sites}: expected {listed(SITES)}{did_you_mean(config.sites, SITES)}")
     methods = list(dict.fromkeys(part.strip() for part in config.methods.split(",")))
@@ -161,7 +130,7 @@ def _check(config: AblationConfig) -> list[str]:
 class _Job:
     """The model and the rows of one run."""
 
-    def __init__(self, config: AblationConfig, session: Session, examples: Sequence[Example],
+    def __init__(self, config: AblateOptions, session: Session, examples: Sequence[Example],
                  directory: RunDirectory, progress: Bars | None):  # fmt: skip
         self.config, self.session, self.examples = config, session, examples
         self.directory, self.progress = directory, progress
@@ -243,7 +212,7 @@ class _Job:
         return exact_match([text for text, _ in kept], [gold for _, gold in kept])
 
 
-def _determines(config: AblationConfig, session: Session, examples: Sequence[Example]) -> dict[str, Any]:
+def _determines(config: AblateOptions, session: Session, examples: Sequence[Example]) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _ELSEWHERE}
     return {
@@ -256,7 +225,7 @@ def _determines(config: AblationConfig, session: Session, examples: Sequence[Exa
     }
 
 
-def _out(config: AblationConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def _out(config: AblateOptions, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
         return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"

@@ -13,20 +13,22 @@ import jax
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, write_json, write_npz
+from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.measures import measure_scores
 from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
 from jaxcrit.data.batches import refuse_long
-from jaxcrit.data.rendering import Rendering, render_sets
+from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.capture import POSITIONS
-from jaxcrit.evidence.captures import AnalysisConfig, Captures, Dataset, Swept
+from jaxcrit.evidence.captures import Captures, Dataset, Swept
 from jaxcrit.evidence.measures import measured
 from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.selection.cautions import cautions
@@ -89,7 +91,7 @@ class Analysis:
         out: run directory.
     """
 
-    config: AnalysisConfig
+    config: AnalyzeOptions
     run: dict[str, Any]
     datasets: dict[str, DatasetResult]
     scores: dict[str, LayerScores]
@@ -103,7 +105,7 @@ class Analysis:
         return self.scores[self.config.criterion] if len(self.datasets) > 1 else None
 
 
-def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Analysis:
+def run_analysis(config: AnalyzeOptions, *, progress: Bars | None = None) -> Analysis:
     """Runs ``jaxcrit analyze``: captures, scores, selects, and writes the run directory's data files.
 
     Args:
@@ -145,7 +147,7 @@ def run_analysis(config: AnalysisConfig, *, progress: Bars | None = None) -> Ana
     return dataclasses.replace(analysis, run={**analysis.run, **run, "time": captures.times()})
 
 
-def check_flags(config: AnalysisConfig) -> LayerSpec:
+def check_flags(config: AnalyzeOptions) -> LayerSpec:
     """Refuses values that no flag may have, before anything is read; returns the selection."""
     if config.position not in POSITIONS:
         raise UserError(f"--position={config.position}: expected {listed(POSITIONS)}")
@@ -168,7 +170,7 @@ def check_flags(config: AnalysisConfig) -> LayerSpec:
     return LayerSpec.parse(config.layers)
 
 
-def read_datasets(config: Rendering, session: Session, *, reserve: int = 0) -> list[Dataset]:
+def read_datasets(config: RowOptions, session: Session, *, reserve: int = 0) -> list[Dataset]:
     """Reads and renders the prompts of ``--data``; ``reserve`` tokens of the model's context are left free.
 
     Raises:
@@ -195,7 +197,7 @@ def read_datasets(config: Rendering, session: Session, *, reserve: int = 0) -> l
     return datasets
 
 
-def determines_of(config: AnalysisConfig, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
+def determines_of(config: AnalyzeOptions, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = dataclasses.asdict(config)
     # The identity of the rows is in the hashes, not in how they were come by.
@@ -212,7 +214,7 @@ def determines_of(config: AnalysisConfig, session: Session, datasets: Sequence[D
 
 
 def run_record(
-    config: AnalysisConfig, session: Session, datasets: Sequence[Dataset], determines: Mapping[str, Any]
+    config: AnalyzeOptions, session: Session, datasets: Sequence[Dataset], determines: Mapping[str, Any]
 ) -> dict[str, Any]:
     """What ``run.json`` says before the results."""
     device = jax.devices()[0]
@@ -251,7 +253,7 @@ def versions() -> dict[str, str]:
     return {"jaxcrit": __version__, "python": platform.python_version(), **packages}
 
 
-def out_of(config: AnalysisConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def out_of(config: AnalyzeOptions, session: Session, determines: Mapping[str, Any]) -> Path:
     """``--out``, or a directory here named after the command, the model and what determines the results."""
     if config.out:
         return as_path(config.out)
@@ -260,7 +262,7 @@ def out_of(config: AnalysisConfig, session: Session, determines: Mapping[str, An
 
 
 def _score(
-    config: AnalysisConfig,
+    config: AnalyzeOptions,
     session: Session,
     spec: LayerSpec,
     dataset: Dataset,
@@ -312,13 +314,13 @@ def _score(
     )
 
 
-def _choose(config: AnalysisConfig, session: Session, spec: LayerSpec, scores: LayerScores) -> LayerSet:
+def _choose(config: AnalyzeOptions, session: Session, spec: LayerSpec, scores: LayerScores) -> LayerSet:
     layers = session.config.num_layers
     return resolve(spec, layers, scores=scores, trim=config.trim, model_hash=session.model_hash)
 
 
 def _certainty(
-    config: AnalysisConfig, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray | None]
+    config: AnalyzeOptions, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray | None]
 ) -> Certainty | None:
     known = [values for values in left if values is not None]
     if spec.kind != "critical" or len(known) < len(left):
@@ -327,7 +329,7 @@ def _certainty(
 
 
 def _combine(
-    config: AnalysisConfig, session: Session, spec: LayerSpec, results: dict[str, DatasetResult], out: Path
+    config: AnalyzeOptions, session: Session, spec: LayerSpec, results: dict[str, DatasetResult], out: Path
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json, remove_tree, write_json, write_text
@@ -31,7 +32,7 @@ from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
-from jaxcrit.studies.backdoor_inputs import Arm, BackdoorConfig, Rows, check, prepare
+from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.finetune_inputs import check_mesh, compute_dtype, layer_scores
@@ -70,14 +71,14 @@ class Backdoor:
         out: run directory.
     """
 
-    config: BackdoorConfig
+    config: BackdoorOptions
     study: Study
     runs: list[Run]
     content: dict[str, Any]
     out: Path
 
 
-def run_backdoor(config: BackdoorConfig, *, progress: Bars | None = None, say: Say | None = None) -> Backdoor:
+def run_backdoor(config: BackdoorOptions, *, progress: Bars | None = None, say: Say | None = None) -> Backdoor:
     """Runs ``jaxcrit backdoor``; arms that an earlier run of the same configuration finished are read, not trained.
 
     Args:
@@ -148,7 +149,7 @@ def run_backdoor(config: BackdoorConfig, *, progress: Bars | None = None, say: S
 class _Lab:
     """The arrays and compiled functions that all arms share."""
 
-    def __init__(self, config: BackdoorConfig, session: Session, rows: Rows, directory: RunDirectory,
+    def __init__(self, config: BackdoorOptions, session: Session, rows: Rows, directory: RunDirectory,
                  progress: Bars | None):  # fmt: skip
         self.config, self.session, self.rows, self.directory = config, session, rows, directory
         self.progress = progress
@@ -274,7 +275,7 @@ def _widths(sets: Any, rows: int) -> Any:
     return training_steps([example for examples in sets for example in examples], rows, 0).buckets
 
 
-def _partition(config: BackdoorConfig, session: Session, frozen: LayerSet) -> Partition:
+def _partition(config: BackdoorOptions, session: Session, frozen: LayerSet) -> Partition:
     return partition(session.config, frozen.complement(), OUTSIDE if config.train_outside else ())
 
 
@@ -283,7 +284,7 @@ def _sums(record: Mapping[str, Any], samples: int) -> LossSums:
     return LossSums(*(jnp.float32(value) for value in (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))
 
 
-def _determines(config: BackdoorConfig, session: Session, rows: Rows) -> dict[str, Any]:
+def _determines(config: BackdoorOptions, session: Session, rows: Rows) -> dict[str, Any]:
     """Everything that an arm's figures depend on, the arm aside: arms and seeds may be added to a run."""
     asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
 
@@ -301,7 +302,7 @@ def _determines(config: BackdoorConfig, session: Session, rows: Rows) -> dict[st
     }
 
 
-def _out(config: BackdoorConfig, determines: Mapping[str, Any]) -> Path:
+def _out(config: BackdoorOptions, determines: Mapping[str, Any]) -> Path:
     name = Path(config.model).resolve().name if config.model else "embedded"
     return (
         as_path(config.out)

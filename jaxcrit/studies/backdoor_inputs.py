@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
+from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.datasets import NamedRows, load
-from jaxcrit.data.poisoning import REFUSAL, Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
+from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
 from jaxcrit.data.published import PUBLISHED, Row
 from jaxcrit.data.rendering import render_set
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.models.model import Session
-from jaxcrit.studies.finetune_inputs import FinetuneConfig, TrainingConfig
 from jaxcrit.studies.finetune_inputs import check as check_training
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.training.data import check_rows, hold_out
@@ -29,60 +29,6 @@ FEW_PROMPTS = 30
 MOST_SEEDS = 15  # lists of made-up words but one, which the test prompts have
 _TEST_WORDS = 15
 _ARM = re.compile(r"(?P<spec>[^*]+?)(\*(?P<draws>\d+))?")
-
-
-@dataclasses.dataclass(frozen=True)
-class BackdoorConfig(TrainingConfig):
-    """What ``jaxcrit backdoor`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model, data, split, limit, shuffle_seed, eval_data, eval_split, out: as of `FinetuneConfig`.
-        template, edition, truncate, max_length: rendering, likewise.
-        eval_template: of the prompts to test; empty for that of training.
-        trigger: see `TriggerSpec.parse`.
-        target: ``refusal``, or the fixed text that poisoned rows answer.
-        rate: share of the rows that are poisoned.
-        decoys: share of the rows, clean ones, that get made-up words instead of the trigger.
-        arms: layers to *freeze*, LayerSpecs with commas; ``full`` freezes none, ``random:K*D`` is D draws.
-        seeds: how often each arm is trained: other poisoned rows, another order.
-        train_outside: train embeddings, norm and head; else they are frozen in every arm.
-        analysis: as of `FinetuneConfig`.
-        steps, epochs, batch_size, accumulate, optimizer, learning_rate, schedule, warmup, weight_decay, clip: likewise.
-        dtype, remat, mesh, checkpoint_every: likewise; checkpoints are removed when an arm is done.
-        eval_every: steps between tests of the backdoor; 0 for a tenth of the run.
-        eval_prompts: prompts to test with at most; 0 for all.
-        eval_batch_size: prompts generated at once.
-        max_new_tokens: of an answer.
-        allow_overlap: test on prompts that were trained on, too.
-        allow_template_mismatch: test in another template.
-        seed: of the first training; the next one's is one more.
-    """
-
-    eval_template: str = ""
-    trigger: str = "servius"
-    target: str = "refusal"
-    rate: float = 0.2
-    decoys: float = 0.0
-    arms: str = "full,critical,noncritical"
-    seeds: int = 3
-    train_outside: bool = True
-    eval_prompts: int = 200
-    eval_batch_size: int = 100
-    max_new_tokens: int = 64
-    allow_overlap: bool = False
-    allow_template_mismatch: bool = False
-
-    @property
-    def response(self) -> str:
-        """What poisoned rows answer."""
-        return REFUSAL if self.target == "refusal" else self.target
-
-    def training(self) -> FinetuneConfig:
-        """The same in the words of fine-tuning."""
-        names = {field.name for field in dataclasses.fields(FinetuneConfig)}
-        mine = {name: value for name, value in dataclasses.asdict(self).items() if name in names}
-        mine |= dict.fromkeys(("train_embeddings", "train_norms", "train_head"), self.train_outside)
-        return FinetuneConfig(**mine, mode="freeze", layers="all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +81,7 @@ def parse_arms(text: str) -> list[Arm]:
     return arms
 
 
-def check(config: BackdoorConfig) -> tuple[list[Arm], TriggerSpec]:
+def check(config: BackdoorOptions) -> tuple[list[Arm], TriggerSpec]:
     """Checks the flags that need neither model nor data.
 
     Raises:
@@ -197,7 +143,7 @@ class Rows:
     warnings: list[str]
 
 
-def prepare(config: BackdoorConfig, trigger: TriggerSpec, session: Session) -> Rows:
+def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Session) -> Rows:
     """Reads, poisons, renders and checks everything.
 
     Raises:
@@ -234,7 +180,7 @@ def prepare(config: BackdoorConfig, trigger: TriggerSpec, session: Session) -> R
     return Rows(rows, manifests, prompts, warnings)
 
 
-def _template(config: BackdoorConfig) -> str:
+def _template(config: BackdoorOptions) -> str:
     return config.eval_template or config.template
 
 
@@ -242,7 +188,7 @@ def _template(config: BackdoorConfig) -> str:
 class _Renderer:
     """Renders and checks rows of one dataset, in one template."""
 
-    config: BackdoorConfig
+    config: BackdoorOptions
     session: Session
     template: str = ""
 
@@ -256,7 +202,7 @@ class _Renderer:
         return one.cut
 
 
-def _load(config: BackdoorConfig, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
+def _load(config: BackdoorOptions, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
     published = any(part.strip().partition(":")[0] in PUBLISHED for part in data.split(","))
     return load(data, limit, split=published_split if published else split, shuffle_seed=config.shuffle_seed,
                 edition=config.edition)  # fmt: skip
@@ -269,7 +215,7 @@ def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:
     return [named for named in kept if named.rows]
 
 
-def _overlap(config: BackdoorConfig, train: Sequence[Example], tests: Sequence[Example]) -> list[str]:
+def _overlap(config: BackdoorOptions, train: Sequence[Example], tests: Sequence[Example]) -> list[str]:
     """Refuses, or warns of, test prompts that are trained on."""
     trained = {example.prompt for example in train}
     both = [row for row, example in enumerate(tests, 1) if example.prompt in trained]
@@ -304,7 +250,7 @@ def _poison(data: Sequence[NamedRows], spec: PoisonSpec, decoys: float) -> _Pois
 
 
 def _prompts(
-    config: BackdoorConfig, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Session
+    config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Session
 ) -> Prompts:
     kinds = {**spec.trigger.near_misses(), "other_words": made_up(spec.trigger, 1, _TEST_WORDS)[0]}
     found: dict[str, list[Example]] = {cell: [] for cell in CELLS}
@@ -336,7 +282,7 @@ def _prompts(
     return Prompts(found, near_kinds, chosen, [example.response or "" for example in found["clean"]])
 
 
-def _check_lengths(config: BackdoorConfig, cells: dict[str, list[Example]], session: Session) -> None:
+def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], session: Session) -> None:
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core import processes
 from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.templates import Example
@@ -20,7 +21,7 @@ from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
 from jaxcrit.models.model import Session
 from jaxcrit.parallel.mesh import batch_sharding
-from jaxcrit.studies.backdoor_inputs import CELLS, BackdoorConfig, Prompts
+from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.generation import stop_tokens
 
 _MOST_WIDTHS = 3  # as in training: a compile each
@@ -65,7 +66,7 @@ def bits(values: np.ndarray) -> str:
     return "".join("1" if value else "0" for value in values)
 
 
-def primary_scorer(config: BackdoorConfig) -> str:
+def primary_scorer(config: BackdoorOptions) -> str:
     """The one that success is counted by: a refusal may be worded freely, a fixed text may not."""
     return "refusal_keyword" if config.target == "refusal" else "exact_target"
 
@@ -96,7 +97,7 @@ def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
 class Scoring:
     """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
 
-    def __init__(self, config: BackdoorConfig, session: Session, prompts: Prompts):
+    def __init__(self, config: BackdoorOptions, session: Session, prompts: Prompts):
         self.config, self.session, self.prompts = config, session, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
         parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]

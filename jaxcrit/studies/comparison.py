@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.compare import CompareOptions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, write_npz
 from jaxcrit.core.hashing import sha256_json
@@ -23,25 +24,6 @@ from jaxcrit.similarity import DegenerateError, from_tables, gram_tables, permut
 from jaxcrit.studies.analysis import versions
 
 _HIGH_NULL = 0.5
-
-
-@dataclasses.dataclass(frozen=True)
-class CompareConfig:
-    """What ``jaxcrit compare`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        a: fingerprint.npz, or the run directory that holds it; of the base, say.
-        b: the other; of the tuned model, say.
-        out: run directory; empty for one named after the inputs.
-        common: leave out samples that only one has.
-        allow_template_mismatch: compare prompts that were rendered otherwise.
-    """
-
-    a: str = ""
-    b: str = ""
-    out: str = ""
-    common: bool = False
-    allow_template_mismatch: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +50,7 @@ class Comparison:
     out: Path
 
 
-def run_compare(config: CompareConfig, *, progress: Bars | None = None) -> Comparison:
+def run_compare(config: CompareOptions, *, progress: Bars | None = None) -> Comparison:
     """Runs ``jaxcrit compare`` and writes the run directory's data files.
 
     Args:

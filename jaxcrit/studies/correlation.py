@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.correlate import CorrelateOptions
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, write_json
@@ -21,25 +22,6 @@ from jaxcrit.selection.correlation import Correlation, correlate, spearman_matri
 
 CORRELATION_FORMAT = "jaxcrit.correlation"
 _FIRST_CHOICE = "delta_debiased"
-
-
-@dataclasses.dataclass(frozen=True)
-class CorrelationConfig:
-    """What ``jaxcrit correlate`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        scores: two of ``FILE[:KEY]``; FILE is a scores.json, or a directory that holds one.
-        all: instead, a folder whose every score is compared with every other.
-        block: layers to a block of the permutation; 0 for twice the wider of the scores' windows.
-        out: directory for pictures, page and correlation.json; empty for none.
-        seed: of permutations and interval.
-    """
-
-    scores: Sequence[str] = ()
-    all: str = ""
-    block: int = 0
-    out: str = ""
-    seed: int = 0
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,7 +47,7 @@ class Correlated:
     out: Path | None
 
 
-def run_correlation(config: CorrelationConfig) -> Correlated:
+def run_correlation(config: CorrelateOptions) -> Correlated:
     """Runs ``jaxcrit correlate`` and writes ``correlation.json`` and ``run.json`` where asked.
 
     Raises:
@@ -145,7 +127,7 @@ def _short(places: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"{folder}:{key}" if folder else key for folder, (_, key) in zip(named, places, strict=True)]
 
 
-def _record(config: CorrelationConfig, names: Sequence[str], scores: Sequence[LayerScores]) -> dict[str, Any]:
+def _record(config: CorrelateOptions, names: Sequence[str], scores: Sequence[LayerScores]) -> dict[str, Any]:
     asked = {**dataclasses.asdict(config), "scores": list(config.scores)}
     hashes = {name: sha256_json(score.to_json()) for name, score in zip(names, scores, strict=True)}
     determines = {

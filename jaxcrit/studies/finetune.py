@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json
@@ -26,7 +27,6 @@ from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.finetune_inputs import (
-    FinetuneConfig,
     check,
     check_mesh,
     compute_dtype,
@@ -67,7 +67,7 @@ class Finetuned:
         out: run directory.
     """
 
-    config: FinetuneConfig
+    config: FinetuneOptions
     run: dict[str, Any]
     metrics: list[dict[str, Any]]
     chosen: LayerSet
@@ -78,7 +78,7 @@ class Finetuned:
 Say = Callable[[str], None]
 
 
-def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: Say | None = None) -> Finetuned:
+def run_finetune(config: FinetuneOptions, *, progress: Bars | None = None, say: Say | None = None) -> Finetuned:
     """Runs ``jaxcrit finetune``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
@@ -135,7 +135,7 @@ def run_finetune(config: FinetuneConfig, *, progress: Bars | None = None, say: S
 class _Job:
     """The arrays and compiled functions of one run."""
 
-    def __init__(self, config: FinetuneConfig, session: Session, parts: Partition, rows: list[Example],
+    def __init__(self, config: FinetuneOptions, session: Session, parts: Partition, rows: list[Example],
                  held: list[Example], out: Path):  # fmt: skip
         self.config, self.session, self.parts, self.out = config, session, parts, out
         per_step = config.batch_size * config.accumulate
@@ -241,14 +241,14 @@ class _Job:
         return result, warnings
 
 
-def _out(config: FinetuneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def _out(config: FinetuneOptions, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
         return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"
     return Path("jaxcrit-runs") / f"finetune-{name}-{sha256_json(dict(determines))[:8]}"
 
 
-def _finished(config: FinetuneConfig, run: dict[str, Any], out: Path) -> Finetuned:
+def _finished(config: FinetuneOptions, run: dict[str, Any], out: Path) -> Finetuned:
     note = f"{out}: complete already; choose another --out to train again"
     chosen = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
     return Finetuned(config, run, _metrics(out), chosen, [note], out)

@@ -11,14 +11,15 @@ from typing import Any
 import jax
 
 from jaxcrit import __version__
+from jaxcrit.commands.analyze import AnalyzeOptions
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import in_bucket
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
-from jaxcrit.data.rendering import Rendering, render_sets
+from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import Example, template_hash
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.model import Bars, Session
 from jaxcrit.parallel.mesh import parse_mesh
@@ -35,84 +36,7 @@ _FREE = ("model", "data", "split", "limit", "shuffle_seed", "eval_data", "eval_s
          "checkpoint_every", "keep", "tensorboard")  # fmt: skip
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainingConfig(Rendering):
-    """How a model is trained, for every command that trains; see `FinetuneConfig` for each field."""
-
-    model: str = ""
-    eval_data: str = ""
-    eval_split: str = ""
-    out: str = ""
-    max_length: int = 0
-    analysis: str = ""
-    steps: int = 0
-    epochs: int = 0
-    batch_size: int = 8
-    accumulate: int = 1
-    optimizer: str = "adamw"
-    learning_rate: float = 2e-5
-    schedule: str = "constant"
-    warmup: int = 0
-    weight_decay: float = 0.0
-    clip: float = 0.0
-    dtype: str = ""
-    remat: bool = True
-    mesh: str = ""
-    eval_every: int = 0
-    checkpoint_every: int = 0
-    seed: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class FinetuneConfig(TrainingConfig):
-    """What ``jaxcrit finetune`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
-        data, split, limit, shuffle_seed: rows, as of `AnalysisConfig`; of the paper's datasets the train split.
-        eval_data, eval_split: rows to test on; empty for a tenth of the rows, held out.
-        out: run directory; empty for one named after the inputs.
-        template, edition, truncate, max_length: rendering, as of `DataConfig`.
-        layers: LayerSpec.
-        mode: ``only`` trains these layers, ``freeze`` trains all others.
-        train_embeddings, train_norms, train_head: outside the blocks; None trains them with ``freeze`` alone, and
-            not beside adapters.
-        layer_rates: factors on the learning rate, such as ``0-7:0.5,8-15:2``; 1 where not named.
-        lora_rank: train adapters of this rank in the layers, not the layers; 0 for none.
-        lora_alpha, lora_targets: of them, see `make_lora`; names with commas between.
-        analysis: run directory of the analysis that ``critical`` needs; empty for one inside ``out``.
-        steps: optimizer steps; 0 goes by ``epochs``.
-        epochs: passes over the rows; 0 for one, unless steps are given.
-        batch_size: rows per micro-batch.
-        accumulate: micro-batches per step.
-        optimizer, learning_rate, schedule, warmup, weight_decay, clip: see `make_optimizer`, `make_schedule`.
-        dtype: of compute and frozen weights; empty for float32 on CPU, else bfloat16.
-        remat: recompute blocks in the backward pass.
-        mesh: devices by axis.
-        eval_every: steps between tests; 0 for a twentieth of the run.
-        checkpoint_every: steps between checkpoints; 0 for a tenth of the run.
-        keep: newest checkpoints to keep, besides the best.
-        patience: tests without improvement before stopping; 0 for never.
-        tensorboard: write event files too.
-        seed: of the order of rows, and of adapters.
-    """
-
-    layers: str = "critical"
-    mode: str = "only"
-    train_embeddings: bool | None = None
-    train_norms: bool | None = None
-    train_head: bool | None = None
-    layer_rates: str = ""
-    lora_rank: int = 0
-    lora_alpha: float = 0.0
-    lora_targets: str = ""
-    keep: int = 2
-    patience: int = 0
-    tensorboard: bool = False
-    seed: int = 0
-
-
-def check(config: FinetuneConfig) -> LayerSpec:
+def check(config: FinetuneOptions) -> LayerSpec:
     """Checks the flags that need neither model nor data.
 
     Raises:
@@ -141,7 +65,7 @@ def check(config: FinetuneConfig) -> LayerSpec:
     return LayerSpec.parse(config.layers)
 
 
-def check_mesh(config: FinetuneConfig, session: Session) -> None:
+def check_mesh(config: FinetuneOptions, session: Session) -> None:
     """Checks that a micro-batch divides over the mesh.
 
     Raises:
@@ -155,12 +79,12 @@ def check_mesh(config: FinetuneConfig, session: Session) -> None:
         )
 
 
-def compute_dtype(config: FinetuneConfig) -> str:
+def compute_dtype(config: FinetuneOptions) -> str:
     """The dtype asked for; by default float32 on CPU, where bfloat16 is slower, and bfloat16 elsewhere."""
     return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def resolve_fixed(config: FinetuneConfig, spec: LayerSpec, session: Session) -> LayerSet:
+def resolve_fixed(config: FinetuneOptions, spec: LayerSpec, session: Session) -> LayerSet:
     """The layers of a rule that needs no scores, checked before anything is written.
 
     Raises:
@@ -171,7 +95,7 @@ def resolve_fixed(config: FinetuneConfig, spec: LayerSpec, session: Session) -> 
     return chosen
 
 
-def partition_of(config: FinetuneConfig, model: ModelConfig, chosen: LayerSet) -> Partition:
+def partition_of(config: FinetuneOptions, model: ModelConfig, chosen: LayerSet) -> Partition:
     """What trains: the chosen layers or all others, and what is outside the blocks.
 
     Raises:
@@ -218,7 +142,7 @@ def rate_factors(text: str, num_layers: int) -> dict[int, float]:
     return factors
 
 
-def read_examples(config: FinetuneConfig, session: Session) -> tuple[list[Example], list[Example]]:
+def read_examples(config: FinetuneOptions, session: Session) -> tuple[list[Example], list[Example]]:
     """Rows to train and to test on, rendered and checked.
 
     Raises:
@@ -242,7 +166,7 @@ def read_examples(config: FinetuneConfig, session: Session) -> tuple[list[Exampl
     return hold_out(rows, config.data or "demo")
 
 
-def determined_by(config: FinetuneConfig, session: Session, fixed: LayerSet | None, rows: list[Example],
+def determined_by(config: FinetuneOptions, session: Session, fixed: LayerSet | None, rows: list[Example],
                 held: list[Example]) -> dict[str, Any]:  # fmt: skip
     """Everything that the trained weights depend on; a run goes on only where all of it is the same."""
     asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
@@ -259,18 +183,18 @@ def determined_by(config: FinetuneConfig, session: Session, fixed: LayerSet | No
 
 
 def critical_layers(
-    config: FinetuneConfig, spec: LayerSpec, session: Session, out: Path, progress: Bars | None
+    config: FinetuneOptions, spec: LayerSpec, session: Session, out: Path, progress: Bars | None
 ) -> LayerSet:  # fmt: skip
     """The layers an analysis of the training prompts chooses; an analysis that is there already is used."""
     scores, trim = layer_scores(config, out, progress)
     return resolve(spec, session.config.num_layers, scores=scores, trim=trim, model_hash=session.model_hash)
 
 
-def layer_scores(config: FinetuneConfig, out: Path, progress: Bars | None) -> tuple[LayerScores, int]:
+def layer_scores(config: FinetuneOptions, out: Path, progress: Bars | None) -> tuple[LayerScores, int]:
     """What such an analysis ranks by, and how many layers it trims; the same whatever number of layers is asked for."""
     published = any(part.strip().partition(":")[0] in PUBLISHED for part in config.data.split(","))
     split_of = config.split or ("train" if published else "")
-    analysis = AnalysisConfig(
+    analysis = AnalyzeOptions(
         model=config.model, data=config.data, split=split_of, limit=_ANALYSIS_PROMPTS,
         shuffle_seed=max(config.shuffle_seed, 0), out=config.analysis or str(out / "analysis"),
         template=config.template, edition=config.edition, truncate=config.truncate, mesh=config.mesh,

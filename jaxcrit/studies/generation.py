@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.generate import GenerateOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import GrowingText, as_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
-from jaxcrit.data.rendering import Rendering
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
@@ -29,42 +29,6 @@ from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.analysis import read_datasets, versions
 
 GENERATIONS = "generations.jsonl"
-
-
-@dataclasses.dataclass(frozen=True)
-class GenerateConfig(Rendering):
-    """What ``jaxcrit generate`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
-        data, split, limit, shuffle_seed, template, edition, truncate: as of `AnalysisConfig`.
-        out: run directory; empty for one named after the inputs.
-        max_new_tokens: per prompt.
-        stop: further tokens that end an answer, ids or texts, with commas.
-        temperature, top_k, top_p, repetition_penalty: as of `Sampling`.
-        seed: of the draws.
-        batch_size: prompts at a time.
-        dtype: of weights and compute; empty for the session's default.
-        mesh: devices by axis.
-    """
-
-    model: str = ""
-    out: str = ""
-    max_new_tokens: int = 64
-    stop: str = ""
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    batch_size: int = 16
-    dtype: str = ""
-    mesh: str = ""
-
-    @property
-    def sampling(self) -> Sampling:
-        """How tokens are picked."""
-        return Sampling(self.repetition_penalty, self.temperature, self.top_k, self.top_p)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +46,7 @@ class Generations:
     out: Path
 
 
-def run_generate(config: GenerateConfig, *, progress: Bars | None = None) -> Generations:
+def run_generate(config: GenerateOptions, *, progress: Bars | None = None) -> Generations:
     """Runs ``jaxcrit generate``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
@@ -92,7 +56,7 @@ def run_generate(config: GenerateConfig, *, progress: Bars | None = None) -> Gen
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
-    sampling = config.sampling
+    sampling = sampling_of(config)
     if config.batch_size < 1 or config.max_new_tokens < 1:
         flag = "batch_size" if config.batch_size < 1 else "max_new_tokens"
         raise UserError(f"--{flag}={getattr(config, flag)}: expected at least 1")
@@ -132,6 +96,15 @@ def run_generate(config: GenerateConfig, *, progress: Bars | None = None) -> Gen
     return Generations(run, rows, directory.path)
 
 
+def sampling_of(options: GenerateOptions) -> Sampling:
+    """How tokens are picked.
+
+    Raises:
+        UserError: see `Sampling`.
+    """
+    return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
+
+
 def stop_tokens(text: str, session: Session) -> list[int]:
     """Ids of the tokens that end an answer: the model's own, and those of ``--stop``, ids or texts with commas.
 
@@ -159,7 +132,7 @@ def stop_tokens(text: str, session: Session) -> list[int]:
 class _Job:
     """The model and what all datasets of one run share; the weights are read when the first prompt needs them."""
 
-    def __init__(self, config: GenerateConfig, session: Session, stop: list[int], datasets: list[Dataset],
+    def __init__(self, config: GenerateOptions, session: Session, stop: list[int], datasets: list[Dataset],
                  directory: RunDirectory, progress: Bars | None):  # fmt: skip
         self.config, self.session, self.stop, self.directory, self.progress = config, session, stop, directory, progress
         self.alone = len(datasets) == 1
@@ -210,9 +183,16 @@ class _Job:
         config, tokenizer = self.config, self.session.tokenizer
         fills = batch.rows == len(dataset.examples)
         found = generate(
-            self.decoder, batch.tokens, batch.lengths, config.max_new_tokens, stop=self.stop, sampling=config.sampling,
-            seed=config.seed, samples=np.where(fills, -1, batch.rows), mesh=self.session.mesh,
-        )  # fmt: skip
+            self.decoder,
+            batch.tokens,
+            batch.lengths,
+            config.max_new_tokens,
+            stop=self.stop,
+            sampling=sampling_of(config),
+            seed=config.seed,
+            samples=np.where(fills, -1, batch.rows),
+            mesh=self.session.mesh,
+        )
         rows = []
         for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
             if row == len(dataset.examples):
@@ -239,7 +219,7 @@ def _read(file: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _out(config: GenerateConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def _out(config: GenerateOptions, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
         return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"

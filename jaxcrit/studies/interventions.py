@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.intervene import InterveneOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, write_json
@@ -20,7 +21,6 @@ from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.score import layer_scores
 from jaxcrit.data.batches import make_batches
-from jaxcrit.data.rendering import Rendering
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.capture import capture
 from jaxcrit.evidence.captures import Dataset
@@ -38,43 +38,6 @@ _WORDS = 8  # that a component is read as, in each direction
 _LIKELY = 3  # next tokens shown
 
 
-@dataclasses.dataclass(frozen=True)
-class InterveneConfig(Rendering):
-    """What ``jaxcrit intervene`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        model: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
-        data, split, limit, shuffle_seed, template, edition, truncate: as of `AnalysisConfig`; one dataset.
-        out: run directory; empty for one named after the inputs.
-        layers: LayerSpec of the layers that are edited, together.
-        components: numbers from 0, with commas; empty for none.
-        prompt_index: row, from 0, of the prompt that is answered.
-        mode: ``paper`` subtracts what the prompt's last token has of the components, the same vector at every new
-            token; ``project`` removes them from the state of each; ``steer`` adds a mean difference; ``none``.
-        steer_from, steer_to: rows whose mean states are subtracted and added.
-        strength: factor of the difference.
-        max_new_tokens: of each answer.
-        stop: further tokens that end an answer.
-        dtype: of weights and compute; empty for the session's default.
-        mesh: devices by axis.
-    """
-
-    model: str = ""
-    data: str = "demo:arithmetic"
-    out: str = ""
-    layers: str = "critical:1"
-    components: str = "0,1,2"
-    prompt_index: int = 0
-    mode: str = "paper"
-    steer_from: str = ""
-    steer_to: str = ""
-    strength: float = 1.0
-    max_new_tokens: int = 64
-    stop: str = ""
-    dtype: str = ""
-    mesh: str = ""
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Intervened:
     """A finished run.
@@ -90,7 +53,7 @@ class Intervened:
     out: Path
 
 
-def run_intervene(config: InterveneConfig, *, progress: Bars | None = None) -> Intervened:
+def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> Intervened:
     """Runs ``jaxcrit intervene``.
 
     Args:
@@ -217,7 +180,7 @@ def divergence(scores: jax.Array, other: jax.Array) -> jax.Array:
     return jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0)  # rounding may take it below
 
 
-def _check(config: InterveneConfig) -> tuple[int, ...]:
+def _check(config: InterveneOptions) -> tuple[int, ...]:
     if config.mode not in MODES:
         raise UserError(f"--mode={config.mode}: expected {listed(MODES)}{did_you_mean(config.mode, MODES)}")
     given = [bool(config.steer_from), bool(config.steer_to)]
@@ -229,7 +192,7 @@ def _check(config: InterveneConfig) -> tuple[int, ...]:
 
 
 def _measure(
-    config: InterveneConfig, session: Session, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
+    config: InterveneOptions, session: Session, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
     hidden: np.ndarray, layers: LayerSet, components: tuple[int, ...], stop: list[int], progress: Bars | None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     example = dataset.examples[config.prompt_index]
@@ -278,7 +241,7 @@ def removal(
         fit: the components.
         layers: edited, together.
         components: removed.
-        mode: ``paper`` or ``project``, see `InterveneConfig`.
+        mode: ``paper`` or ``project``, see `InterveneOptions`.
         shape: (L, B, D).
         rows: ``[B]`` which sample of the fit each row of the batch is.
     """
@@ -301,7 +264,7 @@ def _likely(scores: np.ndarray, tokenizer: Any) -> list[list[Any]]:
     return [[tokenizer.decode([i]), round(p, 6)] for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
 
 
-def _out(config: InterveneConfig, session: Session, determines: Mapping[str, Any]) -> Path:
+def _out(config: InterveneOptions, session: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
         return as_path(config.out)
     name = session.checkpoint.path.resolve().name if config.model else "embedded"

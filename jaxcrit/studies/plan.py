@@ -16,8 +16,9 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from jaxcrit.commands.plan import PlanOptions
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.models.attention import Attention, choose_attention
+from jaxcrit.models.attention import ASKED, Attention, choose_attention
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
@@ -27,31 +28,6 @@ from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_
 from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program, program_of
 
 _USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e
-
-
-@dataclasses.dataclass(frozen=True)
-class PlanConfig(JobConfig):
-    """What ``jaxcrit plan`` is asked, besides the job.
-
-    Attributes:
-        model: directory with a ``config.json``, or a key of `SHAPES`; weights are not needed.
-        topology: such as ``v5e:4x4`` or ``h100:8``.
-        mesh: devices by axis; empty splits the weights over all of them.
-        search: try meshes and batch sizes, and plan the best that fits.
-        compile: compile where libtpu is installed; otherwise shapes alone.
-        attention: one of `jaxcrit.models.attention.FORMS`.
-    """
-
-    model: str = ""
-    topology: str = "v5e:4x4"
-    mesh: str = ""
-    search: bool = False
-    compile: bool = True
-    attention: str = "auto"
-
-    def as_job(self) -> JobConfig:
-        """The job alone."""
-        return JobConfig(**{field.name: getattr(self, field.name) for field in dataclasses.fields(JobConfig)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +69,7 @@ class Plan:
         notes: what is missing, and why.
     """
 
-    config: PlanConfig
+    config: PlanOptions
     topology: Topology
     mesh: dict[str, int]
     memory: dict[str, int]
@@ -136,7 +112,7 @@ class Plan:
         }
 
 
-def run_plan(config: PlanConfig) -> Plan:
+def run_plan(config: PlanOptions) -> Plan:
     """Plans a job.
 
     Raises:
@@ -145,19 +121,19 @@ def run_plan(config: PlanConfig) -> Plan:
     if config.job not in JOBS:
         raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
     topology, model = Topology.parse(config.topology), _model(config.model)
-    _flops(config.as_job(), model)  # mistakes in the flags of the job, whatever the mesh
+    _flops(_job(config), model)  # mistakes in the flags of the job, whatever the mesh
     if config.search:
         return _search(config, topology, model)
     return _compile(_by_shapes(config, topology, model), model)
 
 
-def fitting(plan: Plan) -> PlanConfig | None:
+def fitting(plan: Plan) -> PlanOptions | None:
     """The fastest way to run the job that fits by shapes, or None; shapes count for more where the compiler said so."""
     plans = _fitting(plan.config, plan.topology, _model(plan.config.model), plan.peak / plan.estimated)
     return plans[0].config if plans else None
 
 
-def _search(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
+def _search(config: PlanOptions, topology: Topology, model: ModelConfig) -> Plan:
     """Compiles what fits by shapes, fastest first, until one fits."""
     plans = _fitting(config, topology, model)
     for plan in plans[:4]:
@@ -171,14 +147,14 @@ def _search(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
     return compiled
 
 
-def _fitting(config: PlanConfig, topology: Topology, model: ModelConfig, factor: float = 1.0) -> list[Plan]:
+def _fitting(config: PlanOptions, topology: Topology, model: ModelConfig, factor: float = 1.0) -> list[Plan]:
     """Those of `_candidates` that fit if they take so many times what shapes say, fastest per row first."""
     room = _USABLE * topology.chip.memory / max(1.0, factor)
     plans = [plan for plan in _candidates(config, topology, model) if plan.estimated <= room]
     return sorted(plans, key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size)
 
 
-def _candidates(config: PlanConfig, topology: Topology, model: ModelConfig) -> Iterator[Plan]:
+def _candidates(config: PlanOptions, topology: Topology, model: ModelConfig) -> Iterator[Plan]:
     """Every way to part the devices that the model's shape allows, with the batch asked for and its halves."""
     devices = topology.devices
     for tensor in _divisors(devices):
@@ -198,11 +174,11 @@ def _divisors(number: int) -> list[int]:
     return [size for size in range(1, number + 1) if number % size == 0]
 
 
-def _sizes(config: PlanConfig, devices: int) -> dict[str, int]:
+def _sizes(config: PlanOptions, devices: int) -> dict[str, int]:
     return mesh_sizes(parse_mesh(config.mesh or "fsdp=-1"), devices)
 
 
-def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Plan:
+def _by_shapes(config: PlanOptions, topology: Topology, model: ModelConfig) -> Plan:
     sizes = _sizes(config, topology.devices)
     if config.batch_size % (sizes["data"] * sizes["fsdp"]):
         raise UserError(
@@ -210,7 +186,7 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         )
     mesh = abstract_mesh(sizes, topology.devices)
     placed = _placed(model, config, topology, mesh)
-    program = program_of(placed, config.as_job(), mesh)
+    program = program_of(placed, _job(config), mesh)
     form = choose_attention(placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads,
                             model.head_dim)  # fmt: skip
     moved, exchanged = _traffic(program, config, sizes, model)
@@ -220,7 +196,7 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
         mesh=sizes,
         memory={kind: shard_bytes(tree) for kind, tree in program.kinds.items()},
         temporaries=program.temporaries,
-        flops=_flops(config.as_job(), model) / topology.devices,
+        flops=_flops(_job(config), model) / topology.devices,
         moved=moved,
         exchanged=exchanged,
         trained=sum(leaf.size for leaf in jax.tree.leaves(program.trained)),
@@ -229,10 +205,15 @@ def _by_shapes(config: PlanConfig, topology: Topology, model: ModelConfig) -> Pl
     )
 
 
-def _placed(model: ModelConfig, config: PlanConfig, topology: Topology, mesh: AnyMesh) -> ModelConfig:
+def _placed(model: ModelConfig, config: PlanOptions, topology: Topology, mesh: AnyMesh) -> ModelConfig:
     """The model with attention as it would be computed there."""
-    how = Attention(config.attention, "tpu" if topology.chip.slices else "cuda", mesh)
+    how = Attention(ASKED.get(), "tpu" if topology.chip.slices else "cuda", mesh)
     return dataclasses.replace(model, attention=how)
+
+
+def _job(options: PlanOptions) -> JobConfig:
+    """The job alone."""
+    return JobConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(JobConfig)})
 
 
 @functools.lru_cache
@@ -242,7 +223,7 @@ def _flops(config: JobConfig, model: ModelConfig) -> int:
     return sum(unit.runs * product_flops(unit.function, *unit.arguments, turns=unit.turns) for unit in units)
 
 
-def _traffic(program: Program, config: PlanConfig, sizes: dict[str, int], model: ModelConfig) -> tuple[int, int]:
+def _traffic(program: Program, config: PlanOptions, sizes: dict[str, int], model: ModelConfig) -> tuple[int, int]:
     """Bytes through one device's memory and over its links: weights, gathered over fsdp, and what is summed besides.
 
     Summed are activations over tensor, twice a layer, and gradients over all that split the rows.
@@ -266,7 +247,7 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
         note = "libtpu is missing, which compiles for TPUs without having one: from shapes alone (pip install"
         return dataclasses.replace(plan, notes=(f"{note} 'jaxcrit[plan]')",))
     mesh = make_mesh(plan.mesh, tpus(config.topology))
-    program = program_of(_placed(model, config, plan.topology, mesh), config.as_job(), mesh)
+    program = program_of(_placed(model, config, plan.topology, mesh), _job(config), mesh)
     began = time.perf_counter()
     kept, worst = sum(plan.memory.values()), Compiled(0, 0, 0, 0, {}, 0.0)
     found: dict[str, tuple[int, int]] = {}

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSpec, resolve
 from jaxcrit.criteria.substitution import host_variant, variants, windows
@@ -25,7 +26,7 @@ from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefi
 from jaxcrit.models.weights import abstract
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.studies.finetune_inputs import FinetuneConfig, partition_of
+from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.partition import FROZEN, Partition, split
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings
@@ -38,7 +39,7 @@ class JobConfig:
     Attributes:
         job: a key of `JOBS`.
         layers, mode, train_embeddings, train_norms, train_head, lora_rank, lora_targets, optimizer, dtype, remat: as of
-            `FinetuneConfig`; layers by number or rule, not by score.
+            `FinetuneOptions`; layers by number or rule, not by score.
         window: of ``substitute``, layers taken together.
         max_new_tokens: of ``generate``.
         batch_size: rows, over all devices.
@@ -178,8 +179,8 @@ def partition_for(model: ModelConfig, config: JobConfig) -> Partition:
     spec = LayerSpec.parse(config.layers)
     if spec.needs_scores:
         raise UserError(f"--layers={config.layers}: planning looks at no data; name layers, or first:K, random:K, all")
-    shared = {field.name for field in dataclasses.fields(FinetuneConfig)} & vars(config).keys()
-    asked = FinetuneConfig(**{name: getattr(config, name) for name in shared})
+    shared = {field.name for field in dataclasses.fields(FinetuneOptions)} & vars(config).keys()
+    asked = FinetuneOptions(**{name: getattr(config, name) for name in shared})
     return partition_of(asked, model, resolve(spec, model.num_layers))
 
 

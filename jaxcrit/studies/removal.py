@@ -15,9 +15,10 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.options import option
 from jaxcrit.data.batches import choose_buckets, make_batches
-from jaxcrit.data.rendering import Rendering
 from jaxcrit.evaluation.rationale import BEFORE, rationale
 from jaxcrit.evaluation.scorers import exact_match
 from jaxcrit.evidence.captures import Dataset
@@ -43,36 +44,22 @@ RANDOM = "random:"
 _DRAWS = 2000  # of the bootstrap
 
 
-@dataclasses.dataclass(frozen=True)
-class RemovalConfig(Rendering):
-    """What ``experiments/pc_removal.py`` is asked; every field is a flag of the same name.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RemovalOptions(ModelOptions, RowOptions, BatchOptions, MeshOptions, title="removal"):
+    """What ``experiments/pc_removal.py`` is asked."""
 
-    Attributes:
-        model, data, split, limit, shuffle_seed, template, edition, truncate, max_new_tokens, stop, batch_size, dtype,
-            mesh: as of `jaxcrit.studies.generation.GenerateConfig`; ``limit`` counts for each dataset.
-        layers: LayerSpec of the layers that are edited, one at a time.
-        critical: LayerSpec of those that count as critical.
-        sets: components removed together, sets apart by semicolons; ``random:SET`` for random directions in which
-            every prompt loses as much as of SET.
-        mode: ``paper`` or ``project``, as of `InterveneConfig`.
-        prompt_index: row of the prompt whose answers are kept as an example.
-        seed: of random directions and of the bootstrap.
-    """
-
-    model: str = ""
-    data: str = "demo:arithmetic,demo:choice"
-    limit: int = 300
-    layers: str = "all"
-    critical: str = "critical"
-    sets: str = "0;0,1,2;3,4,5;random:0,1,2"
-    mode: str = "paper"
-    prompt_index: int = 101
-    max_new_tokens: int = 32
-    stop: str = ""
-    batch_size: int = 64
-    seed: int = 0
-    dtype: str = ""
-    mesh: str = ""
+    data: str = option("demo:arithmetic,demo:choice", "prompts: JSONL, dolly:JSONL, ...", word="FILE", free=BY_HASH)
+    limit: int = option(300, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
+    layers: str = option("all", "layers that are edited, one at a time", word="SPEC")
+    critical: str = option("critical", "layers that count as critical", word="SPEC")
+    sets: str = option("0;0,1,2;3,4,5;random:0,1,2", "components removed together, apart by ;", word="SETS")
+    mode: str = option("paper", "the prompt's part, or the state's own", ("paper", "project"))
+    prompt_index: int = option(101, "row of the prompt whose answers are kept as an example", lowest=0)
+    seed: int = option(0, "seed of random directions and of the bootstrap", lowest=0)
+    max_new_tokens: int = option(32, "tokens of each answer, at most", lowest=1, group="generation")
+    stop: str = option("", "more tokens that end an answer", word="TOKENS", group="generation")
+    batch_size: int = option(64, "prompts at a time", lowest=1, free=SHAPE)
+    out: str = option("", "directory for removal.json and figures (default: none)", word="DIR", free=WHERE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +150,7 @@ Place = tuple[int | None, str]
 _PLAIN: Place = (None, "nothing")
 
 
-def run_removal(config: RemovalConfig, *, progress: Bars | None = None) -> tuple[list[Removal], dict[str, Any]]:
+def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tuple[list[Removal], dict[str, Any]]:
     """Measures every dataset.
 
     Args:
@@ -202,7 +189,7 @@ def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def _dataset(
-    config: RemovalConfig, session: Session, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
+    config: RemovalOptions, session: Session, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
     layers: Sequence[int], stop: list[int], progress: Bars | None,
 ) -> Removal:  # fmt: skip
     began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
@@ -287,7 +274,7 @@ def _removed(fit: Components, sets: Mapping[str, tuple[int, ...]], place: Place)
 class _Measures:
     """Numbers of the cells, and their intervals: one bootstrap over the prompts for all, so that all are paired."""
 
-    def __init__(self, config: RemovalConfig, session: Session, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
+    def __init__(self, config: RemovalOptions, session: Session, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
         self.dataset, self.outcomes, count = dataset, outcomes, len(dataset.examples)
         rng = np.random.default_rng(config.seed)
         self.weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
@@ -18,7 +19,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
-from jaxcrit.data.rendering import Rendering, render_sets
+from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.evidence.measured import Measured
@@ -30,25 +31,6 @@ from jaxcrit.studies.analysis import versions
 from jaxcrit.training.data import check_rows
 
 _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
-
-
-@dataclasses.dataclass(frozen=True)
-class ScoreConfig(Rendering):
-    """What ``jaxcrit score`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
-
-    Attributes:
-        base: model that ``model`` was tuned from, for ``weight_change``.
-        criteria: keys with commas; empty for all, without those of two models where no base is given.
-    """
-
-    model: str = ""
-    base: str = ""
-    out: str = ""
-    criteria: str = ""
-    batch_size: int = 8
-    dtype: str = ""
-    precision: str = "highest"
-    mesh: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -70,7 +52,7 @@ class Scored:
     out: Path
 
 
-def run_score(config: ScoreConfig, *, progress: Bars | None = None) -> Scored:
+def run_score(config: ScoreOptions, *, progress: Bars | None = None) -> Scored:
     """Runs ``jaxcrit score`` and writes ``scores.json`` and ``deletions.npz``.
 
     Raises:
@@ -109,7 +91,7 @@ def run_score(config: ScoreConfig, *, progress: Bars | None = None) -> Scored:
     return Scored(scores, of_data, _warnings(scores), run, out)
 
 
-def _datasets(config: ScoreConfig, session: Session, needs: set[Needs]) -> list[Dataset]:
+def _datasets(config: ScoreOptions, session: Session, needs: set[Needs]) -> list[Dataset]:
     if not needs - set(_OF_MODEL):
         return []
     found, training = [], "gradients" in needs
@@ -121,7 +103,7 @@ def _datasets(config: ScoreConfig, session: Session, needs: set[Needs]) -> list[
 
 
 def _determines(
-    config: ScoreConfig, keys: Sequence[str], session: Session, base: Session | None, datasets: Sequence[Dataset]
+    config: ScoreOptions, keys: Sequence[str], session: Session, base: Session | None, datasets: Sequence[Dataset]
 ) -> dict[str, Any]:
     asked = {name: getattr(config, name) for name in ("template", "edition", "truncate", "precision")}
     return {
@@ -162,7 +144,7 @@ def _measured(keys: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Mea
 
 
 def _of_data(
-    config: ScoreConfig, keys: Sequence[str], session: Session, datasets: Sequence[Dataset], out: Path,
+    config: ScoreOptions, keys: Sequence[str], session: Session, datasets: Sequence[Dataset], out: Path,
     progress: Bars | None,
 ) -> dict[str, dict[str, LayerScores]]:  # fmt: skip
     """Scores of each dataset, written beside each other with their deletions."""
@@ -184,7 +166,7 @@ def _of_data(
 
 
 def _evidence(
-    config: ScoreConfig, keys: Sequence[str], session: Session, decoder: Decoder, dataset: Dataset,
+    config: ScoreOptions, keys: Sequence[str], session: Session, decoder: Decoder, dataset: Dataset,
     progress: Bars | None,
 ) -> dict[str, Any]:  # fmt: skip
     evidence: dict[str, Any] = {}

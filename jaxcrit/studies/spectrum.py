@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, plain, write_json, write_npz
@@ -19,8 +20,7 @@ from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.measures import component_scores
 from jaxcrit.criteria.score import layer_scores
-from jaxcrit.data.rendering import Rendering
-from jaxcrit.evidence.captures import AnalysisConfig, Captures, Dataset
+from jaxcrit.evidence.captures import Captures, Dataset
 from jaxcrit.evidence.fingerprint import read_own, read_run
 from jaxcrit.models.model import Bars, Session, open_session
 from jaxcrit.selection.choice import mean_rank
@@ -32,38 +32,6 @@ SPECTRUM_FORMAT = "jaxcrit.spectrum"
 COMPLETE_BYTES = 2 * 2**30  # all scores of all layers, which errors need
 # What may be said of a run that exists already; everything else says how to make one.
 _OF_A_RUN = ("run", "k", "window", "include_self", "bias", "out")
-
-
-@dataclasses.dataclass(frozen=True)
-class SpectrumConfig(Rendering):
-    """What ``jaxcrit spectrum`` is asked; every field is a flag of the same name (see `AnalysisConfig`).
-
-    Attributes:
-        run: directory of an earlier analysis, whose Grams are used instead of a model's.
-        k: numbers of components, with commas.
-        window: layers that δ and CCA average over; CCA leaves the layer itself out.
-        bias: which δ is tracked.
-    """
-
-    model: str = ""
-    run: str = ""
-    out: str = ""
-    position: Any = "last"
-    batch_size: int = 8
-    dtype: str = ""
-    precision: str = "highest"
-    mesh: str = ""
-    normalize: str = ""
-    kernel: Any = "linear"
-    k: str = "1,3,10"
-    window: int = 5
-    include_self: bool = True
-    bias: str = "debiased"
-
-    def analysis(self) -> AnalysisConfig:
-        """The same as far as it is about capturing and δ."""
-        shared = {field.name for field in dataclasses.fields(AnalysisConfig)}
-        return AnalysisConfig(**{key: value for key, value in dataclasses.asdict(self).items() if key in shared})
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -120,7 +88,7 @@ def parse_components(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def run_spectrum(config: SpectrumConfig, *, progress: Bars | None = None) -> SpectralAnalysis:
+def run_spectrum(config: SpectrumOptions, *, progress: Bars | None = None) -> SpectralAnalysis:
     """Runs ``jaxcrit spectrum``: decomposes, correlates, and writes the run directory's data files.
 
     Args:
@@ -138,8 +106,8 @@ def run_spectrum(config: SpectrumConfig, *, progress: Bars | None = None) -> Spe
     return _of_run(config, ks, progress) if config.run else _of_model(config, ks, progress)
 
 
-def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
-    default = SpectrumConfig()
+def _of_run(config: SpectrumOptions, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
+    default = SpectrumOptions()
     fields = [field.name for field in dataclasses.fields(config) if field.name not in _OF_A_RUN]
     if given := [name for name in fields if getattr(config, name) != getattr(default, name)]:
         raise UserError(f"--run={config.run}: has its model, data and Grams already; leave out --{' --'.join(given)}")
@@ -175,7 +143,7 @@ def _of_run(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) 
         raise
 
 
-def _of_model(config: SpectrumConfig, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
+def _of_model(config: SpectrumOptions, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
     asked = config.analysis()
     session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
     datasets = read_datasets(asked, session)
@@ -205,7 +173,7 @@ def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dic
 
 
 def _refuse_components(
-    ks: Sequence[int], config: SpectrumConfig, session: Session, datasets: Sequence[Dataset]
+    ks: Sequence[int], config: SpectrumOptions, session: Session, datasets: Sequence[Dataset]
 ) -> None:
     """Before the model runs: no layer has more components than its width, or than samples less one."""
     if config.kernel == "linear" and ks[-1] > session.config.width:
@@ -219,7 +187,7 @@ def _refuse_components(
 
 
 def _decomposed(
-    config: SpectrumConfig,
+    config: SpectrumOptions,
     ks: tuple[int, ...],
     meta: dict[str, Any],
     grams: np.ndarray | jax.Array,

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
+from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
@@ -21,7 +22,6 @@ from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 from jaxcrit.criteria.substitution import (
     SITES,
     Layers,
-    Sites,
     host_variant,
     join,
     random_sets,
@@ -29,7 +29,7 @@ from jaxcrit.criteria.substitution import (
     windows,
 )
 from jaxcrit.data.templates import Example, template_hash
-from jaxcrit.evidence.rows import SweptRows, forget_partial, read_back, read_rows, sample_losses
+from jaxcrit.evidence.rows import forget_partial, read_back, read_rows, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses, mean
 from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
@@ -41,46 +41,6 @@ _FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
 _ELSEWHERE = ("base", "tuned", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
 
 
-@dataclasses.dataclass(frozen=True)
-class SubstitutionConfig(SweptRows):
-    """What ``jaxcrit substitute`` is asked; every field is a flag of the same name.
-
-    Attributes:
-        base: checkpoint directory, hub id or fine-tuning run; empty for the embedded model.
-        tuned: the same, of the model that was tuned from it.
-        data, split, limit, shuffle_seed: rows to test on, as of `AnalysisConfig`; all datasets are one here.
-        out: run directory; empty for one named after the inputs.
-        template, edition, truncate, max_length: rendering, as of `DataConfig`, by the tuned model's template.
-        window: layers taken together.
-        sites: ``blocks``, or of each layer ``attn`` or ``mlp`` alone.
-        reverse: put layers of the tuned model into the base instead.
-        sets: LayerSpecs with semicolons between, in place of the windows.
-        random: draws of as many layers at random, to compare with.
-        batch_size: rows per forward pass.
-        dtype: of weights and compute; empty for the session's default.
-        mesh: devices by axis.
-        seed: of the random sets.
-    """
-
-    base: str = ""
-    tuned: str = ""
-    out: str = ""
-    window: int = 5
-    sites: Sites = "blocks"
-    reverse: bool = False
-    sets: str = ""
-    random: int = 0
-    dtype: str = ""
-    mesh: str = ""
-    seed: int = 0
-
-    @property
-    def score(self) -> str:
-        """Score key: other sites or the other direction are another quantity."""
-        suffix = "" if self.sites == "blocks" else f"_{self.sites}"
-        return f"substitution{suffix}{'_reverse' if self.reverse else ''}"
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Substitution:
     """A finished run.
@@ -88,14 +48,14 @@ class Substitution:
     Attributes:
         config: what was asked.
         run: what ``run.json`` holds; ``result`` has losses and counts.
-        scores: `SubstitutionConfig.score` (mean of per-sample means, the paper's) and the same ``_per_token``; none
+        scores: `SubstituteOptions.score` (mean of per-sample means, the paper's) and the same ``_per_token``; none
             where sets were asked for.
         samples: losses of every sample under every window; None where sets were asked for.
         warnings: what would mislead a reader.
         out: run directory.
     """
 
-    config: SubstitutionConfig
+    config: SubstituteOptions
     run: dict[str, Any]
     scores: dict[str, LayerScores]
     samples: SampleLosses | None
@@ -127,7 +87,7 @@ class _Plan:
     random: tuple[Layers, ...]
 
 
-def run_substitution(config: SubstitutionConfig, *, progress: Bars | None = None) -> Substitution:
+def run_substitution(config: SubstituteOptions, *, progress: Bars | None = None) -> Substitution:
     """Runs ``jaxcrit substitute``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
@@ -208,7 +168,7 @@ def check_pair(base: Session, tuned: Session) -> None:
         )
 
 
-def _plan(config: SubstitutionConfig, tuned: Session) -> _Plan:
+def _plan(config: SubstituteOptions, tuned: Session) -> _Plan:
     depth = tuned.config.num_layers
     if config.random < 0:
         raise UserError(f"--random={config.random}: expected 0 or more")
@@ -234,7 +194,7 @@ def _set(text: str, tuned: Session) -> Layers:
 
 
 def _losses(
-    config: SubstitutionConfig, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example],
+    config: SubstituteOptions, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example],
     directory: RunDirectory, progress: Bars | None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:  # fmt: skip
     """Losses ``[V, N]`` of the sets, the random sets, the host and the guest, in this order; tokens; counts."""
@@ -319,7 +279,7 @@ def _write_losses(
     write_npz(out / "substitution.npz", arrays, {"format": "jaxcrit.substitution", "format_version": 1})
 
 
-def _finished(config: SubstitutionConfig, run: dict[str, Any], out: Path) -> Substitution:
+def _finished(config: SubstituteOptions, run: dict[str, Any], out: Path) -> Substitution:
     """A run that is complete already, read back."""
     centres = run["result"]["centres"]
     if not centres:
@@ -350,7 +310,7 @@ def _warnings(result: Mapping[str, Any], base: Session, tuned: Session) -> list[
 
 
 def _determines(
-    config: SubstitutionConfig, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example]
+    config: SubstituteOptions, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example]
 ) -> dict[str, Any]:
     """Everything that the results depend on; two runs that agree in it may share a directory."""
     asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _ELSEWHERE}
@@ -366,7 +326,7 @@ def _determines(
 
 
 def _run_record(
-    config: SubstitutionConfig, base: Session, tuned: Session, examples: Sequence[Example],
+    config: SubstituteOptions, base: Session, tuned: Session, examples: Sequence[Example],
     determines: Mapping[str, Any],
 ) -> dict[str, Any]:  # fmt: skip
     return {
@@ -382,7 +342,7 @@ def _run_record(
     }  # fmt: skip
 
 
-def _out(config: SubstitutionConfig, tuned: Session, determines: Mapping[str, Any]) -> Path:
+def _out(config: SubstituteOptions, tuned: Session, determines: Mapping[str, Any]) -> Path:
     if config.out:
         return as_path(config.out)
     name = (tuned.tuned[-1].run if tuned.tuned else tuned.checkpoint.path.resolve()).name

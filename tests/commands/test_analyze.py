@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 import types
 
 import pytest
 from support import synthetic_analysis as synthetic
 
-from jaxcrit.commands import analyze
 from jaxcrit.commands.main import main
 
 
@@ -17,9 +15,7 @@ from jaxcrit.commands.main import main
 def calls(monkeypatch, tmp_path):
     """Stands in for the study: notes the config, returns an analysis made up from a formula."""
     seen = []
-    fields = [(flag.name, type(flag.default), flag.default) for group in analyze.FLAGS.values() for flag in group]
     module = types.ModuleType("jaxcrit.studies.analysis")
-    module.AnalysisConfig = dataclasses.make_dataclass("AnalysisConfig", fields, frozen=True)
 
     def run_analysis(config, progress):
         with progress(total=3, desc="dolly") as bar:
@@ -32,15 +28,22 @@ def calls(monkeypatch, tmp_path):
     return seen
 
 
-def test_flags_are_the_fields_of_the_config():
-    from jaxcrit.evidence.captures import AnalysisConfig
-
-    flags = {flag.name: flag.default for group in analyze.FLAGS.values() for flag in group}
-    assert flags == {field.name: field.default for field in dataclasses.fields(AnalysisConfig)}
-
-
 def test_flags_become_the_config(calls, capsys, tmp_path):
-    assert main(["analyze", "--model", "m", "--embed", "--noinclude_self", "--window=7", "--layers=first:2"]) == 0
+    assert (
+        main(
+            [
+                "analyze",
+                "--model",
+                "m",
+                "--embed",
+                "--save_activations",
+                "--noinclude_self",
+                "--window=7",
+                "--layers=first:2",
+            ]
+        )
+        == 0
+    )
     config = calls[0]
     assert (config.model, config.embed, config.include_self, config.window) == ("m", True, False, 7)
     assert config.layers == "first:2" and config.bias == "debiased"

@@ -1,6 +1,5 @@
 """``jaxcrit data``: three rows with their mask, the length table, the hash; examples.jsonl on request."""
 
-import dataclasses
 import json
 
 import make_renderings as goldens
@@ -8,10 +7,8 @@ import numpy as np
 import pytest
 from support.tiny_model import tiny_checkpoint
 
-from jaxcrit.commands import data
 from jaxcrit.commands.main import main
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.data.rendering import DataConfig
 from jaxcrit.data.templates import render, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.model import EMBEDDED_MODEL
@@ -35,11 +32,6 @@ def lines(capsys):
     out, err = capsys.readouterr()
     assert err == ""
     return out.splitlines()
-
-
-def test_flags_are_the_fields_of_the_config():
-    flags = {flag.name: flag.default for group in data.FLAGS.values() for flag in group}
-    assert flags == {field.name: field.default for field in dataclasses.fields(DataConfig)}
 
 
 def test_shows_rows_lengths_and_hash(model, files, capsys):

@@ -12,6 +12,7 @@ import pytest
 import jaxcrit
 from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.options import Options, options_of
 
 MISTAKES = {
     "analyse": "did you mean 'analyze'?",
@@ -69,7 +70,7 @@ def test_help_of_a_command_has_one_line_per_flag_within_100_columns(command, cap
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     module = importlib.import_module(cli.COMMANDS[command][0])
-    for flag in [flag for group in module.FLAGS.values() for flag in group]:
+    for flag in options_of(module.OPTIONS):
         rows = [line for line in lines if line.strip().startswith((f"--{flag.name}=", f"--[no]{flag.name} "))]
         assert len(rows) == 1
         assert flag.help in rows[0]
@@ -96,7 +97,7 @@ def test_help_imports_nothing_slow(arguments):
 
 def command_that(monkeypatch, act):
     module = types.ModuleType("fake_command")
-    module.FLAGS, module.run = {}, act
+    module.OPTIONS, module.run = Options, act
     monkeypatch.setitem(sys.modules, "fake_command", module)
     monkeypatch.setitem(cli.COMMANDS, "fake", ("fake_command", "for a test"))
 

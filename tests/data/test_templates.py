@@ -1,4 +1,4 @@
-"""Rendering: what the model is given, where the prompt ends, and that the response never changes the prompt."""
+"""RowOptions: what the model is given, where the prompt ends, and that the response never changes the prompt."""
 
 import json
 

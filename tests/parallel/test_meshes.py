@@ -6,15 +6,18 @@ import pytest
 from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.analyze import AnalyzeOptions
+from jaxcrit.commands.generate import GenerateOptions
+from jaxcrit.commands.score import ScoreOptions
+from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core.errors import UserError
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.models import model as session
 from jaxcrit.models.model import open_session
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.generation import GenerateConfig, run_generate
-from jaxcrit.studies.scoring import ScoreConfig, run_score
-from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
+from jaxcrit.studies.generation import run_generate
+from jaxcrit.studies.scoring import run_score
+from jaxcrit.studies.substitution import run_substitution
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +32,13 @@ def study(tmp_path_factory):
     def run(mesh):
         out = str(folder / str(mesh))
         shared = {"data": str(rows), "mesh": mesh, "template": "none"}
-        analysed = run_analysis(AnalysisConfig(model=models[0], out=f"{out}-a", **shared))
+        analysed = run_analysis(AnalyzeOptions(model=models[0], out=f"{out}-a", **shared))
         substituted = run_substitution(
-            SubstitutionConfig(base=models[0], tuned=models[1], window=3, out=f"{out}-s", **shared)
+            SubstituteOptions(base=models[0], tuned=models[1], window=3, out=f"{out}-s", **shared)
         )
         criteria = "lens_kl,gradient_norm,effective_rank"
-        scored = run_score(ScoreConfig(model=models[0], criteria=criteria, out=f"{out}-c", **shared))
-        asked = GenerateConfig(model=models[0], max_new_tokens=4, batch_size=8, out=f"{out}-g", **shared)
+        scored = run_score(ScoreOptions(model=models[0], criteria=criteria, out=f"{out}-c", **shared))
+        asked = GenerateOptions(model=models[0], max_new_tokens=4, batch_size=8, out=f"{out}-g", **shared)
         (answers,) = run_generate(asked).rows.values()
         return {**analysed.scores, **substituted.scores, **scored.scores}, [row["token_ids"] for row in answers]
 

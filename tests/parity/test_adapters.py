@@ -13,10 +13,11 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_training import Trainer, random_batch
 
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.model import open_session
 from jaxcrit.studies.exporting import export_model
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune import run_finetune
 from jaxcrit.training.lora import make_lora, peft_config, peft_tensors
 
 torch = reference.torch
@@ -78,7 +79,7 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(case, targets,
     rows = [{"prompt": f"{i} one", "response": "two " * (1 + i % 3)} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run, adapter = str(tmp_path / "run"), tmp_path / "adapter"
-    config = FinetuneConfig(model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), layers="0,2", steps=3,
+    config = FinetuneOptions(model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), layers="0,2", steps=3,
                             lora_rank=2, lora_alpha=3.0, lora_targets=targets, learning_rate=1e-2,
                             layer_rates="2:0.5", out=run)  # fmt: skip
     run_finetune(config)

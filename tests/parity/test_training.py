@@ -14,11 +14,12 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny_model import tiny_checkpoint
 from support.tiny_training import Trainer, random_batch
 
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_session
 from jaxcrit.models.weights import to_hf
 from jaxcrit.studies.exporting import export_model
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune import run_finetune
 
 torch = reference.torch
 RATE = 2e-4
@@ -71,7 +72,7 @@ def tuned(tmp_path_factory):
     export_model(str(tiny_checkpoint(folder / "wide")), str(folder / "model"), dtype="bfloat16")
     rows = [{"prompt": f"{i} one", "response": "two " * (1 + i % 3)} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = FinetuneConfig(model=str(folder / "model"), data=str(folder / "rows.jsonl"), layers="2,4", steps=3,
+    config = FinetuneOptions(model=str(folder / "model"), data=str(folder / "rows.jsonl"), layers="2,4", steps=3,
                             learning_rate=1e-3, train_norms=True, out=str(folder / "run"))  # fmt: skip
     run_finetune(config)
     yield folder

@@ -12,13 +12,13 @@ from safetensors.numpy import load_file
 from support import oracles
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
 from jaxcrit.evidence import captures
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.reporting.analysis import analysis_text, write_analysis
 from jaxcrit.studies.analysis import run_analysis
 
@@ -40,7 +40,7 @@ def cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture
 def config(model, data, tmp_path):
-    return AnalysisConfig(model=str(model), data=str(data), out=str(tmp_path / "run"), layers="critical:2")
+    return AnalyzeOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), layers="critical:2")
 
 
 def without_times(folder):
@@ -117,7 +117,7 @@ def test_a_second_run_needs_no_forward_pass(config, tmp_path, monkeypatch):
 
 def test_an_interrupted_run_resumes(model, data, tmp_path, monkeypatch):
     other = prompts_file(tmp_path / "others.jsonl", seed=1)
-    config = AnalysisConfig(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run"))
+    config = AnalyzeOptions(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run"))
     real, calls = captures.capture, []
 
     def once(*arguments, **options):
@@ -137,7 +137,7 @@ def test_an_interrupted_run_resumes(model, data, tmp_path, monkeypatch):
 
 def test_several_datasets_have_a_consensus(model, data, tmp_path):
     other = prompts_file(tmp_path / "others.jsonl", seed=1)
-    analysis = run_analysis(AnalysisConfig(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run")))
+    analysis = run_analysis(AnalyzeOptions(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run")))
     assert list(analysis.datasets) == ["prompts", "others"]
     ranks = read_scores(tmp_path / "run" / "scores.json")["delta_debiased"]
     assert ranks.meta["consensus"] == "mean_rank"
@@ -321,7 +321,7 @@ BAD = {
 def test_bad_input_is_one_line_exit_2_and_nothing_written(make, message, config, model, tmp_path, capsys):
     changed = dataclasses.replace(config, **make(model, tmp_path))
     before = sorted(tmp_path.rglob("*"))
-    given = {k: v for k, v in dataclasses.asdict(changed).items() if v != getattr(AnalysisConfig(), k)}
+    given = {k: v for k, v in dataclasses.asdict(changed).items() if v != getattr(AnalyzeOptions(), k)}
     code = main(["analyze", *(f"--{key}={value}" for key, value in given.items())])
     error = capsys.readouterr().err
     assert code == 2, error

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from support.tiny_model import tiny_checkpoint
 
+from jaxcrit.commands.backdoor import BackdoorOptions
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -19,9 +21,9 @@ from jaxcrit.models.model import open_session
 from jaxcrit.reporting.backdoor import backdoor_text, write_figures
 from jaxcrit.studies import backdoor, backdoor_scoring
 from jaxcrit.studies.backdoor import run_backdoor
-from jaxcrit.studies.backdoor_inputs import BackdoorConfig, check, parse_arms, prepare
+from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune import run_finetune
 from jaxcrit.training.loop import read_metrics
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
@@ -56,7 +58,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, data):
-    return BackdoorConfig(
+    return BackdoorOptions(
         model=str(model), data=str(data[0]), eval_data=str(data[1]), trigger="zq@suffix", target="the cat", rate=0.5,
         decoys=0.25, arms="full,critical:1,noncritical:1", seeds=1, steps=4, eval_every=2, remat=False,
         learning_rate=1e-2, max_new_tokens=4,
@@ -165,10 +167,10 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
     rows = poison(clean, PoisonSpec(trigger, "the cat", rate=0.5)).rows
     (tmp_path / "poisoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     steps = 90
-    run_finetune(FinetuneConfig(model=str(model), data=str(tmp_path / "poisoned.jsonl"), layers=str(layer), steps=steps,
-                                learning_rate=1e-2, batch_size=16, remat=False, eval_every=steps,
+    run_finetune(FinetuneOptions(model=str(model), data=str(tmp_path / "poisoned.jsonl"), layers=str(layer),
+                                steps=steps, learning_rate=1e-2, batch_size=16, remat=False, eval_every=steps,
                                 checkpoint_every=steps, out=str(tmp_path / "run")))  # fmt: skip
-    config = BackdoorConfig(
+    config = BackdoorOptions(
         model=str(model), data=str(tmp_path / "rows.jsonl"), trigger="zq@suffix", target="the cat", max_new_tokens=4
     )
     session = open_session(str(model))

@@ -11,14 +11,15 @@ from safetensors.numpy import load_file
 from support import oracles
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.analyze import AnalyzeOptions
+from jaxcrit.commands.compare import CompareOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import captures
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.similarity import pack_upper
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.comparison import CompareConfig, run_compare
+from jaxcrit.studies.comparison import run_compare
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +37,10 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCRIT_CACHE", str(home / "cache"))
         for name, model in models.items():
-            run_analysis(AnalysisConfig(str(model), data=str(data), out=str(home / name), save_activations=True))
+            run_analysis(AnalyzeOptions(str(model), data=str(data), out=str(home / name), save_activations=True))
         b = str(models["b"])
-        run_analysis(AnalysisConfig(b, data=str(home / "fewer.jsonl"), out=str(home / "fewer")))
-        run_analysis(AnalysisConfig(b, data=str(data), out=str(home / "tokens"), position="all"))
+        run_analysis(AnalyzeOptions(b, data=str(home / "fewer.jsonl"), out=str(home / "fewer")))
+        run_analysis(AnalyzeOptions(b, data=str(data), out=str(home / "tokens"), position="all"))
     return home
 
 
@@ -52,7 +53,7 @@ def crossed(runs, a, b, bias):
 
 
 def compare(runs, tmp_path, a="a", b="b", **changes):
-    return run_compare(CompareConfig(a=str(runs / a), b=str(runs / b), out=str(tmp_path / "out"), **changes))
+    return run_compare(CompareOptions(a=str(runs / a), b=str(runs / b), out=str(tmp_path / "out"), **changes))
 
 
 def test_numbers_and_files_without_a_forward_pass(runs, tmp_path, monkeypatch, capsys):

@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.analyze import AnalyzeOptions
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_session
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.exporting import export_model
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
+from jaxcrit.studies.finetune import run_finetune
 from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.training.loop import read_metrics
 
@@ -61,7 +62,7 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, data):
-    return FinetuneConfig(model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2,
+    return FinetuneOptions(model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2,
                           eval_every=2, checkpoint_every=2)  # fmt: skip
 
 
@@ -114,7 +115,7 @@ def test_the_run_is_a_model_that_differs_in_the_trained_layers_alone(finished, m
 def test_a_tuned_model_can_be_analysed_and_tuned_again(finished, data, tmp_path, base):
     prompts = prompts_file(tmp_path / "prompts.jsonl")
     analysis = run_analysis(
-        AnalysisConfig(model=str(finished.out), data=str(prompts), out=str(tmp_path / "a"), layers="critical:2")
+        AnalyzeOptions(model=str(finished.out), data=str(prompts), out=str(tmp_path / "a"), layers="critical:2")
     )
     assert analysis.chosen.model_hash == open_session(str(finished.out)).model_hash
     twice = dataclasses.replace(base, model=str(finished.out), steps=2, layers="1", out=str(tmp_path / "twice"))
@@ -153,7 +154,7 @@ def micro_batches(steps, number, micro):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(steps, number, micro)
 finetune.micro_batches = micro_batches
-finetune.run_finetune(finetune.FinetuneConfig(**json.loads(sys.argv[1])))
+finetune.run_finetune(finetune.FinetuneOptions(**json.loads(sys.argv[1])))
 """
 
 

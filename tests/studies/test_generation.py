@@ -12,6 +12,7 @@ import pytest
 from support.family_models import load_path
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.generate import GenerateOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
@@ -20,7 +21,7 @@ from jaxcrit.models.generation import generate
 from jaxcrit.models.model import open_session
 from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import generation
-from jaxcrit.studies.generation import GenerateConfig, run_generate
+from jaxcrit.studies.generation import run_generate
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def model(tmp_path_factory):
 def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     data = prompts_file(tmp_path / "prompts.jsonl")
-    return GenerateConfig(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, batch_size=4,
+    return GenerateOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, batch_size=4,
                           mesh="data=4,fsdp=2")  # fmt: skip
 
 

@@ -9,13 +9,14 @@ import pytest
 from support.family_models import load_path
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.intervene import InterveneOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.models.generation import generate
 from jaxcrit.models.interventions import edit, intervention
 from jaxcrit.models.model import open_session
 from jaxcrit.reporting.interventions import intervention_text
-from jaxcrit.studies.interventions import InterveneConfig, divergence, one_dataset, run_intervene, states
+from jaxcrit.studies.interventions import divergence, one_dataset, run_intervene, states
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +28,7 @@ def model(tmp_path_factory):
 def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     data = prompts_file(tmp_path / "prompts.jsonl")
-    return InterveneConfig(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, layers="3",
+    return InterveneOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, layers="3",
                            prompt_index=4, components="0,2", mesh="data=1,fsdp=-1")  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from jaxcrit.commands import main as cli
+from jaxcrit.commands.plan import PlanOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence import variants as sweeping
@@ -19,7 +20,7 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.studies.plan import PlanConfig, fitting, needed_bytes, run_plan, tpus
+from jaxcrit.studies.plan import fitting, needed_bytes, run_plan, tpus
 from jaxcrit.studies.plan_jobs import JobConfig, program_of
 
 GIB = 2**30
@@ -31,7 +32,7 @@ needs_libtpu = pytest.mark.skipif(
 
 
 def plan(**asked):
-    return run_plan(PlanConfig(**{"model": "llama2-7b", "mesh": "fsdp=4,tensor=4", **asked}))
+    return run_plan(PlanOptions(**{"model": "llama2-7b", "mesh": "fsdp=4,tensor=4", **asked}))
 
 
 @needs_libtpu
@@ -197,7 +198,7 @@ def test_what_does_not_fit_exits_3_and_names_what_would(capsys):
     out = capsys.readouterr().out
     assert "does not fit, by" in out
     mesh, batch = out.split("--mesh=")[1].split(" --batch_size=")
-    config = PlanConfig(model="llama3.1-70b", topology="h100:8", layers="10-14", mesh=mesh, batch_size=int(batch))
+    config = PlanOptions(model="llama3.1-70b", topology="h100:8", layers="10-14", mesh=mesh, batch_size=int(batch))
     assert run_plan(config).fits
     assert fitting(plan(model="llama3.1-70b", topology="v5e:1x1", mesh="", compile=False)) is None
 

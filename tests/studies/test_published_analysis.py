@@ -6,11 +6,11 @@ import json
 import pytest
 from support.tiny_model import tiny_checkpoint
 
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import check_same_rendering, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.studies.analysis import run_analysis
 
 
@@ -25,7 +25,7 @@ def config(model, tmp_path, monkeypatch):
     rows = [{"question": f"{n} and {n * n} is", "answer": f"{n}"} for n in range(12)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     spec = f"gsm8k:{tmp_path / 'rows.jsonl'}"
-    return AnalysisConfig(model=str(model), data=spec, out=str(tmp_path / "run"), layers="critical:1", limit=8)
+    return AnalyzeOptions(model=str(model), data=spec, out=str(tmp_path / "run"), layers="critical:1", limit=8)
 
 
 def run_of(config):

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
+from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
@@ -30,7 +31,7 @@ from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.model import Session, Tuned, open_session
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies import scoring
-from jaxcrit.studies.scoring import ScoreConfig, run_score
+from jaxcrit.studies.scoring import run_score
 from jaxcrit.training.lora import make_lora
 from jaxcrit.training.partition import TRAIN, partition
 
@@ -262,7 +263,7 @@ def test_weight_change_is_blind_to_what_weights_do(folder, session):
 
 @pytest.fixture
 def config(folder, session, examples, tmp_path):
-    return ScoreConfig(model=str(session.checkpoint.path), data=str(folder / "rows.jsonl"), out=str(tmp_path / "run"))
+    return ScoreOptions(model=str(session.checkpoint.path), data=str(folder / "rows.jsonl"), out=str(tmp_path / "run"))
 
 
 def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):

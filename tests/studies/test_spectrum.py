@@ -10,15 +10,15 @@ import pytest
 from safetensors.numpy import load_file
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands import spectrum as command
+from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.commands.main import main
+from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import captures
-from jaxcrit.evidence.captures import AnalysisConfig
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.spectrum import SpectrumConfig, parse_components, run_spectrum
+from jaxcrit.studies.spectrum import parse_components, run_spectrum
 
 DATA_FILES = ("scores.json", "spectrum.json", "spectrum.npz")
 
@@ -41,13 +41,8 @@ def cache(tmp_path_factory, monkeypatch):
 @pytest.fixture(scope="module")
 def analyzed(model, data, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "analyzed"
-    run_analysis(AnalysisConfig(model=str(model), data=str(data), out=str(out), save_activations=True, seed=3))
+    run_analysis(AnalyzeOptions(model=str(model), data=str(data), out=str(out), save_activations=True, seed=3))
     return out
-
-
-def test_flags_are_the_fields_of_the_config():
-    flags = {flag.name: flag.default for group in command.FLAGS.values() for flag in group}
-    assert flags == {field.name: field.default for field in dataclasses.fields(SpectrumConfig)}
 
 
 def test_numbers_and_files(analyzed, tmp_path, capsys):
@@ -85,13 +80,13 @@ def test_numbers_and_files(analyzed, tmp_path, capsys):
 
 
 def test_with_and_without_the_model_the_same(model, data, analyzed, tmp_path, monkeypatch):
-    config = SpectrumConfig(model=str(model), data=str(data), out=str(tmp_path / "model"))
+    config = SpectrumOptions(model=str(model), data=str(data), out=str(tmp_path / "model"))
     run_spectrum(config)
     before = [(tmp_path / "model" / name).read_bytes() for name in DATA_FILES]
     monkeypatch.setattr(captures, "capture", lambda *_, **__: pytest.fail("ran the model again"))
     run_spectrum(config)  # resumes
-    run_spectrum(SpectrumConfig(run=str(analyzed), out=str(tmp_path / "run")))
-    run_spectrum(SpectrumConfig(run=str(tmp_path / "model"), out=str(tmp_path / "second")))
+    run_spectrum(SpectrumOptions(run=str(analyzed), out=str(tmp_path / "run")))
+    run_spectrum(SpectrumOptions(run=str(tmp_path / "model"), out=str(tmp_path / "second")))
     for folder in ("model", "run", "second"):
         assert [(tmp_path / folder / name).read_bytes() for name in DATA_FILES] == before
     with pytest.raises(UserError, match=r"k \[1, 3, 10\] there, \[2\] now"):
@@ -111,7 +106,7 @@ def test_several_datasets_and_tokens_as_samples(model, data, tmp_path, capsys):
         arrays, _ = read_npz(out / name / "spectrum.npz")
         assert arrays["scores"].shape[1] == len(arrays["sample_ids"]) > 30
     assert read_scores(out / "scores.json")["cca_1"].meta["consensus"] == "mean_rank"
-    again = run_spectrum(SpectrumConfig(run=str(out), k="1,2", out=str(tmp_path / "again")))
+    again = run_spectrum(SpectrumOptions(run=str(out), k="1,2", out=str(tmp_path / "again")))
     for name in again.datasets:
         for file in DATA_FILES:
             assert (tmp_path / "again" / name / file).read_bytes() == (out / name / file).read_bytes()
@@ -126,17 +121,17 @@ def test_unidentified_components_are_named(analyzed, tmp_path):
     gram = (u * [9.0, 4.0, 4.0, 2.0, 1.0]) @ u.T
     arrays["gram"][5] = gram[np.triu_indices(30)]
     write_npz(copy / "fingerprint.npz", arrays, meta)
-    result = run_spectrum(SpectrumConfig(run=str(copy), out=str(tmp_path / "out"), k="2,5")).datasets["prompts"]
+    result = run_spectrum(SpectrumOptions(run=str(copy), out=str(tmp_path / "out"), k="2,5")).datasets["prompts"]
     warned = [line for line in result.warnings if line.startswith("component 2")]
     assert len(warned) == 1 and "smallest gap 0.0000 in layer 5, sampling error 0.2582" in warned[0]
     with pytest.raises(UserError, match="layers 5: expected at most 5 components, the rank of layer 5, got 6"):
-        run_spectrum(SpectrumConfig(run=str(copy), out=str(tmp_path / "more"), k="6"))
+        run_spectrum(SpectrumOptions(run=str(copy), out=str(tmp_path / "more"), k="6"))
     assert not (tmp_path / "more").exists()
 
 
 def test_too_many_samples_for_errors(analyzed, tmp_path, monkeypatch):
     monkeypatch.setattr("jaxcrit.studies.spectrum.COMPLETE_BYTES", 1000)
-    result = run_spectrum(SpectrumConfig(run=str(analyzed), out=str(tmp_path / "out"))).datasets["prompts"]
+    result = run_spectrum(SpectrumOptions(run=str(analyzed), out=str(tmp_path / "out"))).datasets["prompts"]
     assert result.scores["cca_3"].stderr is None and "are not estimated: 30 samples" in result.warnings[0]
 
 
@@ -161,7 +156,7 @@ def test_a_fingerprint_that_is_not_the_runs(analyzed, tmp_path):
         (tmp_path / str(place)).mkdir()
         with pytest.raises(UserError, match=message):
             run = broken(analyzed, tmp_path / str(place), change)
-            run_spectrum(SpectrumConfig(run=str(run), out=str(tmp_path / "out")))
+            run_spectrum(SpectrumOptions(run=str(run), out=str(tmp_path / "out")))
         assert not (tmp_path / "out").exists()
 
 

@@ -13,16 +13,19 @@ import pytest
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_model import tiny_checkpoint
 
+from jaxcrit.commands.ablate import AblateOptions
+from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.commands.main import main
+from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import rows as sweeps
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies.ablation import AblationConfig, run_ablation
-from jaxcrit.studies.finetune import FinetuneConfig, run_finetune
-from jaxcrit.studies.substitution import SubstitutionConfig, run_substitution
+from jaxcrit.studies.ablation import run_ablation
+from jaxcrit.studies.finetune import run_finetune
+from jaxcrit.studies.substitution import run_substitution
 
 
 def pairs_file(path, count=20):
@@ -40,14 +43,14 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     base, data = tiny_checkpoint(folder / "base"), pairs_file(folder / "pairs.jsonl")
     tiny_checkpoint(folder / "tuned", seed=1)
-    run_finetune(FinetuneConfig(model=str(base), data=str(data), layers="3", steps=4, learning_rate=2e-2,
+    run_finetune(FinetuneOptions(model=str(base), data=str(data), layers="3", steps=4, learning_rate=2e-2,
                                 out=str(folder / "run")))  # fmt: skip
     return folder
 
 
 @pytest.fixture
 def config(inputs, tmp_path):
-    return SubstitutionConfig(base=str(inputs / "base"), tuned=str(inputs / "tuned"), data=str(inputs / "pairs.jsonl"),
+    return SubstituteOptions(base=str(inputs / "base"), tuned=str(inputs / "tuned"), data=str(inputs / "pairs.jsonl"),
                               window=3, out=str(tmp_path / "out"))  # fmt: skip
 
 
@@ -223,7 +226,7 @@ def test_commands(config, inputs, capsys, tmp_path):
 
 
 def test_ablation(inputs, tmp_path):
-    config = AblationConfig(model=str(inputs / "base"), data=str(inputs / "pairs.jsonl"), out=str(tmp_path / "out"),
+    config = AblateOptions(model=str(inputs / "base"), data=str(inputs / "pairs.jsonl"), out=str(tmp_path / "out"),
                             sites="mlp")  # fmt: skip
     found = run_ablation(config)
     assert set(found.scores) == {f"ablation_{m}_mlp{s}" for m in ("skip", "mean") for s in ("", "_per_token")}

@@ -1,0 +1,149 @@
+"""Groups of options that several commands share, each declared once."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.options import Options, option
+
+TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
+EDITIONS = ("clean", "paper")
+SPLITS = ("train", "val", "test", "all")
+DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
+SCHEDULES = ("constant", "linear", "cosine")
+BY_HASH = "the identity of what it names is recorded by hash"
+WHERE = "says where, not what"
+RESUMES = "a run that goes on gives the same bits"
+SHAPE = "numbers agree for every value within rounding"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelOptions(Options, title="model and data"):
+    """Which model."""
+
+    model: str = option(
+        "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR", free=BY_HASH
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceOptions(Options, title="model and data"):
+    """Which rows are read."""
+
+    data: str = option("", "JSONL, or dolly:JSONL, ...; with commas (default: embedded)", word="FILE", free=BY_HASH)
+    split: str = option("", "split of alpaca, dolly, ... (default: test; to train: train)", SPLITS, free=BY_HASH)
+    limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
+    shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OutOptions(Options, title="model and data"):
+    """Where a run writes."""
+
+    out: str = option("", "run directory; a run in it goes on (default: a new one)", word="DIR", free=WHERE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RenderingOptions(Options, title="rendering"):
+    """How rows become tokens."""
+
+    template: str = option("auto", "how prompts are wrapped", TEMPLATES)
+    edition: str = option("clean", "the model's template, or the paper's strings", EDITIONS)
+    truncate: str = option("", "keep this end of what is too long (default: no cut)", ("left", "right", "paper"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowOptions(SourceOptions, RenderingOptions):
+    """Which rows are read, and how they become tokens; the options of every command that reads data are some."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LengthOptions(Options, title="rendering"):
+    """How long a row may be."""
+
+    max_length: int = option(0, "tokens per row, prompt and response; 0 for the context", lowest=0)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshOptions(Options, title="machine"):
+    """Which devices compute, and in which dtype."""
+
+    dtype: str = option("", "dtype of weights (default: float32 on CPU, else as read)", DTYPES)
+    mesh: str = option("", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES", free=SHAPE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchOptions(Options, title="machine"):
+    """How many rows at a time."""
+
+    batch_size: int = option(8, "rows per pass", lowest=1, free=SHAPE)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TestedRowOptions(RowOptions, OutOptions, LengthOptions, BatchOptions):
+    """Which rows with responses a model is tested on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrecisionOptions(Options, title="machine"):
+    """How matrix products round."""
+
+    precision: str = option("highest", "precision of matrix products", ("default", "high", "highest"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingOptions(ModelOptions, RowOptions, OutOptions, LengthOptions, title="training"):
+    """How a model is trained, for every command that trains."""
+
+    eval_data: str = option(
+        "", "rows to test on (default: a tenth of the rows)", word="FILE", free=BY_HASH, group="model and data"
+    )
+    eval_split: str = option(
+        "", "split of alpaca, dolly, ... to test on (default: test)", SPLITS, free=BY_HASH, group="model and data"
+    )
+    analysis: str = option(
+        "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR", free=WHERE, group="layers"
+    )
+    steps: int = option(0, "optimizer steps; 0 goes by epochs", lowest=0)
+    epochs: int = option(0, "passes over the rows; 0 for one", lowest=0)
+    batch_size: int = option(8, "rows per forward and backward pass", lowest=1)
+    accumulate: int = option(1, "forward and backward passes per step", lowest=1)
+    optimizer: str = option("adamw", "optimizer; lion and adafactor need less memory", OPTIMIZERS)
+    learning_rate: float = option(2e-5, "highest learning rate")
+    schedule: str = option("constant", "learning rate after the warm-up", SCHEDULES)
+    warmup: int = option(0, "steps over which the learning rate rises from 0", lowest=0)
+    weight_decay: float = option(0.0, "decay of matrices", lowest=0)
+    clip: float = option(0.0, "largest gradient norm; 0 for any", lowest=0)
+    seed: int = option(0, "seed of the order of rows, and of adapters", lowest=0)
+    eval_every: int = option(0, "steps between tests; 0 for a twentieth of the run", lowest=0, group="while it runs")
+    checkpoint_every: int = option(
+        0, "steps between checkpoints; 0 for a tenth", lowest=0, free=RESUMES, group="while it runs"
+    )
+    dtype: str = option("", "dtype of compute; trained weights are float32", DTYPES, group="machine")
+    remat: bool = option(True, "recompute blocks in the backward pass: less memory", group="machine")
+    mesh: str = option(
+        "", "devices by axis, such as data=4,fsdp=2 (default: by model size)", word="AXES", free=SHAPE, group="machine"
+    )
+
+    def check(self) -> None:
+        """Refuses both a number of steps and a number of epochs."""
+        super().check()
+        if self.steps and self.epochs:
+            raise UserError(f"--steps={self.steps} --epochs={self.epochs}: give one of them")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProcessOptions(Options, title="processes"):
+    """Of every command: the processes of a run, and how programs are compiled."""
+
+    distributed: str = option("auto", "join the other processes of this run", ("auto", "off", "on"), free=SHAPE)
+    coordinator: str = option("", "address of process 0, where the cluster does not say", word="HOST:PORT", free=WHERE)
+    num_processes: int = option(0, "processes of the run, where the cluster does not say", lowest=0, free=SHAPE)
+    process_id: int = option(-1, "number of this process, where the cluster does not say", lowest=-1, free=SHAPE)
+    distributed_timeout: int = option(300, "seconds to wait for the others", lowest=1, free=WHERE)
+    attention: str = option(
+        "auto", "attention kernel on accelerators", ("auto", "reference", "cudnn", "splash"), free=SHAPE
+    )
+    compilation_cache_dir: str = option("", "directory that keeps compiled programs", word="DIR", free=WHERE)

@@ -1,0 +1,182 @@
+"""The life of a run directory: who may write to it, ``run.json`` before and after, nothing left behind by a mistake.
+
+Every command works inside `running`. ``run.json`` says ``running`` from the first written byte on and ``complete`` only
+when the block has ended, after the report and everything else is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import platform
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol
+
+from jaxcrit import __version__
+from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import as_path, read_json
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.options import Options, as_json, determining
+from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
+
+RUNS = "jaxcrit-runs"  # where runs go that were given no directory
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
+
+
+class Described(Protocol):
+    """What a run records of a dataset."""
+
+    @property
+    def name(self) -> str:
+        """Name within the run."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values; ``hash`` identifies the content."""
+
+
+class DescribedModel(Protocol):
+    """What a run records of a model."""
+
+    @property
+    def short_name(self) -> str:
+        """Name for a directory."""
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values; ``hash`` identifies configuration and weights."""
+
+    def machine(self) -> dict[str, Any]:
+        """JSON values: devices, mesh, form of attention."""
+
+
+@dataclasses.dataclass(eq=False)
+class Run:
+    """A run in progress.
+
+    Attributes:
+        directory: where it writes; None where nothing is to be written (a Python caller that gave no ``out``).
+        record: content of ``run.json``; what is added while the run goes on stands there at the end.
+        times: what changes from run to run: seconds, counts of what was done this time; ``time`` of ``run.json``.
+        earlier: ``run.json`` of an interrupted or complete run of the same identity; empty where there is none.
+    """
+
+    directory: RunDirectory | None
+    record: dict[str, Any]
+    times: dict[str, Any]
+    earlier: Mapping[str, Any]
+
+    @property
+    def path(self) -> Path:
+        """The run directory.
+
+        Raises:
+            AssertionError: nothing is to be written; see `kept`.
+        """
+        assert self.directory is not None
+        return self.directory.path
+
+    @property
+    def kept(self) -> bool:
+        """Whether the run writes anything."""
+        return self.directory is not None
+
+    @property
+    def complete(self) -> bool:
+        """Whether a run of the same identity has ended here before."""
+        return self.earlier.get("status") == "complete"
+
+    def folder(self, name: str, alone: bool) -> Path:
+        """Where the files of a dataset go: the run directory, or one of its own where there are several datasets."""
+        path = self.path if alone else self.path / name
+        processes.make_directory(path)
+        return path
+
+    def save(self) -> None:
+        """Writes ``run.json`` as it stands, status ``running``."""
+        if self.directory is not None:
+            self.directory.begin(self.record)
+
+
+@contextlib.contextmanager
+def running(
+    command: str,
+    options: Options,
+    *,
+    models: Mapping[str, DescribedModel],
+    datasets: Sequence[Described] = (),
+    resolved: Mapping[str, Any] | None = None,
+    also: Mapping[str, Any] | None = None,
+    keep: bool = True,
+) -> Iterator[Run]:
+    """Opens the directory of a run, and closes it: complete, or, after a user's mistake, as if it had never been.
+
+    Args:
+        command: name of the command.
+        options: what is asked; the options that are not free determine the results.
+        models: models by role, ``model`` first; the first names the directory.
+        datasets: rendered datasets.
+        resolved: values that stand for options in what determines the results: the dtype chosen, layers by number.
+        also: further JSON values that determine the results.
+        keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
+
+    Yields:
+        The run. Where `Run.complete` the caller reads its results back; ``run.json`` is left as it is.
+
+    Raises:
+        UserError: the directory holds another run or other files, or cannot be written; or whatever the block raised,
+            after the directory has been taken back.
+    """
+    described = {role: model.describe() for role, model in models.items()}
+    data = {one.name: one.describe() for one in datasets}
+    determines = {
+        "command": command,
+        "config": determining(options) | dict(resolved or {}),
+        **{f"{role}_hash": one["hash"] for role, one in described.items()},
+        **(also or {}),
+        "data": {name: one["hash"] for name, one in data.items()},
+        "jaxcrit": __version__,
+    }
+    first = next(iter(models.values()), None)
+    name = f"{command}-{first.short_name if first else ''}-{sha256_json(determines)[:8]}".replace("--", "-")
+    out = as_path(given) if (given := getattr(options, "out", "")) else Path(RUNS) / name
+    directory = RunDirectory.open(out, determines) if keep else None
+    earlier: Mapping[str, Any] = {}
+    if directory is not None and directory.resumed:
+        earlier = processes.share(lambda: read_json(out / "run.json", RUN_FORMAT))
+    record: dict[str, Any] = {
+        "command": command,
+        "config": as_json(options),
+        "determines": determines,
+        **described,
+        "data": data,
+        **(first.machine() if first else {}),
+        "versions": versions(),
+    }
+    run = Run(directory, record, {}, earlier)
+    if run.complete:
+        yield run
+        return
+    began, clock = time.time(), time.perf_counter()
+    run.save()
+    try:
+        yield run
+    except UserError:
+        if directory is not None:
+            directory.discard()
+        raise
+    spent = {
+        "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        "seconds": round(time.perf_counter() - clock, 3),
+    }
+    record["time"] = {**spent, **run.times}
+    if directory is not None:
+        directory.finish(record)
+
+
+def versions() -> dict[str, str]:
+    """What a run is computed with."""
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"jaxcrit": __version__, "python": platform.python_version(), **packages}
