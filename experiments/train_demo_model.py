@@ -36,6 +36,7 @@ from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
+from jaxcrit.models.sites import Tap
 from jaxcrit.models.weights import to_hf
 from jaxcrit.similarity import cka
 
@@ -158,7 +159,8 @@ def deltas(directory: Path) -> dict[str, np.ndarray]:
 
     @jax.jit
     def last_token(tokens: jax.Array, lengths: jax.Array) -> jax.Array:
-        return forward(decoder, tokens, tap=lambda x: x[np.arange(len(x)), lengths - 1]).taps
+        tap = Tap(lambda site, before, after, positions: after[np.arange(len(after)), lengths - 1], ("block",))
+        return forward(decoder, tokens, tap=tap).taps["block"]
 
     found = {}
     for family in demo.FAMILIES:

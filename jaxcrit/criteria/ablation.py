@@ -20,10 +20,11 @@ from jax.sharding import NamedSharding
 from jaxcrit.core import processes
 from jaxcrit.criteria.substitution import Sites
 from jaxcrit.evidence.variants import Batch, Variant, enter
-from jaxcrit.models.decoder import Block, Edit, layer_windows
+from jaxcrit.models.decoder import Block, layer_windows, run
+from jaxcrit.models.sites import Edit, Site, Tap
 
 METHODS = ("skip", "mean")
-_EDITED = {"blocks": "block", "attn": "attn", "mlp": "mlp"}
+_SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}
 # Biases are there in some models only; without them and these, a half adds nothing.
 _LAST = {"blocks": ("o", "o_bias", "down", "down_bias"), "attn": ("o", "o_bias"), "mlp": ("down", "down_bias")}
 
@@ -32,11 +33,13 @@ _LAST = {"blocks": ("o", "o_bias", "down", "down_bias"), "attn": ("o", "o_bias")
 def ablate(sites: Sites) -> Edit:
     """The edit of a sweep; its data are ``[L]`` bool, which layers are out of action, and ``[L, D]``, what they add."""
 
-    def edit(site: str, before: jax.Array, after: jax.Array, data: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def change(
+        site: Site, before: jax.Array, after: jax.Array, data: tuple[jax.Array, jax.Array], positions: jax.Array
+    ) -> jax.Array:
         out, shift = data
-        return jnp.where(out, before + shift.astype(before.dtype), after) if site == _EDITED[sites] else after
+        return jnp.where(out, before + shift.astype(before.dtype), after)
 
-    return edit
+    return Edit(change, (_SITE[sites],))
 
 
 def intact(num_layers: int, width: int) -> Variant:
@@ -90,18 +93,12 @@ def _update_sums(
     filled = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
     real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & filled[:, None]).astype(jnp.float32)
 
-    def through(x: jax.Array, layer: tuple[Block, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-        block, window = layer
-        added = {}
+    def added(site: Site, before: jax.Array, after: jax.Array, positions: jax.Array) -> jax.Array:
+        return jnp.einsum("btd,bt->d", (after - before).astype(jnp.float32), real)
 
-        def note(site: str, before: jax.Array, after: jax.Array) -> jax.Array:
-            added[site] = (after - before).astype(jnp.float32)
-            return after
-
-        x, _ = block(x, context, window, edit=note)
-        return x, jnp.einsum("btd,bt->d", added[_EDITED[sites]], real)
-
-    return jax.lax.scan(through, x, (blocks, layer_windows(blocks.config)))[1], real.sum()
+    site, windows = _SITE[sites], layer_windows(blocks.config)
+    taps = run(blocks, None, x, context, windows=windows, tap=Tap(added, (site,))).taps
+    return taps[site], real.sum()
 
 
 def _order(num_layers: int) -> np.ndarray:

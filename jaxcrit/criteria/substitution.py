@@ -17,11 +17,11 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.evidence.variants import Variant
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
+from jaxcrit.models.weights import HALVES
 
 Sites = Literal["blocks", "attn", "mlp"]
 SITES: tuple[str, ...] = get_args(Sites)
 Layers = tuple[int, ...]
-_HALVES = {"blocks": (0, 1), "attn": (0,), "mlp": (1,)}
 
 
 def join(config: ModelConfig, base: dict[str, jax.Array], tuned: dict[str, jax.Array]) -> Block:
@@ -61,8 +61,9 @@ def variants(
     made = []
     for layers in sets:
         slots = host.copy()
-        for half in _HALVES[sites]:
-            slots[list(layers), half] = guest[list(layers), half]
+        for column, half in enumerate(HALVES):
+            if sites in ("blocks", half):
+                slots[list(layers), column] = guest[list(layers), column]
         made.append(Variant(slots, start=min(layers, default=num_layers)))
     return made
 

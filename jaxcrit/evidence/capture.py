@@ -19,7 +19,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.data.batches import Batch
-from jaxcrit.models.decoder import Decoder, embed, forward
+from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Position = Literal["last", "mean", "all"]
@@ -177,7 +178,7 @@ def forward_step(
 ) -> jax.Array:
     """Tapped states of one batch, ``[L, B, D]`` (``[L, B, T, D]`` for ``all``) float32, the embedding's in front."""
 
-    def tap(x: jax.Array) -> jax.Array:
+    def read(site: Site, before: jax.Array, x: jax.Array, positions: jax.Array) -> jax.Array:
         if position == "last":
             x = jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0]
         x = x.astype(jnp.float32)
@@ -186,8 +187,9 @@ def forward_step(
             x = jnp.sum(jnp.where(inside[..., None], x, 0), axis=1) / lengths[:, None]
         return x
 
-    states = forward(decoder, tokens, lengths=lengths, tap=tap, mesh=mesh).taps
-    return jnp.concatenate([tap(embed(decoder, tokens))[None], states]) if with_embed else states
+    tap = Tap(read, ("embed", "block") if with_embed else ("block",))
+    taps = forward(decoder, tokens, lengths=lengths, tap=tap, mesh=mesh).taps
+    return jnp.concatenate([taps["embed"][None], taps["block"]]) if with_embed else taps["block"]
 
 
 _step = jax.jit(forward_step, static_argnames=("mesh", "position", "with_embed"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from jaxcrit.criteria.lens_kl import divergence
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.measured import Gradients, Spectra, States, WeightChanges
-from jaxcrit.models.decoder import Decoder, embed, forward
+from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.model import Session
+from jaxcrit.models.sites import Site, Tap
 from jaxcrit.models.weights import offsets, sizes, table
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.training.partition import FROZEN, TRAIN, Arrays, Bank, Partition, partition
@@ -155,12 +157,15 @@ def _states(
     def last(x: jax.Array) -> jax.Array:
         return jnp.take_along_axis(x, lengths[:, None, None] - 1, axis=1)[:, 0].astype(jnp.float32)
 
-    def tap(before: jax.Array, after: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def read(site: Site, before: jax.Array, after: jax.Array, positions: jax.Array) -> Any:
+        if site == "embed":
+            return last(after)
         return last(after), jnp.sum(jnp.where(inside, influence(before, after), 0), axis=1)
 
-    states, turned = forward(decoder, tokens, lengths=lengths, tap=tap, tap_input=True, mesh=mesh).taps
+    taps = forward(decoder, tokens, lengths=lengths, tap=Tap(read, ("embed", "block")), mesh=mesh).taps
+    states, turned = taps["block"]
     kl = divergence(decoder, states) if lens else jnp.zeros_like(turned)
-    return jnp.concatenate([last(embed(decoder, tokens))[None], states]), turned, kl
+    return jnp.concatenate([taps["embed"][None], states]), turned, kl
 
 
 def response_gradients(

@@ -20,7 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Block, Context, Edit, layer_windows, run_span
+from jaxcrit.models.decoder import Block, Context, layer_windows, run_span
+from jaxcrit.models.sites import Edit
 
 Batch = tuple[Any, Any, Any]  # tokens [B, T] int32, lengths [B] int32, learn [B, T] bool
 _PRECISION = "highest"  # differences between variants are small; only this makes float32 exact on TPU and recent GPUs
@@ -76,7 +77,7 @@ def sweep(
         reference: what the variants are departures from; its ``start`` has no meaning.
         variants: in any order.
         batch: on the devices.
-        edit: see `jaxcrit.models.decoder.run`; a function that stays the same object, or it compiles anew.
+        edit: see `jaxcrit.models.decoder.run`; its function stays the same object, or it compiles anew.
         progress: called with the number of block evaluations just done.
     """
     config, depth = blocks.config, blocks.config.num_layers

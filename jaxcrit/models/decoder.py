@@ -8,24 +8,24 @@ Blocks are stacked [L, ...] and run by one `jax.lax.scan` over slots of the stac
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxcrit.models.attention import attend, choose_attention
+from jaxcrit.models.cache import Cache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
-from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
+from jaxcrit.models.sites import Edit, Tap, Visit, visitor
+from jaxcrit.models.weights import HALVES, Weight, halves, table
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
 
-Tap = Callable[..., Any]
-# (site, residual stream before it, after it, this step's data) -> the stream that goes on; site is static: "attn" and
-# "mlp" for the two halves of a block, "block" for the whole.
-Edit = Callable[[str, jax.Array, jax.Array, Any], jax.Array]
 _EVERYTHING = 2**30  # a window wider than any context
-_MLP_HALF = ("mlp_norm", "gate", "up", "down")  # beginnings of the names of a block's weights behind its attention
 
 
 @jax.tree_util.register_dataclass
@@ -48,61 +48,17 @@ class Context:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Cache:
-    """Keys and values of the tokens already seen; slot s of the third axis holds position s.
-
-    Attributes:
-        keys: ``[L, B, S, K, head_dim]``.
-        values: ``[L, B, S, K, head_dim]``.
-        fresh: whether nothing is in it before this pass, whose tokens then need see no others; static.
-    """
-
-    keys: jax.Array
-    values: jax.Array
-    fresh: bool = dataclasses.field(default=False, metadata={"static": True})
-
-    def extend(
-        self, layer: jax.Array, keys: jax.Array, values: jax.Array, positions: jax.Array
-    ) -> tuple[Cache, jax.Array, jax.Array]:
-        """Stores new tokens of one layer, and gives back all that the layer has.
-
-        A row's tokens lie at its own positions, so right-padded prompts of mixed length need no shifting: what padding
-        wrote is overwritten by the next tokens before anything attends that far. New tokens are written into the whole
-        in place before the layer is read: a layer that is read, extended and written back costs 0.5 ms of CPU per row
-        and step for 0.27 (embedded model, 64 rows, 64 positions).
-
-        Args:
-            layer: scalar.
-            keys: ``[B, T, K, head_dim]``.
-            values: ``[B, T, K, head_dim]``.
-            positions: ``[B, T]``.
-
-        Returns:
-            The cache, and the layer's keys and values ``[B, S, K, head_dim]``.
-        """
-        at = (layer, jnp.arange(len(positions))[:, None], positions)
-        stored = dataclasses.replace(
-            self,
-            keys=self.keys.at[at].set(keys.astype(self.keys.dtype)),
-            values=self.values.at[at].set(values.astype(self.values.dtype)),
-        )
-        mine = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (stored.keys, stored.values))
-        return stored, *mine
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
 class Output:
     """What a run of blocks gives.
 
     Attributes:
         hidden: ``[B, T, D]``, residual stream after the last block, before the final norm.
-        taps: what the tap returned, stacked over the blocks run; None without a tap.
+        taps: by site, what the tap returned there; that of a site inside the blocks is stacked over the blocks run.
         cache: the cache with this pass's tokens in it; None without one.
     """
 
     hidden: jax.Array
-    taps: Any
+    taps: dict[str, Any]
     cache: Cache | None
 
 
@@ -146,7 +102,7 @@ class Block(nnx.Module):
         context: Context,
         window: jax.Array | None = None,
         cache: tuple[Cache, jax.Array] | None = None,
-        edit: Callable[[str, jax.Array, jax.Array], jax.Array] | None = None,
+        visit: Visit | None = None,
     ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
         """Runs the block.
 
@@ -155,18 +111,18 @@ class Block(nnx.Module):
             context: positions, rotations, segments.
             window: how many tokens back attention sees; None sees all.
             cache: keys and values of all blocks, and which of them is this one.
-            edit: replaces the stream after ``attn``, ``mlp`` and ``block``: see `Edit`, its data filled in.
+            visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
         """
-        edit = edit or (lambda site, before, after: after)
+        visit = visit or (lambda site, before, after: after)
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
-            middle = edit("attn", x, x + mixed)
+            middle = visit("attn", x, x + mixed)
         with jax.named_scope("mlp"):
-            after = edit("mlp", middle, middle + self.mlp(self.norm(middle, "mlp_norm")))
-        return edit("block", x, after), cache
+            after = visit("mlp", middle, middle + self.mlp(self.norm(middle, "mlp_norm")))
+        return visit("block", x, after), cache
 
     def attention(
         self,
@@ -243,6 +199,17 @@ def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
     return weight.astype(x.dtype) * normed.astype(x.dtype)
 
 
+def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None = None) -> Decoder:
+    """The decoder with `jax.ShapeDtypeStruct` leaves: shapes without memory, with their shardings on a mesh."""
+
+    def like(row: Weight) -> jax.ShapeDtypeStruct:
+        shape = row.shape(config)
+        place = None if mesh is None else NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.path))
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+
+    return Decoder(config, {row.path: like(row) for row in table(config)})
+
+
 def layer_windows(config: ModelConfig, layers: Sequence[int] | None = None) -> jax.Array | None:
     """Attention windows ``[n]`` int32 of the layers to run, None where no layer has one."""
     chosen = [config.windows[layer] for layer in (range(config.num_layers) if layers is None else layers)]
@@ -263,7 +230,6 @@ def run(
     edits: Any = None,
     adapters: Mapping[str, jax.Array] | None = None,
     tap: Tap | None = None,
-    tap_input: bool = False,
     remat: bool = False,
 ) -> Output:
     """Runs blocks of a stack in the order of ``slots``: one scan, so one compiled body whatever the depth.
@@ -280,31 +246,27 @@ def run(
         context: positions, rotations, segments.
         windows: ``[n]`` int32 attention windows of the steps, or None.
         cache: keys and values by step ``[n, B, S, K, head_dim]``, or None.
-        edit: changes the stream inside the blocks; ablations and interventions are such functions.
+        edit: changes the stream at sites inside the blocks; ablations and interventions are such edits.
         edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
         adapters: further weights of the steps ``[n, ...]`` by name, each step's put beside its block's own.
-        tap: function of each block's output ``[B, T, D]``; what it returns is stacked, nothing else is kept.
-        tap_input: hand the block's input to the tap too, in front of its output.
+        tap: reads the stream at sites inside the blocks; what it returns is stacked, nothing else is kept.
         remat: recompute block activations in the backward pass instead of keeping them.
 
     Returns:
-        Output with taps ``[n, ...]``.
+        Output with taps ``[n, ...]`` by site.
     """
 
     def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any, Any]) -> Any:
         x, cache = carry
-        before = (x,) if tap_input else ()
         index, block, window, data, further = inputs
         if slots is not None:
             block = _take(stack, block)
         if further is not None:
             block = block.beside(further)
-        mine = None
-        if cache is not None:
-            mine = (cache, index)
-        changed = None if edit is None else (lambda site, before, after: edit(site, before, after, data))
-        x, mine = block(x, context, window, mine, changed)
-        return (x, None if mine is None else mine[0]), (None if tap is None else tap(*before, x))
+        mine = None if cache is None else (cache, index)
+        visit, found = visitor(edit, data, tap, context.positions)
+        x, mine = block(x, context, window, mine, visit)
+        return (x, None if mine is None else mine[0]), found
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
@@ -349,8 +311,8 @@ def run_span(
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)
         )
-        changed = None if edit is None else (lambda site, before, after: edit(site, before, after, data))
-        return _take(stack, slot)(x, context, window, edit=changed)[0]
+        visit, _ = visitor(edit, data, None, context.positions)
+        return _take(stack, slot)(x, context, window, visit=visit)[0]
 
     return jax.lax.fori_loop(start, stop, step, x)
 
@@ -360,10 +322,11 @@ def _take(stack: Block, slot: jax.Array) -> Block:
     if slot.ndim == 0:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), stack)
     weights = {name: value.get_value() for name, value in vars(stack).items() if isinstance(value, nnx.Param)}
-    halves = {name: slot[int(name.startswith(_MLP_HALF))] for name in weights}
-    taken = {
-        name: jax.lax.dynamic_index_in_dim(value, halves[name], keepdims=False) for name, value in weights.items()
-    }  # fmt: skip
+    half = halves(stack.config)
+    taken = {}
+    for name, value in weights.items():
+        mine = slot[HALVES.index(half[name.partition("_lora_")[0]])]  # an adapter belongs where its linear layer does
+        taken[name] = jax.lax.dynamic_index_in_dim(value, mine, keepdims=False)
     return Block(stack.config, taken)
 
 
@@ -384,7 +347,6 @@ def forward(
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
-    tap_input: bool = False,
     remat: bool = False,
     dtype: Any = None,
     mesh: AnyMesh | None = None,
@@ -398,10 +360,9 @@ def forward(
         positions: ``[B, T]`` int32; default 0..T-1.
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
-        edit: see `run`.
+        edit: see `run`; acts at ``embed`` too.
         edits: see `run`; ``[L, ...]``.
-        tap: see `run`.
-        tap_input: see `run`.
+        tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
         remat: see `run`.
         dtype: compute dtype.
         mesh: splits the rows of the residual stream over it; XLA left to itself splits the width as the weights are
@@ -421,12 +382,14 @@ def forward(
         x = embed(decoder, tokens, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
+        visit, found = visitor(edit, edits, tap, positions)
+        x = visit("embed", x, x)
     slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     windows = layer_windows(config)
-    return run(
-        decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap,
-        tap_input=tap_input, remat=remat,
-    )  # fmt: skip
+    out = run(
+        decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap, remat=remat
+    )
+    return dataclasses.replace(out, taps={**found, **out.taps})
 
 
 def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:

@@ -18,9 +18,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.models.cache import Cache
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Cache, Decoder, Edit, forward, logits
+from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.sampling import Sampling, pick
+from jaxcrit.models.sites import Edit, Site
 from jaxcrit.parallel.mesh import RULES, AnyMesh, batch_sharding, spec_for
 
 GREEDY = Sampling()
@@ -183,15 +185,10 @@ def decode_step(
         """The cache of rows that pass the boundary now, computed anew with the frequencies of long sequences."""
         at = lengths[:, None] + jnp.arange(max_new_tokens)
         so_far = jnp.pad(tokens, ((0, 0), (0, max_new_tokens))).at[rows[:, None], at].set(new)
-        edited = (jnp.arange(so_far.shape[1]) >= lengths[:, None] - 1)[..., None]
-
-        def some(site: str, before: jax.Array, after: jax.Array, data: Any) -> jax.Array:
-            return after if edit is None else jnp.where(edited, edit(site, before, after, data), after)
-
-        fresh = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits,
-                        mesh=mesh).cache  # fmt: skip
+        some = None if edit is None else _from_position(edit, lengths - 1)
+        out = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits, mesh=mesh)
         passes = (lengths + step == boundary + 1)[None, :, None, None, None]
-        return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), fresh, cache)
+        return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), out.cache, cache)
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
         step, _, _, done, _, _, _ = state
@@ -224,6 +221,16 @@ def decode_step(
     if mesh is not None:  # every process reads all rows
         new, done = jax.lax.with_sharding_constraint((new, done), NamedSharding(mesh, PartitionSpec()))
     return new, done, first
+
+
+def _from_position(edit: Edit, first: jax.Array) -> Edit:
+    """The edit, at positions from ``first`` ``[B]`` on; before them the stream passes unchanged."""
+
+    def change(site: Site, before: jax.Array, after: jax.Array, data: Any, positions: jax.Array) -> jax.Array:
+        edited = (positions >= first[:, None])[..., None]
+        return jnp.where(edited, edit.change(site, before, after, data, positions), after)
+
+    return Edit(change, edit.sites)
 
 
 def _rows(mesh: Mesh | None) -> NamedSharding | None:

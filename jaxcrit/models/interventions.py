@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxcrit.models.sites import Edit, Site
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -32,14 +34,14 @@ class Intervention:
     basis: jax.Array | np.ndarray
 
 
-def edit(site: str, before: jax.Array, after: jax.Array, data: Intervention) -> jax.Array:
-    """The `jaxcrit.models.decoder.Edit` of an `Intervention`; acts on the output of whole blocks, ``[B, T, D]``."""
-    if site != "block":
-        return after
+def _change(site: Site, before: jax.Array, after: jax.Array, data: Intervention, positions: jax.Array) -> jax.Array:
     x, highest = after.astype(jnp.float32), jax.lax.Precision.HIGHEST
     along = jnp.einsum("btd,kd->btk", x - data.mean, data.basis, precision=highest)
     changed = x + data.shift[:, None] - jnp.einsum("btk,kd->btd", along, data.basis, precision=highest)
     return jnp.where(data.active, changed.astype(after.dtype), after)
+
+
+edit = Edit(_change, ("block",))  # of an `Intervention`
 
 
 def intervention(

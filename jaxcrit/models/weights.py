@@ -10,17 +10,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Literal, get_args
 
-import jax
 import numpy as np
-from jax.sharding import NamedSharding
 
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Decoder
-from jaxcrit.parallel.mesh import AnyMesh, spec_for
+
+if TYPE_CHECKING:  # the decoder reads this table
+    from jaxcrit.models.decoder import Decoder
 
 Groups = tuple[tuple[str, ...], ...]
+Half = Literal["attn", "mlp"]
+HALVES: tuple[Half, ...] = get_args(Half)  # in the order in which a block runs them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,11 +32,13 @@ class Weight:
         path: our name; below ``blocks.`` it is stacked over layers.
         hf: name in the checkpoint, ``{}`` standing for the layer.
         groups: logical axes, grouped by dimension of the file's tensor.
+        half: the half of a block it belongs to, each half with its norm; None outside the blocks.
     """
 
     path: str
     hf: str
     groups: Groups
+    half: Half | None = None
 
     @property
     def stacked(self) -> bool:
@@ -80,29 +83,37 @@ def table(config: ModelConfig) -> tuple[Weight, ...]:
     fused = config.family == "phi3"
     rows = [
         Weight("embed", "model.embed_tokens.weight", (("vocab",), _EMBED)),
-        Weight("blocks.attn_norm", "model.layers.{}.input_layernorm.weight", (_EMBED,)),
-        Weight("blocks.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (_EMBED,)),
-        Weight("blocks.o", attention + "o_proj.weight", (_EMBED, _HEADS)),
-        Weight("blocks.down", mlp + "down_proj.weight", (_EMBED, _FF)),
+        Weight("blocks.attn_norm", "model.layers.{}.input_layernorm.weight", (_EMBED,), "attn"),
+        Weight("blocks.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (_EMBED,), "mlp"),
+        Weight("blocks.o", attention + "o_proj.weight", (_EMBED, _HEADS), "attn"),
+        Weight("blocks.down", mlp + "down_proj.weight", (_EMBED, _FF), "mlp"),
     ]
     for name, axes in (("q", _HEADS), ("k", _KV), ("v", _KV)):
-        rows.append(Weight(f"blocks.{name}", attention + f"{'qkv' if fused else name}_proj.weight", (axes, _EMBED)))
+        hf = attention + f"{'qkv' if fused else name}_proj.weight"
+        rows.append(Weight(f"blocks.{name}", hf, (axes, _EMBED), "attn"))
         if config.qkv_bias:
-            rows.append(Weight(f"blocks.{name}_bias", attention + f"{name}_proj.bias", (axes,)))
+            rows.append(Weight(f"blocks.{name}_bias", attention + f"{name}_proj.bias", (axes,), "attn"))
     for name in ("gate", "up"):
-        rows.append(Weight(f"blocks.{name}", mlp + f"{'gate_up' if fused else name}_proj.weight", (_FF, _EMBED)))
+        hf = mlp + f"{'gate_up' if fused else name}_proj.weight"
+        rows.append(Weight(f"blocks.{name}", hf, (_FF, _EMBED), "mlp"))
         if config.mlp_bias:
-            rows.append(Weight(f"blocks.{name}_bias", mlp + f"{name}_proj.bias", (_FF,)))
+            rows.append(Weight(f"blocks.{name}_bias", mlp + f"{name}_proj.bias", (_FF,), "mlp"))
     if config.mlp_bias:
-        rows.append(Weight("blocks.down_bias", mlp + "down_proj.bias", (_EMBED,)))
+        rows.append(Weight("blocks.down_bias", mlp + "down_proj.bias", (_EMBED,), "mlp"))
     if config.out_bias:
-        rows.append(Weight("blocks.o_bias", attention + "o_proj.bias", (_EMBED,)))
+        rows.append(Weight("blocks.o_bias", attention + "o_proj.bias", (_EMBED,), "attn"))
     if config.qk_norm:
-        rows += [Weight(f"blocks.{name}_norm", attention + f"{name}_norm.weight", (("head_dim",),)) for name in "qk"]
+        for name in ("q_norm", "k_norm"):
+            rows.append(Weight(f"blocks.{name}", attention + f"{name}.weight", (("head_dim",),), "attn"))
     rows.append(Weight("norm", "model.norm.weight", (_EMBED,)))
     if not config.tied:
         rows.append(Weight("head", "lm_head.weight", (("vocab",), _EMBED)))
     return tuple(rows)
+
+
+def halves(config: ModelConfig) -> dict[str, Half]:
+    """The half of a block that each of its weights belongs to, by the weight's name inside the block."""
+    return {row.path.removeprefix("blocks."): row.half for row in table(config) if row.half is not None}
 
 
 def offsets(config: ModelConfig) -> dict[str, int]:
@@ -125,17 +136,6 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
             before = shapes.get(name, (0, *part[1:]))
             shapes[name] = (before[0] + part[0], *part[1:])
     return shapes
-
-
-def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None = None) -> Decoder:
-    """The decoder with `jax.ShapeDtypeStruct` leaves: shapes without memory, with their shardings on a mesh."""
-
-    def like(row: Weight) -> jax.ShapeDtypeStruct:
-        shape = row.shape(config)
-        place = None if mesh is None else NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.path))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-
-    return Decoder(config, {row.path: like(row) for row in table(config)})
 
 
 def to_hf(decoder: Decoder, layers: Sequence[int] | None = None) -> Iterator[tuple[str, np.ndarray]]:

@@ -19,11 +19,11 @@ from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence.capture import forward_step
 from jaxcrit.evidence.variants import loss_step, planned_evaluations, span_step
 from jaxcrit.models.attention import choose_attention
+from jaxcrit.models.cache import Cache
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Block, Cache, Context
+from jaxcrit.models.decoder import Block, Context, abstract
 from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefill_step
-from jaxcrit.models.weights import abstract
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.studies.finetune_inputs import partition_of

@@ -14,6 +14,7 @@ from jaxcrit.criteria.substitution import host_variant, join, random_sets, varia
 from jaxcrit.evidence.variants import compiled_spans, enter, planned_evaluations, span_step, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Decoder
+from jaxcrit.models.weights import halves
 
 DEPTH = 7
 MLP = ("blocks.mlp_norm", "blocks.gate", "blocks.up", "blocks.down")
@@ -144,3 +145,5 @@ def test_every_case_has_a_half_for_each_weight():
         names = [path for path in random_weights(config) if path.startswith("blocks.")]
         attention = {"attn_norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"}
         assert {name for name in names if not name.startswith(MLP)} <= {f"blocks.{name}" for name in attention}
+        half = {f"blocks.{name}": half for name, half in halves(config).items()}
+        assert half == {name: "mlp" if name.startswith(MLP) else "attn" for name in names}

@@ -17,9 +17,8 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models import attention
 from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.decoder import Decoder, abstract, forward
 from jaxcrit.models.generation import generate
-from jaxcrit.models.weights import abstract
 from jaxcrit.parallel.mesh import make_mesh
 
 LENGTH = 140  # padded to two tiles

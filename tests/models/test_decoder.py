@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.family_models import error, load_path, raw_config, sequences, states, write_model
+from support.family_models import BLOCKS, error, load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Context, embed, forward, layer_windows, logits, run
-from jaxcrit.models.weights import abstract, to_hf
+from jaxcrit.models.decoder import Context, abstract, embed, forward, layer_windows, logits, run
+from jaxcrit.models.sites import Edit
+from jaxcrit.models.weights import to_hf
 
 
 @pytest.fixture(scope="module")
@@ -107,12 +108,12 @@ def test_an_edit_sees_every_site_with_its_steps_data(decoder):
 
     @jax.jit
     def states(gates):
-        def gate(site, before, after, open_):
-            return after if site == "block" else jnp.where(open_, after, before)
+        def gate(site, before, after, open_, positions):
+            return jnp.where(open_, after, before)
 
-        return forward(decoder, tokens, edit=gate, edits=gates, tap=lambda x: x).taps
+        return forward(decoder, tokens, edit=Edit(gate, ("attn", "mlp")), edits=gates, tap=BLOCKS).taps["block"]
 
-    plain = jax.jit(lambda: forward(decoder, tokens, tap=lambda x: x).taps)()
+    plain = jax.jit(lambda: forward(decoder, tokens, tap=BLOCKS).taps["block"])()
     np.testing.assert_array_equal(states(jnp.ones(layers, bool)), plain)
     skipped = states(jnp.arange(layers) != 1)
     np.testing.assert_array_equal(skipped[0], plain[0])

@@ -11,6 +11,7 @@ from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.generation import compiled_programs, decode, generate, prefill
 from jaxcrit.models.interventions import edit, intervention
+from jaxcrit.models.sites import Edit, Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.similarity import principal_components
 
@@ -50,8 +51,10 @@ def first_step(decoder, prompts, edits):
     """States ``[L, B, D]`` of the last prompt token, as the first step of the loop computes them."""
     tokens, lengths, cache = prompts
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)
-    return forward(decoder, last, positions=lengths[:, None] - 1, lengths=lengths, cache=cache, edit=edit, edits=edits,
-                   tap=lambda x: x[:, 0]).taps  # fmt: skip
+    tap = Tap(lambda site, before, after, positions: after[:, 0], ("block",))
+    positions = lengths[:, None] - 1
+    out = forward(decoder, last, positions=positions, lengths=lengths, cache=cache, edit=edit, edits=edits, tap=tap)
+    return out.taps["block"]
 
 
 def states(decoder, prompts, edits):
@@ -107,10 +110,11 @@ def test_paper_mode_subtracts_the_same_vector_at_every_step_and_project_the_curr
 def whole(decoder, sequence, ends, inside, edits):
     """Logits of a sequence run at once, edited where ``inside`` says."""
 
-    def some(site, before, after, data):
-        return jnp.where(inside, edit(site, before, after, data), after)
+    def some(site, before, after, data, positions):
+        return jnp.where(inside, edit.change(site, before, after, data, positions), after)
 
-    return logits(decoder, forward(decoder, sequence, lengths=ends, edit=some, edits=edits).hidden)
+    out = forward(decoder, sequence, lengths=ends, edit=Edit(some, edit.sites), edits=edits)
+    return logits(decoder, out.hidden)
 
 
 def recomputed(decoder, tokens, lengths, edits):

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.family_models import BLOCKS
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
@@ -102,7 +103,7 @@ def test_states_are_those_of_single_prompts(decoder, examples, found):
     for row, example in enumerate(examples):
         prompt = jnp.asarray(example.token_ids[: example.prompt_length])[None]
         with jax.default_matmul_precision("highest"):
-            taps = forward(decoder, prompt, tap=lambda x: x[0]).taps
+            taps = forward(decoder, prompt, tap=BLOCKS).taps["block"][:, 0]
             read = np.asarray(logits(decoder, taps[:, -1]), np.float64)
         hidden = np.concatenate([np.asarray(embed(decoder, prompt)), taps]).astype(np.float64)
         np.testing.assert_allclose(states.hidden[:, row], hidden[:, -1], atol=1e-4)

@@ -20,10 +20,12 @@ from safetensors.numpy import save_file
 from jaxcrit.models.checkpoint import DTYPES, load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward, logits
+from jaxcrit.models.sites import Tap
 from jaxcrit.models.weights import hf_shapes
 from jaxcrit.parallel.mesh import make_mesh
 
 LENGTH = 24  # tokens of the longest test sequence
+BLOCKS = Tap(lambda site, before, after, positions: after, ("block",))  # the stream behind every block
 BOUND = 1e-5  # largest |difference| to the reference, relative to its largest |value|
 
 BASE = {
@@ -137,8 +139,8 @@ def sequences(vocab_size: int, lengths: tuple[int, ...] = (LENGTH, 11), seed: in
 
 @jax.jit
 def _states(decoder: Decoder, tokens: jax.Array, lengths: jax.Array) -> tuple[jax.Array, jax.Array]:
-    out = forward(decoder, tokens, lengths=lengths, tap=lambda x: x)
-    return out.taps, logits(decoder, out.hidden)
+    out = forward(decoder, tokens, lengths=lengths, tap=BLOCKS)
+    return out.taps["block"], logits(decoder, out.hidden)
 
 
 def states(decoder: Decoder, tokens: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
