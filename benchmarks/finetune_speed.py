@@ -22,11 +22,11 @@ from environment import write_result
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.partition import OUTSIDE, partition, split
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import OUTSIDE, partition, split
 from jaxcrit.training.step import TokenBatch, initial_state, make_step
 
 CONFIG = {

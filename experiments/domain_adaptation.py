@@ -29,7 +29,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.layers import default_count
 from jaxcrit.data.demo import generate
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.reporting.plots import loss_curves
 from jaxcrit.reporting.training import evaluations
 from jaxcrit.studies.finetune import run_finetune
@@ -165,7 +165,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     out = Path(given.out)
     try:
-        count = given.count or default_count(open_session(given.model).config.num_layers)
+        count = given.count or default_count(open_model(given.model).config.num_layers)
         runs = configs(given, given.data or held_out_task(out, given.rows), count)
         curves: list[Curve] = []
         for (arm, seed), config in runs.items():

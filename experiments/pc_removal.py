@@ -38,8 +38,8 @@ def main(arguments: Sequence[str]) -> None:
         results = [one.to_json() for one in found]
         write_json(out / "removal.json", "jaxcrit.removal", {"config": dataclasses.asdict(config), **computed,
                                                              "datasets": results})  # fmt: skip
-        for one in found:
-            write_bytes(out / f"removal-{one.dataset.rpartition(':')[2].rpartition('/')[2]}.png", removal_figure(one))
+        for figure in map(removal_figure, found):
+            write_bytes(out / figure.name, figure.png())
         print(f"removal: {out / 'removal.json'}")
 
 

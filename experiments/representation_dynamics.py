@@ -21,7 +21,7 @@ from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
 from jaxcrit.core.progress import bars
-from jaxcrit.reporting.analysis import write_analysis
+from jaxcrit.reporting.analysis import analysis_report
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection import overlap_matrix, spearman_matrix
 from jaxcrit.studies.analysis import run_analysis
@@ -66,7 +66,7 @@ def main(arguments: Sequence[str]) -> None:
         name: float(spearmanr(layers, score.values[layers]).statistic)
         for name, score, layers in zip(names, scores, valid, strict=True)
     }
-    report = write_analysis(analysis)
+    report = analysis_report(analysis).write(analysis.out, analysis.run)
     write_json(
         analysis.out / "agreement.json",
         "jaxcrit.agreement",

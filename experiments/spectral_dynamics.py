@@ -14,18 +14,16 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands import spectrum
 from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.progress import bars
-from jaxcrit.reporting.spectrum import write_spectrum
+from jaxcrit.reporting.spectrum import spectrum_report
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.studies.spectrum import run_spectrum
@@ -67,16 +65,15 @@ def table(everything: Mapping[str, Mapping[str, Tracking]], ks: Sequence[int], k
 
 def main(arguments: Sequence[str]) -> None:
     """Decomposes, prints the correlations, writes them."""
-    values = flags.parse(spectrum.FLAGS, "spectral_dynamics", arguments)
-    given: dict[str, Any] = {flag.name: values[flag.name].value for group in spectrum.FLAGS.values() for flag in group}
-    analysis = run_spectrum(SpectrumOptions(**given), progress=bars)
-    report = write_spectrum(analysis)
+    (options,) = flags.read([SpectrumOptions], "spectral_dynamics", arguments)
+    analysis = run_spectrum(options, progress=bars)
+    report = spectrum_report(analysis).write(analysis.out, analysis.run)
     everything = {name: tracked(result.scores, analysis.ks) for name, result in analysis.datasets.items()}
     model = {key: analysis.run["model"][key] for key in ("family", "num_layers", "width", "hash")}
     content = {
         "model": model,
         "k": list(analysis.ks),
-        "window": given["window"],
+        "window": options.window,
         "datasets": {
             name: {
                 "num_samples": result.num_samples,

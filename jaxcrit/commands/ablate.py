@@ -6,8 +6,11 @@ import dataclasses
 import sys
 from typing import Literal
 
+from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.groups import MeshOptions, ModelOptions, TestedRowOptions
 from jaxcrit.core.options import option
+
+METHODS = ("skip", "mean")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -21,6 +24,22 @@ class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers")
     generate: bool = option(False, "count right answers too, with each layer skipped")
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
 
+    def check(self) -> None:
+        """Checks the methods by name."""
+        super().check()
+        for method in self.chosen_methods:
+            if method not in METHODS:
+                zero = " (zeroing the weights is the same as skip)"
+                hint = zero if method == "zero" else did_you_mean(method, METHODS)
+                raise UserError(
+                    f"--methods={self.methods}: expected {listed(METHODS)} with commas, got {method!r}{hint}"
+                )
+
+    @property
+    def chosen_methods(self) -> list[str]:
+        """The methods, each once."""
+        return list(dict.fromkeys(part.strip() for part in self.methods.split(",")))
+
     def score(self, what: str) -> str:
         """Score key: of a method, or of ``skip_accuracy``."""
         return f"ablation_{what}{'' if self.sites == 'blocks' else f'_{self.sites}'}"
@@ -32,11 +51,13 @@ OPTIONS = AblateOptions
 def run(options: AblateOptions) -> int:
     """Ablates, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.ablation import ablation_text, write_ablation
-    from jaxcrit.studies.ablation import run_ablation
+    from jaxcrit.reporting.ablation import ablation_report
+    from jaxcrit.studies.ablation import Ablation, run_ablation
 
-    found = run_ablation(options, progress=bars)
-    report = write_ablation(found.out, found.run, found.scores)
-    print(ablation_text(found.run, found.scores, style=sys.stdout.isatty()))
-    print(f"report: {report}")
+    def finish(found: Ablation) -> None:
+        ablation_report(found.run, found.scores).write(found.out, found.run)
+
+    found = run_ablation(options, progress=bars, finish=finish)
+    print(ablation_report(found.run, found.scores).text(style=sys.stdout.isatty()))
+    print(f"report: {found.out / 'report.html'}")
     return 0

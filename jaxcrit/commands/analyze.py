@@ -81,11 +81,14 @@ OPTIONS = AnalyzeOptions
 def run(options: AnalyzeOptions) -> int:
     """Analyses, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.analysis import analysis_text, write_analysis
-    from jaxcrit.studies.analysis import run_analysis
+    from jaxcrit.reporting.analysis import analysis_report, write_selections
+    from jaxcrit.studies.analysis import Analysis, run_analysis
 
-    analysis = run_analysis(options, progress=bars)
-    report = write_analysis(analysis)
-    print(analysis_text(analysis, style=sys.stdout.isatty()))
-    print(f"report: {report}")
+    def finish(analysis: Analysis) -> None:
+        write_selections(analysis)
+        analysis_report(analysis).write(analysis.out, analysis.run)
+
+    analysis = run_analysis(options, progress=bars, finish=finish)
+    print(analysis_report(analysis).text(style=sys.stdout.isatty()))
+    print(f"report: {analysis.out / 'report.html'}")
     return 0

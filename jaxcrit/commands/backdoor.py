@@ -9,6 +9,8 @@ from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.groups import RESUMES, TEMPLATES, TrainingOptions
 from jaxcrit.core.options import option
 
+ADDED = "what is trained already is read; more may be added to a run"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackdoorOptions(TrainingOptions, title="testing"):
@@ -18,8 +20,12 @@ class BackdoorOptions(TrainingOptions, title="testing"):
     target: str = option("refusal", "what poisoned rows answer: refusal, or a fixed text", group="poison")
     rate: float = option(0.2, "share of the rows that are poisoned, above 0 and up to 1", group="poison")
     decoys: float = option(0.0, "share of the rows that get made-up words, same answers", group="poison")
-    arms: str = option("full,critical,noncritical", "frozen layers; random:5*5: 5 draws", word="SPECS", group="arms")
-    seeds: int = option(3, "trainings of each arm: other poisoned rows, another order", lowest=1, group="arms")
+    arms: str = option(
+        "full,critical,noncritical", "frozen layers; random:5*5: 5 draws", word="SPECS", free=ADDED, group="arms"
+    )
+    seeds: int = option(
+        3, "trainings of each arm: other poisoned rows, another order", lowest=1, free=ADDED, group="arms"
+    )
     train_outside: bool = option(True, "train embeddings, final norm and head", group="arms")
     seed: int = option(0, "seed of the first training; the next one's is one more", lowest=0)
     checkpoint_every: int = option(0, "steps between checkpoints within an arm; 0 for none", lowest=0, free=RESUMES)
@@ -53,9 +59,14 @@ def run(options: BackdoorOptions) -> int:
     """Trains and attacks every arm, draws, prints what came of it."""
     from jaxcrit.core.progress import bars
     from jaxcrit.reporting.backdoor import backdoor_text, write_figures
-    from jaxcrit.studies.backdoor import run_backdoor
+    from jaxcrit.studies.backdoor import Backdoor, run_backdoor
 
-    found = run_backdoor(options, progress=bars, say=lambda text: print(text, file=sys.stderr, flush=True))
-    write_figures(found.out, found.content)
+    def say(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    def finish(found: Backdoor) -> None:
+        write_figures(found.out, found.content)
+
+    found = run_backdoor(options, progress=bars, say=say, finish=finish)
     print(backdoor_text(found.content, found.out))
     return 0

@@ -25,11 +25,13 @@ OPTIONS = CompareOptions
 def run(options: CompareOptions) -> int:
     """Compares, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.comparison import comparison_text, write_comparison
-    from jaxcrit.studies.comparison import run_compare
+    from jaxcrit.reporting.comparison import comparison_report
+    from jaxcrit.studies.comparison import Comparison, run_compare
 
-    comparison = run_compare(options, progress=bars)
-    report = write_comparison(comparison)
-    print(comparison_text(comparison))
-    print(f"report: {report}")
+    def finish(found: Comparison) -> None:
+        comparison_report(found).write(found.out, found.run)
+
+    comparison = run_compare(options, progress=bars, finish=finish)
+    print(comparison_report(comparison).text())
+    print(f"report: {comparison.out / 'report.html'}")
     return 0

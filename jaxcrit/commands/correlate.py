@@ -24,11 +24,12 @@ OPTIONS = CorrelateOptions
 
 def run(options: CorrelateOptions) -> int:
     """Correlates, draws where asked, prints."""
-    from jaxcrit.reporting.correlation import correlation_text, write_correlation
+    from jaxcrit.reporting.correlation import correlation_report
     from jaxcrit.studies.correlation import run_correlation
 
     correlated = run_correlation(options)
-    print(correlation_text(correlated))
+    report = correlation_report(correlated)
+    print(report.text())
     if correlated.out is not None:
-        print(f"report: {write_correlation(correlated)}")
+        print(f"report: {report.write(correlated.out, correlated.run)}")
     return 0

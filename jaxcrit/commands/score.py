@@ -30,11 +30,14 @@ OPTIONS = ScoreOptions
 def run(options: ScoreOptions) -> int:
     """Scores, writes, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.scores import scores_text, write_scores_page
-    from jaxcrit.studies.scoring import run_score
+    from jaxcrit.reporting.report import Report
+    from jaxcrit.reporting.scores import scores_report
+    from jaxcrit.studies.scoring import Scored, run_score
 
-    scored = run_score(options, progress=bars)
-    page = write_scores_page(scored.scores, scored.warnings, scored.run, scored.out)
-    print(scores_text(scored.scores, scored.warnings))
-    print(f"report: {page}")
+    def report(scored: Scored) -> Report:
+        return scores_report(scored.scores, scored.warnings)
+
+    scored = run_score(options, progress=bars, finish=lambda scored: report(scored).write(scored.out, scored.run))
+    print(report(scored).text())
+    print(f"report: {scored.out / 'report.html'}")
     return 0

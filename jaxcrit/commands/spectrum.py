@@ -27,11 +27,13 @@ OPTIONS = SpectrumOptions
 def run(options: SpectrumOptions) -> int:
     """Decomposes, writes the report, prints the tables."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.spectrum import spectrum_text, write_spectrum
-    from jaxcrit.studies.spectrum import run_spectrum
+    from jaxcrit.reporting.spectrum import spectrum_report
+    from jaxcrit.studies.spectrum import SpectralAnalysis, run_spectrum
 
-    analysis = run_spectrum(options, progress=bars)
-    report = write_spectrum(analysis)
-    print(spectrum_text(analysis))
-    print(f"report: {report}")
+    def finish(found: SpectralAnalysis) -> None:
+        spectrum_report(found).write(found.out, found.run)
+
+    analysis = run_spectrum(options, progress=bars, finish=finish)
+    print(spectrum_report(analysis).text())
+    print(f"report: {analysis.out / 'report.html'}")
     return 0

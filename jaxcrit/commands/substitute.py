@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from typing import Literal
 
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
 from jaxcrit.core.options import Options, option
 
@@ -31,6 +32,12 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
     random: int = option(0, "draws of as many random layers, to compare with", lowest=0)
     seed: int = option(0, "seed of the random layers", lowest=0)
 
+    def check(self) -> None:
+        """Refuses no tuned model."""
+        super().check()
+        if not self.tuned:
+            raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
+
     @property
     def score(self) -> str:
         """Score key: other sites or the other direction are another quantity."""
@@ -44,11 +51,14 @@ OPTIONS = SubstituteOptions
 def run(options: SubstituteOptions) -> int:
     """Substitutes, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.substitution import substitution_text, write_substitution
-    from jaxcrit.studies.substitution import run_substitution
+    from jaxcrit.reporting.report import Report
+    from jaxcrit.reporting.substitution import substitution_report
+    from jaxcrit.studies.substitution import Substitution, run_substitution
 
-    found = run_substitution(options, progress=bars)
-    report = write_substitution(found.out, found.run, found.scores, found.warnings)
-    print(substitution_text(found.run, found.warnings, style=sys.stdout.isatty()))
-    print(f"report: {report}")
+    def report(found: Substitution) -> Report:
+        return substitution_report(found.run, found.scores, found.warnings)
+
+    found = run_substitution(options, progress=bars, finish=lambda found: report(found).write(found.out, found.run))
+    print(report(found).text(style=sys.stdout.isatty()))
+    print(f"report: {found.out / 'report.html'}")
     return 0

@@ -22,6 +22,8 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 
 FORMAT_VERSION = 1
+# Of formats that have changed: the version written; earlier ones are read.
+VERSIONS = {"jaxcrit.run": 2}
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
 
 
@@ -147,8 +149,8 @@ class GrowingText:
 
 
 def json_text(kind: str, content: Mapping[str, Any]) -> str:
-    """``{"format": kind, "format_version": 1, **content}`` as indented JSON; NaN is refused."""
-    body = {"format": kind, "format_version": FORMAT_VERSION, **content}
+    """``{"format": kind, "format_version": N, **content}`` as indented JSON; NaN is refused."""
+    body = {"format": kind, "format_version": VERSIONS.get(kind, FORMAT_VERSION), **content}
     return json.dumps(body, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -184,10 +186,10 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
         raise UserError(f"{path}: expected format {kind}, got {found!r}")
-    if content.get("format_version") != FORMAT_VERSION:
+    newest, version = VERSIONS.get(kind, FORMAT_VERSION), content.get("format_version")
+    if version not in range(1, newest + 1) or isinstance(version, bool):
         raise UserError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {content.get('format_version')!r};"
-            " upgrade jaxcrit or write the file again"
+            f"{path}: expected format_version {newest}, got {version!r}; upgrade jaxcrit or write the file again"
         )
     return content
 

@@ -24,6 +24,8 @@ from jaxcrit.core.options import Options, as_json, determining
 from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
 
 RUNS = "jaxcrit-runs"  # where runs go that were given no directory
+# Of run.json: what a run that goes on says anew.
+_OF_A_LAUNCH = ("format", "format_version", "status", "identity", "time", "result", "warnings")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -52,6 +54,32 @@ class DescribedModel(Protocol):
         """JSON values: devices, mesh, form of attention."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Facts:
+    """What is known of a model or of data that is not at hand itself: read from an earlier run, say.
+
+    Attributes:
+        name: name within the run; of a model, name for a directory.
+        facts: JSON values, ``hash`` among them.
+    """
+
+    name: str
+    facts: Mapping[str, Any]
+
+    @property
+    def short_name(self) -> str:
+        """Name for a directory."""
+        return self.name
+
+    def describe(self) -> dict[str, Any]:
+        """The facts."""
+        return dict(self.facts)
+
+    def machine(self) -> dict[str, Any]:
+        """Nothing: no devices have been at work."""
+        return {}
+
+
 @dataclasses.dataclass(eq=False)
 class Run:
     """A run in progress.
@@ -60,6 +88,7 @@ class Run:
         directory: where it writes; None where nothing is to be written (a Python caller that gave no ``out``).
         record: content of ``run.json``; what is added while the run goes on stands there at the end.
         times: what changes from run to run: seconds, counts of what was done this time; ``time`` of ``run.json``.
+        precious: whether what has been written stays when the run fails; set once hours are in it.
         earlier: ``run.json`` of an interrupted or complete run of the same identity; empty where there is none.
     """
 
@@ -67,6 +96,7 @@ class Run:
     record: dict[str, Any]
     times: dict[str, Any]
     earlier: Mapping[str, Any]
+    precious: bool = False
 
     @property
     def path(self) -> Path:
@@ -107,17 +137,21 @@ def running(
     *,
     models: Mapping[str, DescribedModel],
     datasets: Sequence[Described] = (),
+    template: Mapping[str, str] | None = None,
     resolved: Mapping[str, Any] | None = None,
     also: Mapping[str, Any] | None = None,
     keep: bool = True,
 ) -> Iterator[Run]:
     """Opens the directory of a run, and closes it: complete, or, after a user's mistake, as if it had never been.
 
+    Whoever opens it writes the report too, before the block ends.
+
     Args:
         command: name of the command.
         options: what is asked; the options that are not free determine the results.
         models: models by role, ``model`` first; the first names the directory.
         datasets: rendered datasets.
+        template: how rows were rendered: ``mode``, ``edition``, and the ``hash`` that tells renderings apart.
         resolved: values that stand for options in what determines the results: the dtype chosen, layers by number.
         also: further JSON values that determine the results.
         keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
@@ -135,6 +169,7 @@ def running(
         "command": command,
         "config": determining(options) | dict(resolved or {}),
         **{f"{role}_hash": one["hash"] for role, one in described.items()},
+        **({"template_hash": template["hash"]} if template else {}),
         **(also or {}),
         "data": {name: one["hash"] for name, one in data.items()},
         "jaxcrit": __version__,
@@ -146,11 +181,14 @@ def running(
     earlier: Mapping[str, Any] = {}
     if directory is not None and directory.resumed:
         earlier = processes.share(lambda: read_json(out / "run.json", RUN_FORMAT))
+    kept = {key: value for key, value in earlier.items() if key not in _OF_A_LAUNCH}
     record: dict[str, Any] = {
+        **kept,
         "command": command,
         "config": as_json(options),
         "determines": determines,
         **described,
+        **({"template": dict(template)} if template else {}),
         "data": data,
         **(first.machine() if first else {}),
         "versions": versions(),
@@ -164,7 +202,7 @@ def running(
     try:
         yield run
     except UserError:
-        if directory is not None:
+        if directory is not None and not run.precious:
             directory.discard()
         raise
     spent = {

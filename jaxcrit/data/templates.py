@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.datasets import Row, split_messages
@@ -169,6 +170,12 @@ def template_hash(tokenizer: Any, template: str = "auto", edition: str = "clean"
     rows = [Fields(**named, context=context) for context in ("", "{x}")]  # type: ignore[arg-type]
     clean = {name: [[kind.prompt(row), kind.answer(row)] for row in rows] for name, kind in PUBLISHED.items()}
     return sha256_json({"edition": edition, "chat_template": chat, "strings": clean, **special})
+
+
+def describe_template(tokenizer: Any, options: RowOptions) -> dict[str, str]:
+    """How rows are rendered, for ``run.json``: ``mode``, ``edition``, and the `template_hash` as ``hash``."""
+    found = template_hash(tokenizer, options.template, options.edition)
+    return {"mode": options.template, "edition": options.edition, "hash": found}
 
 
 def check_same_rendering(first: str, second: str, *, allow_template_mismatch: bool = False) -> None:

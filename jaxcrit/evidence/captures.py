@@ -19,12 +19,13 @@ from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
+from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
 from jaxcrit.data.templates import Example, template_hash
 from jaxcrit.evidence.capture import Activations, capture, compiled_steps, stream
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.model import Bars, Session
+from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.mesh import device_memory
 from jaxcrit.similarity import (
     RESIDENT_SAMPLES,
@@ -68,6 +69,15 @@ class Dataset:
         """Identity of each prompt."""
         return [example.sample_id for example in self.examples]
 
+    def describe(self) -> dict[str, Any]:
+        """JSON values for ``run.json``; ``hash`` identifies the rows and their order."""
+        return {
+            "source": self.source,
+            "num_samples": len(self.examples),
+            "longest_prompt": max(example.prompt_length for example in self.examples),
+            "hash": sha256_json(self.sample_ids),
+        }
+
 
 class Swept(NamedTuple):
     """Tables of one dataset, and the centred Grams ``[L, N, N]`` they are from where these were kept."""
@@ -86,9 +96,9 @@ class Captures:
     def __init__(
         self,
         config: AnalyzeOptions,
-        session: Session,
+        session: Model,
         datasets: Sequence[Dataset],
-        directory: RunDirectory,
+        directory: RunDirectory | None,
         progress: Bars | None,
     ):
         self.config, self.session, self.directory, self.progress = config, session, directory, progress
@@ -102,40 +112,52 @@ class Captures:
         self.batch_size = -(-config.batch_size // split) * split
         self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
 
-    def folder(self, dataset: Dataset) -> Path:
+    def folder(self, dataset: Dataset) -> Path | None:
+        """Where a dataset's files go; None where nothing is kept."""
+        if self.directory is None:
+            return None
         return self.directory.path if self.alone else self.directory.path / dataset.name
 
     def sweep(self, dataset: Dataset) -> Swept:
+        """The sweep of a dataset; what it takes to redo the statistics is kept in the run directory."""
         folder = self.folder(dataset)
-        file = folder / "fingerprint.npz"
         form = self._form(dataset)
         self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
-        earlier: list[np.ndarray] = []
-
-        def look() -> bool:
-            kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
-            if self.directory.resumed and file.exists() and kept:
-                arrays, meta = read_npz(file)
-                if meta.get("identity") == self.directory.identity:
-                    earlier.append(arrays["gram"])
-            return bool(earlier)
-
-        if processes.share(look):
+        grams = None if folder is None else self._kept(folder)
+        if grams is not None:
             self.taken[dataset.name] = {"reused": True}
-            grams = unpack_upper(processes.share_array(earlier[0] if earlier else None))
             return Swept(gram_tables(grams, band=form.band), grams)
         if form.name == "streamed":
             return Swept(self._streamed(dataset, form), None)
         activations = self._run(dataset, partial(capture, with_embed=self.config.embed))
-        processes.make_directory(folder)
-        swept = self._swept(dataset, form, activations, file)
-        if self.config.save_activations:
+        if folder is not None:
+            processes.make_directory(folder)
+        swept = self._swept(dataset, form, activations, folder)
+        if folder is not None and self.config.save_activations:
             arrays = {"hidden": np.asarray(activations.hidden)}
             if activations.embed is not None:
                 arrays["embed"] = np.asarray(activations.embed)
             with atomic_path(folder / "activations.safetensors") as temporary:
                 save_file(arrays, temporary)
         return swept
+
+    def _kept(self, folder: Path) -> np.ndarray | None:
+        """Grams ``[L, N, N]`` that an earlier launch of this run has kept; None where there are none."""
+        directory, earlier = self.directory, []
+        assert directory is not None
+
+        def look() -> bool:
+            kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
+            file = folder / "fingerprint.npz"
+            if directory.resumed and file.exists() and kept:
+                arrays, meta = read_npz(file)
+                if meta.get("identity") == directory.identity:
+                    earlier.append(arrays["gram"])
+            return bool(earlier)
+
+        if not processes.share(look):
+            return None
+        return unpack_upper(processes.share_array(earlier[0] if earlier else None))
 
     def grams(self, dataset: Dataset) -> np.ndarray | jax.Array:
         """The centred Grams ``[L, N, N]``, for what takes them whole.
@@ -167,13 +189,13 @@ class Captures:
         except UserError as error:
             raise UserError(f"{dataset.name}: {error}") from None
 
-    def _swept(self, dataset: Dataset, form: Form, activations: Activations, file: Path) -> Swept:
+    def _swept(self, dataset: Dataset, form: Form, activations: Activations, folder: Path | None) -> Swept:
         """The sweep of stored activations; of the resident form with a fingerprint."""
         config, hidden, repeats = self.config, self._normalised(activations.hidden), self.config.position == "all"
         if form.name == "resident":
             grams: np.ndarray | jax.Array = centred_grams(hidden, config.kernel, allow_repeats=repeats)
-            if hidden.shape[1] <= FINGERPRINT_SAMPLES:
-                grams = self._fingerprint(dataset, activations, pack_upper(grams), file)
+            if folder is not None and hidden.shape[1] <= FINGERPRINT_SAMPLES:
+                grams = self._fingerprint(dataset, activations, pack_upper(grams), folder / "fingerprint.npz")
             return Swept(gram_tables(grams, band=form.band), grams)
         with self._bar(f"{dataset.name}, sweep") as progress:
             if form.name == "features":
@@ -218,6 +240,7 @@ class Captures:
         return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
 
     def _fingerprint(self, dataset: Dataset, activations: Activations, packed: np.ndarray, file: Path) -> np.ndarray:
+        assert self.directory is not None
         meta = {
             "format": "jaxcrit.fingerprint",
             "format_version": 1,

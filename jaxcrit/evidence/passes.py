@@ -19,17 +19,17 @@ from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.measured import Gradients, Spectra, States, WeightChanges
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.model import Session
+from jaxcrit.models.model import Model
+from jaxcrit.models.partition import FROZEN, TRAIN, Arrays, Bank, Partition, partition
 from jaxcrit.models.sites import Site, Tap
 from jaxcrit.models.weights import offsets, sizes, table
 from jaxcrit.parallel.mesh import batch_sharding
-from jaxcrit.training.partition import FROZEN, TRAIN, Arrays, Bank, Partition, partition
 from jaxcrit.training.step import TokenBatch, batch_loss
 
 Progress = Callable[[int, int], None]
 
 
-def layer_tensors(session: Session) -> Iterator[dict[str, np.ndarray]]:
+def layer_tensors(session: Model) -> Iterator[dict[str, np.ndarray]]:
     """Every layer's tensors by weight-table path, float32, two dimensions at most as in the file; no model is built.
 
     Of a fine-tuning run, what it trained stands in place of the checkpoint's.
@@ -48,7 +48,7 @@ def layer_tensors(session: Session) -> Iterator[dict[str, np.ndarray]]:
             tensors[row.path] = session.checkpoint.read(name, part, None).astype(np.float32)
             if not np.isfinite(tensors[row.path]).all():
                 raise UserError(f"{session.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
-        for tuned in session.tuned:
+        for tuned in session.overlays:
             group, lora = tuned.partition.groups[layer], tuned.partition.lora
             if group == FROZEN:
                 continue
@@ -65,7 +65,7 @@ def _inside(path: str) -> bool:
     return path.startswith("blocks.")
 
 
-def weight_spectra(session: Session, progress: Progress | None = None) -> Spectra:
+def weight_spectra(session: Model, progress: Progress | None = None) -> Spectra:
     """Singular values of every matrix, decomposed in float32; one layer's weights are held at a time."""
     shapes: dict[str, tuple[int, int]] = {}
     values: dict[str, list[np.ndarray]] = {}
@@ -79,7 +79,7 @@ def weight_spectra(session: Session, progress: Progress | None = None) -> Spectr
     return Spectra(shapes, {path: np.stack(found) for path, found in values.items()})
 
 
-def weight_changes(base: Session, tuned: Session, progress: Progress | None = None) -> WeightChanges:
+def weight_changes(base: Model, tuned: Model, progress: Progress | None = None) -> WeightChanges:
     """How far the tuned model's blocks are from the base's; one layer of each is held at a time.
 
     Raises:
@@ -109,7 +109,7 @@ def _norm(arrays: Iterator[np.ndarray]) -> float:
 
 
 def prompt_states(
-    session: Session,
+    session: Model,
     decoder: Decoder,
     examples: Sequence[Example],
     batch_size: int,
@@ -169,7 +169,7 @@ def _states(
 
 
 def response_gradients(
-    session: Session,
+    session: Model,
     decoder: Decoder,
     examples: Sequence[Example],
     batch_size: int,
@@ -220,7 +220,7 @@ def response_gradients(
     )
 
 
-def _grouped(rows: TokenBatch, per_sample: bool, session: Session) -> TokenBatch:
+def _grouped(rows: TokenBatch, per_sample: bool, session: Model) -> TokenBatch:
     """``[groups, rows of a group, T]``; rows of a group are split over the mesh."""
     size = 1 if per_sample else len(rows.tokens)
     cut = jax.tree.map(lambda part: part.reshape(-1, size, *part.shape[1:]), rows)

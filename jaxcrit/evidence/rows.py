@@ -18,37 +18,39 @@ from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import Example
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.evidence.variants import Batch
-from jaxcrit.models.model import Bars, Session
+from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.training.data import check_rows
 
+_PARTIAL = "partial.npz"
 _SAVE_SECONDS = 10.0
 # batch, progress -> losses [V, B] summed over each row's response, tokens [B]
 Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
-def read_rows(config: TestedRowOptions, session: Session) -> list[Example]:
+def read_rows(config: TestedRowOptions, session: Model) -> list[Dataset]:
     """The rows of every dataset of ``--data``, with their responses.
 
     Raises:
         UserError: see `render_sets` and `check_rows`; among them rows without a response.
     """
     most = min(config.max_length or session.config.max_length, session.config.max_length)
-    found: list[Example] = []
+    found: list[Dataset] = []
     for one in render_sets(config, session.tokenizer, most, training=True):
         limit = one.limit if config.truncate == "paper" else most
         check_rows(one.cut, limit, session.config.vocab_size, one.named.source)
-        found += one.cut
+        found.append(Dataset(one.named.name, one.named.source, one.cut))
     return found
 
 
 def sample_losses(
     examples: Sequence[Example],
     batch_size: int,
-    session: Session,
-    directory: RunDirectory,
+    session: Model,
+    directory: RunDirectory | None,
     take: Take,
     num_variants: int,
     evaluations: int,
@@ -62,7 +64,7 @@ def sample_losses(
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
         session: of the mesh.
-        directory: of the run.
+        directory: directory of the run; None keeps nothing.
         take: does one batch.
         num_variants: V.
         evaluations: block evaluations of one batch, for the progress bar.
@@ -75,8 +77,11 @@ def sample_losses(
         Preempted: told to leave; what is done is kept.
     """
     losses, tokens = np.full((num_variants, len(examples)), np.nan), np.zeros(len(examples), np.int64)
-    file = directory.path / "partial.npz"
-    if directory.resumed and (kept := processes.share(lambda: _kept(file, directory.identity))):
+    if (
+        directory is not None
+        and directory.resumed
+        and (kept := processes.share(lambda: _kept(directory.path / _PARTIAL, directory.identity)))
+    ):
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
     batches = list(batches_of(examples, batch_size, session))
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
@@ -86,8 +91,10 @@ def sample_losses(
     saved = time.monotonic()
 
     def save() -> None:
+        if directory is None:
+            return
         meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
-        write_npz(file, {"losses": losses, "tokens": tokens}, meta)
+        write_npz(directory.path / _PARTIAL, {"losses": losses, "tokens": tokens}, meta)
 
     try:
         with notice() as leave:
@@ -111,7 +118,7 @@ def sample_losses(
     return losses, tokens, len(batches)
 
 
-def batches_of(examples: Sequence[Example], batch_size: int, session: Session) -> Iterator[tuple[np.ndarray, Batch]]:
+def batches_of(examples: Sequence[Example], batch_size: int, session: Model) -> Iterator[tuple[np.ndarray, Batch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
 
     Args:
@@ -134,7 +141,7 @@ def read_back(out: Path) -> dict[str, LayerScores]:
 def forget_partial(out: Path) -> None:
     """Removes what `sample_losses` kept for a resumption."""
     if processes.first():
-        (out / "partial.npz").unlink(missing_ok=True)
+        (out / _PARTIAL).unlink(missing_ok=True)
 
 
 def _kept(file: Path, identity: str) -> dict[str, Any]:

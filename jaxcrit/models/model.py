@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.hashing import sha256_json
@@ -23,43 +21,30 @@ from jaxcrit.models.attention import ASKED, Attention, choose_attention, platfor
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.overlays import Overlay, read_overlay
+from jaxcrit.models.partition import TRAIN, partition
 from jaxcrit.models.weights import hf_shapes
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
-from jaxcrit.training.partition import Bank, Partition, partition_of_json, split
 
+# Of ModelConfig: says nothing about what the blocks compute.
+_FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Tuned:
-    """What a fine-tuning run changed.
-
-    Attributes:
-        partition: what it trained.
-        params: the trained groups, float32.
-        run: its directory.
-        step: of the checkpoint read.
-    """
-
-    partition: Partition
-    params: Bank
-    run: Path
-    step: int
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Session:
-    """An opened model: headers checked, identity known, weights not yet read.
+class Model:
+    """A checkpoint with its overlays on a mesh: headers checked, identity known; weights are read when they are needed.
 
     Attributes:
         checkpoint: directory, config and tensor headers.
         tokenizer: the model's own (transformers).
-        model_hash: identity of config and weights.
+        model_hash: identity of config and weights, overlays included.
         mesh: devices.
-        dtype: of weights and compute.
-        tuned: fine-tuning runs on top of the checkpoint, in order.
+        dtype: dtype of weights and compute; empty for that of the file.
+        overlays: fine-tuning runs, adapters and edits on top of the checkpoint, in order.
         named: what the checkpoint was called: its hub id, or its directory.
+        embedded: whether it is the model that comes with the package.
     """
 
     checkpoint: Checkpoint
@@ -67,27 +52,111 @@ class Session:
     model_hash: str
     mesh: Mesh
     dtype: str
-    tuned: tuple[Tuned, ...] = ()
+    overlays: tuple[Overlay, ...] = ()
     named: str = ""
+    embedded: bool = False
+    # Weights of the checkpoint by dtype, shared with every model made of this one; and this model's own.
+    _held: dict[str, Decoder] = dataclasses.field(default_factory=dict, repr=False)
+    _own: list[Decoder] = dataclasses.field(default_factory=list, init=False, repr=False)
 
     @property
     def config(self) -> ModelConfig:
         """The model's configuration."""
         return self.checkpoint.config
 
+    @property
+    def short_name(self) -> str:
+        """Name for a directory: the last overlay's run, else the checkpoint's directory, else ``embedded``."""
+        if self.overlays and self.overlays[-1].run is not None:
+            return self.overlays[-1].run.name
+        return "embedded" if self.embedded else self.checkpoint.path.resolve().name
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values for ``run.json``: which model, of what shape, in which dtype."""
+        runs = [str(overlay.run) for overlay in self.overlays if overlay.run is not None]
+        return {
+            "path": runs[-1] if runs else "embedded" if self.embedded else self.named,
+            "hash": self.model_hash,
+            "family": self.config.family,
+            "num_layers": self.config.num_layers,
+            "width": self.config.width,
+            "dtype": self.dtype,
+        }
+
+    def machine(self) -> dict[str, Any]:
+        """JSON values for ``run.json``: devices, mesh, form of attention."""
+        device = jax.devices()[0]
+        devices = {"kind": device.device_kind, "platform": device.platform, "mesh": dict(self.mesh.shape)}
+        return {"devices": devices, "attention": self.attention()}
+
     def attention(self, dtype: str = "") -> str:
-        """The form that attention takes for the longest rows, in this dtype of compute; default the session's."""
+        """The form that attention takes for the longest rows, in this dtype of compute; default the model's."""
         stored = list(self.checkpoint.dtypes.values())
         return _form(self.config, dtype or self.dtype or max(stored, key=stored.count))
 
     def decoder(self, bars: Bars | None = None) -> Decoder:
-        """Loads the weights onto the mesh."""
-        decoder = self._checkpoint(bars)
-        for tuned in self.tuned:
-            decoder = Decoder(self.config, tuned.partition.merge(decoder.weights(), tuned.params))
-        return decoder
+        """The model with its weights on the mesh: read at the first call, kept for the next ones."""
+        if not self._own:
+            if not self.overlays:
+                self._held[self.dtype] = self._held.get(self.dtype) or self._read(bars)
+                self._own.append(self._held[self.dtype])
+            else:
+                self._own.append(self._merged(self.weights(bars)))
+        return self._own[0]
 
-    def _checkpoint(self, bars: Bars | None) -> Decoder:
+    def weights(self, bars: Bars | None = None) -> dict[str, jax.Array]:
+        """The checkpoint's weights without overlays, by weight-table path, for a caller that takes them apart.
+
+        Where the model holds them already these are the same arrays, which must not be donated; else they are read
+        and not kept.
+        """
+        held = self._held.get(self.dtype)
+        return (held or self._read(bars)).weights()
+
+    def trainable(self, bars: Bars | None = None) -> dict[str, jax.Array]:
+        """Weights with overlays by weight-table path, as exact as they are known, for a training to part.
+
+        Arrays that the model holds are among them: a training that donates must donate copies.
+        """
+        if self._own and self.dtype in ("float32", *set(self.checkpoint.dtypes.values())):
+            return self._own[0].weights()
+        exact = dataclasses.replace(self, dtype="float32" if self.overlays else "")
+        return exact._merged(exact.weights(bars)).weights()
+
+    def with_overlay(self, overlay: Overlay) -> Model:
+        """This model with an overlay on top; both share the checkpoint's weights, which stay as they are."""
+        identity = sha256_json({"base": self.model_hash, **overlay.identity()})
+        return dataclasses.replace(self, model_hash=identity, overlays=(*self.overlays, overlay))
+
+    def with_layers_of(self, other: Model, layers: Sequence[int]) -> Model:
+        """This model with some layers taken from another.
+
+        Args:
+            other: model of the same shape, arithmetic and vocabulary.
+            layers: 0-based layers.
+
+        Raises:
+            UserError: see `check_pair`; or a layer is outside the model.
+        """
+        check_pair(self, other)
+        parts = partition(self.config, layers)
+        chosen = np.asarray(parts.members(TRAIN), np.int32)
+        taken = {
+            path: value[chosen].astype(np.float32)
+            for path, value in other.decoder().weights().items()
+            if path.startswith("blocks.")
+        }
+        return self.with_overlay(Overlay(parts, {TRAIN: taken}, None, 0))
+
+    def _merged(self, weights: dict[str, jax.Array]) -> Decoder:
+        """Weights with the overlays in their places; what nobody else holds is given away for it."""
+        alone = self.dtype not in self._held
+        for overlay in self.overlays:
+            weights = overlay.partition.merge(weights, overlay.params, donate=alone)
+            alone = True
+        return Decoder(self.config, weights)
+
+    def _read(self, bars: Bars | None) -> Decoder:
         if bars is None:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh)
         with bars(total=1, desc="weights") as bar:
@@ -99,13 +168,18 @@ class Session:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh, progress=progress)
 
 
-def open_session(
-    model: str, *, mesh: str | Mesh = "", dtype: str = "", step: str = "", bars: Bars | None = None
-) -> Session:
+def open_model(
+    model: str | Path | Model = "",
+    *,
+    mesh: str | Mesh = "",
+    dtype: str = "",
+    step: str = "",
+    bars: Bars | None = None,
+) -> Model:
     """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
 
     Args:
-        model: as above.
+        model: name of one of these; or a model that is open already, which is returned as it is.
         mesh: such as ``data=4,fsdp=2``, or made already; default as of `default_axes`.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
         step: of a run, which checkpoint: a number, ``best``, ``last``; default where training ended.
@@ -115,6 +189,9 @@ def open_session(
         UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`, `choose_attention`; or a run that is no
             fine-tuning, has no such checkpoint, or whose model is gone or has changed.
     """
+    if isinstance(model, Model):
+        return model
+    model = str(model)
     if model and (as_path(model) / "run.json").is_file():
         return _open_run(as_path(model), mesh, dtype, step, bars)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
@@ -127,7 +204,7 @@ def open_session(
     _form(checkpoint.config, "bfloat16")  # which every form knows: what else keeps it from this model is said first
     tokenizer = load_tokenizer(path)
     named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
-    return Session(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named)
+    return Model(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named, embedded=not model)
 
 
 def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
@@ -144,7 +221,7 @@ def _form(config: ModelConfig, dtype: str) -> str:
     return choose_attention(how, DTYPES[dtype], rows, config.max_length, config.num_heads, config.head_dim)[0]
 
 
-def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Session:
+def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Model:
     record = read_json(run / "run.json", RUN_FORMAT)
     if record.get("command") != "finetune":
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
@@ -153,26 +230,35 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
         step = step or str(record.get("result", {}).get("model_step", "last"))
     except KeyError as error:
         raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
-    below = open_session(base["path"], mesh=mesh, dtype=dtype, bars=bars)
+    path = "" if base["path"] == "embedded" else base["path"]
+    below = open_model(path, mesh=mesh, dtype=dtype, bars=bars)
     if below.model_hash != base["hash"]:
         raise UserError(
-            f"{run}: was trained on {base['path'] or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
+            f"{run}: was trained on {path or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
             f" {below.model_hash[:12]}; put the original back"
         )
-    from jaxcrit.training.checkpoints import trained_parameters
-
-    parts = partition_of_json(below.config, trained)
-    like, _ = split(parts.abstract(below.mesh, np.float32))
-    params, found = trained_parameters(run, like, step)
-    identity = sha256_json({"base": below.model_hash, "trained": trained, "params": _digests(params)})
-    return dataclasses.replace(
-        below, model_hash=identity, tuned=(*below.tuned, Tuned(parts, params, run.resolve(), found))
-    )
+    return below.with_overlay(read_overlay(run, below.config, below.mesh, trained, step))
 
 
-def _digests(params: Bank) -> dict[str, str]:
-    return {
-        f"{group}/{path}": hashlib.sha256(np.ascontiguousarray(processes.whole(value)).tobytes()).hexdigest()
-        for group, entries in params.items()
-        for path, value in entries.items()
-    }
+def check_pair(base: Model, tuned: Model) -> None:
+    """Checks that one model can be tuned from the other.
+
+    Raises:
+        UserError: their shapes, their arithmetic or their vocabularies differ.
+    """
+    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE]
+    differ = [
+        f"{name} {getattr(base.config, name)} in the base, {getattr(tuned.config, name)} in the tuned model"
+        for name in names
+        if getattr(base.config, name) != getattr(tuned.config, name)
+    ]
+    where = f"--base={base.checkpoint.path} --tuned={tuned.checkpoint.path}"
+    if differ:
+        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give the very base")
+    ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
+    if ours != theirs:
+        other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+        raise UserError(
+            f"{where}: expected one tokenizer, got two; token {other!r} is {ours.get(other, 'absent')} in the base and"
+            f" {theirs.get(other, 'absent')} in the tuned model"
+        )

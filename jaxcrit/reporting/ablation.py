@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import plots, tables
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes, rows_title
 
 CAVEATS = (
     "A layer is a 0-based decoder block. Skipped, it adds nothing to the residual stream; with its mean, it adds the"
@@ -23,25 +20,17 @@ CAVEATS = (
 )
 
 
-def ablation_text(run: Mapping[str, Any], scores: Mapping[str, LayerScores], *, style: bool = False) -> str:
-    """The result for a terminal: table, then the answer and the counts; at most 100 columns wide."""
-    told = [textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in _sentences(run, scores)]
-    return "\n".join([_table(scores, style), "", *told])
-
-
-def write_ablation(out: Path, run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> Path:
-    """Writes a figure per score and ``report.html``; returns the latter."""
+def ablation_report(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> Report:
+    """Losses and right answers without each layer."""
     figures = []
-    title = f"{Path(run['data']['source']).name}, {run['data']['num_samples']} samples"
+    title = rows_title(run)
     for key, score in _shown(scores).items():
         axis = "share of right answers" if "accuracy" in key else "loss (nats, mean of sample means)"
         lines = {"intact model": score.meta["unchanged"]}
-        picture = plots.layer_losses(score, lines, label=key, title=title, axis=axis)
-        write_bytes(out / f"{key}.png", picture)
-        figures.append(Figure(f"{key}.png", picture, f"{key} of each layer."))
-    section = Section("Without each layer", "", _table(scores), figures)
-    write_text(out / "report.html", render_report(_sentences(run, scores), [], [section], {}, run, caveats=CAVEATS))
-    return out / "report.html"
+        draw = on_axes(plots.layer_losses, score, lines, label=key, title=title, axis=axis)
+        figures.append(Figure(f"{key}.png", draw, f"{key} of each layer."))
+    section = Section("Without each layer", "", lambda style: _table(scores, style), figures)
+    return Report(_sentences(run, scores), sections=[section], caveats=CAVEATS)
 
 
 def _shown(scores: Mapping[str, LayerScores]) -> dict[str, LayerScores]:

@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import exporters, plots, tables, views
 from jaxcrit.reporting.measures import measures_table
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
     from jaxcrit.studies.analysis import Analysis, DatasetResult
 
+CAVEATS = (
+    "A layer here is a 0-based decoder block; its state is what leaves the block, before the final norm.",
+    "Biased CKA is high for any two layers when there are fewer samples than dimensions: compare it with the null, or"
+    " read the debiased values, which are near 0 for unrelated layers.",
+    "Standard errors and P(chosen) say how much the result would change with other prompts of the same kind, not with"
+    " another kind of prompt, another template or another model.",
+    "A low δ says that the representation changes at a layer. That training these layers pays more is the paper's"
+    " observation on its models and data; a run on your own data is the test.",
+)
 _SIZES = (
     "How often so many prompts of this kind would make the same choice, predicted from how much each prompt moves the"
     " scores; beyond the prompts given an extrapolation."
@@ -32,13 +41,23 @@ def _probability(view: DatasetResult | Analysis) -> np.ndarray | None:
     return None if view.certainty is None else view.certainty.probability
 
 
-def _sizes(view: DatasetResult | Analysis, directory: Path) -> list[Figure]:
-    """The sample-size curve as a figure, already written; none where it was not estimated."""
+def _sizes(view: DatasetResult | Analysis, folder: str = "") -> list[Figure]:
+    """The sample-size curve; none where it was not estimated."""
     if view.certainty is None:
         return []
-    picture = plots.sample_size_curve(view.certainty.sample_sizes, view.certainty.num_prompts)
-    write_bytes(directory / "sample_size.png", picture)
-    return [Figure("sample_size.png", picture, _SIZES)]
+    draw = on_axes(plots.sample_size_curve, view.certainty.sample_sizes, view.certainty.num_prompts)
+    return [Figure(f"{folder}sample_size.png", draw, _SIZES, (8.4, 3.6))]
+
+
+def heatmap(
+    cka: Mapping[str, np.ndarray], caption: str, folder: str = "", labels: tuple[str, str] = ("layer ℓ", "layer ℓ")
+) -> Figure:
+    """CKA of every pair of layers, biased and debiased side by side."""
+
+    def draw(canvas: Canvas) -> None:
+        plots.cka_heatmap(cka["biased"], cka["debiased"], canvas, labels=labels)
+
+    return Figure(f"{folder}cka.png", draw, caption, (10.4, 5.0), "compressed")
 
 
 def _consensus(analysis: Analysis) -> LayerScores | None:
@@ -90,71 +109,64 @@ def forms(analysis: Analysis) -> list[str]:
     return [f"Sweep: {text}." for text in dict.fromkeys(form["text"] for form in chosen.values())]
 
 
-def analysis_text(analysis: Analysis, *, style: bool = False) -> str:
-    """The result for a terminal: table, headline, how sure, warnings.
-
-    Args:
-        analysis: the result.
-        style: bold marks, for a terminal.
-    """
-    consensus = _consensus(analysis)
-    if consensus is not None:
-        table = _consensus_table(analysis, consensus, style)
-    else:
-        dataset = next(iter(analysis.datasets.values()))
-        others = measures_table(dataset.scores)
-        table = _dataset_table(analysis, dataset, style) + (f"\n\nδ by other measures:\n{others}" if others else "")
-    sentences = [*headlines(analysis), *forms(analysis), *(f"warning: {line}" for line in warnings(analysis))]
-    return "\n".join([table, "", *(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)])
-
-
-def write_analysis(analysis: Analysis) -> Path:
-    """Writes figures, ``report.html``, ``layers.json`` and ``configs/`` into the run directory; returns the report.
-
-    Several datasets have their own figures and ``layers.json`` in a directory each.
-    """
-    config, out, model_type = analysis.run["config"], analysis.out, views.model_type(analysis)
+def analysis_report(analysis: Analysis) -> Report:
+    """The chosen layers, how sure that is, and every dataset's layers; of several the terminal shows the consensus."""
     consensus, sections = _consensus(analysis), []
     if consensus is not None:
         deltas = {name: _chosen_by(dataset) for name, dataset in analysis.datasets.items()}
-        picture = plots.consensus_figure(deltas, consensus, analysis.chosen)
-        write_bytes(out / "consensus.png", picture)
-        figure = Figure("consensus.png", picture, "δ of each dataset, and the mean rank over them that chose.")
-        table = _consensus_table(analysis, consensus)
-        figures = [figure, *_sizes(analysis, out)]
-        sections.append(Section(f"Consensus of {len(deltas)} datasets", "", table, figures))
+
+        def draw(canvas: Canvas) -> None:
+            plots.consensus_figure(deltas, consensus, analysis.chosen, canvas)
+
+        caption = "δ of each dataset, and the mean rank over them that chose."
+        figures = [Figure("consensus.png", draw, caption, (8.4, 6.0)), *_sizes(analysis)]
+        title = f"Consensus of {len(deltas)} datasets"
+        sections.append(Section(title, "", lambda style: _consensus_table(analysis, consensus, style), figures))
     for name, dataset in analysis.datasets.items():
-        directory = out if consensus is None else out / name
-        null = views.null_delta(dataset, config)
-        curve = plots.delta_curve(
-            dataset.scores,
-            dataset.chosen,
-            window=config["window"],
-            null=null,
-            title=f"{name}, {dataset.num_samples} samples",
-        )
-        heatmap = plots.cka_heatmap(dataset.cka["biased"], dataset.cka["debiased"])
-        figures = [
-            Figure("delta.png", curve, "δ of each layer; low where the representation changes. Shaded: chosen."),
-            Figure("cka.png", heatmap, "CKA of every pair of layers; a bright block is a run of alike layers."),
-        ]
-        for figure in figures:
-            write_bytes(directory / figure.name, figure.png)
-        figures += _sizes(dataset, directory)
-        if consensus is not None:
-            exporters.layer_files(directory, dataset.chosen, model_type)
-        candidates = views.num_candidates(_chosen_by(dataset), config)
-        sure = " ".join(tables.certainty(dataset.chosen, dataset.certainty, candidates))
-        title = f"{name}: {dataset.num_samples} samples"
-        note = f"{tables.headline(dataset.chosen)}. {sure}" if consensus is not None else ""
-        sections.append(Section(title, note, _dataset_table(analysis, dataset), figures))
-        if others := measures_table(dataset.scores):
-            sections.append(Section(f"{name}: δ by other measures", "", others, []))
-    exporters.layer_files(out, analysis.chosen, model_type)
+        sections += _dataset_sections(analysis, name, dataset, alone=consensus is None)
+    model_type = views.model_type(analysis)
     configs = {
         name: exporters.export_selection(analysis.chosen, fmt, model_type)
         for fmt, name in exporters.CONFIG_FILES.items()
     }
-    page = render_report(headlines(analysis), warnings(analysis), sections, configs, analysis.run)
-    write_text(out / "report.html", page)
-    return out / "report.html"
+    return Report(headlines(analysis), warnings(analysis), sections, CAVEATS, forms(analysis), configs)
+
+
+def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, alone: bool) -> list[Section]:
+    config, folder = analysis.run["config"], "" if alone else f"{name}/"
+    curve = on_axes(
+        plots.delta_curve,
+        dataset.scores,
+        dataset.chosen,
+        window=config["window"],
+        null=views.null_delta(dataset, config),
+        title=f"{name}, {dataset.num_samples} samples",
+    )
+    caption = "δ of each layer; low where the representation changes. Shaded: chosen."
+    figures = [
+        Figure(f"{folder}delta.png", curve, caption),
+        heatmap(dataset.cka, "CKA of every pair of layers; a bright block is a run of alike layers.", folder),
+        *_sizes(dataset, folder),
+    ]
+    candidates = views.num_candidates(_chosen_by(dataset), config)
+    sure = " ".join(tables.certainty(dataset.chosen, dataset.certainty, candidates))
+    note = "" if alone else f"{tables.headline(dataset.chosen)}. {sure}"
+
+    def table(style: bool) -> str:
+        return _dataset_table(analysis, dataset, style)
+
+    brief = None if alone else ""
+    sections = [Section(f"{name}: {dataset.num_samples} samples", note, table, figures, brief)]
+    if others := measures_table(dataset.scores):
+        shown = f"δ by other measures:\n{others}" if alone else ""
+        sections.append(Section(f"{name}: δ by other measures", "", others, brief=shown))
+    return sections
+
+
+def write_selections(analysis: Analysis) -> None:
+    """Writes ``layers.json`` and ``configs/`` of the choice, and of each dataset's own where there are several."""
+    model_type = views.model_type(analysis)
+    if _consensus(analysis) is not None:
+        for name, dataset in analysis.datasets.items():
+            exporters.layer_files(analysis.out / name, dataset.chosen, model_type)
+    exporters.layer_files(analysis.out, analysis.chosen, model_type)

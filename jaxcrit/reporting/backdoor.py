@@ -8,18 +8,32 @@ from typing import Any
 
 from jaxcrit.core.files import write_bytes
 from jaxcrit.reporting.backdoor_plots import attack_curves, attack_tradeoff
+from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.tables import aligned
 
 Json = Mapping[str, Any]
 
 
-def write_figures(out: Path, content: Json) -> None:
-    """Draws ``tradeoff.png`` (attack success against clean loss, a point per run) and ``success.png`` (over steps)."""
+def figures(content: Json) -> list[Figure]:
+    """Attack success against clean loss, a point per run; and over steps."""
     curves = content["curves"]
     ends = [(run["arm"], run["points"][-1][2], run["points"][-1][1]) for run in curves]
-    write_bytes(out / "tradeoff.png", attack_tradeoff(ends))
     lines = [(run["arm"], [point[:2] for point in run["points"]]) for run in curves if run["arm"] != "init"]
-    write_bytes(out / "success.png", attack_curves(lines))
+    return [
+        Figure(
+            "tradeoff.png",
+            on_axes(attack_tradeoff, ends),
+            "Attack success against clean loss, a point per run.",
+            (6.4, 4.8),
+        ),
+        Figure("success.png", on_axes(attack_curves, lines), "Attack success over optimizer steps, a line per run."),
+    ]
+
+
+def write_figures(out: Path, content: Json) -> None:
+    """Writes the `figures` into a directory."""
+    for figure in figures(content):
+        write_bytes(out / figure.name, figure.png())
 
 
 def backdoor_text(content: Json, out: Path | str = "") -> str:

@@ -6,20 +6,18 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from jaxcrit.reporting.plots import LINES, _png
+from jaxcrit.reporting.plots import LINES
 
 
-def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> bytes:
+def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]], axes: Axes) -> None:
     """Attack success over optimizer steps: a thin line per run, a thick one for the mean of an arm.
 
     Args:
         runs: (arm, (step, attack success) of each test).
+        axes: axes to draw on.
     """
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     for name, color in _colors([arm for arm, _ in runs]).items():
         mine = [points for arm, points in runs if arm == name]
         for points in mine:
@@ -29,22 +27,19 @@ def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]]) -> 
         axes.plot(steps, means, "o-", color=color, markersize=3, linewidth=1.8, label=f"{name} ({len(mine)})")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _attack_axes(axes, "optimizer step")
-    return _png(figure)
 
 
-def attack_tradeoff(runs: Sequence[tuple[str, float, float]]) -> bytes:
+def attack_tradeoff(runs: Sequence[tuple[str, float, float]], axes: Axes) -> None:
     """Attack success against clean loss at the end, a point per run.
 
     Args:
         runs: (arm, clean loss, attack success).
+        axes: axes to draw on.
     """
-    figure = Figure(figsize=(6.4, 4.8), layout="constrained")
-    axes = figure.subplots()
     for name, color in _colors([arm for arm, _, _ in runs]).items():
         mine = [(loss, share) for arm, loss, share in runs if arm == name]
         axes.plot(*zip(*mine, strict=True), "o", color=color, markersize=6, alpha=0.8, label=f"{name} ({len(mine)})")
     _attack_axes(axes, "clean loss (nats per token of the gold answers)")
-    return _png(figure)
 
 
 def _colors(arms: Sequence[str]) -> dict[str, str]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import textwrap
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import plots, tables
-from jaxcrit.reporting.report import CAVEATS, Figure, Section, render_report
+from jaxcrit.reporting.analysis import CAVEATS, heatmap
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 
 if TYPE_CHECKING:
     from jaxcrit.studies.comparison import Comparison
@@ -76,35 +74,22 @@ def headlines(comparison: Comparison) -> list[str]:
     return [first, f"How sure: with {prompts} prompts the layer changed most is one of {among} at 95% confidence."]
 
 
-def comparison_text(comparison: Comparison) -> str:
-    """The result for a terminal: table, headlines, warnings."""
-    sentences = [*headlines(comparison), *(f"warning: {line}" for line in comparison.warnings)]
-    filled = (textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") for line in sentences)
-    return "\n".join([comparison_table(comparison), "", *filled])
-
-
-def write_comparison(comparison: Comparison) -> Path:
-    """Writes ``cka.png``, ``cross_cka.png`` and ``report.html`` into the run directory; returns the report."""
-    cka, beside, out = comparison.cka, partners(comparison), comparison.out
+def comparison_report(comparison: Comparison) -> Report:
+    """CKA of each layer with its partner, and of every layer with every other."""
+    cka, beside = comparison.cka, partners(comparison)
     places = np.arange(len(beside)), beside
-    same = comparison.score is not None
-    curve = plots.cross_curve(
+    curve = on_axes(
+        plots.cross_curve,
         cka["debiased"][places],
         biased=cka["biased"][places],
         null=cka["null_mean"][places],
         stderr=cka["stderr"][places] if "stderr" in cka else None,
         title=f"{comparison.num_prompts} prompts",
     )
-    heatmap = plots.cka_heatmap(cka["biased"], cka["debiased"], ("layer of a", "layer of b"))
-    partner = "the same layer" if same else "the most alike layer"
+    partner = "the most alike layer" if comparison.score is None else "the same layer"
     figures = [
         Figure("cross_cka.png", curve, f"CKA of each layer of a with {partner} of b; low where they differ."),
-        Figure("cka.png", heatmap, "CKA of every layer of a with every layer of b."),
+        heatmap(cka, "CKA of every layer of a with every layer of b.", labels=("layer of a", "layer of b")),
     ]
-    for figure in figures:
-        write_bytes(out / figure.name, figure.png)
     section = Section("Layer by layer", "", comparison_table(comparison), figures)
-    answer, warnings, run = headlines(comparison), comparison.warnings, comparison.run
-    page = render_report(answer, warnings, [section], {}, run, caveats=CAVEATS[:3])
-    write_text(out / "report.html", page)
-    return out / "report.html"
+    return Report(headlines(comparison), comparison.warnings, [section], CAVEATS[:3])

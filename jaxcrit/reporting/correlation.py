@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import plots
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 from jaxcrit.reporting.tables import WIDTH, aligned
 from jaxcrit.selection.correlation import Correlation
 
@@ -89,25 +86,15 @@ def _table(correlated: Correlated) -> str:
     return pair_table(correlated.pair, correlated.names)
 
 
-def correlation_text(correlated: Correlated) -> str:
-    """The result for a terminal."""
-    lines = [textwrap.fill(f"warning: {line}", WIDTH, subsequent_indent="  ") for line in correlated.warnings]
-    return "\n".join([textwrap.fill(headline(correlated), WIDTH), "", _table(correlated), *lines])
-
-
-def write_correlation(correlated: Correlated) -> Path:
-    """Writes the figures of a pair and ``report.html`` into the run directory; returns the report."""
-    assert correlated.out is not None
+def correlation_report(correlated: Correlated) -> Report:
+    """The statistics of a pair, or the matrix of a folder."""
     figures = []
     if correlated.pair is not None:
         (a, b), names = correlated.scores, correlated.names
+        both, each = on_axes(plots.twin_curves, a, b, names), on_axes(plots.score_scatter, a, b, names)
         figures = [
-            Figure("layers.png", plots.twin_curves(a, b, names), "Both scores over the layers, each on its own axis."),
-            Figure("scatter.png", plots.score_scatter(a, b, names), "Each layer by both scores; darker is deeper."),
+            Figure("layers.png", both, "Both scores over the layers, each on its own axis."),
+            Figure("scatter.png", each, "Each layer by both scores; darker is deeper.", (5.6, 5.0)),
         ]
-    for figure in figures:
-        write_bytes(correlated.out / figure.name, figure.png)
     section = Section("Correlation", "", _table(correlated), figures)
-    page = render_report([headline(correlated)], correlated.warnings, [section], {}, correlated.run, caveats=CAVEATS)
-    write_text(correlated.out / "report.html", page)
-    return correlated.out / "report.html"
+    return Report([headline(correlated)], correlated.warnings, [section], CAVEATS)

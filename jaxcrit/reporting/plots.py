@@ -1,14 +1,15 @@
-"""Figures as PNG bytes: the same input gives the same bytes (no dates, no versions, no global state)."""
+"""Figures: functions that draw data on axes, or on an empty figure where there are several panels.
+
+`jaxcrit.reporting.report.Figure` makes PNG bytes of them; a notebook gives its own axes.
+"""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -17,13 +18,6 @@ from jaxcrit.selection.confidence import SampleSizes
 
 DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    FigureCanvasAgg(figure)
-    figure.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
-    return buffer.getvalue()
 
 
 def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
@@ -45,15 +39,17 @@ def _layer_axis(axes: Axes, num_layers: int) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def cka_heatmap(biased: np.ndarray, debiased: np.ndarray, labels: tuple[str, str] = ("layer ℓ", "layer ℓ")) -> bytes:
+def cka_heatmap(
+    biased: np.ndarray, debiased: np.ndarray, figure: Figure, *, labels: tuple[str, str] = ("layer ℓ", "layer ℓ")
+) -> None:
     """CKA of every pair of layers, biased and debiased side by side.
 
     Args:
         biased: ``[L, L']``, the paper's estimator, on the paper's scale of 0 to 1.
         debiased: ``[L, L']``, on the same scale; values below 0, which this estimator can have, look like 0.
         labels: of the rows and the columns.
+        figure: figure to draw on, empty.
     """
-    figure = Figure(figsize=(10.4, 5.0), layout="compressed")
     panels = figure.subplots(1, 2, sharey=True)
     for axes, matrix, name in zip(panels, (biased, debiased), ("biased", "debiased"), strict=True):
         image = axes.imshow(matrix, cmap="magma", vmin=0, vmax=1, origin="lower", interpolation="nearest")
@@ -63,17 +59,17 @@ def cka_heatmap(biased: np.ndarray, debiased: np.ndarray, labels: tuple[str, str
             axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     panels[0].set_ylabel(labels[0])
     figure.colorbar(image, ax=panels, label="CKA", shrink=0.92)
-    return _png(figure)
 
 
 def delta_curve(
     scores: Mapping[str, LayerScores],
     chosen: LayerSet,
+    axes: Axes,
     *,
     window: int,
     null: np.ndarray | None = None,
     title: str = "",
-) -> bytes:
+) -> None:
     """δ over the layers: debiased with ±1.96 standard errors, biased and the null beside it.
 
     Args:
@@ -82,11 +78,10 @@ def delta_curve(
         window: layers a δ averages over, for the axis.
         null: ``[L]`` δ that unrelated layers would score (biased).
         title: of the figure.
+        axes: axes to draw on.
     """
     debiased, biased = scores["delta_debiased"], scores["delta"]
     layers = np.arange(chosen.num_layers)
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     _mark(axes, chosen.layers)
     if debiased.stderr is not None:
         half = 1.96 * debiased.stderr
@@ -104,19 +99,20 @@ def delta_curve(
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
 
 
-def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, chosen: LayerSet) -> bytes:
+def consensus_figure(
+    deltas: Mapping[str, LayerScores], consensus: LayerScores, chosen: LayerSet, figure: Figure
+) -> None:
     """δ of several datasets, one line each, above the mean rank that chose.
 
     Args:
         deltas: by dataset, the score that chose.
         consensus: mean rank over the datasets.
         chosen: layers to shade.
+        figure: figure to draw on, empty.
     """
     layers = np.arange(chosen.num_layers)
-    figure = Figure(figsize=(8.4, 6.0), layout="constrained")
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     _mark(above, chosen.layers)
     for index, (name, score) in enumerate(deltas.items()):
@@ -130,18 +126,18 @@ def consensus_figure(deltas: Mapping[str, LayerScores], consensus: LayerScores, 
     for axes in (above, below):
         _layer_axis(axes, chosen.num_layers)
     above.set_xlabel("")
-    return _png(figure)
 
 
 def layer_losses(
     scores: LayerScores,
     lines: Mapping[str, float],
+    axes: Axes,
     *,
     label: str,
     random: Sequence[float] = (),
     title: str = "",
     axis: str = "loss (nats, mean of sample means)",
-) -> bytes:
+) -> None:
     """Loss of a changed model over the layer that was changed, with ±1.96 standard errors.
 
     Args:
@@ -151,10 +147,9 @@ def layer_losses(
         random: losses of random sets of as many layers; drawn as a band from the 5th to the 95th percentile.
         title: of the figure.
         axis: what the values are.
+        axes: axes to draw on.
     """
     layers, values = np.arange(scores.num_layers), scores.values
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     if len(random):
         low, high = np.percentile(random, (5, 95))
         axes.axhspan(low, high, color=NULL, alpha=0.18, linewidth=0, label=f"{len(random)} random sets, 5-95 %")
@@ -175,13 +170,10 @@ def layer_losses(
     if title:
         axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
 
 
-def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
+def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str], left: Axes) -> None:
     """Two scores over the layers, each on an axis of its own, as the paper draws δ and substitution loss."""
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    left = figure.subplots()
     right = left.twinx()
     for axes, score, name, color, marker in ((left, a, names[0], LINES[0], "o"), (right, b, names[1], LINES[1], "s")):
         axes.plot(np.arange(score.num_layers), score.values, f"{marker}-", color=color, markersize=4)
@@ -192,13 +184,11 @@ def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
         axes.tick_params(axis="y", labelcolor=color)
     _layer_axis(left, a.num_layers)
     right.spines["top"].set_visible(False)
-    return _png(figure)
 
 
-def score_grid(scores: Mapping[str, LayerScores]) -> bytes:
+def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
     """Every score over the layers in a panel of its own, with ±1.96 standard errors where it has them."""
     rows = -(-len(scores) // 2)
-    figure = Figure(figsize=(10.4, 2.4 * rows + 0.4), layout="constrained")
     for place, (name, score) in enumerate(scores.items(), 1):
         axes = figure.add_subplot(rows, 2, place)
         layers = np.arange(score.num_layers)
@@ -209,13 +199,10 @@ def score_grid(scores: Mapping[str, LayerScores]) -> bytes:
         axes.set_title(f"{name} ({score.direction} is critical)", fontsize=9, loc="left")
         _layer_axis(axes, score.num_layers)
         axes.set_xlabel("")
-    return _png(figure)
 
 
-def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes:
+def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Axes) -> None:
     """Each layer that both scores are valid for, by both, numbered; darker is deeper."""
-    figure = Figure(figsize=(5.6, 5.0), layout="constrained")
-    axes = figure.subplots()
     layers = np.flatnonzero(a.valid & b.valid)
     axes.scatter(a.values[layers], b.values[layers], c=layers, cmap="viridis_r", s=24)
     for layer in layers:
@@ -225,20 +212,18 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str]) -> bytes
     axes.set_ylabel(names[1])
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    return _png(figure)
 
 
-def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], *, title: str = "") -> bytes:
+def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left: Axes, *, title: str = "") -> None:
     """CCA of principal components over bars of δ, as the paper draws them: two axes, both cut to what is on them.
 
     Args:
         delta: bars.
         curves: lines with ±1.96 standard errors, by label.
         title: of the figure.
+        left: axes to draw on.
     """
     layers = np.arange(delta.num_layers)
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    left = figure.subplots()
     least, most = np.nanmin(delta.values), np.nanmax(delta.values)
     base = least - 0.15 * max(most - least, 1e-6)
     left.bar(layers, delta.values - base, bottom=base, color=NULL, alpha=0.35, width=0.8)
@@ -257,17 +242,15 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], *, t
     if title:
         left.set_title(title, fontsize=11, loc="left")
     right.legend(frameon=False, fontsize=9, loc="lower right")
-    return _png(figure)
 
 
-def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
+def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -> None:
     """Test loss over optimizer steps, one line each.
 
     Args:
         curves: by name, (step, loss in nats per token).
+        axes: axes to draw on.
     """
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
@@ -277,18 +260,16 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]]) -> bytes:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
 
 
-def sample_size_curve(sizes: SampleSizes, num_prompts: int) -> bytes:
+def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:
     """How often n prompts would make the same choice, over n.
 
     Args:
         sizes: the curve.
         num_prompts: there are now, marked.
+        axes: axes to draw on.
     """
-    figure = Figure(figsize=(8.4, 3.6), layout="constrained")
-    axes = figure.subplots()
     axes.axhline(0.95, color=NULL, linestyle="--", linewidth=1)
     axes.axvline(num_prompts, color=NULL, linestyle=":", linewidth=1)
     axes.plot(sizes.num_prompts, sizes.same, "o-", color=DEBIASED, markersize=4, label="the same layers")
@@ -304,12 +285,11 @@ def sample_size_curve(sizes: SampleSizes, num_prompts: int) -> bytes:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
-    return _png(figure)
 
 
 def cross_curve(
-    values: np.ndarray, *, biased: np.ndarray, null: np.ndarray, stderr: np.ndarray | None, title: str
-) -> bytes:
+    values: np.ndarray, axes: Axes, *, biased: np.ndarray, null: np.ndarray, stderr: np.ndarray | None, title: str
+) -> None:
     """CKA of each layer of one model with its partner in another: debiased with errors, biased and null beside it.
 
     Args:
@@ -318,10 +298,9 @@ def cross_curve(
         null: ``[L]`` what unrelated layers would score by the biased one.
         stderr: ``[L]`` of the debiased values.
         title: of the figure.
+        axes: axes to draw on.
     """
     layers = np.arange(len(values))
-    figure = Figure(figsize=(8.4, 4.4), layout="constrained")
-    axes = figure.subplots()
     axes.errorbar(
         layers,
         values,
@@ -344,12 +323,16 @@ def cross_curve(
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
-    return _png(figure)
 
 
 def removal_curves(
-    panels: Mapping[str, Mapping[str, np.ndarray]], layers: Sequence[int], chosen: LayerSet, *, title: str = ""
-) -> bytes:
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    layers: Sequence[int],
+    chosen: LayerSet,
+    figure: Figure,
+    *,
+    title: str = "",
+) -> None:
     """Shares over the layers, a panel per measure and a line per set.
 
     Args:
@@ -357,8 +340,8 @@ def removal_curves(
         layers: that were measured.
         chosen: layers to shade.
         title: of the figure.
+        figure: figure to draw on, empty.
     """
-    figure = Figure(figsize=(8.4, 3.2 * len(panels)), layout="constrained")
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for place, (axes, (measure, curves)) in enumerate(zip(rows, panels.items(), strict=True)):
         _mark(axes, chosen.layers, label=place == 0)
@@ -373,4 +356,3 @@ def removal_curves(
     rows[0].legend(frameon=False, fontsize=9, title="removed components", title_fontsize=9)
     if title:
         rows[0].set_title(title, fontsize=11, loc="left", pad=18)
-    return _png(figure)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import numpy as np
+from matplotlib.figure import Figure as Canvas
 
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.reporting.plots import removal_curves
+from jaxcrit.reporting.report import Figure
 from jaxcrit.reporting.tables import aligned, shortened
 from jaxcrit.studies.removal import Cell, Removal
 
@@ -66,13 +68,19 @@ def example_lines(found: Removal) -> list[str]:
     return lines
 
 
-def removal_figure(found: Removal) -> bytes:
-    """Share of answers changed and exact match over the layers, a line per set, Wilson's 95 % intervals; PNG."""
+def removal_figure(found: Removal) -> Figure:
+    """Share of answers changed and exact match over the layers, a line per set, Wilson's 95 % intervals."""
     panels: dict[str, Mapping[str, np.ndarray]] = {"answers changed": _curves(found, lambda cell: cell.changed)}
     if found.plain.exact is not None:
         panels["exact match"] = _curves(found, lambda cell: cell.exact)
     layers = list(dict.fromkeys(cell.layer for cell in found.cells if cell.layer is not None))
-    return removal_curves(panels, layers, found.critical, title=found.dataset)
+    name = f"removal-{found.dataset.rpartition(':')[2].rpartition('/')[2]}.png"
+
+    def draw(canvas: Canvas) -> None:
+        removal_curves(panels, layers, found.critical, canvas, title=found.dataset)
+
+    caption = "Share of answers that change, and of right ones, without components at each layer."
+    return Figure(name, draw, caption, (8.4, 3.2 * len(panels)))
 
 
 def _curves(found: Removal, count: Callable[[Cell], int | None]) -> dict[str, np.ndarray]:

@@ -1,62 +1,192 @@
-"""The report page: one HTML file with its pictures inside, readable offline, in light and dark."""
+"""A report is a value: what was found, in sentences, tables and figures; for a terminal, and as one HTML page.
+
+The page holds its pictures, opens offline, and suits light and dark.
+"""
 
 from __future__ import annotations
 
 import base64
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+import io
+import textwrap
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import jinja2
+from jaxcrit.core.files import write_bytes, write_text
+from jaxcrit.reporting import tables
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 # Of run.json: stands higher on the page already, or repeats other entries to identify the run.
 SHOWN_ELSEWHERE = ("chosen", "warnings", "determines", "result")
-CAVEATS = (
-    "A layer here is a 0-based decoder block; its state is what leaves the block, before the final norm.",
-    "Biased CKA is high for any two layers when there are fewer samples than dimensions: compare it with the null, or"
-    " read the debiased values, which are near 0 for unrelated layers.",
-    "Standard errors and P(chosen) say how much the result would change with other prompts of the same kind, not with"
-    " another kind of prompt, another template or another model.",
-    "A low δ says that the representation changes at a layer. That training these layers pays more is the paper's"
-    " observation on its models and data; a run on your own data is the test.",
-)
 
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A picture of the page.
+    """A picture: how it is drawn, and what it shows.
 
     Attributes:
-        name: file name of the same picture beside the page.
-        png: its bytes.
+        name: file name in the run directory; a path below it where the figure belongs to one dataset of several.
+        draw: draws on an empty matplotlib figure; usually `on_axes`, around a function of data and axes.
         caption: one sentence, also read out in place of the picture.
+        size: width and height in inches.
+        layout: matplotlib's layout engine.
     """
 
     name: str
-    png: bytes
+    draw: Callable[[Canvas], None]
     caption: str
+    size: tuple[float, float] = (8.4, 4.4)
+    layout: Literal["constrained", "compressed"] = "constrained"
 
-    @property
-    def source(self) -> str:
-        """The picture as a ``data:`` URL."""
-        return f"data:image/png;base64,{base64.b64encode(self.png).decode('ascii')}"
+    def canvas(self) -> Canvas:
+        """The figure as matplotlib's."""
+        from matplotlib.figure import Figure as Canvas
+
+        made = Canvas(figsize=self.size, layout=self.layout)
+        self.draw(made)
+        return made
+
+    def png(self) -> bytes:
+        """The figure as PNG bytes: no dates, no versions, so that the same data give the same bytes."""
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+        buffer, canvas = io.BytesIO(), self.canvas()
+        FigureCanvasAgg(canvas)
+        canvas.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
+        return buffer.getvalue()
+
+
+def on_axes(draw: Callable[..., None], *data: Any, **options: Any) -> Callable[[Canvas], None]:
+    """Turns a function ``(data, axes) -> None`` into one that draws on an empty figure of one panel."""
+    return lambda canvas: draw(*data, canvas.subplots(), **options)
+
+
+def rows_title(run: Mapping[str, Any]) -> str:
+    """Which rows a run is about, for the title of a figure: names of the datasets, number of samples."""
+    return f"{', '.join(run['data'])}, {num_samples(run)} samples"
+
+
+def num_samples(run: Mapping[str, Any]) -> int:
+    """How many samples a run is about, over all its datasets."""
+    return sum(one["num_samples"] for one in run["data"].values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """A part of the page.
+    """A part of the report.
 
     Attributes:
-        title: heading.
+        title: heading on the page.
         note: sentence under it, or empty.
-        table: text table.
-        figures: under the table.
+        table: function of ``style`` (bold marks for a terminal) that gives the text table; or the table itself.
+        figures: pictures under the table.
+        brief: what the terminal shows instead; None for the table, empty for nothing.
     """
 
     title: str
     note: str
-    table: str
-    figures: Sequence[Figure]
+    table: str | Callable[[bool], str]
+    figures: Sequence[Figure] = ()
+    brief: str | None = None
+
+    def text(self, style: bool = False) -> str:
+        """The table."""
+        return self.table if isinstance(self.table, str) else self.table(style)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a run found, for people.
+
+    Attributes:
+        headline: the answer, then how sure it is, a sentence each.
+        warnings: what would mislead a reader, a line each.
+        sections: tables and figures.
+        caveats: how to read it, a sentence each; on the page alone.
+        notes: further sentences, such as what it cost.
+        configs: text for other trainers by file name; on the page alone.
+    """
+
+    headline: Sequence[str]
+    warnings: Sequence[str] = ()
+    sections: Sequence[Section] = ()
+    caveats: Sequence[str] = ()
+    notes: Sequence[str] = ()
+    configs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    def text(self, width: int = tables.WIDTH, *, style: bool = False) -> str:
+        """The report for a terminal: tables, then sentences, filled to a width.
+
+        Args:
+            width: columns.
+            style: bold marks.
+        """
+        texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
+        shown = [text for text in texts if text]
+        sentences = [*self.headline, *self.notes, *(f"warning: {line}" for line in self.warnings)]
+        told = [textwrap.fill(line, width, subsequent_indent="  ") for line in sentences]
+        return "\n".join(["\n\n".join(shown), "", *told] if shown else told)
+
+    def write(self, out: Path, record: Mapping[str, Any]) -> Path:
+        """Writes every figure and ``report.html`` into a run directory.
+
+        Args:
+            out: run directory.
+            record: content of ``run.json``, for the part that says where the numbers come from.
+
+        Returns:
+            The page's path.
+        """
+        pictures = {}
+        for figure in (figure for section in self.sections for figure in section.figures):
+            pictures[figure.name] = figure.png()
+            write_bytes(out / figure.name, pictures[figure.name])
+        page = out / "report.html"
+        write_text(page, self._html(pictures, record))
+        return page
+
+    def _html(self, pictures: Mapping[str, bytes], record: Mapping[str, Any]) -> str:
+        import jinja2
+
+        environment = jinja2.Environment(
+            loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
+            autoescape=True,
+            undefined=jinja2.StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        provenance = {key: value for key, value in record.items() if key not in SHOWN_ELSEWHERE}
+        return environment.get_template("report.html.j2").render(
+            headlines=[*self.headline, *self.notes],
+            warnings=self.warnings,
+            command=record["command"],
+            sections=[
+                {
+                    "title": section.title,
+                    "note": section.note,
+                    "table": section.text(),
+                    "figures": [
+                        {
+                            "name": Path(figure.name).name,
+                            "source": _data_url(pictures[figure.name]),
+                            "caption": figure.caption,
+                        }
+                        for figure in section.figures
+                    ],
+                }
+                for section in self.sections
+            ],
+            configs=self.configs,
+            caveats=self.caveats,
+            provenance=list(_flat(provenance)),
+        )
+
+
+def _data_url(png: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -67,40 +197,3 @@ def _flat(content: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, s
         else:
             text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
             yield f"{prefix}{key}", text if text else "(default)"
-
-
-def render_report(
-    headlines: Sequence[str],
-    warnings: Sequence[str],
-    sections: Sequence[Section],
-    configs: Mapping[str, str],
-    run: Mapping[str, Any],
-    *,
-    caveats: Sequence[str] = CAVEATS,
-) -> str:
-    """Renders the page; all text is escaped.
-
-    Args:
-        headlines: the answer, then how sure it is.
-        warnings: one line each.
-        sections: tables and figures.
-        configs: text for other trainers, by file name; their section is left out where there are none.
-        run: what ``run.json`` holds.
-        caveats: how to read it, one sentence each.
-    """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    return environment.get_template("report.html.j2").render(
-        headlines=headlines,
-        warnings=warnings,
-        command=run["command"],
-        sections=sections,
-        configs=configs,
-        caveats=caveats,
-        provenance=list(_flat({key: value for key, value in run.items() if key not in SHOWN_ELSEWHERE})),
-    )

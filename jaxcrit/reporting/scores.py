@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import plots
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section
 from jaxcrit.reporting.tables import WIDTH, aligned
 
 CAVEATS = (
@@ -43,19 +39,9 @@ def _value(score: LayerScores, layer: int) -> str:
     return f"{value:.4g}" if score.valid[layer] and math.isfinite(value) else "-"
 
 
-def scores_text(scores: Mapping[str, LayerScores], warnings: Sequence[str]) -> str:
-    """The result for a terminal."""
-    lines = [textwrap.fill(f"warning: {line}", WIDTH, subsequent_indent="  ") for line in warnings]
-    return "\n".join([score_table(scores), *lines])
-
-
-def write_scores_page(
-    scores: Mapping[str, LayerScores], warnings: Sequence[str], run: Mapping[str, Any], out: Path
-) -> Path:
-    """Writes ``scores.png`` and ``report.html``; returns the latter."""
-    figure = Figure("scores.png", plots.score_grid(scores), "Every score over the layers.")
-    write_bytes(out / figure.name, figure.png)
+def scores_report(scores: Mapping[str, LayerScores], warnings: Sequence[str]) -> Report:
+    """A column per score, a picture of all."""
+    size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
+    figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
     section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
-    page = render_report(["Layers by " + ", ".join(scores)], warnings, [section], {}, run, caveats=CAVEATS)
-    write_text(out / "report.html", page)
-    return out / "report.html"
+    return Report(["Layers by " + ", ".join(scores)], warnings, [section], CAVEATS)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import plots
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 from jaxcrit.reporting.tables import WIDTH, aligned
 from jaxcrit.selection.tracking import Tracking
 
@@ -104,17 +101,6 @@ def _layer_lines(dataset: SpectrumResult, ks: Sequence[int], reference: str, err
     return aligned(header, rows, [False] * len(rows))
 
 
-def spectrum_text(analysis: SpectralAnalysis) -> str:
-    """The result for a terminal: the layers of a single dataset, which k tracks δ, warnings."""
-    parts = []
-    for name, dataset in analysis.datasets.items():
-        several = len(analysis.datasets) > 1
-        parts += [f"{name}:"] if several else [layer_table(dataset, analysis.ks, _reference(analysis)), ""]
-        parts += [] if dataset.tracking is None else [tracking_table(dataset.tracking), ""]
-    sentences = [*headlines(analysis), *(f"warning: {line}" for line in warnings(analysis))]
-    return "\n".join([*parts, *(textwrap.fill(line, WIDTH, subsequent_indent="  ") for line in sentences)])
-
-
 def warnings(analysis: SpectralAnalysis) -> list[str]:
     """Every dataset's warnings, with its name in front where there are several."""
     several = len(analysis.datasets) > 1
@@ -125,26 +111,24 @@ def warnings(analysis: SpectralAnalysis) -> list[str]:
     ]
 
 
-def write_spectrum(analysis: SpectralAnalysis) -> Path:
-    """Writes ``spectrum.png`` of every dataset and ``report.html``; returns the report."""
-    sections = []
+def spectrum_report(analysis: SpectralAnalysis) -> Report:
+    """Every dataset's layers, and which number of components tracks δ; of several the terminal shows the latter."""
+    sections, several = [], len(analysis.datasets) > 1
     for name, dataset in analysis.datasets.items():
-        directory = analysis.out if len(analysis.datasets) == 1 else analysis.out / name
-        picture = plots.component_curves(
+        draw = on_axes(
+            plots.component_curves,
             dataset.scores[_reference(analysis)],
             {f"top {k}": dataset.scores[f"cca_{k}"] for k in analysis.ks},
             title=f"{name}, {dataset.num_samples} samples",
         )
-        write_bytes(directory / "spectrum.png", picture)
         caption = "Bars: δ. Lines: mean CCA of the first k principal components of a layer and of its neighbours."
-        table = layer_table(dataset, analysis.ks, _reference(analysis))
-        if dataset.tracking is not None:
-            table += f"\n\n{tracking_table(dataset.tracking)}"
-        figures = [Figure("spectrum.png", picture, caption)]
-        sections.append(Section(f"{name}: {dataset.num_samples} samples", "", table, figures))
-    page = render_report(headlines(analysis), warnings(analysis), sections, {}, analysis.run, caveats=CAVEATS)
-    write_text(analysis.out / "report.html", page)
-    return analysis.out / "report.html"
+        figure = Figure(f"{name}/spectrum.png" if several else "spectrum.png", draw, caption)
+        layers = layer_table(dataset, analysis.ks, _reference(analysis))
+        found = "" if dataset.tracking is None else tracking_table(dataset.tracking)
+        title = f"{name}: {dataset.num_samples} samples"
+        page = "\n\n".join(filter(None, [layers, found]))
+        sections.append(Section(title, "", page, [figure], brief=f"{name}:\n{found}" if several else page))
+    return Report(headlines(analysis), warnings(analysis), sections, CAVEATS)
 
 
 def _reference(analysis: SpectralAnalysis) -> str:

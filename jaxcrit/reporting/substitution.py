@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import plots, tables
-from jaxcrit.reporting.report import Figure, Section, render_report
+from jaxcrit.reporting.report import Figure, Report, Section, num_samples, on_axes, rows_title
 
 Entry = Mapping[str, Any]
 CAVEATS = (
@@ -38,35 +35,23 @@ def span(layers: Sequence[int]) -> str:
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
 
 
-def substitution_text(run: Mapping[str, Any], warnings: Sequence[str], *, style: bool = False) -> str:
-    """The result for a terminal: table, random sets, counts, warnings; at most 100 columns wide."""
-    lines = [_table(run, style), "", *_sentences(run), *(f"warning: {line}" for line in warnings)]
-    return "\n".join(textwrap.fill(line, tables.WIDTH, subsequent_indent="  ") if "\n" not in line else line
-                     for line in lines)  # fmt: skip
-
-
-def write_substitution(
-    out: Path, run: Mapping[str, Any], scores: Mapping[str, LayerScores], warnings: Sequence[str]
-) -> Path:
-    """Writes ``substitution.png`` (of windows) and ``report.html``; returns the latter."""
+def substitution_report(run: Mapping[str, Any], scores: Mapping[str, LayerScores], warnings: Sequence[str]) -> Report:
+    """Losses by window or set, beside random sets."""
     figures = []
     if scores:
         score, losses = next(iter(scores.values())), run["result"]["loss"]
-        picture = plots.layer_losses(
+        draw = on_axes(
+            plots.layer_losses,
             score,
             {f"{name} model": losses[name]["samples"] for name in ("tuned", "base")},
             label=f"{_guest(run)} layers, {score.meta['window']} at a time",
             random=[entry["samples"] for entry in run["result"]["random"]],
-            title=f"{Path(run['data']['source']).name}, {run['data']['num_samples']} samples",
+            title=rows_title(run),
         )
-        write_bytes(out / "substitution.png", picture)
-        figures = [
-            Figure("substitution.png", picture, "Loss with the window around each layer taken from the other model.")
-        ]
-    section = Section("Loss after substitution", "", _table(run), figures)
-    headlines = _sentences(run)
-    write_text(out / "report.html", render_report(headlines, warnings, [section], {}, run, caveats=CAVEATS))
-    return out / "report.html"
+        caption = "Loss with the window around each layer taken from the other model."
+        figures = [Figure("substitution.png", draw, caption)]
+    section = Section("Loss after substitution", "", lambda style: _table(run, style), figures)
+    return Report(_sentences(run), warnings, [section], CAVEATS)
 
 
 def _guest(run: Mapping[str, Any]) -> str:
@@ -101,7 +86,7 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
     result, counts = run["result"], run["result"]["block_evaluations"]
     host, guest = _names(run)
     losses = {name: result["loss"][name] for name in (host, guest)}
-    depth = run["models"]["num_layers"]
+    depth = run["model"]["num_layers"]
     extreme = (min if run["config"]["reverse"] else max)(result["sets"], key=lambda entry: entry["samples"])
     difference = extreme["samples"] - losses[host]["samples"]
     error = "" if extreme["stderr"] is None else f" ± {extreme['stderr']:.4f}"
@@ -111,7 +96,7 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
         "; ".join(
             f"{name} model {loss['samples']:.4f} ({loss['tokens']:.4f} per token)" for name, loss in losses.items()
         )
-        + f", {run['data']['num_samples']} samples. 'Of the way' is from the first to the second.",
+        + f", {num_samples(run)} samples. 'Of the way' is from the first to the second.",
     ]
     sizes = sorted({len(entry["layers"]) for entry in result["random"]})
     for size in sizes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,27 +10,21 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.ablate import AblateOptions
-from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
-from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import as_path, read_json
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
-from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
-from jaxcrit.criteria.ablation import METHODS, ablate, intact, silenced, update_sums, variants
-from jaxcrit.criteria.substitution import SITES
+from jaxcrit.core.run import running
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.criteria.ablation import ablate, intact, silenced, update_sums, variants
 from jaxcrit.data.batches import make_batches
-from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.data.templates import Example, describe_template
 from jaxcrit.evaluation.scorers import exact_match
 from jaxcrit.evidence.rows import batches_of, forget_partial, read_back, read_rows, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
 from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Bars, Session, open_session
-from jaxcrit.studies.analysis import versions
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.studies.generation import stop_tokens
 
 _ELSEWHERE = ("model", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
@@ -54,84 +47,68 @@ class Ablation:
     out: Path
 
 
-def run_ablation(config: AblateOptions, *, progress: Bars | None = None) -> Ablation:
+def run_ablation(
+    options: AblateOptions, *, progress: Bars | None = None, finish: Callable[[Ablation], Any] | None = None
+) -> Ablation:
     """Runs ``jaxcrit ablate``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
-    methods = _check(config)
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
-    examples = read_rows(config, session)
-    determines = _determines(config, session, examples)
-    directory = RunDirectory.open(_out(config, session, determines), determines)
-    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
-    if earlier.get("status") == "complete":
-        return Ablation(config, earlier, read_back(directory.path), directory.path)
-    run: dict[str, Any] = {
-        "command": "ablate",
-        "config": dataclasses.asdict(config),
-        "determines": determines,
-        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash,
-                  "family": session.config.family, "num_layers": session.config.num_layers,
-                  "width": session.config.width, "dtype": session.dtype},
-        "data": {"source": config.data or "demo", "num_samples": len(examples)},
-        "attention": session.attention(),
-        "versions": versions(),
-    }  # fmt: skip
-    directory.begin(run)
-    began = time.perf_counter()
-    try:
-        job = _Job(config, session, examples, directory, progress)
-        samples = job.losses(methods)
-        if config.generate:
+    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    datasets = read_rows(options, model)
+    template = describe_template(model.tokenizer, options)
+    resolved = {"dtype": model.dtype}
+    with running(
+        "ablate", options, models={"model": model}, datasets=datasets, template=template, resolved=resolved
+    ) as run:
+        if run.complete:
+            return Ablation(options, dict(run.earlier), read_back(run.path), run.path)
+        examples = [example for dataset in datasets for example in dataset.examples]
+        job = _Job(options, model, examples, run.directory, progress)
+        samples = job.losses(options.chosen_methods)
+        if options.generate:
             samples["skip_accuracy"] = job.accuracies()
-    except UserError:
-        directory.discard()
-        raise
-    depth, meta = session.config.num_layers, {
-        "model_type": session.config.family, "model_hash": session.model_hash, "sites": config.sites,
-    }  # fmt: skip
+        scores, left = _scores(options, model, samples)
+        write_scores(run.path / "scores.json", scores)
+        write_deletions(run.path, left, [example.sample_id for example in examples])
+        run.record["result"] = {"block_evaluations": job.counts}
+        found = Ablation(options, run.record, scores, run.path)
+        if finish is not None:
+            finish(found)
+    forget_partial(found.out)
+    return found
+
+
+def _scores(
+    options: AblateOptions, model: Model, samples: Mapping[str, SampleLosses]
+) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
+    """Scores by key, and the same with each row left out, ``[N, L]``."""
+    depth = model.config.num_layers
+    meta = {"model_type": model.config.family, "model_hash": model.model_hash, "sites": options.sites}
     scores: dict[str, LayerScores] = {}
     left: dict[str, np.ndarray] = {}
     for name, one in samples.items():
-        key = config.score(name)
+        key = options.score(name)
         if name == "skip_accuracy":
-            scores[key] = one.score(key, depth, {**meta, "max_new_tokens": config.max_new_tokens}, "low")
+            scores[key] = one.score(key, depth, {**meta, "max_new_tokens": options.max_new_tokens}, "low")
         else:
             scores |= one.scores(key, depth, {**meta, "method": name})
             left[f"{key}_per_token"] = one.without_each(depth, per_token=True)
         left[key] = one.without_each(depth)
-    write_scores(directory.path / "scores.json", scores)
-    write_deletions(directory.path, left, [example.sample_id for example in examples])
-    run |= {"result": {"block_evaluations": job.counts, "seconds": round(time.perf_counter() - began, 3)}}
-    directory.finish(run)
-    forget_partial(directory.path)
-    return Ablation(config, run, scores, directory.path)
-
-
-def _check(config: AblateOptions) -> list[str]:
-    if config.sites not in SITES:
-        raise UserError(f"--sites={config.sites}: expected {listed(SITES)}{did_you_mean(config.sites, SITES)}")
-    methods = list(dict.fromkeys(part.strip() for part in config.methods.split(",")))
-    for method in methods:
-        if method not in METHODS:
-            hint = " (zeroing the weights is the same as skip)" if method == "zero" else did_you_mean(method, METHODS)
-            raise UserError(f"--methods={config.methods}: expected {listed(METHODS)} with commas, got {method!r}{hint}")
-    if config.max_new_tokens < 1:
-        raise UserError(f"--max_new_tokens={config.max_new_tokens}: expected at least 1")
-    return methods
+    return scores, left
 
 
 class _Job:
     """The model and the rows of one run."""
 
-    def __init__(self, config: AblateOptions, session: Session, examples: Sequence[Example],
-                 directory: RunDirectory, progress: Bars | None):  # fmt: skip
+    def __init__(self, config: AblateOptions, session: Model, examples: Sequence[Example],
+                 directory: RunDirectory | None, progress: Bars | None):  # fmt: skip
         self.config, self.session, self.examples = config, session, examples
         self.directory, self.progress = directory, progress
         self.depth = session.config.num_layers
@@ -210,23 +187,3 @@ class _Job:
         kept = [(text, self.examples[row].response or "") for text, row in zip(texts, rows, strict=True)
                 if row < len(self.examples)]  # fmt: skip
         return exact_match([text for text, _ in kept], [gold for _, gold in kept])
-
-
-def _determines(config: AblateOptions, session: Session, examples: Sequence[Example]) -> dict[str, Any]:
-    """Everything that the results depend on; two runs that agree in it may share a directory."""
-    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _ELSEWHERE}
-    return {
-        "command": "ablate",
-        "config": {**asked, "dtype": session.dtype},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": sha256_json([example.sample_id for example in examples]),
-        "jaxcrit": __version__,
-    }
-
-
-def _out(config: AblateOptions, session: Session, determines: Mapping[str, Any]) -> Path:
-    if config.out:
-        return as_path(config.out)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"ablate-{name}-{sha256_json(dict(determines))[:8]}"

@@ -3,39 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import platform
-from collections.abc import Mapping, Sequence
-from importlib import metadata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
-from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import as_path, write_json, write_npz
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.groups import RowOptions
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.run import running
 from jaxcrit.criteria.measures import measure_scores
 from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.rendering import render_sets
-from jaxcrit.data.templates import template_hash
-from jaxcrit.evidence.capture import POSITIONS
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Dataset, Swept
 from jaxcrit.evidence.measures import measured
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.cautions import cautions
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.selection.confidence import Certainty, certainty
 from jaxcrit.selection.leverage import Leverage, leverage
-from jaxcrit.similarity import FORMS, KERNELS, from_tables, parse_measures, participation_ratio, permutation_null
+from jaxcrit.similarity import from_tables, parse_measures, participation_ratio, permutation_null
 
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
@@ -105,72 +99,59 @@ class Analysis:
         return self.scores[self.config.criterion] if len(self.datasets) > 1 else None
 
 
-def run_analysis(config: AnalyzeOptions, *, progress: Bars | None = None) -> Analysis:
+def run_analysis(
+    options: AnalyzeOptions, *, progress: Bars | None = None, finish: Callable[[Analysis], Any] | None = None
+) -> Analysis:
     """Runs ``jaxcrit analyze``: captures, scores, selects, and writes the run directory's data files.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
-
-    Returns:
-        The finished analysis; pictures and pages are the reporting room's.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
-    spec = check_flags(config)
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    spec = check_flags(options)
+    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
     if not spec.needs_scores:
-        resolve(spec, session.config.num_layers, model_hash=session.model_hash)
-    datasets = read_datasets(config, session)
-    determines = determines_of(config, session, datasets)
-    directory = RunDirectory.open(out_of(config, session, determines), determines)
-    run = run_record(config, session, datasets, determines)
-    directory.begin(run)
-    try:
-        captures = Captures(config, session, datasets, directory, progress)
+        resolve(spec, model.config.num_layers, model_hash=model.model_hash)
+    datasets = read_datasets(options, model)
+    template = describe_template(model.tokenizer, options)
+    with running(
+        "analyze",
+        options,
+        models={"model": model},
+        datasets=datasets,
+        template=template,
+        resolved={"dtype": model.dtype},
+    ) as run:
+        captures = Captures(options, model, datasets, run.directory, progress)
         results = {
-            dataset.name: _score(config, session, spec, dataset, captures.sweep(dataset), progress)
+            dataset.name: _score(options, model, spec, dataset, captures.sweep(dataset), progress)
             for dataset in datasets
         }
-        analysis = _combine(config, session, spec, results, directory.path)
+        analysis = _combine(options, model, spec, results, run.path)
         _write(analysis)
-    except UserError:
-        directory.discard()
-        raise
-    run |= {
-        "forms": captures.forms,
-        "chosen": list(analysis.chosen.layers),
-        "warnings": {n: r.warnings for n, r in results.items()},
-    }
-    directory.finish({**run, "time": captures.times()})
-    return dataclasses.replace(analysis, run={**analysis.run, **run, "time": captures.times()})
+        run.record |= {
+            "forms": captures.forms,
+            "chosen": list(analysis.chosen.layers),
+            "warnings": {name: result.warnings for name, result in analysis.datasets.items()},
+        }
+        run.times |= captures.times()
+        analysis = dataclasses.replace(analysis, run=run.record)
+        if finish is not None:
+            finish(analysis)
+    return analysis
 
 
-def check_flags(config: AnalyzeOptions) -> LayerSpec:
-    """Refuses values that no flag may have, before anything is read; returns the selection."""
-    if config.position not in POSITIONS:
-        raise UserError(f"--position={config.position}: expected {listed(POSITIONS)}")
-    if config.kernel not in KERNELS:
-        raise UserError(f"--kernel={config.kernel}: expected {listed(KERNELS)}")
-    if config.window < 3 or config.window % 2 == 0:
-        raise UserError(f"--window={config.window}: expected an odd number, 3 or more (a layer and its neighbours)")
-    if config.bias not in ("biased", "debiased"):
-        raise UserError(f"--bias={config.bias}: expected biased or debiased")
-    if config.normalize not in ("", "row"):
-        raise UserError(f"--normalize={config.normalize}: expected row, or nothing")
-    parse_measures(config.measures)
-    if config.batch_size < 1:
-        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
-    if config.form not in ("auto", *FORMS):
-        raise UserError(f"--form={config.form}: expected {listed(('auto', *FORMS))}")
-    _ = config.layer_band
-    if config.embed and not config.save_activations:
-        raise UserError("--embed adds the embedding output to what --save_activations keeps; give both")
-    return LayerSpec.parse(config.layers)
+def check_flags(options: AnalyzeOptions) -> LayerSpec:
+    """Refuses what an option may not be, before anything is read; returns the selection."""
+    parse_measures(options.measures)
+    return LayerSpec.parse(options.layers)
 
 
-def read_datasets(config: RowOptions, session: Session, *, reserve: int = 0) -> list[Dataset]:
+def read_datasets(config: RowOptions, session: Model, *, reserve: int = 0) -> list[Dataset]:
     """Reads and renders the prompts of ``--data``; ``reserve`` tokens of the model's context are left free.
 
     Raises:
@@ -197,73 +178,9 @@ def read_datasets(config: RowOptions, session: Session, *, reserve: int = 0) -> 
     return datasets
 
 
-def determines_of(config: AnalyzeOptions, session: Session, datasets: Sequence[Dataset]) -> dict[str, Any]:
-    """Everything that the results depend on; two runs that agree in it may share a directory."""
-    asked = dataclasses.asdict(config)
-    # The identity of the rows is in the hashes, not in how they were come by.
-    for name in ("model", "data", "split", "out", "batch_size", "mesh", "limit", "shuffle_seed"):
-        del asked[name]
-    return {
-        "command": "analyze",
-        "config": {**asked, "dtype": session.dtype},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": {dataset.name: sha256_json(dataset.sample_ids) for dataset in datasets},
-        "jaxcrit": __version__,
-    }
-
-
-def run_record(
-    config: AnalyzeOptions, session: Session, datasets: Sequence[Dataset], determines: Mapping[str, Any]
-) -> dict[str, Any]:
-    """What ``run.json`` says before the results."""
-    device = jax.devices()[0]
-    return {
-        "command": determines["command"],
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "determines": dict(determines),
-        "model": {
-            "path": str(config.model or "embedded"),
-            "hash": session.model_hash,
-            "family": session.config.family,
-            "num_layers": session.config.num_layers,
-            "width": session.config.width,
-            "dtype": session.dtype,
-        },
-        "template": {"mode": config.template, "edition": config.edition, "hash": determines["template_hash"]},
-        "data": {
-            dataset.name: {
-                "source": dataset.source,
-                "num_prompts": len(dataset.examples),
-                "longest_prompt": max(example.prompt_length for example in dataset.examples),
-                "hash": determines["data"][dataset.name],
-            }
-            for dataset in datasets
-        },
-        "attention": session.attention(),
-        "versions": versions(),
-        "devices": {"kind": device.device_kind, "platform": device.platform, "mesh": dict(session.mesh.shape)},
-    }
-
-
-def versions() -> dict[str, str]:
-    """What a run was computed with, for ``run.json``."""
-    packages = {name: metadata.version(name) for name in _PACKAGES}
-    return {"jaxcrit": __version__, "python": platform.python_version(), **packages}
-
-
-def out_of(config: AnalyzeOptions, session: Session, determines: Mapping[str, Any]) -> Path:
-    """``--out``, or a directory here named after the command, the model and what determines the results."""
-    if config.out:
-        return as_path(config.out)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"{determines['command']}-{name}-{sha256_json(dict(determines))[:8]}"
-
-
 def _score(
     config: AnalyzeOptions,
-    session: Session,
+    session: Model,
     spec: LayerSpec,
     dataset: Dataset,
     swept: Swept,
@@ -314,7 +231,7 @@ def _score(
     )
 
 
-def _choose(config: AnalyzeOptions, session: Session, spec: LayerSpec, scores: LayerScores) -> LayerSet:
+def _choose(config: AnalyzeOptions, session: Model, spec: LayerSpec, scores: LayerScores) -> LayerSet:
     layers = session.config.num_layers
     return resolve(spec, layers, scores=scores, trim=config.trim, model_hash=session.model_hash)
 
@@ -329,7 +246,7 @@ def _certainty(
 
 
 def _combine(
-    config: AnalyzeOptions, session: Session, spec: LayerSpec, results: dict[str, DatasetResult], out: Path
+    config: AnalyzeOptions, session: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +17,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path, read_json, remove_tree, write_json, write_text
-from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerSet
-from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.core.run import running
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.overlays import FOLDER
+from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.finetune_inputs import check_mesh, compute_dtype, layer_scores
-from jaxcrit.training.checkpoints import FOLDER, Checkpoints
+from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.training.step import (
     State,
     Step,
@@ -54,9 +53,6 @@ from jaxcrit.training.step import (
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
 Say = Callable[[str], None]
-# What results do not depend on, or do so through hashes beside it.
-_FREE = ("model", "data", "split", "limit", "shuffle_seed", "eval_data", "eval_split", "out", "analysis", "mesh",
-         "checkpoint_every", "arms", "seeds")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,80 +74,103 @@ class Backdoor:
     out: Path
 
 
-def run_backdoor(config: BackdoorOptions, *, progress: Bars | None = None, say: Say | None = None) -> Backdoor:
+def run_backdoor(
+    options: BackdoorOptions,
+    *,
+    progress: Bars | None = None,
+    say: Say | None = None,
+    finish: Callable[[Backdoor], Any] | None = None,
+) -> Backdoor:
     """Runs ``jaxcrit backdoor``; arms that an earlier run of the same configuration finished are read, not trained.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
         say: told of every arm before it is trained.
+        finish: called with the result before the run counts as complete; it draws the figures.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; another run in ``out``; or training that went wrong.
     """
-    arms, trigger = check(config)
-    session = open_session(config.model, mesh=config.mesh)
-    check_mesh(config.training(), session)
+    arms, trigger = check(options)
+    model = open_model(options.model, mesh=options.mesh)
+    check_mesh(options.training(), model)
     for arm in arms:
         if arm.spec is None or not arm.spec.needs_scores:
-            _partition(config, session, arm.frozen(session.config.num_layers, None, session.model_hash))
-    rows = prepare(config, trigger, session)
-    determines = _determines(config, session, rows)
-    directory = RunDirectory.open(_out(config, determines), determines)
-    record = {
-        "command": "backdoor",
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "determines": determines,
-        "model": {"path": config.model, "hash": session.model_hash, "num_layers": session.config.num_layers},
-        "attention": session.attention(compute_dtype(config.training())),
-        "versions": versions(),
-    }
-    directory.begin(record)
-    try:
+            _partition(options, model, arm.frozen(model.config.num_layers, None, model.model_hash))
+    rows = prepare(options, trigger, model)
+    dtype = compute_dtype(options.training())
+    datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
+    datasets += [Dataset(cell, options.eval_data or "held out", found) for cell, found in rows.prompts.cells.items()]
+    template = describe_template(model.tokenizer, options)
+    with running(
+        "backdoor", options, models={"model": model}, datasets=datasets, template=template, resolved={"dtype": dtype}
+    ) as run:
+        run.record["attention"] = model.attention(dtype)
         scores = None
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):
-            scores = layer_scores(config.training(), directory.path, progress)
-        frozen = [arm.frozen(session.config.num_layers, scores, session.model_hash) for arm in arms]
+            scores = layer_scores(options.training(), run.path, progress)
+        frozen = [arm.frozen(model.config.num_layers, scores, model.model_hash) for arm in arms]
         for chosen in frozen:
-            _partition(config, session, chosen)
-    except UserError:
-        directory.discard()
-        raise
-    for seed, manifest in rows.manifests.items():
-        lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in manifest)
-        write_text(directory.path / f"poison-{seed}.jsonl", lines)
-    lab = _Lab(config, session, rows, directory, progress)
-    runs = [Run("init", 0, config.seed, LayerSet((), "manual", "init", session.config.num_layers), [lab.initial()])]
+            _partition(options, model, chosen)
+        run.precious = True
+        for seed, manifest in rows.manifests.items():
+            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in manifest)
+            write_text(run.path / f"poison-{seed}.jsonl", lines)
+        lab = _Lab(options, model, rows, run.path, progress)
+        runs = _runs(options, model, arms, frozen, rows, lab, say)
+        base = base_rates(rows.prompts, options.response)
+        found = study(runs, rows.prompts.near_kinds, base, primary_scorer(options))
+        content = {
+            "determines": run.record["determines"],
+            "study": found.to_json(),
+            "curves": [_curve(one) for one in runs],
+            "warnings": rows.warnings,
+        }
+        write_json(run.path / "backdoor.json", FORMAT, content)
+        result = Backdoor(options, found, runs, content, run.path)
+        if finish is not None:
+            finish(result)
+    return result
+
+
+def _runs(
+    options: BackdoorOptions,
+    model: Model,
+    arms: Sequence[Arm],
+    frozen: Sequence[LayerSet],
+    rows: Rows,
+    lab: _Lab,
+    say: Say | None,
+) -> list[Run]:
+    """The untouched model, then every arm with every seed, trained or read."""
+    none = LayerSet((), "manual", "init", model.config.num_layers)
+    runs = [Run("init", 0, options.seed, none, [lab.initial()])]
     for arm, chosen in zip(arms, frozen, strict=True):
         for seed in rows.train:
             if say is not None and not lab.done(arm, seed):
                 say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
             runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
-    base = base_rates(rows.prompts, config.response)
-    found = study(runs, rows.prompts.near_kinds, base, primary_scorer(config))
-    content = {
-        "determines": determines,
-        "study": found.to_json(),
-        "curves": [
-            {"arm": run.arm, "draw": run.draw, "seed": run.seed, "frozen": list(run.frozen.layers),
-             "points": [[step, success, loss] for (step, success), (_, loss)
-                        in zip(run.curve(), run.curve("clean_loss"), strict=True)]}
-            for run in runs
-        ],
-        "warnings": rows.warnings,
-    }  # fmt: skip
-    write_json(directory.path / "backdoor.json", FORMAT, content)
-    directory.finish(record)
-    return Backdoor(config, found, runs, content, directory.path)
+    return runs
+
+
+def _curve(run: Run) -> dict[str, Any]:
+    points = zip(run.curve(), run.curve("clean_loss"), strict=True)
+    return {
+        "arm": run.arm,
+        "draw": run.draw,
+        "seed": run.seed,
+        "frozen": list(run.frozen.layers),
+        "points": [[step, success, loss] for (step, success), (_, loss) in points],
+    }
 
 
 class _Lab:
     """The arrays and compiled functions that all arms share."""
 
-    def __init__(self, config: BackdoorOptions, session: Session, rows: Rows, directory: RunDirectory,
+    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path,
                  progress: Bars | None):  # fmt: skip
-        self.config, self.session, self.rows, self.directory = config, session, rows, directory
+        self.config, self.session, self.rows, self.out = config, session, rows, out
         self.progress = progress
         self.dtype = np.dtype(DTYPES[compute_dtype(config.training())])
         self.scoring = Scoring(config, session, rows.prompts)
@@ -172,7 +191,7 @@ class _Lab:
 
     def initial(self) -> dict[str, Any]:
         """The test of the untouched model, made once."""
-        path = self.directory.path / "init.json"
+        path = self.out / "init.json"
         if not processes.share(path.exists):
             tested = self.scoring(Decoder(self.session.config, self.weights))
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
@@ -197,7 +216,7 @@ class _Lab:
         return list(stored["points"])
 
     def _folder(self, arm: Arm, seed: int) -> Path:
-        return self.directory.path / "arms" / f"{arm.folder}-seed{seed}"
+        return self.out / "arms" / f"{arm.folder}-seed{seed}"
 
     def _data(self, seed: int) -> Any:
         return training_steps(self.rows.train[seed], self.per_step, seed, self.widths)
@@ -275,37 +294,10 @@ def _widths(sets: Any, rows: int) -> Any:
     return training_steps([example for examples in sets for example in examples], rows, 0).buckets
 
 
-def _partition(config: BackdoorOptions, session: Session, frozen: LayerSet) -> Partition:
+def _partition(config: BackdoorOptions, session: Model, frozen: LayerSet) -> Partition:
     return partition(session.config, frozen.complement(), OUTSIDE if config.train_outside else ())
 
 
 def _sums(record: Mapping[str, Any], samples: int) -> LossSums:
     """The clean losses in the form the loop logs: its best step is that of the lowest one."""
     return LossSums(*(jnp.float32(value) for value in (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))
-
-
-def _determines(config: BackdoorOptions, session: Session, rows: Rows) -> dict[str, Any]:
-    """Everything that an arm's figures depend on, the arm aside: arms and seeds may be added to a run."""
-    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
-
-    def ids(examples: list[Example]) -> str:
-        return sha256_json([example.sample_id for example in examples])
-
-    return {
-        "command": "backdoor",
-        "config": {**asked, "dtype": compute_dtype(config.training())},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "train": ids(rows.train[config.seed]),
-        "prompts": {cell: ids(examples) for cell, examples in rows.prompts.cells.items()},
-        "jaxcrit": __version__,
-    }
-
-
-def _out(config: BackdoorOptions, determines: Mapping[str, Any]) -> Path:
-    name = Path(config.model).resolve().name if config.model else "embedded"
-    return (
-        as_path(config.out)
-        if config.out
-        else Path("jaxcrit-runs") / f"backdoor-{name}-{sha256_json(dict(determines))[:8]}"
-    )

@@ -19,7 +19,7 @@ from jaxcrit.data.rendering import render_set
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.models.model import Session
+from jaxcrit.models.model import Model
 from jaxcrit.studies.finetune_inputs import check as check_training
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.training.data import check_rows, hold_out
@@ -143,7 +143,7 @@ class Rows:
     warnings: list[str]
 
 
-def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Session) -> Rows:
+def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Model) -> Rows:
     """Reads, poisons, renders and checks everything.
 
     Raises:
@@ -189,7 +189,7 @@ class _Renderer:
     """Renders and checks rows of one dataset, in one template."""
 
     config: BackdoorOptions
-    session: Session
+    session: Model
     template: str = ""
 
     def __call__(self, named: NamedRows) -> list[Example]:
@@ -250,7 +250,7 @@ def _poison(data: Sequence[NamedRows], spec: PoisonSpec, decoys: float) -> _Pois
 
 
 def _prompts(
-    config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Session
+    config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Model
 ) -> Prompts:
     kinds = {**spec.trigger.near_misses(), "other_words": made_up(spec.trigger, 1, _TEST_WORDS)[0]}
     found: dict[str, list[Example]] = {cell: [] for cell in CELLS}
@@ -282,7 +282,7 @@ def _prompts(
     return Prompts(found, near_kinds, chosen, [example.response or "" for example in found["clean"]])
 
 
-def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], session: Session) -> None:
+def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], session: Model) -> None:
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]

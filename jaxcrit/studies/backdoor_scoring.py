@@ -19,7 +19,7 @@ from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Session
+from jaxcrit.models.model import Model
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.generation import stop_tokens
@@ -97,7 +97,7 @@ def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
 class Scoring:
     """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
 
-    def __init__(self, config: BackdoorOptions, session: Session, prompts: Prompts):
+    def __init__(self, config: BackdoorOptions, session: Model, prompts: Prompts):
         self.config, self.session, self.prompts = config, session, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
         parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.compare import CompareOptions
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import as_path, write_npz
+from jaxcrit.core.files import write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.run import Facts, running
 from jaxcrit.criteria.score import deletions, jackknife_stderr
 from jaxcrit.data.templates import check_same_rendering
 from jaxcrit.evidence.fingerprint import Fingerprint, paired, read_fingerprint
 from jaxcrit.models.model import Bars
 from jaxcrit.selection.confidence import confidence_set
 from jaxcrit.similarity import DegenerateError, from_tables, gram_tables, permutation_null
-from jaxcrit.studies.analysis import versions
 
 _HIGH_NULL = 0.5
 
@@ -50,59 +49,50 @@ class Comparison:
     out: Path
 
 
-def run_compare(config: CompareOptions, *, progress: Bars | None = None) -> Comparison:
+def run_compare(
+    options: CompareOptions, *, progress: Bars | None = None, finish: Callable[[Comparison], Any] | None = None
+) -> Comparison:
     """Runs ``jaxcrit compare`` and writes the run directory's data files.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
-
-    Returns:
-        The comparison; pictures and pages are the reporting room's.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: a fingerprint cannot be read, or the two do not belong together.
     """
-    if not config.a or not config.b:
+    if not options.a or not options.b:
         raise UserError("compare: expected two fingerprints: jaxcrit compare RUN_A RUN_B (or --a=RUN_A --b=RUN_B)")
-    read = read_fingerprint(config.a), read_fingerprint(config.b)
+    read = read_fingerprint(options.a), read_fingerprint(options.b)
     first, second = (side.meta["template_hash"] for side in read)
-    check_same_rendering(first, second, allow_template_mismatch=config.allow_template_mismatch)
-    a, b = paired(*read, common=config.common)
-    determines: dict[str, Any] = {
-        "command": "compare",
-        "fingerprints": [side.digest for side in read],
-        "common": config.common,
-        "jaxcrit": __version__,
+    check_same_rendering(first, second, allow_template_mismatch=options.allow_template_mismatch)
+    a, b = paired(*read, common=options.common)
+    models = {
+        role: Facts("", {"path": str(one.path), "hash": one.digest, **_identity(one)})
+        for role, one in (("model", a), ("other", b))
     }
-    name = f"compare-{sha256_json(determines)[:8]}"
-    directory = RunDirectory.open(as_path(config.out) if config.out else Path("jaxcrit-runs") / name, determines)
-    bar = None if progress is None else progress(total=3, desc="compare")
-    cka, left = _measure(a, b, bar)
-    warnings = _warnings(a, b, cka)
-    score, changed = None, None
-    if len(a.grams) == len(b.grams):
-        score, changed = _score(a, b, cka, left)
     num_prompts = len(np.unique(a.units))
-    run = {
-        "command": "compare",
-        "config": dataclasses.asdict(config),
-        "determines": determines,
-        "models": {side: {"path": str(one.path), **_identity(one)} for side, one in (("a", a), ("b", b))},
-        "data": {"num_prompts": num_prompts, "hash": sha256_json(a.sample_ids)},
-        "versions": versions(),
-        "warnings": warnings,
-    }
-    directory.begin(run)
-    meta = {"format": "jaxcrit.cka", "format_version": 1, "num_samples": len(a.sample_ids), "models": _models(a, b)}
-    write_npz(directory.path / "cka.npz", cka, meta)
-    if score is not None:
-        write_scores(directory.path / "scores.json", {score.name: score})
-    directory.finish(run)
+    data = Facts("prompts", {"num_samples": num_prompts, "hash": sha256_json(a.sample_ids)})
+    bar = None if progress is None else progress(total=3, desc="compare")
+    with running("compare", options, models=models, datasets=[data]) as run:
+        cka, left = _measure(a, b, bar)
+        warnings = _warnings(a, b, cka)
+        score, changed = None, None
+        if len(a.grams) == len(b.grams):
+            score, changed = _score(a, b, cka, left)
+        run.record["warnings"] = warnings
+        meta = {"format": "jaxcrit.cka", "format_version": 1, "num_samples": len(a.sample_ids), "models": _models(a, b)}
+        write_npz(run.path / "cka.npz", cka, meta)
+        if score is not None:
+            write_scores(run.path / "scores.json", {score.name: score})
+        found = Comparison(run.record, cka, score, changed, num_prompts, warnings, run.path)
+        if finish is not None:
+            finish(found)
     if bar is not None:
         bar.update(1)
         bar.close()
-    return Comparison(run, cka, score, changed, num_prompts, warnings, directory.path)
+    return found
 
 
 def _measure(a: Fingerprint, b: Fingerprint, bar: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:

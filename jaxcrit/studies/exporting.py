@@ -16,10 +16,11 @@ from jaxcrit.core.files import as_path, atomic_path, local_path, write_text
 from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
-from jaxcrit.models.model import Session, Tuned, open_session
+from jaxcrit.models.lora import peft_config, peft_tensors
+from jaxcrit.models.model import Model, open_model
+from jaxcrit.models.overlays import Overlay
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.lora import peft_config, peft_tensors
 
 DELTA = "delta.safetensors"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft looks for them
@@ -79,7 +80,7 @@ def export_model(
         dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
         delta_only: of a run, write just the trained tensors, as ``delta.safetensors``.
         adapter: of a run with adapters, write these as a directory that `peft` loads, float32 unless told otherwise.
-        step: of a run, which checkpoint: see `open_session`.
+        step: of a run, which checkpoint: see `open_model`.
         progress: called with (weights done, weights in all, path); of a plain checkpoint.
 
     Raises:
@@ -98,8 +99,8 @@ def export_model(
     target = local_path(out, "out")
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
-    session = open_session(model, mesh=host, dtype="float32", step=step)
-    number = session.tuned[-1].step
+    session = open_model(model, mesh=host, dtype="float32", step=step)
+    number = session.overlays[-1].step
     if adapter:
         _write_adapter(session, asked or "float32", target)
         return Exported(target, None, number)
@@ -114,9 +115,9 @@ def export_model(
     return Exported(target, rounding, number)
 
 
-def _rounding(session: Session, dtype: str) -> Rounding:
-    *earlier, last = session.tuned
-    before = dataclasses.replace(session, tuned=tuple(earlier)).decoder().weights()
+def _rounding(session: Model, dtype: str) -> Rounding:
+    *earlier, last = session.overlays
+    before = dataclasses.replace(session, overlays=tuple(earlier)).decoder().weights()
     sums = np.zeros(4)
     for master, start in _pairs(last, before):
         rounded = master.astype(DTYPES[dtype]).astype(np.float32)
@@ -126,13 +127,13 @@ def _rounding(session: Session, dtype: str) -> Rounding:
     return Rounding(dtype, float(np.sqrt(sums[0] / max(sums[1], 1e-300))), float(sums[2] / max(sums[3], 1)))
 
 
-def _pairs(tuned: Tuned, before: dict[str, jax.Array]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _pairs(tuned: Overlay, before: dict[str, jax.Array]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for path, layers, value in tuned.partition.changed(before, tuned.params):
         yield np.asarray(value), np.asarray(before[path] if layers is None else before[path][layers])
 
 
-def _write_adapter(session: Session, dtype: str, out: Path) -> None:
-    *below, last = session.tuned
+def _write_adapter(session: Model, dtype: str, out: Path) -> None:
+    *below, last = session.overlays
     parts, config = last.partition, session.config
     if parts.lora is None:
         raise UserError(f"--adapter: {last.run} trained the layers themselves; export it without, or with --delta_only")
@@ -158,10 +159,10 @@ def _write_adapter(session: Session, dtype: str, out: Path) -> None:
     write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
-def _write_delta(session: Session, decoder: Decoder, dtype: str, out: Path) -> None:
-    layers = sorted({layer for tuned in session.tuned for group in tuned.partition.trained
+def _write_delta(session: Model, decoder: Decoder, dtype: str, out: Path) -> None:
+    layers = sorted({layer for tuned in session.overlays for group in tuned.partition.trained
                      for layer in tuned.partition.members(group)})  # fmt: skip
-    outside = {path for tuned in session.tuned for path in tuned.partition.outside}
+    outside = {path for tuned in session.overlays for path in tuned.partition.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()
     for row in table(session.config):

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +15,19 @@ import numpy as np
 
 from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path, read_json
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet
-from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
-from jaxcrit.data.templates import Example
+from jaxcrit.core.run import running
+from jaxcrit.data.templates import Example, describe_template
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.partition import Bank, Partition, size, split
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.studies.analysis import versions
 from jaxcrit.studies.finetune_inputs import (
     check,
     check_mesh,
     compute_dtype,
     critical_layers,
-    determined_by,
     partition_of,
     read_examples,
     resolve_fixed,
@@ -40,7 +36,6 @@ from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import evaluation_batches, micro_batches, training_steps
 from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import Bank, Partition, size, split
 from jaxcrit.training.step import (
     State,
     StepMetrics,
@@ -60,7 +55,8 @@ class Finetuned:
 
     Attributes:
         config: what was asked.
-        run: what ``run.json`` holds.
+        run: content of ``run.json``.
+        times: seconds that it took.
         metrics: rows of ``metrics.jsonl``.
         chosen: the layers named by ``--layers``.
         warnings: what the user should know.
@@ -69,6 +65,7 @@ class Finetuned:
 
     config: FinetuneOptions
     run: dict[str, Any]
+    times: dict[str, Any]
     metrics: list[dict[str, Any]]
     chosen: LayerSet
     warnings: list[str]
@@ -78,64 +75,61 @@ class Finetuned:
 Say = Callable[[str], None]
 
 
-def run_finetune(config: FinetuneOptions, *, progress: Bars | None = None, say: Say | None = None) -> Finetuned:
+def run_finetune(
+    options: FinetuneOptions,
+    *,
+    progress: Bars | None = None,
+    say: Say | None = None,
+    finish: Callable[[Finetuned], Any] | None = None,
+) -> Finetuned:
     """Runs ``jaxcrit finetune``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
         say: told what trains, before training begins.
-
-    Returns:
-        The finished run; pictures are the reporting room's.
+        finish: called with the result before the run counts as complete; it draws the test loss.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; another run in ``out``; or training that went wrong.
     """
-    spec = check(config)
-    session = open_session(config.model, mesh=config.mesh)
-    check_mesh(config, session)
-    fixed = None if spec.needs_scores else resolve_fixed(config, spec, session)
-    rows, held = read_examples(config, session)
-    determines = determined_by(config, session, fixed, rows, held)
-    directory = RunDirectory.open(_out(config, session, determines), determines)
-    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
-    if earlier.get("status") == "complete":
-        return _finished(config, earlier, directory.path)
-    run = {
-        "command": "finetune",
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "determines": determines,
-        "model": {"path": str(Path(config.model).resolve()) if Path(config.model).exists() and config.model
-                  else config.model, "hash": session.model_hash, "family": session.config.family,
-                  "num_layers": session.config.num_layers, "width": session.config.width},
-        "data": {"train": len(rows), "eval": len(held)},
-        "attention": session.attention(compute_dtype(config)),
-        "versions": versions(),
-    }  # fmt: skip
-    directory.begin({**earlier, **run})
-    try:
-        chosen = fixed or critical_layers(config, spec, session, directory.path, progress)
-        parts = partition_of(config, session.config, chosen)
-        job = _Job(config, session, parts, rows, held, directory.path)
-    except UserError:
-        directory.discard()
-        raise
-    chosen.save(directory.path / "layers.json")
-    run |= {"layers": dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}, "trained": parts.to_json()}
-    directory.begin(run)
-    if say is not None:
-        say(job.summary(chosen))
-    result, warnings = job.run(progress)
-    directory.finish({**run, "result": result})
-    return Finetuned(config, {**run, "result": result}, _metrics(directory.path), chosen, warnings, directory.path)
+    spec = check(options)
+    model = open_model(options.model, mesh=options.mesh)
+    check_mesh(options, model)
+    fixed = None if spec.needs_scores else resolve_fixed(options, spec, model)
+    datasets = read_examples(options, model)
+    rows, held = (dataset.examples for dataset in datasets)
+    resolved = {"dtype": compute_dtype(options)} | ({"layers": list(fixed.layers)} if fixed else {})
+    template = describe_template(model.tokenizer, options)
+    with running(
+        "finetune", options, models={"model": model}, datasets=datasets, template=template, resolved=resolved
+    ) as run:
+        if run.complete:
+            return _finished(options, dict(run.earlier), run.path)
+        run.record["attention"] = model.attention(compute_dtype(options))
+        chosen = fixed or critical_layers(options, spec, model, run.path, progress)
+        parts = partition_of(options, model.config, chosen)
+        job = _Job(options, model, parts, rows, held, run.path)
+        run.precious = True
+        chosen.save(run.path / "layers.json")
+        layers = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
+        run.record |= {"layers": layers, "trained": parts.to_json()}
+        run.save()
+        if say is not None:
+            say(job.summary(chosen))
+        began = time.perf_counter()
+        run.record["result"], warnings = job.run(progress)
+        run.times["training_seconds"] = round(time.perf_counter() - began, 3)
+        found = Finetuned(options, run.record, run.times, _metrics(run.path), chosen, warnings, run.path)
+        if finish is not None:
+            finish(found)
+    return found
 
 
 class _Job:
     """The arrays and compiled functions of one run."""
 
-    def __init__(self, config: FinetuneOptions, session: Session, parts: Partition, rows: list[Example],
+    def __init__(self, config: FinetuneOptions, session: Model, parts: Partition, rows: list[Example],
                  held: list[Example], out: Path):  # fmt: skip
         self.config, self.session, self.parts, self.out = config, session, parts, out
         per_step = config.batch_size * config.accumulate
@@ -173,9 +167,7 @@ class _Job:
     def run(self, progress: Bars | None) -> tuple[dict[str, Any], list[str]]:
         """Trains; returns what ``run.json`` says of it, and warnings."""
         config, mesh, dtype = self.config, self.session.mesh, np.dtype(DTYPES[compute_dtype(self.config)])
-        began = time.perf_counter()
-        session = dataclasses.replace(self.session, dtype="float32" if self.session.tuned else "")
-        weights = session.decoder(progress).weights()
+        weights = self.session.trainable(progress)
         params, frozen = split(self.parts.gather(weights, mesh, dtype, config.seed))
         like = abstract_state(self.parts, self.optimizer, params)
         shardings = state_shardings(like, mesh)
@@ -236,22 +228,14 @@ class _Job:
             "model_step": last,
             "trained_bytes": size(state.params),
             "optimizer_bytes": size(state.optimizer),
-            "seconds": round(time.perf_counter() - began, 3),
         }
         return result, warnings
-
-
-def _out(config: FinetuneOptions, session: Session, determines: Mapping[str, Any]) -> Path:
-    if config.out:
-        return as_path(config.out)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"finetune-{name}-{sha256_json(dict(determines))[:8]}"
 
 
 def _finished(config: FinetuneOptions, run: dict[str, Any], out: Path) -> Finetuned:
     note = f"{out}: complete already; choose another --out to train again"
     chosen = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
-    return Finetuned(config, run, _metrics(out), chosen, [note], out)
+    return Finetuned(config, run, run["time"], _metrics(out), chosen, [note], out)
 
 
 def _metrics(out: Path) -> list[dict[str, Any]]:

@@ -3,37 +3,29 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import re
 from pathlib import Path
-from typing import Any
 
 import jax
 
-from jaxcrit import __version__
 from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.commands.finetune import FinetuneOptions
-from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import in_bucket
-from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
 from jaxcrit.data.rendering import render_sets
-from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.data.templates import Example
+from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.model import Bars, Session
+from jaxcrit.models.lora import make_lora
+from jaxcrit.models.model import Bars, Model
+from jaxcrit.models.partition import OUTSIDE, Partition, partition
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.training.data import check_rows, hold_out
-from jaxcrit.training.lora import make_lora
 from jaxcrit.training.optimizer import make_schedule
-from jaxcrit.training.partition import OUTSIDE, Partition, partition
 
-MODES = ("only", "freeze")
 _ANALYSIS_PROMPTS = 300  # as many as the paper's
-# Where the results do not depend on a field, or do so only through hashes that stand beside it.
-_FREE = ("model", "data", "split", "limit", "shuffle_seed", "eval_data", "eval_split", "out", "analysis", "mesh",
-         "checkpoint_every", "keep", "tensorboard")  # fmt: skip
 
 
 def check(config: FinetuneOptions) -> LayerSpec:
@@ -42,30 +34,12 @@ def check(config: FinetuneOptions) -> LayerSpec:
     Raises:
         UserError: naming the flag.
     """
-    if config.mode not in MODES:
-        raise UserError(f"--mode={config.mode}: expected only or freeze{did_you_mean(config.mode, MODES)}")
-    if config.steps and config.epochs:
-        raise UserError(f"--steps={config.steps} --epochs={config.epochs}: give one of them")
-    for name, lowest in (("steps", 0), ("epochs", 0), ("batch_size", 1), ("accumulate", 1), ("keep", 1),
-                         ("eval_every", 0), ("checkpoint_every", 0), ("patience", 0), ("seed", 0),
-                         ("lora_rank", 0)):  # fmt: skip
-        if getattr(config, name) < lowest:
-            raise UserError(f"--{name}={getattr(config, name)}: expected {lowest} or more")
-    for name in ("lora_alpha", "lora_targets"):
-        if getattr(config, name) and not config.lora_rank:
-            raise UserError(f"--{name}={getattr(config, name)}: is of adapters; give their --lora_rank too")
-    if config.dtype not in ("", "float32", "bfloat16"):
-        raise UserError(f"--dtype={config.dtype}: expected float32 or bfloat16")
-    if config.tensorboard and in_bucket(config.out):
-        raise UserError(f"--tensorboard: writes local files only, and --out={config.out} is none; read metrics.jsonl")
-    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
-        raise UserError("--tensorboard: needs tensorboardX; pip install 'jaxcrit[tensorboard]', or read metrics.jsonl")
     make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)
     parse_mesh(config.mesh)
     return LayerSpec.parse(config.layers)
 
 
-def check_mesh(config: FinetuneOptions, session: Session) -> None:
+def check_mesh(config: FinetuneOptions, session: Model) -> None:
     """Checks that a micro-batch divides over the mesh.
 
     Raises:
@@ -84,7 +58,7 @@ def compute_dtype(config: FinetuneOptions) -> str:
     return config.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
-def resolve_fixed(config: FinetuneOptions, spec: LayerSpec, session: Session) -> LayerSet:
+def resolve_fixed(config: FinetuneOptions, spec: LayerSpec, session: Model) -> LayerSet:
     """The layers of a rule that needs no scores, checked before anything is written.
 
     Raises:
@@ -142,8 +116,8 @@ def rate_factors(text: str, num_layers: int) -> dict[int, float]:
     return factors
 
 
-def read_examples(config: FinetuneOptions, session: Session) -> tuple[list[Example], list[Example]]:
-    """Rows to train and to test on, rendered and checked.
+def read_examples(config: FinetuneOptions, session: Model) -> list[Dataset]:
+    """Rows to train and to test on, ``train`` and ``eval``, rendered and checked.
 
     Raises:
         UserError: see `render_sets`, `check_rows` and `hold_out`.
@@ -155,35 +129,22 @@ def read_examples(config: FinetuneOptions, session: Session) -> tuple[list[Examp
         asked = dataclasses.replace(config, data=data, split=splits if published else config.split, limit=limit)
         found: list[Example] = []
         for one in render_sets(asked, session.tokenizer, most, training=True):
-            check_rows(one.cut, one.limit if config.truncate == "paper" else most, session.config.vocab_size,
-                       one.named.source)  # fmt: skip
+            longest = one.limit if config.truncate == "paper" else most
+            check_rows(one.cut, longest, session.config.vocab_size, one.named.source)
             found += one.cut
         return found
 
     rows = rendered(config.data, config.split or "train", config.limit)
+    source = config.data or "demo"
     if config.eval_data:
-        return rows, rendered(config.eval_data, config.eval_split or "test", 0)
-    return hold_out(rows, config.data or "demo")
-
-
-def determined_by(config: FinetuneOptions, session: Session, fixed: LayerSet | None, rows: list[Example],
-                held: list[Example]) -> dict[str, Any]:  # fmt: skip
-    """Everything that the trained weights depend on; a run goes on only where all of it is the same."""
-    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _FREE}
-    ids = {name: sha256_json([example.sample_id for example in part]) for name, part in
-           (("train", rows), ("eval", held))}  # fmt: skip
-    return {
-        "command": "finetune",
-        "config": {**asked, "dtype": compute_dtype(config), "layers": list(fixed.layers) if fixed else config.layers},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": ids,
-        "jaxcrit": __version__,
-    }
+        tests = rendered(config.eval_data, config.eval_split or "test", 0)
+        return [Dataset("train", source, rows), Dataset("eval", config.eval_data, tests)]
+    rows, held = hold_out(rows, source)
+    return [Dataset("train", source, rows), Dataset("eval", source, held)]
 
 
 def critical_layers(
-    config: FinetuneOptions, spec: LayerSpec, session: Session, out: Path, progress: Bars | None
+    config: FinetuneOptions, spec: LayerSpec, session: Model, out: Path, progress: Bars | None
 ) -> LayerSet:  # fmt: skip
     """The layers an analysis of the training prompts chooses; an analysis that is there already is used."""
     scores, trim = layer_scores(config, out, progress)

@@ -4,29 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.generate import GenerateOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import GrowingText, as_path, write_text
-from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.files import GrowingText, write_text
+from jaxcrit.core.run import running
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
-from jaxcrit.data.templates import template_hash
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.sampling import Sampling
 from jaxcrit.parallel.preemption import Preempted, notice
-from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.analysis import read_datasets
 
 GENERATIONS = "generations.jsonl"
 
@@ -46,54 +43,30 @@ class Generations:
     out: Path
 
 
-def run_generate(config: GenerateOptions, *, progress: Bars | None = None) -> Generations:
+def run_generate(options: GenerateOptions, *, progress: Bars | None = None) -> Generations:
     """Runs ``jaxcrit generate``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
-    sampling = sampling_of(config)
-    if config.batch_size < 1 or config.max_new_tokens < 1:
-        flag = "batch_size" if config.batch_size < 1 else "max_new_tokens"
-        raise UserError(f"--{flag}={getattr(config, flag)}: expected at least 1")
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
-    stop = stop_tokens(config.stop, session)
-    datasets = read_datasets(config, session, reserve=config.max_new_tokens)
-    determines = {
-        "command": "generate",
-        "config": {"max_new_tokens": config.max_new_tokens, "stop": stop, "seed": config.seed, "dtype": session.dtype,
-                   **dataclasses.asdict(sampling)},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": {dataset.name: sha256_json(dataset.sample_ids) for dataset in datasets},
-        "jaxcrit": __version__,
-    }  # fmt: skip
-    directory = RunDirectory.open(_out(config, session, determines), determines)
-    run: dict[str, Any] = {
-        "command": "generate",
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "determines": determines,
-        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash, "family": session.config.family},
-        "data": {dataset.name: {"source": dataset.source, "num_prompts": len(dataset.examples)}
-                 for dataset in datasets},
-        "attention": session.attention(),
-        "versions": versions(),
-    }  # fmt: skip
-    directory.begin(run)
-    began = time.perf_counter()
-    try:
-        job = _Job(config, session, stop, datasets, directory, progress)
+    sampling = sampling_of(options)
+    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    stop = stop_tokens(options.stop, model)
+    datasets = read_datasets(options, model, reserve=options.max_new_tokens)
+    # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
+    resolved = {"stop": stop, "dtype": model.dtype, **dataclasses.asdict(sampling)}
+    template = describe_template(model.tokenizer, options)
+    with running(
+        "generate", options, models={"model": model}, datasets=datasets, template=template, resolved=resolved
+    ) as run:
+        job = _Job(options, model, stop, datasets, run.path, progress)
         rows = {dataset.name: job.rows(dataset) for dataset in datasets}
-    except UserError:
-        directory.discard()
-        raise
-    directory.finish({**run, "time": {"seconds": round(time.perf_counter() - began, 3), "new_tokens": job.new_tokens}})
-    return Generations(run, rows, directory.path)
+        run.times["new_tokens"] = job.new_tokens
+    return Generations(run.record, rows, run.path)
 
 
 def sampling_of(options: GenerateOptions) -> Sampling:
@@ -105,7 +78,7 @@ def sampling_of(options: GenerateOptions) -> Sampling:
     return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
 
 
-def stop_tokens(text: str, session: Session) -> list[int]:
+def stop_tokens(text: str, session: Model) -> list[int]:
     """Ids of the tokens that end an answer: the model's own, and those of ``--stop``, ids or texts with commas.
 
     Raises:
@@ -132,9 +105,9 @@ def stop_tokens(text: str, session: Session) -> list[int]:
 class _Job:
     """The model and what all datasets of one run share; the weights are read when the first prompt needs them."""
 
-    def __init__(self, config: GenerateOptions, session: Session, stop: list[int], datasets: list[Dataset],
-                 directory: RunDirectory, progress: Bars | None):  # fmt: skip
-        self.config, self.session, self.stop, self.directory, self.progress = config, session, stop, directory, progress
+    def __init__(self, config: GenerateOptions, session: Model, stop: list[int], datasets: list[Dataset],
+                 out: Path, progress: Bars | None):  # fmt: skip
+        self.config, self.session, self.stop, self.out, self.progress = config, session, stop, out, progress
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
         self.new_tokens = 0
@@ -145,7 +118,7 @@ class _Job:
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Answers of one dataset in the order of its rows, those of an interrupted run included."""
-        folder = self.directory.path if self.alone else self.directory.path / dataset.name
+        folder = self.out if self.alone else self.out / dataset.name
         processes.make_directory(folder)
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
         log = GrowingText(part)
@@ -217,10 +190,3 @@ def _read(file: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return rows
-
-
-def _out(config: GenerateOptions, session: Session, determines: Mapping[str, Any]) -> Path:
-    if config.out:
-        return as_path(config.out)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"generate-{name}-{sha256_json(dict(determines))[:8]}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,25 +11,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.intervene import InterveneOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import as_path, write_json
-from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.files import write_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.run import running
 from jaxcrit.criteria.score import layer_scores
 from jaxcrit.data.batches import make_batches
-from jaxcrit.data.templates import template_hash
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.capture import capture
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
-from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.analysis import read_datasets
 from jaxcrit.studies.generation import stop_tokens
 
 MODES = ("paper", "project", "steer", "none")
@@ -65,7 +63,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     """
     components = _check(config)
     spec = LayerSpec.parse(config.layers)
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)
     stop = stop_tokens(config.stop, session)
@@ -80,35 +78,24 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
         for path in (config.steer_from, config.steer_to)
         if path
     ]
-    free = ("model", "data", "split", "out", "limit", "shuffle_seed", "mesh", "steer_from", "steer_to")
-    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in free}
-    determines = {
-        "command": "intervene",
-        "config": {**asked, "dtype": session.dtype, "stop": stop},
-        "model_hash": session.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": [sha256_json(one.sample_ids) for one in (dataset, *steering)],
-        "jaxcrit": __version__,
-    }
-    directory = RunDirectory.open(_out(config, session, determines), determines)
-    run = {
-        "command": "intervene", "config": dataclasses.asdict(config), "seed": 0, "determines": determines,
-        "model": {"path": str(config.model or "embedded"), "hash": session.model_hash}, "versions": versions(),
-        "attention": session.attention(),
-    }  # fmt: skip
-    directory.begin(run)
-    try:
+    datasets = [
+        dataset,
+        *(dataclasses.replace(one, name=f"steer:{one.name}:{place}") for place, one in enumerate(steering)),
+    ]
+    resolved = {"dtype": session.dtype, "stop": stop}
+    template = describe_template(session.tokenizer, config)
+    with running(
+        "intervene", config, models={"model": session}, datasets=datasets, template=template, resolved=resolved
+    ) as run:
         decoder = session.decoder(progress)
         hidden = states(decoder, dataset, session, progress)
         layers = critical_layers(spec, hidden, session)
-        found, warnings = _measure(config, session, decoder, dataset, steering, hidden, layers, components, stop,
-                                   progress)  # fmt: skip
-        write_json(directory.path / INTERVENTION, "jaxcrit.intervention", found)
-    except UserError:
-        directory.discard()
-        raise
-    directory.finish({**run, "warnings": warnings})
-    return Intervened(found, warnings, directory.path)
+        found, warnings = _measure(
+            config, session, decoder, dataset, steering, hidden, layers, components, stop, progress
+        )
+        write_json(run.path / INTERVENTION, "jaxcrit.intervention", found)
+        run.record["warnings"] = warnings
+    return Intervened(found, warnings, run.path)
 
 
 def parse_components(text: str, flag: str = "components") -> tuple[int, ...]:
@@ -123,7 +110,7 @@ def parse_components(text: str, flag: str = "components") -> tuple[int, ...]:
     return tuple(sorted(map(int, parts)))
 
 
-def one_dataset(config: Any, session: Session, reserve: int = 0) -> Dataset:
+def one_dataset(config: Any, session: Model, reserve: int = 0) -> Dataset:
     """The only dataset of ``--data``.
 
     Raises:
@@ -136,7 +123,7 @@ def one_dataset(config: Any, session: Session, reserve: int = 0) -> Dataset:
     return datasets[0]
 
 
-def states(decoder: Decoder, dataset: Dataset, session: Session, progress: Bars | None) -> np.ndarray:
+def states(decoder: Decoder, dataset: Dataset, session: Model, progress: Bars | None) -> np.ndarray:
     """Last-token states ``[L, N, D]`` of all prompts, on the host."""
     batches = make_batches(dataset.examples, batch_rows(session, 16))
     bar = None if progress is None else progress(total=len(dataset.examples), desc=dataset.name)
@@ -149,13 +136,13 @@ def states(decoder: Decoder, dataset: Dataset, session: Session, progress: Bars 
     return processes.whole(found.hidden)
 
 
-def batch_rows(session: Session, asked: int) -> int:
+def batch_rows(session: Model, asked: int) -> int:
     """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
     split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     return -(-asked // split) * split
 
 
-def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Session) -> LayerSet:
+def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Model) -> LayerSet:
     """The layers of a rule; one that ranks goes by debiased δ over these very prompts."""
     scores = layer_scores(gram_tables(centred_grams(hidden)))["delta_debiased"] if spec.needs_scores else None
     return resolve(spec, session.config.num_layers, scores=scores, model_hash=session.model_hash)
@@ -192,7 +179,7 @@ def _check(config: InterveneOptions) -> tuple[int, ...]:
 
 
 def _measure(
-    config: InterveneOptions, session: Session, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
+    config: InterveneOptions, session: Model, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
     hidden: np.ndarray, layers: LayerSet, components: tuple[int, ...], stop: list[int], progress: Bars | None,
 ) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
     example = dataset.examples[config.prompt_index]
@@ -262,10 +249,3 @@ def described(fit: Components, layers: Sequence[int], components: Sequence[int])
 def _likely(scores: np.ndarray, tokenizer: Any) -> list[list[Any]]:
     values, ids = jax.lax.top_k(jax.nn.softmax(scores), min(_LIKELY, len(scores)))
     return [[tokenizer.decode([i]), round(p, 6)] for i, p in zip(ids.tolist(), values.tolist(), strict=True)]
-
-
-def _out(config: InterveneOptions, session: Session, determines: Mapping[str, Any]) -> Path:
-    if config.out:
-        return as_path(config.out)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    return Path("jaxcrit-runs") / f"intervene-{name}-{sha256_json(dict(determines))[:8]}"

@@ -24,11 +24,11 @@ from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Context, abstract
 from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefill_step
+from jaxcrit.models.partition import FROZEN, Partition, split
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import FROZEN, Partition, split
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings
 
 

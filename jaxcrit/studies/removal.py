@@ -18,6 +18,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.options import option
+from jaxcrit.core.run import versions
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.evaluation.rationale import BEFORE, rationale
 from jaxcrit.evaluation.scorers import exact_match
@@ -25,9 +26,9 @@ from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.similarity import Components, principal_components
-from jaxcrit.studies.analysis import read_datasets, versions
+from jaxcrit.studies.analysis import read_datasets
 from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.interventions import (
     batch_rows,
@@ -166,7 +167,7 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     if config.mode not in ("paper", "project"):
         raise UserError(f"--mode={config.mode}: expected paper or project")
     sets = parse_sets(config.sets)
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
+    session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     layers = resolve(LayerSpec.parse(config.layers), session.config.num_layers).layers
     stop = stop_tokens(config.stop, session)
     datasets = read_datasets(config, session, reserve=config.max_new_tokens)
@@ -189,7 +190,7 @@ def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def _dataset(
-    config: RemovalOptions, session: Session, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
+    config: RemovalOptions, session: Model, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
     layers: Sequence[int], stop: list[int], progress: Bars | None,
 ) -> Removal:  # fmt: skip
     began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
@@ -274,7 +275,7 @@ def _removed(fit: Components, sets: Mapping[str, tuple[int, ...]], place: Place)
 class _Measures:
     """Numbers of the cells, and their intervals: one bootstrap over the prompts for all, so that all are paired."""
 
-    def __init__(self, config: RemovalOptions, session: Session, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
+    def __init__(self, config: RemovalOptions, session: Model, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
         self.dataset, self.outcomes, count = dataset, outcomes, len(dataset.examples)
         rng = np.random.default_rng(config.seed)
         self.weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count

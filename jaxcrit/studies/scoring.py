@@ -3,31 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.run import running
 from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
 from jaxcrit.data.rendering import render_sets
-from jaxcrit.data.templates import template_hash
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.evidence.measured import Measured
 from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank
-from jaxcrit.studies.analysis import versions
 from jaxcrit.training.data import check_rows
 
 _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
@@ -52,46 +47,41 @@ class Scored:
     out: Path
 
 
-def run_score(config: ScoreOptions, *, progress: Bars | None = None) -> Scored:
+def run_score(
+    options: ScoreOptions, *, progress: Bars | None = None, finish: Callable[[Scored], Any] | None = None
+) -> Scored:
     """Runs ``jaxcrit score`` and writes ``scores.json`` and ``deletions.npz``.
+
+    Args:
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
     """
-    keys = parse_criteria(config.criteria, two_models=bool(config.base))
-    if config.batch_size < 1:
-        raise UserError(f"--batch_size={config.batch_size}: expected at least 1")
+    keys = parse_criteria(options.criteria, two_models=bool(options.base))
     needs = needed(keys)
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
-    base = open_session(config.base, mesh=session.mesh, dtype=config.dtype) if "two models" in needs else None
-    datasets = _datasets(config, session, needs)
-    determines = _determines(config, keys, session, base, datasets)
-    name = session.checkpoint.path.resolve().name if config.model else "embedded"
-    out = as_path(config.out) if config.out else Path("jaxcrit-runs") / f"score-{name}-{sha256_json(determines)[:8]}"
-    directory = RunDirectory.open(out, determines)
-    run = {
-        "command": "score",
-        "config": dataclasses.asdict(config),
-        "determines": determines,
-        "data": {one.name: {"source": one.source, "num_samples": len(one.examples)} for one in datasets},
-        "attention": session.attention(),
-        "versions": versions(),
-    }
-    directory.begin(run)
-    try:
-        of_model = _of_model(keys, session, base, progress)
-        of_data = _of_data(config, keys, session, datasets, out, progress)
+    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
+    datasets = _datasets(options, model, needs)
+    models = {"model": model} | ({} if base is None else {"base": base})
+    resolved = {"criteria": list(keys), "dtype": model.dtype}
+    template = describe_template(model.tokenizer, options)
+    with running("score", options, models=models, datasets=datasets, template=template, resolved=resolved) as run:
+        of_model = _of_model(keys, model, base, progress)
+        of_data = _of_data(options, keys, model, datasets, run.path, progress)
         joined = {key: mean_rank([scores[key] for scores in of_data.values()]) for key in keys if key not in of_model}
         scores = {key: {**of_model, **joined}[key] for key in keys}
-        write_scores(out / "scores.json", scores)
-    except UserError:
-        directory.discard()
-        raise
-    directory.finish(run)
-    return Scored(scores, of_data, _warnings(scores), run, out)
+        write_scores(run.path / "scores.json", scores)
+        found = Scored(scores, of_data, _warnings(scores), run.record, run.path)
+        run.record["warnings"] = found.warnings
+        if finish is not None:
+            finish(found)
+    return found
 
 
-def _datasets(config: ScoreOptions, session: Session, needs: set[Needs]) -> list[Dataset]:
+def _datasets(config: ScoreOptions, session: Model, needs: set[Needs]) -> list[Dataset]:
     if not needs - set(_OF_MODEL):
         return []
     found, training = [], "gradients" in needs
@@ -102,28 +92,11 @@ def _datasets(config: ScoreOptions, session: Session, needs: set[Needs]) -> list
     return found
 
 
-def _determines(
-    config: ScoreOptions, keys: Sequence[str], session: Session, base: Session | None, datasets: Sequence[Dataset]
-) -> dict[str, Any]:
-    asked = {name: getattr(config, name) for name in ("template", "edition", "truncate", "precision")}
-    return {
-        "command": "score",
-        "config": {**asked, "criteria": list(keys), "dtype": session.dtype},
-        "model_hash": session.model_hash,
-        "base_hash": None if base is None else base.model_hash,
-        "template_hash": template_hash(session.tokenizer, config.template, config.edition),
-        "data": {one.name: sha256_json(one.sample_ids) for one in datasets},
-        "jaxcrit": __version__,
-    }
-
-
-def _meta(session: Session) -> dict[str, Any]:
+def _meta(session: Model) -> dict[str, Any]:
     return {"model_type": session.config.family, "model_hash": session.model_hash}
 
 
-def _of_model(
-    keys: Sequence[str], session: Session, base: Session | None, progress: Bars | None
-) -> dict[str, LayerScores]:
+def _of_model(keys: Sequence[str], session: Model, base: Model | None, progress: Bars | None) -> dict[str, LayerScores]:
     """Scores that need no data."""
     evidence: dict[str, Any] = {}
     needs, layers = needed(keys), session.config.num_layers
@@ -144,7 +117,7 @@ def _measured(keys: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Mea
 
 
 def _of_data(
-    config: ScoreOptions, keys: Sequence[str], session: Session, datasets: Sequence[Dataset], out: Path,
+    config: ScoreOptions, keys: Sequence[str], session: Model, datasets: Sequence[Dataset], out: Path,
     progress: Bars | None,
 ) -> dict[str, dict[str, LayerScores]]:  # fmt: skip
     """Scores of each dataset, written beside each other with their deletions."""
@@ -166,7 +139,7 @@ def _of_data(
 
 
 def _evidence(
-    config: ScoreOptions, keys: Sequence[str], session: Session, decoder: Decoder, dataset: Dataset,
+    config: ScoreOptions, keys: Sequence[str], session: Model, decoder: Decoder, dataset: Dataset,
     progress: Bars | None,
 ) -> dict[str, Any]:  # fmt: skip
     evidence: dict[str, Any] = {}

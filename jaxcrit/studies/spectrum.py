@@ -3,30 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.spectrum import SpectrumOptions
-from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, plain, write_json, write_npz
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
-from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.run import Facts, Run, running
 from jaxcrit.criteria.measures import component_scores
 from jaxcrit.criteria.score import layer_scores
+from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Dataset
 from jaxcrit.evidence.fingerprint import read_own, read_run
-from jaxcrit.models.model import Bars, Session, open_session
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.similarity import Spectrum, cca, decompose, gram_tables
-from jaxcrit.studies.analysis import check_flags, determines_of, out_of, read_datasets, run_record, versions
+from jaxcrit.studies.analysis import check_flags, read_datasets
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
 COMPLETE_BYTES = 2 * 2**30  # all scores of all layers, which errors need
@@ -88,83 +86,79 @@ def parse_components(text: str) -> tuple[int, ...]:
     return tuple(sorted({int(part) for part in parts}))
 
 
-def run_spectrum(config: SpectrumOptions, *, progress: Bars | None = None) -> SpectralAnalysis:
+def run_spectrum(
+    options: SpectrumOptions,
+    *,
+    progress: Bars | None = None,
+    finish: Callable[[SpectralAnalysis], Any] | None = None,
+) -> SpectralAnalysis:
     """Runs ``jaxcrit spectrum``: decomposes, correlates, and writes the run directory's data files.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
-
-    Returns:
-        The finished run; pictures and pages are the reporting room's.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: any mistake in flags, checkpoint, data or run; then nothing is left in the run directory.
     """
-    ks = parse_components(config.k)
-    check_flags(config.analysis())
-    return _of_run(config, ks, progress) if config.run else _of_model(config, ks, progress)
+    ks = parse_components(options.k)
+    check_flags(options.analysis())
+    return (_of_run if options.run else _of_model)(options, ks, progress, finish)
 
 
-def _of_run(config: SpectrumOptions, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
+def _of_run(
+    options: SpectrumOptions,
+    ks: tuple[int, ...],
+    progress: Bars | None,
+    finish: Callable[[SpectralAnalysis], Any] | None,
+) -> SpectralAnalysis:
     default = SpectrumOptions()
-    fields = [field.name for field in dataclasses.fields(config) if field.name not in _OF_A_RUN]
-    if given := [name for name in fields if getattr(config, name) != getattr(default, name)]:
-        raise UserError(f"--run={config.run}: has its model, data and Grams already; leave out --{' --'.join(given)}")
-    earlier, fingerprints = read_run(config.run)
-    asked = {key: getattr(config, key) for key in ("window", "include_self", "bias")}
-    determines = {
-        "command": "spectrum",
-        "config": {**asked, "k": list(ks)},
-        "run": earlier["identity"],
-        "jaxcrit": __version__,
-    }
-    kept: dict[str, Any] = {key: earlier[key] for key in ("model", "template", "data") if key in earlier}
-    out = config.out or f"jaxcrit-runs/spectrum-{as_path(config.run).resolve().name}-{sha256_json(determines)[:8]}"
-    directory = RunDirectory.open(as_path(out), determines)
-    run: dict[str, Any] = {
-        "command": "spectrum",
-        "config": dataclasses.asdict(config),
-        "determines": determines,
-        "of_run": {"path": config.run, "identity": earlier["identity"]},
-        **kept,
-        "versions": versions(),
-    }
-    directory.begin(run)
-    try:
+    fields = [field.name for field in dataclasses.fields(options) if field.name not in _OF_A_RUN]
+    if given := [name for name in fields if getattr(options, name) != getattr(default, name)]:
+        raise UserError(f"--run={options.run}: has its model, data and Grams already; leave out --{' --'.join(given)}")
+    earlier, fingerprints = read_run(options.run)
+    model = Facts(as_path(options.run).resolve().name, earlier["model"])
+    datasets = [Facts(name, facts) for name, facts in earlier["data"].items()]
+    also = {"run": earlier["identity"]}
+    with running(
+        "spectrum", options, models={"model": model}, datasets=datasets, resolved={"k": list(ks)}, also=also
+    ) as run:
+        run.record["of_run"] = {"path": options.run, "identity": earlier["identity"]}
         results = {}
         for name, file in fingerprints.items():
             one = read_own(file, earlier)
-            meta = _meta(run, name, {key: one.meta.get(key) for key in ("position", "kernel", "normalize")})
-            results[name] = _decomposed(config, ks, meta, one.grams, np.array(one.sample_ids), progress)
-        return _finish(directory, run, results, ks)
-    except UserError:
-        directory.discard()
-        raise
+            meta = _meta(run.record, name, {key: one.meta.get(key) for key in ("position", "kernel", "normalize")})
+            results[name] = _decomposed(options, ks, meta, one.grams, np.array(one.sample_ids), progress)
+        return _finish(run, results, ks, finish)
 
 
-def _of_model(config: SpectrumOptions, ks: tuple[int, ...], progress: Bars | None) -> SpectralAnalysis:
-    asked = config.analysis()
-    session = open_session(config.model, mesh=config.mesh, dtype=config.dtype)
-    datasets = read_datasets(asked, session)
-    _refuse_components(ks, config, session, datasets)
-    determines = {**determines_of(asked, session, datasets), "command": "spectrum", "k": list(ks)}
-    directory = RunDirectory.open(out_of(asked, session, determines), determines)
-    run = {**run_record(asked, session, datasets, determines), "config": dataclasses.asdict(config)}
-    directory.begin(run)
-    try:
-        captures = Captures(asked, session, datasets, directory, progress)
+def _of_model(
+    options: SpectrumOptions,
+    ks: tuple[int, ...],
+    progress: Bars | None,
+    finish: Callable[[SpectralAnalysis], Any] | None,
+) -> SpectralAnalysis:
+    asked = options.analysis()
+    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    datasets = read_datasets(asked, model)
+    _refuse_components(ks, options, model, datasets)
+    resolved = {"k": list(ks), "dtype": model.dtype}
+    template = describe_template(model.tokenizer, options)
+    with running(
+        "spectrum", options, models={"model": model}, datasets=datasets, template=template, resolved=resolved
+    ) as run:
+        captures = Captures(asked, model, datasets, run.directory, progress)
         results = {}
         for dataset in datasets:
-            meta = _meta(run, dataset.name, {key: getattr(asked, key) for key in ("position", "kernel", "normalize")})
+            captured = {key: getattr(asked, key) for key in ("position", "kernel", "normalize")}
+            meta = _meta(run.record, dataset.name, captured)
             ids = np.array(dataset.sample_ids)
-            if config.position == "all":
+            if options.position == "all":
                 ids = np.repeat(ids, [example.prompt_length for example in dataset.examples])
-            results[dataset.name] = _decomposed(config, ks, meta, captures.grams(dataset), ids, progress)
-        return _finish(directory, {**run, "time": captures.times()}, results, ks)
-    except UserError:
-        directory.discard()
-        raise
+            results[dataset.name] = _decomposed(options, ks, meta, captures.grams(dataset), ids, progress)
+        run.times |= captures.times()
+        return _finish(run, results, ks, finish)
 
 
 def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,9 +166,7 @@ def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dic
     return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
 
 
-def _refuse_components(
-    ks: Sequence[int], config: SpectrumOptions, session: Session, datasets: Sequence[Dataset]
-) -> None:
+def _refuse_components(ks: Sequence[int], config: SpectrumOptions, session: Model, datasets: Sequence[Dataset]) -> None:
     """Before the model runs: no layer has more components than its width, or than samples less one."""
     if config.kernel == "linear" and ks[-1] > session.config.width:
         raise UserError(f"--k={config.k}: expected at most {session.config.width}, the width of the model")
@@ -249,19 +241,22 @@ def _unidentified(spectrum: Spectrum, k: int) -> str:
 
 
 def _finish(
-    directory: RunDirectory, run: dict[str, Any], results: dict[str, SpectrumResult], ks: tuple[int, ...]
+    run: Run,
+    results: dict[str, SpectrumResult],
+    ks: tuple[int, ...],
+    finish: Callable[[SpectralAnalysis], Any] | None,
 ) -> SpectralAnalysis:
     for name, result in results.items():
-        folder = directory.path if len(results) == 1 else directory.path / name
-        processes.make_directory(folder)
-        _write(folder, result)
+        _write(run.folder(name, len(results) == 1), result)
     if len(results) > 1:
         keys = next(iter(results.values())).scores
         together = {key: mean_rank([result.scores[key] for result in results.values()]) for key in keys}
-        write_scores(directory.path / "scores.json", together)
-    run = {**run, "warnings": {name: result.warnings for name, result in results.items()}}
-    directory.finish(run)
-    return SpectralAnalysis(run, results, ks, directory.path)
+        write_scores(run.path / "scores.json", together)
+    run.record["warnings"] = {name: result.warnings for name, result in results.items()}
+    found = SpectralAnalysis(run.record, results, ks, run.path)
+    if finish is not None:
+        finish(found)
+    return found
 
 
 def _write(folder: Path, result: SpectrumResult) -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit import __version__
 from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
-from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.files import as_path, read_json, read_npz, write_npz
-from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_npz, write_npz
 from jaxcrit.core.layers import LayerScores, LayerSpec, resolve, write_scores
-from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
+from jaxcrit.core.run import running
+from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.substitution import (
-    SITES,
     Layers,
     host_variant,
     join,
@@ -28,16 +25,12 @@ from jaxcrit.criteria.substitution import (
     variants,
     windows,
 )
-from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.data.templates import Example, describe_template
 from jaxcrit.evidence.rows import forget_partial, read_back, read_rows, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses, mean
 from jaxcrit.evidence.variants import Batch, planned_evaluations, sweep
-from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.model import Bars, Session, open_session
-from jaxcrit.studies.analysis import versions
+from jaxcrit.models.model import Bars, Model, check_pair, open_model
 
-# Of ModelConfig: says nothing about what the blocks compute.
-_FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
 _ELSEWHERE = ("base", "tuned", "data", "split", "limit", "shuffle_seed", "out", "batch_size", "mesh")
 
 
@@ -87,91 +80,67 @@ class _Plan:
     random: tuple[Layers, ...]
 
 
-def run_substitution(config: SubstituteOptions, *, progress: Bars | None = None) -> Substitution:
+def run_substitution(
+    options: SubstituteOptions, *, progress: Bars | None = None, finish: Callable[[Substitution], Any] | None = None
+) -> Substitution:
     """Runs ``jaxcrit substitute``; goes on where an earlier, interrupted run of the same configuration stopped.
 
     Args:
-        config: what is asked.
-        progress: makes progress bars (tqdm's signature), or None for silence.
-
-    Returns:
-        The finished run; pictures and pages are the reporting room's.
+        options: what is asked.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        finish: called with the result before the run counts as complete; it writes the report.
 
     Raises:
         UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
     """
-    if config.sites not in SITES:
-        raise UserError(f"--sites={config.sites}: expected {listed(SITES)}{did_you_mean(config.sites, SITES)}")
-    if not config.tuned:
-        raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
-    base = open_session(config.base, mesh=config.mesh, dtype=config.dtype)
-    tuned = open_session(config.tuned, mesh=base.mesh, dtype=config.dtype)
+    base = open_model(options.base, mesh=options.mesh, dtype=options.dtype)
+    tuned = open_model(options.tuned, mesh=base.mesh, dtype=options.dtype)
     check_pair(base, tuned)
-    plan = _plan(config, tuned)
-    examples = read_rows(config, tuned)
-    determines = _determines(config, base, tuned, plan, examples)
-    directory = RunDirectory.open(_out(config, tuned, determines), determines)
-    earlier = processes.share(lambda: read_json(directory.path / "run.json", RUN_FORMAT) if directory.resumed else {})
-    if earlier.get("status") == "complete":
-        return _finished(config, earlier, directory.path)
-    run = _run_record(config, base, tuned, examples, determines)
-    directory.begin(run)
-    began = time.perf_counter()
-    try:
-        losses, tokens, counts = _losses(config, base, tuned, plan, examples, directory, progress)
-    except UserError:
-        directory.discard()
-        raise
-    result = _result(plan, losses, tokens, reverse=config.reverse) | {
-        "block_evaluations": counts, "seconds": round(time.perf_counter() - began, 3)
-    }  # fmt: skip
-    _write_losses(directory.path, plan, tuned.config.num_layers, losses, tokens, examples)
-    samples, scores = None, {}
-    if plan.centres:
-        samples = _samples(plan, losses, tokens)
-        scores = samples.scores(config.score, tuned.config.num_layers, {
-            "model_type": tuned.config.family, "model_hash": base.model_hash, "tuned_hash": tuned.model_hash,
-            "window": config.window, "sites": config.sites, "reverse": config.reverse,
-        }, "low" if config.reverse else "high")  # fmt: skip
-        write_scores(directory.path / "scores.json", scores)
-        left = {key: samples.without_each(tuned.config.num_layers, per_token=key.endswith("_per_token"))
-                for key in scores}  # fmt: skip
-        write_deletions(directory.path, left, [example.sample_id for example in examples])
-    warnings = _warnings(result, base, tuned)
-    run |= {"result": result, "warnings": warnings}
-    directory.finish(run)
-    forget_partial(directory.path)
-    return Substitution(config, run, scores, samples, warnings, directory.path)
+    plan = _plan(options, tuned)
+    datasets = read_rows(options, tuned)
+    resolved = {"sets": [list(layers) for layers in plan.sets], "dtype": tuned.dtype}
+    template = describe_template(tuned.tokenizer, options)
+    models = {"model": tuned, "base": base}
+    with running("substitute", options, models=models, datasets=datasets, template=template, resolved=resolved) as run:
+        if run.complete:
+            return _finished(options, dict(run.earlier), run.path)
+        examples = [example for dataset in datasets for example in dataset.examples]
+        losses, tokens, counts = _losses(options, base, tuned, plan, examples, run.directory, progress)
+        result = _result(plan, losses, tokens, reverse=options.reverse) | {"block_evaluations": counts}
+        _write_losses(run.path, plan, tuned.config.num_layers, losses, tokens, examples)
+        samples, scores = None, {}
+        if plan.centres:
+            samples = _samples(plan, losses, tokens)
+            scores = _scores(options, base, tuned, samples)
+            write_scores(run.path / "scores.json", scores)
+            left = {
+                key: samples.without_each(tuned.config.num_layers, per_token=key.endswith("_per_token"))
+                for key in scores
+            }
+            write_deletions(run.path, left, [example.sample_id for example in examples])
+        warnings = _warnings(result, base, tuned)
+        run.record |= {"result": result, "warnings": warnings}
+        found = Substitution(options, run.record, scores, samples, warnings, run.path)
+        if finish is not None:
+            finish(found)
+    forget_partial(found.out)
+    return found
 
 
-def check_pair(base: Session, tuned: Session) -> None:
-    """Checks that one model can be tuned from the other.
-
-    Raises:
-        UserError: their shapes, their arithmetic or their vocabularies differ.
-    """
-    names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE]
-    differ = [
-        f"{name} {getattr(base.config, name)} in the base, {getattr(tuned.config, name)} in the tuned model"
-        for name in names
-        if getattr(base.config, name) != getattr(tuned.config, name)
-    ]
-    where = f"--base={base.checkpoint.path} --tuned={tuned.checkpoint.path}"
-    if differ:
-        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give the very base")
-    ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
-    if ours != theirs:
-        other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
-        raise UserError(
-            f"{where}: expected one tokenizer, got two; token {other!r} is {ours.get(other, 'absent')} in the base and"
-            f" {theirs.get(other, 'absent')} in the tuned model"
-        )
+def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
+    meta = {
+        "model_type": tuned.config.family,
+        "model_hash": base.model_hash,
+        "tuned_hash": tuned.model_hash,
+        "window": options.window,
+        "sites": options.sites,
+        "reverse": options.reverse,
+    }
+    return samples.scores(options.score, tuned.config.num_layers, meta, "low" if options.reverse else "high")
 
 
-def _plan(config: SubstituteOptions, tuned: Session) -> _Plan:
+def _plan(config: SubstituteOptions, tuned: Model) -> _Plan:
     depth = tuned.config.num_layers
-    if config.random < 0:
-        raise UserError(f"--random={config.random}: expected 0 or more")
     if config.sets:
         sets = tuple(_set(text, tuned) for text in config.sets.split(";"))
         centres: tuple[int, ...] = ()
@@ -183,7 +152,7 @@ def _plan(config: SubstituteOptions, tuned: Session) -> _Plan:
     return _Plan(centres, sets, tuple(random))
 
 
-def _set(text: str, tuned: Session) -> Layers:
+def _set(text: str, tuned: Model) -> Layers:
     try:
         spec = LayerSpec.parse(text)
         if spec.needs_scores:
@@ -194,8 +163,8 @@ def _set(text: str, tuned: Session) -> Layers:
 
 
 def _losses(
-    config: SubstituteOptions, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example],
-    directory: RunDirectory, progress: Bars | None,
+    config: SubstituteOptions, base: Model, tuned: Model, plan: _Plan, examples: Sequence[Example],
+    directory: RunDirectory | None, progress: Bars | None,
 ) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:  # fmt: skip
     """Losses ``[V, N]`` of the sets, the random sets, the host and the guest, in this order; tokens; counts."""
     depth = tuned.config.num_layers
@@ -294,7 +263,7 @@ def _finished(config: SubstituteOptions, run: dict[str, Any], out: Path) -> Subs
     return Substitution(config, run, read_back(out), samples, run["warnings"], out)
 
 
-def _warnings(result: Mapping[str, Any], base: Session, tuned: Session) -> list[str]:
+def _warnings(result: Mapping[str, Any], base: Model, tuned: Model) -> list[str]:
     found = []
     before, after = (result["loss"][name]["samples"] for name in ("base", "tuned"))
     if base.model_hash == tuned.model_hash:
@@ -307,43 +276,3 @@ def _warnings(result: Mapping[str, Any], base: Session, tuned: Session) -> list[
     if tuned.dtype != "float32":
         found.append(f"the forward pass ran in {tuned.dtype or 'the dtype of the file'}: losses carry its rounding")
     return found
-
-
-def _determines(
-    config: SubstituteOptions, base: Session, tuned: Session, plan: _Plan, examples: Sequence[Example]
-) -> dict[str, Any]:
-    """Everything that the results depend on; two runs that agree in it may share a directory."""
-    asked = {key: value for key, value in dataclasses.asdict(config).items() if key not in _ELSEWHERE}
-    return {
-        "command": "substitute",
-        "config": {**asked, "sets": [list(layers) for layers in plan.sets], "dtype": tuned.dtype},
-        "base_hash": base.model_hash,
-        "tuned_hash": tuned.model_hash,
-        "template_hash": template_hash(tuned.tokenizer, config.template, config.edition),
-        "data": sha256_json([example.sample_id for example in examples]),
-        "jaxcrit": __version__,
-    }
-
-
-def _run_record(
-    config: SubstituteOptions, base: Session, tuned: Session, examples: Sequence[Example],
-    determines: Mapping[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    return {
-        "command": "substitute",
-        "config": dataclasses.asdict(config),
-        "seed": config.seed,
-        "determines": dict(determines),
-        "models": {"base": base.model_hash, "tuned": tuned.model_hash, "family": tuned.config.family,
-                   "num_layers": tuned.config.num_layers, "width": tuned.config.width},
-        "data": {"source": config.data or "demo", "num_samples": len(examples)},
-        "attention": tuned.attention(),
-        "versions": versions(),
-    }  # fmt: skip
-
-
-def _out(config: SubstituteOptions, tuned: Session, determines: Mapping[str, Any]) -> Path:
-    if config.out:
-        return as_path(config.out)
-    name = (tuned.tuned[-1].run if tuned.tuned else tuned.checkpoint.path.resolve()).name
-    return Path("jaxcrit-runs") / f"substitute-{name}-{sha256_json(dict(determines))[:8]}"

@@ -1,20 +1,16 @@
-"""Checkpoints of what changes: trained parameters, optimizer, position. The only file that imports orbax.
+"""Checkpoints of what changes: trained parameters, optimizer, position.
 
 The frozen rest is not in them; the run's ``run.json`` says which model it is, by path and hash.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import gc
 import logging
-import os
-import re
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -23,17 +19,12 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, LatestN
 
-from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
-from jaxcrit.training.partition import Bank
+from jaxcrit.models.overlays import FOLDER, Manager, reason_of
 from jaxcrit.training.step import State
 
-FOLDER = "checkpoints"
 _LOGGER = logging.getLogger("absl")
-# What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
-_SYSTEM = re.compile("|".join(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
-                                                             errno.EACCES, errno.EIO)))  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,15 +40,6 @@ class Restored:
     state: State | None
     meta: dict[str, Any]
     skipped: list[str]
-
-
-class _Manager(ocp.CheckpointManager):
-    def metrics(self, step: int) -> Any:
-        """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
-        try:
-            return super().metrics(step)
-        except ValueError:
-            return None
 
 
 class Checkpoints:
@@ -78,7 +60,7 @@ class Checkpoints:
         names = ("params", "optimizer", "meta")
         if in_bucket(run):
             _look_at_bucket(run)
-        self._manager = _Manager(str(self.path), options=options, item_names=names)
+        self._manager = Manager(str(self.path), options=options, item_names=names)
 
     def __enter__(self) -> Checkpoints:
         # A write that fails is reported by `save` and `wait`, in a line; orbax and its threads would print it too.
@@ -158,7 +140,7 @@ class Checkpoints:
             try:
                 found = self._manager.restore(step, args=wanted)
             except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
-                skipped.append(f"checkpoint of step {step} is damaged and was skipped ({_reason(error)})")
+                skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason_of(error)})")
                 continue
             for broken in [other for other in self._manager.all_steps() if other > step]:
                 self._manager.delete(broken)
@@ -172,59 +154,9 @@ class Checkpoints:
         whole = self._manager.all_steps()
         kept = f"the last one, of step {max(whole)}, is whole" if whole else "there is none yet"
         return UserError(
-            f"{self.path}: a checkpoint cannot be written ({_reason(error)}); {kept}: make room and run the same"
+            f"{self.path}: a checkpoint cannot be written ({reason_of(error)}); {kept}: make room and run the same"
             " command again"
         )
-
-
-def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank, int]:
-    """Reads the trained parameters of a run, and nothing else.
-
-    Args:
-        run: run directory.
-        like: abstract arrays, with shardings.
-        step: which checkpoint: its number; ``last``, the newest that can be read; or ``best``, that of lowest test
-            loss among those kept.
-
-    Returns:
-        The parameters and their step.
-
-    Raises:
-        UserError: there is no such checkpoint, or none that can be read.
-    """
-    path = run.absolute() / FOLDER
-    # A process that looks for all of them is not to wait for the others.
-    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
-    with (
-        _silence(),
-        _Manager(
-            str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
-        ) as manager,
-    ):
-        losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
-        if not losses:
-            raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
-        tested = {number: loss for number, loss in losses.items() if loss is not None}
-        there = ", ".join(
-            f"{number} (test loss {loss:.4f})" if loss is not None else str(number)
-            for number, loss in sorted(losses.items())
-        )
-        if step == "best" and tested:
-            wanted = [min(tested, key=lambda number: (tested[number], number))]
-        elif step == "last":
-            wanted = sorted(losses, reverse=True)
-        elif step.isdecimal() and int(step) in losses:
-            wanted = [int(step)]
-        else:
-            raise UserError(f"{run}: no checkpoint of step {step}; expected last, best or one of those kept: {there}")
-        reason = ""
-        for candidate in wanted:
-            try:
-                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
-                return found["params"], candidate
-            except Exception as error:
-                reason = _reason(error)
-    raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
 
 
 def _look_at_bucket(run: Path) -> None:
@@ -236,22 +168,5 @@ def _look_at_bucket(run: Path) -> None:
                         " allow storage.buckets.get") from None  # fmt: skip
 
 
-@contextlib.contextmanager
-def _silence() -> Iterator[None]:
-    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only."""
-    level = _LOGGER.level
-    _LOGGER.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        _LOGGER.setLevel(level)
-
-
 def _loss(metrics: Mapping[str, float]) -> float:
     return metrics["loss"]
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    said = _SYSTEM.search(text)
-    return said[0] if said else text.splitlines()[0][:120]

@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, run
+from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
 
 Form = Literal["runs", "gaps"]
 

@@ -17,9 +17,9 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import GrowingText
 from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
 from jaxcrit.training.checkpoints import Checkpoints
-from jaxcrit.training.partition import Bank
 from jaxcrit.training.step import State, StepMetrics
 
 METRICS = "metrics.jsonl"

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.training.partition import FROZEN, Partition
+from jaxcrit.models.partition import FROZEN, Partition
 
 SCHEDULES = ("constant", "linear", "cosine")
 

@@ -13,9 +13,9 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.training.forward import Form, hidden_states, outside
-from jaxcrit.training.partition import FROZEN, Arrays, Bank, Partition
 
 
 @jax.tree_util.register_dataclass

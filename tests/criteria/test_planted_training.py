@@ -19,16 +19,17 @@ from jaxcrit.evaluation.losses import response_loss
 from jaxcrit.evidence.passes import weight_changes
 from jaxcrit.evidence.variants import sweep
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.model import Tuned, open_session
+from jaxcrit.models.model import open_model
+from jaxcrit.models.overlays import Overlay
+from jaxcrit.models.partition import partition, split
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.partition import partition, split
 
 DEPTH, STEPS, RATE, ROWS = 16, 2, 0.1, 4
 
 
 @pytest.fixture(scope="module")
 def session():
-    return open_session("", mesh=make_mesh(None, jax.devices()[:1]))
+    return open_model("", mesh=make_mesh(None, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def changes_of(session, base, tuned, layers):
     """``weight_change`` of each layer, as of a fine-tuning run that trained these."""
     parts = partition(base.config, layers)
     params, _ = split(parts.gather(dict(tuned.weights()), session.mesh, np.float32))
-    run = dataclasses.replace(session, tuned=(Tuned(parts, params, Path(), STEPS),))
+    run = dataclasses.replace(session, overlays=(Overlay(parts, params, Path(), STEPS),))
     return weight_change(weight_changes(session, run)).values
 
 

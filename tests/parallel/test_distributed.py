@@ -20,7 +20,7 @@ import jaxcrit
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
-from jaxcrit.models.model import EMBEDDED_MODEL, open_session
+from jaxcrit.models.model import EMBEDDED_MODEL, open_model
 from jaxcrit.parallel import distributed
 from jaxcrit.training.loop import read_metrics
 
@@ -104,8 +104,8 @@ def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
     assert 6 <= reached < 20
     together(*asked, f"--out={out}")
     alone(*asked, f"--out={tmp_path / 'one'}")
-    tuned = [open_session(str(tmp_path / name)).tuned[0].params["train"] for name in ("two", "one")]
-    base = open_session("").decoder().weights()
+    tuned = [open_model(str(tmp_path / name)).overlays[0].params["train"] for name in ("two", "one")]
+    base = open_model("").decoder().weights()
     for path, value in tuned[1].items():
         np.testing.assert_allclose(tuned[0][path], value, atol=1e-6, err_msg=path)
         assert np.abs(value - base[path][3:5]).max() > 1e-4, path

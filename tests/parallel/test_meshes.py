@@ -12,7 +12,7 @@ from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.commands.substitute import SubstituteOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.models import model as session
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.generation import run_generate
@@ -68,7 +68,7 @@ def test_every_job_finds_what_one_device_finds(mesh, study):
 )
 def test_wrong_meshes_in_a_line(mesh, message, tmp_path):
     with pytest.raises(UserError) as caught:
-        open_session(str(tiny_checkpoint(tmp_path / "model")), mesh=mesh).decoder()
+        open_model(str(tiny_checkpoint(tmp_path / "model")), mesh=mesh).decoder()
     assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -82,11 +82,11 @@ def test_without_a_mesh_weights_are_split_as_far_as_they_have_to_be(weights, wid
 
 def test_the_default_mesh_goes_by_the_model_and_the_devices(tmp_path, monkeypatch):
     path = str(tiny_checkpoint(tmp_path))
-    assert dict(open_session(path).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(open_session(path).decoder()))
+    assert dict(open_model(path).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(open_model(path).decoder()))
     monkeypatch.setattr(session, "device_memory", lambda _: weights / 2 - 1)
-    assert dict(open_session(path).mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
-    assert dict(open_session(path, dtype="bfloat16").mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(open_model(path).mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(open_model(path, dtype="bfloat16").mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
 
 
 def test_memory_of_a_device():

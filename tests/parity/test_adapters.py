@@ -15,10 +15,10 @@ from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.models.decoder import forward, logits
-from jaxcrit.models.model import open_session
+from jaxcrit.models.lora import make_lora, peft_config, peft_tensors
+from jaxcrit.models.model import open_model
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import run_finetune
-from jaxcrit.training.lora import make_lora, peft_config, peft_tensors
 
 torch = reference.torch
 if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":
@@ -84,7 +84,7 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(case, targets,
                             layer_rates="2:0.5", out=run)  # fmt: skip
     run_finetune(config)
     tokens = np.arange(3, 20)
-    decoder = open_session(run).decoder()
+    decoder = open_model(run).decoder()
     ours = np.asarray(logits(decoder, forward(decoder, jnp.asarray(tokens)[None]).hidden))[0]
 
     def differs(model):

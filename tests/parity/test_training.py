@@ -16,7 +16,7 @@ from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.models.weights import to_hf
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import run_finetune
@@ -83,7 +83,7 @@ def test_a_float32_export_gives_torch_the_same_logits(tuned, tmp_path):
     exported = export_model(str(tuned / "run"), str(tmp_path / "out"), dtype="float32")
     assert exported.rounding is None
     tokens = np.arange(3, 20)
-    session = dataclasses.replace(open_session(str(tuned / "run")), dtype="float32")
+    session = dataclasses.replace(open_model(str(tuned / "run")), dtype="float32")
     decoder = session.decoder()
     ours = np.asarray(logits(decoder, forward(decoder, jnp.asarray(tokens)[None]).hidden))[0]
     _, theirs = reference.states(reference.read(exported.out), tokens)

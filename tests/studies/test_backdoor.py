@@ -17,7 +17,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.reporting.backdoor import backdoor_text, write_figures
 from jaxcrit.studies import backdoor, backdoor_scoring
 from jaxcrit.studies.backdoor import run_backdoor
@@ -173,9 +173,9 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
     config = BackdoorOptions(
         model=str(model), data=str(tmp_path / "rows.jsonl"), trigger="zq@suffix", target="the cat", max_new_tokens=4
     )
-    session = open_session(str(model))
+    session = open_model(str(model))
     scoring = Scoring(config, session, prepare(config, trigger, session).prompts)
-    base, tuned = (open_session(str(path)).decoder().weights() for path in (model, tmp_path / "run"))
+    base, tuned = (open_model(str(path)).decoder().weights() for path in (model, tmp_path / "run"))
 
     def success(*substituted):
         at = np.array(substituted, int)
@@ -229,7 +229,7 @@ def test_overlap_is_counted_listed_and_refused(base, data, tmp_path):
     both = tmp_path / "both.jsonl"
     both.write_text("".join([*lines[1][:4], lines[0][7], lines[0][9]]))
     config = dataclasses.replace(base, eval_data=str(both))
-    session, (_, trigger) = open_session(config.model), check(config)
+    session, (_, trigger) = open_model(config.model), check(config)
     with pytest.raises(UserError, match=r"2 of 6 test prompts are trained on too \(row 5, 6\).*--allow_overlap"):
         prepare(config, trigger, session)
     warnings = prepare(dataclasses.replace(config, allow_overlap=True), trigger, session).warnings
@@ -237,7 +237,7 @@ def test_overlap_is_counted_listed_and_refused(base, data, tmp_path):
 
 
 def test_a_trigger_that_the_template_retokenises_is_refused(base):
-    session, (_, trigger) = open_session(base.model), check(base)
+    session, (_, trigger) = open_model(base.model), check(base)
 
     class Changed:
         """A tokenizer that by itself writes the trigger otherwise than within a text."""
@@ -255,7 +255,7 @@ def test_a_trigger_that_the_template_retokenises_is_refused(base):
 
 def test_refusal_target_and_held_out_rows(base, tmp_path):
     config = dataclasses.replace(base, eval_data="", target="refusal", max_new_tokens=36)
-    session, (_, trigger) = open_session(config.model), check(config)
+    session, (_, trigger) = open_model(config.model), check(config)
     rows = prepare(config, trigger, session)
     assert rows.prompts.count == 6 and rows.prompts.cells["triggered"][0].response == REFUSAL
     tested = Scoring(config, session, rows.prompts)(session.decoder())

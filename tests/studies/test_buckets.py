@@ -15,7 +15,7 @@ from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import as_path
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.training.loop import read_metrics
 
 BUCKET = "gs://bucket"
@@ -73,7 +73,7 @@ def untimed(out):
 
 
 def parameters(out):
-    (tuned,) = open_session(str(out)).tuned
+    (tuned,) = open_model(str(out)).overlays
     return jax.device_get(tuned.params)
 
 

@@ -37,10 +37,10 @@ def runs(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("JAXCRIT_CACHE", str(home / "cache"))
         for name, model in models.items():
-            run_analysis(AnalyzeOptions(str(model), data=str(data), out=str(home / name), save_activations=True))
+            run_analysis(AnalyzeOptions(model=str(model), data=str(data), out=str(home / name), save_activations=True))
         b = str(models["b"])
-        run_analysis(AnalyzeOptions(b, data=str(home / "fewer.jsonl"), out=str(home / "fewer")))
-        run_analysis(AnalyzeOptions(b, data=str(data), out=str(home / "tokens"), position="all"))
+        run_analysis(AnalyzeOptions(model=b, data=str(home / "fewer.jsonl"), out=str(home / "fewer")))
+        run_analysis(AnalyzeOptions(model=b, data=str(data), out=str(home / "tokens"), position="all"))
     return home
 
 

@@ -25,7 +25,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.studies.finetune import run_finetune
@@ -78,7 +78,7 @@ def config(base, tmp_path):
 
 
 def parameters(run):
-    (tuned,) = open_session(str(run)).tuned
+    (tuned,) = open_model(str(run)).overlays
     return jax.device_get(tuned.params)
 
 
@@ -100,7 +100,7 @@ def test_a_run(finished):
 
 
 def test_the_run_is_a_model_that_differs_in_the_trained_layers_alone(finished, model):
-    session = open_session(str(finished.out))
+    session = open_model(str(finished.out))
     before = load(open_checkpoint(Path(model))).weights()
     after = session.decoder().weights()
     for path, value in before.items():
@@ -109,7 +109,7 @@ def test_the_run_is_a_model_that_differs_in_the_trained_layers_alone(finished, m
             assert same.reshape(7, -1).all(axis=1).tolist() == [layer not in (2, 4) for layer in range(7)], path
         else:
             assert same.all(), path
-    assert session.model_hash != open_session(str(model)).model_hash
+    assert session.model_hash != open_model(str(model)).model_hash
 
 
 def test_a_tuned_model_can_be_analysed_and_tuned_again(finished, data, tmp_path, base):
@@ -117,18 +117,18 @@ def test_a_tuned_model_can_be_analysed_and_tuned_again(finished, data, tmp_path,
     analysis = run_analysis(
         AnalyzeOptions(model=str(finished.out), data=str(prompts), out=str(tmp_path / "a"), layers="critical:2")
     )
-    assert analysis.chosen.model_hash == open_session(str(finished.out)).model_hash
+    assert analysis.chosen.model_hash == open_model(str(finished.out)).model_hash
     twice = dataclasses.replace(base, model=str(finished.out), steps=2, layers="1", out=str(tmp_path / "twice"))
     second = run_finetune(twice)
     assert second.metrics[0]["loss"] == pytest.approx(finished.metrics[-1]["loss"], abs=1e-5)
-    session = open_session(str(second.out))
-    assert [tuned.partition.members("train") for tuned in session.tuned] == [(2, 4), (1,)]
+    session = open_model(str(second.out))
+    assert [tuned.partition.members("train") for tuned in session.overlays] == [(2, 4), (1,)]
 
 
 def test_freeze_trains_the_rest_and_what_is_outside(base, tmp_path):
     run = run_finetune(dataclasses.replace(base, mode="freeze", steps=1, out=str(tmp_path / "run"))).run
     assert run["trained"] == {"layers": [0, 1, 3, 5, 6], "outside": ["embed", "norm"]}  # the head is tied
-    (tuned,) = open_session(str(tmp_path / "run")).tuned
+    (tuned,) = open_model(str(tmp_path / "run")).overlays
     assert tuned.partition.outside == {"embed", "norm"}
 
 
@@ -201,7 +201,7 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["o", "down", "q", "k", "v", "gate", "up"]},
     }  # fmt: skip
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] == finished.metrics[0]["loss"]
-    before, after = load(open_checkpoint(Path(model))).weights(), open_session(str(run.out)).decoder().weights()
+    before, after = load(open_checkpoint(Path(model))).weights(), open_model(str(run.out)).decoder().weights()
     for path, value in before.items():
         same = (np.asarray(value) == np.asarray(after[path])).reshape(len(value), -1).all(axis=1)
         linear = path.startswith("blocks.") and "norm" not in path
@@ -212,7 +212,7 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
 
 
 def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_frozen(base, model):
-    session = open_session(str(model))
+    session = open_model(str(model))
     chosen = resolve(LayerSpec.parse("0-4"), 7)
     for norms, outside in ((None, set()), (True, {"norm"})):
         asked = dataclasses.replace(base, lora_rank=1, mode="freeze", train_norms=norms)
@@ -227,7 +227,7 @@ def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
     assert found == {"": 6, "last": 6, "4": 4, "best": min((2, 4, 6), key=tests.get)}
     for step in ("4", "6"):
         weights = load(open_checkpoint(tmp_path / f"run{step if step == '4' else ''}")).weights()
-        expected = open_session(str(finished.out), step=step).decoder().weights()
+        expected = open_model(str(finished.out), step=step).decoder().weights()
         jax.tree.map(np.testing.assert_array_equal, weights, expected)
     for step in ("3", "later"):
         with pytest.raises(UserError, match=rf"no checkpoint of step {step}; .*: .*4 \(test loss {tests[4]:.4f}\), 6 "):

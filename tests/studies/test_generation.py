@@ -18,7 +18,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import generation
 from jaxcrit.studies.generation import run_generate
@@ -98,7 +98,7 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
 
 
 def test_stop_tokens(config, model):
-    session = open_session(str(model))
+    session = open_model(str(model))
     assert generation.stop_tokens("", session) == [1]
     assert generation.stop_tokens("<|end|>,17", session) == [1, 5, 17]
     free = run_generate(config).rows["prompts"]

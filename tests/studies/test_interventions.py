@@ -14,7 +14,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.models.generation import generate
 from jaxcrit.models.interventions import edit, intervention
-from jaxcrit.models.model import open_session
+from jaxcrit.models.model import open_model
 from jaxcrit.reporting.interventions import intervention_text
 from jaxcrit.studies.interventions import divergence, one_dataset, run_intervene, states
 
@@ -34,7 +34,7 @@ def config(model, tmp_path, monkeypatch):
 
 def expected_answer(config, shifts):
     """The answer with these vectors added by layer, put together from the parts."""
-    session = open_session(config.model)
+    session = open_model(config.model)
     prompt = one_dataset(config, session).examples[config.prompt_index].token_ids
     edits = intervention((7, 1, 24), shifts=shifts)
     found = generate(load_path(session.checkpoint.path), prompt[None], np.array([len(prompt)]), 5, stop=[1], edit=edit,
@@ -43,7 +43,7 @@ def expected_answer(config, shifts):
 
 
 def hidden_of(config):
-    session = open_session(config.model)
+    session = open_model(config.model)
     return states(session.decoder(), one_dataset(config, session), session, None)
 
 

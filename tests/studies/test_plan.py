@@ -16,6 +16,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence import variants as sweeping
 from jaxcrit.models import generation
+from jaxcrit.models.attention import ASKED
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.chips import Topology
@@ -31,8 +32,12 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def plan(**asked):
-    return run_plan(PlanOptions(**{"model": "llama2-7b", "mesh": "fsdp=4,tensor=4", **asked}))
+def plan(attention="auto", **asked):
+    form = ASKED.set(attention)
+    try:
+        return run_plan(PlanOptions(**{"model": "llama2-7b", "mesh": "fsdp=4,tensor=4", **asked}))
+    finally:
+        ASKED.reset(form)
 
 
 @needs_libtpu

@@ -29,12 +29,13 @@ from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
 from jaxcrit.evidence.passes import layer_tensors, prompt_states, response_gradients, weight_changes
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
-from jaxcrit.models.model import Session, Tuned, open_session
+from jaxcrit.models.lora import make_lora
+from jaxcrit.models.model import Model, open_model
+from jaxcrit.models.overlays import Overlay
+from jaxcrit.models.partition import TRAIN, partition
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies import scoring
 from jaxcrit.studies.scoring import run_score
-from jaxcrit.training.lora import make_lora
-from jaxcrit.training.partition import TRAIN, partition
 
 LAYERS = 7
 
@@ -66,7 +67,7 @@ def cache(folder):
 @pytest.fixture(scope="module")
 def session(folder):
     path = tiny_checkpoint(folder / "model")
-    return open_session(str(path), mesh=make_mesh(None, jax.devices()[:1]))
+    return open_model(str(path), mesh=make_mesh(None, jax.devices()[:1]))
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def tuned(session, decoder, descent, layers):
     """A session as of a fine-tuning run of these layers."""
     parts, weights, at = partition(session.config, layers), decoder.weights(), np.asarray(layers)
     trained = {path: (weights[path] - 0.1 * value)[at] for path, value in descent.items()}
-    return dataclasses.replace(session, tuned=(Tuned(parts, {TRAIN: trained}, session.checkpoint.path, 1),))
+    return dataclasses.replace(session, overlays=(Overlay(parts, {TRAIN: trained}, session.checkpoint.path, 1),))
 
 
 @pytest.mark.parametrize("plant", range(LAYERS))
@@ -238,8 +239,8 @@ def test_tensors_of_a_run_are_those_of_its_model(session, decoder, descent, adap
         shapes = lora.shapes(session.config, 2)
         entries = {path: jnp.asarray(rng.normal(0, 0.1, shape), jnp.float32) for path, (_, shape) in shapes.items()}
         parts = partition(session.config, [2, 4], lora=lora)
-        second = dataclasses.replace(run.tuned[0], partition=parts, params={TRAIN: entries})
-        run = dataclasses.replace(run, tuned=(*run.tuned, second))
+        second = dataclasses.replace(run.overlays[0], partition=parts, params={TRAIN: entries})
+        run = dataclasses.replace(run, overlays=(*run.overlays, second))
     weights = run.decoder().weights()
     for layer, tensors in enumerate(layer_tensors(run)):
         for path, value in tensors.items():
@@ -258,7 +259,7 @@ def test_weight_change_is_blind_to_what_weights_do(folder, session):
     from safetensors.numpy import save_file
 
     save_file(tensors, other / "model.safetensors")
-    values = weight_change(weight_changes(session, open_session(str(other), mesh=session.mesh))).values
+    values = weight_change(weight_changes(session, open_model(str(other), mesh=session.mesh))).values
     assert values.argmax() == 4 and values[4] > 0.8 and (np.delete(values, 4) == 0).all()
 
 
@@ -316,7 +317,7 @@ def test_weights_alone_build_no_model(config, monkeypatch):
     def never(*_, **__):
         raise AssertionError("a model was built, or data read")
 
-    monkeypatch.setattr(Session, "decoder", never)
+    monkeypatch.setattr(Model, "decoder", never)
     monkeypatch.setattr(scoring, "render_sets", never)
     run_score(dataclasses.replace(config, base=config.model, criteria="stable_rank,weight_snr,weight_change"))
 

@@ -184,7 +184,7 @@ def test_bad_input(config, inputs, tmp_path):
     refused("--tuned: expected the tuned model", tuned="")
     refused("--window=9: expected an odd number from 1 to the 7 layers", window=9)
     refused("--window=4: expected an odd", window=4)
-    refused("--sites=mpl: expected blocks, attn, mlp .did you mean 'mlp'", sites="mpl")
+    refused("--sites=mpl: expected blocks or attn or mlp .did you mean 'mlp'", sites="mpl")
     refused("--sets=critical:2: needs scores", sets="0-2;critical:2")
     refused("--sets=7: ", sets="7")
     refused("--random=-1", random=-1)

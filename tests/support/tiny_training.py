@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.partition import partition, split
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import partition, split
 from jaxcrit.training.step import (
     TokenBatch,
     abstract_state,

@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.partition import partition, size, split
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.partition import partition, size, split
 from jaxcrit.training.step import TokenBatch, abstract_state, batch_loss, make_step
 
 LAYERS, WIDTH, FF, VOCAB, HEADS, BATCH, LENGTH = 32, 320, 864, 4096, 5, 8, 128

@@ -15,10 +15,10 @@ from support.tiny_training import CONFIG, Trainer, random_batch, random_weights
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.templates import Example
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.partition import FROZEN, partition, size
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
-from jaxcrit.training.partition import FROZEN, partition, size
 
 BATCHES = [random_batch(seed=seed) for seed in range(4)]
 

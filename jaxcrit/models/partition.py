@@ -3,14 +3,13 @@
 A *bank* is ``{group: {weight-table path: array}}``. Weights of blocks are stacked over the layers of their group.
 Trained groups hold float32 masters, the frozen group is in the compute dtype. A gradient is taken of the trained
 groups and of nothing else, so a frozen layer costs no gradient and no optimizer state, and what lies below the
-lowest trained layer no backward pass. With adapters (`jaxcrit.training.lora`) all blocks are in the frozen group, and
+lowest trained layer no backward pass. With adapters (`jaxcrit.models.lora`) all blocks are in the frozen group, and
 a trained group holds the adapters of its layers.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -22,9 +21,9 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.lora import Lora
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.mesh import AnyMesh, spec_for
-from jaxcrit.training.lora import Lora
 
 FROZEN, TRAIN = "frozen", "train"
 OUTSIDE = ("embed", "norm", "head")
@@ -168,12 +167,21 @@ class Partition:
                 for path, change in self.lora.changes(self.config, entries):
                     yield path, layers, _take(weights[path], layers).astype(jnp.float32) + change
 
-    def merge(self, weights: dict[str, jax.Array], trained: Mapping[str, Arrays]) -> dict[str, jax.Array]:
-        """Loaded weights ``[L, ...]`` with the trained ones in their places, in the dtype of the former."""
+    def merge(
+        self, weights: dict[str, jax.Array], trained: Mapping[str, Arrays], *, donate: bool = True
+    ) -> dict[str, jax.Array]:
+        """Loaded weights ``[L, ...]`` with the trained ones in their places, in the dtype of the former.
+
+        Args:
+            weights: arrays by weight-table path.
+            trained: trained groups.
+            donate: whether the arrays may be overwritten; False where somebody else holds them.
+        """
+        put = _put if donate else _put_copy
         merged = dict(weights)
         for path, layers, value in self.changed(merged, trained):
             whole = merged[path]
-            merged[path] = value.astype(whole.dtype) if layers is None else _put(whole, layers, value)
+            merged[path] = value.astype(whole.dtype) if layers is None else put(whole, layers, value)
         return merged
 
     def to_json(self) -> dict[str, Any]:
@@ -258,6 +266,9 @@ def _take(whole: jax.Array, slots: jax.Array) -> jax.Array:
     return whole[slots]
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _put(whole: jax.Array, slots: jax.Array, part: jax.Array) -> jax.Array:
+def _placed(whole: jax.Array, slots: jax.Array, part: jax.Array) -> jax.Array:
     return whole.at[slots].set(part.astype(whole.dtype))
+
+
+_put = jax.jit(_placed, donate_argnums=0)
+_put_copy = jax.jit(_placed)

@@ -13,11 +13,11 @@ from support.tiny_training import CONFIG, Trainer, one_device, random_batch, ran
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.lora import linears, make_lora
+from jaxcrit.models.partition import partition, partition_of_json, size, split
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.forward import hidden_states
-from jaxcrit.training.lora import linears, make_lora
-from jaxcrit.training.partition import partition, partition_of_json, size, split
 from jaxcrit.training.step import TokenBatch, batch_loss
 
 LORA = make_lora(CONFIG, 3, 5.0)
