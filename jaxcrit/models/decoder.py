@@ -148,8 +148,8 @@ class Block(nnx.Module):
             cache = (stored, layer)
             key_positions = jnp.arange(k.shape[1])[None, :]
         if form != "reference":
-            mixed = attend(form, q, *alone, windows=self.config.windows, window=window, segments=context.segments,
-                           mesh=self.config.attention.mesh)  # fmt: skip
+            windows, mesh = self.config.windows, self.config.attention.mesh
+            mixed = attend(form, q, *alone, windows=windows, window=window, segments=context.segments, mesh=mesh)
             return self.linear(mixed, "o", "hk", "d"), cache
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0

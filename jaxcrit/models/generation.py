@@ -132,9 +132,19 @@ def decode(
     numbers = np.arange(len(prompts.lengths)) if samples is None else samples
     places = jax.device_put(np.asarray(numbers, np.int32), _rows(prompts.mesh))
     new, done, scores = decode_step(
-        decoder, prompts.tokens, prompts.lengths, prompts.cache, np.asarray(stop, np.int32), jax.random.key(seed),
-        places, edits, max_new_tokens=prompts.max_new_tokens, sampling=sampling, edit=edit, mesh=prompts.mesh,
-    )  # fmt: skip
+        decoder,
+        prompts.tokens,
+        prompts.lengths,
+        prompts.cache,
+        np.asarray(stop, np.int32),
+        jax.random.key(seed),
+        places,
+        edits,
+        max_new_tokens=prompts.max_new_tokens,
+        sampling=sampling,
+        edit=edit,
+        mesh=prompts.mesh,
+    )
     rows = []
     for row in np.asarray(new):
         ends = np.flatnonzero(np.isin(row, np.asarray(stop)))
@@ -200,8 +210,10 @@ def decode_step(
             passing = (step > 0) & jnp.any(lengths + step == boundary + 1)
             cache = jax.lax.cond(passing, rerun, lambda _, __, cache: cache, step, new, cache)
         positions = (lengths - 1 + step)[:, None].astype(jnp.int32)
-        out = forward(decoder, token[:, None], positions=positions, lengths=lengths + step, cache=cache, edit=edit,
-                      edits=edits, mesh=mesh)  # fmt: skip
+        ends = lengths + step
+        out = forward(
+            decoder, token[:, None], positions=positions, lengths=ends, cache=cache, edit=edit, edits=edits, mesh=mesh
+        )
         scores = logits(decoder, out.hidden[:, 0]).astype(jnp.float32)
         token = pick(scores, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         if sampling.repetition_penalty != 1:

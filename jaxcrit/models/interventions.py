@@ -65,9 +65,11 @@ def intervention(
     """
     layers, batch, width = shape
     found = Intervention(
-        np.zeros(layers, bool), np.zeros((layers, batch, width), np.float32), np.zeros((layers, width), np.float32),
+        np.zeros(layers, bool),
+        np.zeros((layers, batch, width), np.float32),
+        np.zeros((layers, width), np.float32),
         np.zeros((layers, rank, width), np.float32),
-    )  # fmt: skip
+    )
     for layer, shift in (shifts or {}).items():
         found.active[layer], found.shift[layer] = True, shift
     for layer, (mean, basis) in (projections or {}).items():

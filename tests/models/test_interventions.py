@@ -133,8 +133,12 @@ def test_layers_components_and_modes_are_data(decoder, prompts, components):
     for layer in range(LAYERS):
         decode(decoder, prompts, edit=edit, edits=removal(components, layer, [layer]))
         basis = components.directions[layer][:2]
-        decode(decoder, prompts, edit=edit,
-               edits=intervention(SHAPE, projections={layer: (components.mean[layer], basis)}, rank=3))  # fmt: skip
+        decode(
+            decoder,
+            prompts,
+            edit=edit,
+            edits=intervention(SHAPE, projections={layer: (components.mean[layer], basis)}, rank=3),
+        )
     assert compiled_programs() == before
 
 
