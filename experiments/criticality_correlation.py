@@ -29,6 +29,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.data.demo import generate
 from jaxcrit.reporting.plots import twin_curves
+from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
@@ -112,7 +113,12 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
         score = analysis.scores[key]
         found[key] = correlate(score, loss, without_each=(read_deletions(analysis.out, key), left))
     names = ["δ (biased)", f"loss with {given.window} layers of the base"]
-    write_bytes(out / "curves.png", twin_curves(analysis.scores["delta"], loss, names))
+    figure = Figure(
+        "curves.png",
+        on_axes(twin_curves, analysis.scores["delta"], loss, names),
+        "δ and substitution loss of every layer.",
+    )
+    write_bytes(out / figure.name, figure.png())
     like = name if name in DATASETS else FAMILIES.get(name, "")
     published = TABLE_2[given.published][DATASETS.index(like)] if like else None
     return Row(name, substituted.base_loss, substituted.tuned_loss, found["delta"], found["delta_debiased"], published)

@@ -31,6 +31,7 @@ from jaxcrit.core.layers import default_count
 from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model
 from jaxcrit.reporting.plots import loss_curves
+from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.training import evaluations
 from jaxcrit.studies.finetune import run_finetune
 
@@ -182,7 +183,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shares_mean_of_means": {arm: shares(curves, arm, "paper_points").tolist() for arm in ARMS},
     }  # fmt: skip
     write_json(out / "adaptation.json", "jaxcrit.adaptation", result)
-    write_bytes(out / "adaptation.png", loss_curves(mean_curves(curves)))
+    figure = Figure("adaptation.png", on_axes(loss_curves, mean_curves(curves)), "Test loss of every arm.")
+    write_bytes(out / figure.name, figure.png())
     print(table(curves))
     return 0
 

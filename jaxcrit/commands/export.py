@@ -21,20 +21,16 @@ class ExportOptions(Options, title="what"):
     delta_only: bool = option(False, "of a run: just the trained tensors, as delta.safetensors")
     adapter: bool = option(False, "of a run with --lora_rank: the adapters, for peft")
 
-    def check(self) -> None:
-        """Refuses a model beside a run, and no directory."""
-        super().check()
-        if bool(self.model) == bool(self.run):
-            raise UserError("expected --model=DIR or --run=DIR, one of them")
-        if not self.out:
-            raise UserError("expected --out=DIR")
-
 
 OPTIONS = ExportOptions
 
 
 def run(options: ExportOptions) -> int:
     """Loads and writes; says what rounding cost."""
+    if bool(options.model) == bool(options.run):
+        raise UserError("export: expected --model=DIR or --run=DIR, one of them")
+    if not options.out:
+        raise UserError("export: expected --out=DIR")
     from jaxcrit.core.progress import bars
     from jaxcrit.studies.exporting import export_model
 

@@ -31,18 +31,14 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     search: bool = option(False, "try meshes and batch sizes, and plan the best that fits", group="how")
     compile: bool = option(True, "compile where libtpu is installed, else shapes alone", group="how")
 
-    def check(self) -> None:
-        """Refuses no model."""
-        super().check()
-        if not self.model:
-            raise UserError("expected --model=DIR, with the config.json of the model, or --model=SHAPE")
-
 
 OPTIONS = PlanOptions
 
 
 def run(options: PlanOptions) -> int:
     """Plans and prints; 3 where it does not fit."""
+    if not options.model:
+        raise UserError("plan: expected --model=DIR, with the config.json of the model, or --model=SHAPE")
     from jaxcrit.reporting.plan import plan_text
     from jaxcrit.studies.plan import fitting, run_plan
 

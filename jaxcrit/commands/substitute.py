@@ -6,7 +6,6 @@ import dataclasses
 import sys
 from typing import Literal
 
-from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
 from jaxcrit.core.options import Options, option
 
@@ -31,12 +30,6 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
     sets: str = option("", "these sets in place of windows: 3-5,9;first:4;@layers.json", word="SPECS")
     random: int = option(0, "draws of as many random layers, to compare with", lowest=0)
     seed: int = option(0, "seed of the random layers", lowest=0)
-
-    def check(self) -> None:
-        """Refuses no tuned model."""
-        super().check()
-        if not self.tuned:
-            raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
 
     @property
     def score(self) -> str:

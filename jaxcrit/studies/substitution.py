@@ -93,6 +93,8 @@ def run_substitution(
     Raises:
         UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
     """
+    if not options.tuned:
+        raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
     base = open_model(options.base, mesh=options.mesh, dtype=options.dtype)
     tuned = open_model(options.tuned, mesh=base.mesh, dtype=options.dtype)
     check_pair(base, tuned)

@@ -17,13 +17,15 @@ def calls(monkeypatch, tmp_path):
     seen = []
     module = types.ModuleType("jaxcrit.studies.analysis")
 
-    def run_analysis(config, progress):
+    def run_analysis(config, progress, finish):
         with progress(total=3, desc="dolly") as bar:
             bar.update(3)
         seen.append(config)
-        return synthetic.analysis(tmp_path)
+        analysis = synthetic.analysis(tmp_path)
+        finish(analysis)
+        return analysis
 
-    module.run_analysis = run_analysis
+    module.Analysis, module.run_analysis = None, run_analysis
     monkeypatch.setitem(sys.modules, "jaxcrit.studies.analysis", module)
     return seen
 

@@ -11,7 +11,8 @@ import pytest
 from support import synthetic_analysis as synthetic
 
 from jaxcrit.reporting import plots
-from jaxcrit.reporting.analysis import write_analysis
+from jaxcrit.reporting.analysis import analysis_report, heatmap, write_selections
+from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.views import null_delta, paper_choice
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -37,13 +38,26 @@ class Page(HTMLParser):
         self.text.append(data)
 
 
+def write_analysis(analysis):
+    write_selections(analysis)
+    return analysis_report(analysis).write(analysis.out, analysis.run)
+
+
 def figures():
     data = synthetic.dataset(num_layers=16)
     delta = data.scores["delta"]
-    return (
-        plots.cka_heatmap(data.cka["biased"], data.cka["debiased"]),
-        plots.delta_curve(data.scores, data.chosen, window=5, null=np.full(16, 0.9), title="t"),
-        plots.consensus_figure({"a": delta, "b": delta}, delta, data.chosen),
+    curve = on_axes(plots.delta_curve, data.scores, data.chosen, window=5, null=np.full(16, 0.9), title="t")
+    return tuple(
+        figure.png()
+        for figure in (
+            heatmap(data.cka, "CKA."),
+            Figure("delta.png", curve, "δ."),
+            Figure(
+                "consensus.png",
+                lambda canvas: plots.consensus_figure({"a": delta, "b": delta}, delta, data.chosen, canvas),
+                "δ.",
+            ),
+        )
     )
 
 

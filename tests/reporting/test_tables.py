@@ -9,7 +9,7 @@ from support import synthetic_analysis as synthetic
 
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.reporting import tables
-from jaxcrit.reporting.analysis import analysis_text, warnings
+from jaxcrit.reporting.analysis import analysis_report, warnings
 from jaxcrit.selection import Certainty, SampleSizes
 
 
@@ -45,9 +45,9 @@ def test_shows_where_the_papers_choice_differs():
 
 def test_no_escape_codes_unless_asked(tmp_path):
     analysis = synthetic.analysis(tmp_path)
-    assert "\x1b" not in analysis_text(analysis)
-    styled = analysis_text(analysis, style=True)
-    assert styled.replace(tables.BOLD, "").replace(tables.PLAIN, "") == analysis_text(analysis)
+    assert "\x1b" not in analysis_report(analysis).text()
+    styled = analysis_report(analysis).text(style=True)
+    assert styled.replace(tables.BOLD, "").replace(tables.PLAIN, "") == analysis_report(analysis).text()
 
 
 def test_fits_100_columns_whatever_the_names(tmp_path):
@@ -56,7 +56,7 @@ def test_fits_100_columns_whatever_the_names(tmp_path):
         synthetic.analysis(tmp_path, warnings=("long " * 60,)),
         synthetic.analysis(tmp_path, names=names, num_layers=80),
     ):
-        text = analysis_text(analysis)
+        text = analysis_report(analysis).text()
         assert max(map(len, text.splitlines())) <= 100
     assert "more datasets are in the report" in text
 

@@ -19,7 +19,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
 from jaxcrit.evidence import captures
-from jaxcrit.reporting.analysis import analysis_text, write_analysis
+from jaxcrit.reporting.analysis import analysis_report
 from jaxcrit.studies.analysis import run_analysis
 
 
@@ -214,7 +214,7 @@ def test_forms_and_bands_give_the_same_scores(config, tmp_path):
         assert np.isnan(analysis.datasets["prompts"].cka["biased"][0, 6]) == (band == "2")
         has_errors = form in ("tiled", "auto")
         assert (analysis.certainty is not None) is has_errors
-        said = " ".join(analysis_text(analysis).split())
+        said = " ".join(analysis_report(analysis).text().split())
         assert f"Sweep: {'resident' if form == 'auto' else form}" in said
         assert ("no standard errors" in said) is (not has_errors)
         for key, score in first.scores.items():
@@ -223,7 +223,7 @@ def test_forms_and_bands_give_the_same_scores(config, tmp_path):
             assert (other.stderr is not None) is has_errors
             if has_errors:
                 np.testing.assert_allclose(other.stderr, score.stderr, atol=1e-5)
-        write_analysis(analysis)
+        analysis_report(analysis).write(analysis.out, analysis.run)
     assert read_json(out / "run.json", "jaxcrit.run")["forms"]["prompts"]["band"] == 2
 
 

@@ -82,7 +82,7 @@ def test_text_and_figure(found):
     text = removal_text(found)
     assert "nothing removed: exact match 0.00 [0.00, 0.24]" in text and "random:0,2" in text
     assert max(map(len, [line for line in text.splitlines() if not line.startswith(("warning", found.dataset))])) <= 100
-    assert removal_figure(found).startswith(b"\x89PNG")
+    assert removal_figure(found).png().startswith(b"\x89PNG")
     json.dumps(found.to_json(), allow_nan=False)
 
 
