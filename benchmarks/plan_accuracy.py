@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from plan_points import flags, planned, write_table
 
-from jaxcrit.commands.plan import PlanOptions
+from jaxcrit.studies.options import PlanOptions
 
 TARGET, GIB = 0.15, 2**30
 PLACES = (

@@ -12,7 +12,7 @@ from typing import Any
 
 from environment import RESULTS, write_result
 
-from jaxcrit.commands.plan import PlanOptions
+from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import Plan, run_plan
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from plan_points import flags, planned, write_table
 
-from jaxcrit.commands.plan import PlanOptions
+from jaxcrit.studies.options import PlanOptions
 
 GIB = 2**30
 SLICES = {1: "v5e:1x1", 4: "v5e:2x2", 16: "v5e:4x4", 64: "v5e:8x8", 256: "v5e:16x16"}

@@ -25,12 +25,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_text
 from jaxcrit.data.demo import FAMILIES, generate
 from jaxcrit.reporting.backdoor import backdoor_text, write_figures
 from jaxcrit.studies.backdoor import Backdoor, run_backdoor
+from jaxcrit.studies.options import BackdoorOptions
 
 # PAPER: attack success by keywords / by GPT in per cent, of 300 prompts, one training each.
 PAPER = {

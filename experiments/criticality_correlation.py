@@ -21,12 +21,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcrit.commands.analyze import AnalyzeOptions
-from jaxcrit.commands.finetune import FinetuneOptions
-from jaxcrit.commands.substitute import SubstituteOptions
+from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
+from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.data.demo import generate
 from jaxcrit.reporting.plots import twin_curves
 from jaxcrit.reporting.report import Figure, on_axes
@@ -35,7 +34,6 @@ from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.correlation import plain
 from jaxcrit.studies.finetune import run_finetune
-from jaxcrit.studies.substitution import run_substitution
 
 # PAPER, Table 2: Spearman's correlation of δ and substitution loss.
 DATASETS = ("alpaca", "dolly", "gsm8k", "boolq", "openbookqa")
@@ -102,7 +100,7 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
             seed=given.seed, **rendering,
         )
     )  # fmt: skip
-    substituted = run_substitution(
+    substituted = run_substitute(
         SubstituteOptions(base=given.model, tuned=str(out / "tuned"), data=tests, limit=given.tests,
                            window=given.window, out=str(out / "substitution"), **rendering)
     )  # fmt: skip

@@ -24,9 +24,9 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import default_count
 from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 import numpy as np
 from scipy.stats import spearmanr
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.progress import bars
 from jaxcrit.reporting.analysis import analysis_report
 from jaxcrit.reporting.tables import aligned

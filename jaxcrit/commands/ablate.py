@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from typing import Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.groups import MeshOptions, ModelOptions, TestedRowOptions
+from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.reporting import tables
+
+if TYPE_CHECKING:
+    from jaxcrit.evidence.sample_scores import SampleLosses
+    from jaxcrit.models.model import Bars, Model
+    from jaxcrit.reporting.report import Report
 
 METHODS = ("skip", "mean")
+CAVEATS = (
+    "A layer is a 0-based decoder block. Skipped, it adds nothing to the residual stream; with its mean, it adds the"
+    " same to every token.",
+    "The loss is that of the response, in nats: the mean over each row's tokens, then over rows.",
+    "Standard errors are of the difference from the intact model, over rows.",
+    "What a layer is needed for and what training it would bring are different questions.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,16 +66,175 @@ class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers")
 OPTIONS = AblateOptions
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ablated:
+    """What ablation found.
+
+    Attributes:
+        scores: scores by key: ``ablation_METHOD`` is the mean over rows of each row's mean loss, in nats; the same
+            ``_per_token`` weighs tokens alike; ``ablation_skip_accuracy`` is the share of right answers.
+        run: content of ``run.json``; ``result`` has the counts.
+        out: run directory; None where nothing is written.
+    """
+
+    scores: dict[str, LayerScores]
+    run: Mapping[str, Any]
+    out: Path | None
+
+
 def run(options: AblateOptions) -> int:
-    """Ablates, writes the report, prints the table."""
+    """Ablates, writes the run directory, prints the report."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.ablation import ablation_report
-    from jaxcrit.studies.ablation import Ablation, run_ablation
 
-    def finish(found: Ablation) -> None:
-        ablation_report(found.run, found.scores).write(found.out, found.run)
+    found = run_ablate(options, progress=bars)
+    return shared.tell(report(found), found.out)
 
-    found = run_ablation(options, progress=bars, finish=finish)
-    print(ablation_report(found.run, found.scores).text(style=sys.stdout.isatty()))
-    print(f"report: {found.out / 'report.html'}")
-    return 0
+
+@shared.public
+def ablate(
+    model: Any = "", rows: Any = "", *, out: str | Path = "", progress: Bars | None = None, **options: Any
+) -> Ablated:
+    """Measures what a model loses without each layer.
+
+    Args:
+        model: a `Model`, or the name of one, as `load` takes it.
+        rows: rows with responses, as `read_datasets` takes them.
+        out: run directory; empty writes nothing.
+        progress: maker of progress bars (tqdm's signature); None for silence.
+        **options: fields of `AblateOptions`.
+
+    Raises:
+        UserError: a mistake in options, checkpoint or rows; then nothing is left in ``out``.
+    """
+    asked = shared.options_for(AblateOptions, out, options)
+    return run_ablate(asked, model=model, rows=rows, progress=progress, keep=bool(out))
+
+
+def run_ablate(
+    options: AblateOptions,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    progress: Bars | None = None,
+    keep: bool = True,
+) -> Ablated:
+    """Runs the sweep; goes on where an interrupted run of the same options stopped, reads a complete one back.
+
+    Args:
+        options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars; None for silence.
+        keep: whether a run directory is written.
+
+    Raises:
+        UserError: see `ablate`.
+    """
+    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.layers import write_scores
+    from jaxcrit.core.run import running
+    from jaxcrit.criteria.ablation import Ablation
+    from jaxcrit.data.templates import describe_template
+    from jaxcrit.evidence.rows import forget_partial, read_back, read_rows
+
+    opened = shared.opened(options, model)
+    datasets = read_rows(options, opened)
+    with running(
+        "ablate",
+        options,
+        models={"model": opened},
+        datasets=datasets,
+        template=describe_template(opened.tokenizer, options),
+        resolved={"dtype": opened.dtype},
+        keep=keep,
+    ) as run:
+        if run.complete:
+            return Ablated(read_back(run.path), run.earlier, run.path)
+        examples = [example for dataset in datasets for example in dataset.examples]
+        job = Ablation(
+            opened, examples, options.sites, batch_size=options.batch_size, directory=run.directory, bars=progress
+        )
+        samples = job.losses(options.chosen_methods)
+        if options.generate:
+            samples["skip_accuracy"] = job.accuracies(options.max_new_tokens)
+        scores, left = _scores(options, opened, samples)
+        run.record["result"] = {"block_evaluations": job.counts}
+        found = Ablated(scores, run.record, run.path if run.kept else None)
+        if found.out is not None:
+            write_scores(found.out / "scores.json", scores)
+            write_deletions(found.out, left, [example.sample_id for example in examples])
+            report(found).write(found.out, found.run)
+    if found.out is not None:
+        forget_partial(found.out)
+    return found
+
+
+def _scores(
+    options: AblateOptions, model: Model, samples: Mapping[str, SampleLosses]
+) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
+    """Scores by key, and the same with each row left out, ``[N, L]``."""
+    depth = model.config.num_layers
+    meta = {"model_type": model.config.family, "model_hash": model.model_hash, "sites": options.sites}
+    scores: dict[str, LayerScores] = {}
+    left: dict[str, np.ndarray] = {}
+    for name, one in samples.items():
+        key = options.score(name)
+        if name == "skip_accuracy":
+            scores[key] = one.score(key, depth, {**meta, "max_new_tokens": options.max_new_tokens}, "low")
+        else:
+            scores |= one.scores(key, depth, {**meta, "method": name})
+            left[f"{key}_per_token"] = one.without_each(depth, per_token=True)
+        left[key] = one.without_each(depth)
+    return scores, left
+
+
+def report(found: Ablated) -> Report:
+    """Losses and right answers without each layer."""
+    from jaxcrit.reporting import plots
+    from jaxcrit.reporting.report import Figure, Report, Section, on_axes, rows_title
+
+    figures = []
+    for key, score in _shown(found.scores).items():
+        axis = "share of right answers" if "accuracy" in key else "loss (nats, mean of sample means)"
+        lines = {"intact model": score.meta["unchanged"]}
+        draw = on_axes(plots.layer_losses, score, lines, label=key, title=rows_title(found.run), axis=axis)
+        figures.append(Figure(f"{key}.png", draw, f"{key} of each layer."))
+    section = Section("Without each layer", "", lambda style: _table(found.scores, style), figures)
+    return Report(_sentences(found.run, found.scores), sections=[section], caveats=CAVEATS)
+
+
+def _shown(scores: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
+    return {key: score for key, score in scores.items() if not key.endswith("_per_token")}
+
+
+def _table(scores: Mapping[str, LayerScores], style: bool = False) -> str:
+    shown = _shown(scores)
+    worst = {key: int(score.ranking()[0]) for key, score in shown.items()}
+    header = ["layer", *(f"{key.removeprefix('ablation_')} ± s.e." for key in shown), ""]
+    rows = []
+    for layer in range(next(iter(shown.values())).num_layers):
+        cells = [
+            f"{score.values[layer]:.4f}" + ("" if score.stderr is None else f" ± {score.stderr[layer]:.4f}")
+            for score in shown.values()
+        ]
+        marks = [key.removeprefix("ablation_") for key, place in worst.items() if place == layer]
+        rows.append([str(layer), *cells, f"◀ most needed: {', '.join(marks)}" if marks else ""])
+    return "\n".join(tables.aligned(header, rows, [style and layer in worst.values() for layer in range(len(rows))]))
+
+
+def _sentences(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> list[str]:
+    counts, depth = run["result"]["block_evaluations"], run["model"]["num_layers"]
+    first = next(iter(_shown(scores).values()))
+    worst = int(first.ranking()[0])
+    told = [
+        f"Most needed: layer {worst} of {depth}; {first.name} {first.values[worst]:.4f},"
+        f" {first.values[worst] - first.meta['unchanged']:+.4f} from the intact model"
+    ]
+    for key, score in _shown(scores).items():
+        told.append(f"{key}: intact {score.meta['unchanged']:.4f}, median over layers {np.median(score.values):.4f}")
+    told.append(
+        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
+        f" {depth} layers (a pass each would be {counts['a_pass_each']})"
+        + (f"; {counts['means']} more for the means" if counts["means"] else "")
+    )
+    return told

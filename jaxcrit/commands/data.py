@@ -3,9 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import WHERE, LengthOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.options import option
+from jaxcrit.reporting.tables import aligned
+
+if TYPE_CHECKING:
+    from jaxcrit.data.inspection import Lengths, Shown
+    from jaxcrit.data.rendering import RenderedSet
+
+SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,11 +33,118 @@ OPTIONS = DataOptions
 
 def run(options: DataOptions) -> int:
     """Renders, shows, and writes where asked."""
-    from jaxcrit.data.rendering import run_data
-    from jaxcrit.reporting.data import data_text
-
     report = run_data(options)
     print(data_text(report.shown, report.lengths, report.limit, report.template_hash))
     if report.written:
         print(f"examples: {report.written}")
     return 0
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class DataReport:
+    """What ``jaxcrit data`` found.
+
+    Attributes:
+        shown: three rows, from as many datasets as there are.
+        lengths: by dataset.
+        limit: tokens per row by dataset.
+        template_hash: identity of the rendering.
+        written: ``examples.jsonl``, or None.
+    """
+
+    shown: list[Shown]
+    lengths: dict[str, Lengths]
+    limit: dict[str, int]
+    template_hash: str
+    written: Path | None
+
+
+def run_data(options: DataOptions) -> DataReport:
+    """Renders every row as it would be trained on; writes ``examples.jsonl`` where asked.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data; then nothing is written.
+    """
+    from jaxcrit.data.inspection import measure, show
+    from jaxcrit.data.rendering import render_sets
+    from jaxcrit.data.templates import template_hash
+    from jaxcrit.data.tokenizer import load_tokenizer
+    from jaxcrit.models.checkpoint import locate, open_checkpoint
+    from jaxcrit.models.model import EMBEDDED_MODEL
+
+    path = locate(options.model) if options.model else EMBEDDED_MODEL
+    context = open_checkpoint(path).config.max_length
+    tokenizer = load_tokenizer(path)
+    sets = render_sets(options, tokenizer, min(options.max_length or context, context), training=True)
+    places = [(place, one) for place in range(SHOWN) for one in sets if place < len(one.cut)]
+    return DataReport(
+        [show(one.cut[place], tokenizer, one.named.name, place + 1) for place, one in places[:SHOWN]],
+        {one.named.name: measure(one.whole, one.cut, one.limit) for one in sets},
+        {one.named.name: one.limit for one in sets},
+        template_hash(tokenizer, options.template, options.edition),
+        _write(as_path(options.out), sets, tokenizer) if options.out else None,
+    )
+
+
+def _write(folder: Path, sets: list[RenderedSet], tokenizer: Any) -> Path:
+    from jaxcrit.data.inspection import texts
+
+    lines = []
+    for one in sets:
+        for example in one.cut:
+            line = {
+                "dataset": one.named.name,
+                "sample_id": example.sample_id,
+                "token_ids": example.token_ids.tolist(),
+                "prompt_length": example.prompt_length,
+                "text": "".join(texts(example, tokenizer)),
+            }
+            lines.append(json.dumps(line, ensure_ascii=False) + "\n")
+    file = folder / "examples.jsonl"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(file, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--out={folder}: cannot be written ({error.strerror})") from None
+    return file
+
+
+MASKED, LOSS = "· ", "+ "
+
+
+def example_text(shown: Shown) -> str:
+    """One rendered row, a mark before every line: ``·`` without loss, ``+`` with loss."""
+    loss = shown.num_tokens - shown.prompt_length
+    lines = [f"{shown.dataset}, row {shown.row}: {shown.prompt_length} tokens masked (·), {loss} with loss (+)"]
+    for mark, text in ((MASKED, shown.prompt), (LOSS, shown.target)):
+        lines += [mark + line for line in text.split("\n")] if text else []
+    return "\n".join(lines)
+
+
+def length_table(lengths: Mapping[str, Lengths], limit: Mapping[str, int]) -> str:
+    """One row per dataset: tokens of prompts and responses (least, median, most), and what does not fit."""
+    header = ["rows", "prompt", "response", "limit", "too long", "truncated", "no response", "dataset"]
+    rows = [
+        [
+            str(one.num_rows),
+            " ".join(map(str, one.prompt)),
+            " ".join(map(str, one.response)),
+            str(limit[name]),
+            f"{one.too_long:.1%}",
+            f"{one.truncated:.1%}",
+            f"{one.without_response:.1%}",
+            name,
+        ]
+        for name, one in lengths.items()
+    ]
+    return "\n".join(aligned(header, rows, [False] * len(rows)))
+
+
+def data_text(
+    shown: Sequence[Shown], lengths: Mapping[str, Lengths], limit: Mapping[str, int], template_hash: str
+) -> str:
+    """The whole answer of the command."""
+    title = "tokens per row (least, median, most):"
+    return "\n\n".join(
+        [*map(example_text, shown), f"{title}\n{length_table(lengths, limit)}", f"template hash: {template_hash}"]
+    )

@@ -2,27 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
-
-from jaxcrit.core.groups import (
-    BY_HASH,
-    BatchOptions,
-    MeshOptions,
-    ModelOptions,
-    OutOptions,
-    PrecisionOptions,
-    RowOptions,
-)
-from jaxcrit.core.options import option
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
-    """What ``jaxcrit score`` is asked."""
-
-    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
-    base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
-
+from jaxcrit.studies.options import ScoreOptions
 
 OPTIONS = ScoreOptions
 

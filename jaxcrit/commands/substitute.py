@@ -3,11 +3,37 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
+from jaxcrit.commands import shared
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
+from jaxcrit.core.layers import LayerScores, LayerSpec, resolve
 from jaxcrit.core.options import Options, option
+from jaxcrit.reporting import tables
+
+if TYPE_CHECKING:
+    from jaxcrit.criteria.substitution import Layers, Plan
+    from jaxcrit.data.templates import Example
+    from jaxcrit.evidence.sample_scores import SampleLosses
+    from jaxcrit.models.model import Bars, Model
+    from jaxcrit.reporting.report import Report
+
+Entry = Mapping[str, Any]
+CAVEATS = (
+    "A layer is a 0-based decoder block. A window stands at its middle layer; layers whose window leaves the model have"
+    " no value.",
+    "The loss is that of the response, in nats: the mean over each row's tokens, then over rows (the paper's), or over"
+    " all tokens alike.",
+    "Standard errors are of the difference from the unchanged model, over rows; neighbouring windows share layers, so"
+    " their losses are not independent measurements.",
+    "Layers are put among others that were tuned without them: a high loss says that the tuned model relies on them"
+    " here, not that tuning them alone would do.",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,17 +67,359 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
 OPTIONS = SubstituteOptions
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Substituted:
+    """What substitution found.
+
+    Attributes:
+        scores: scores by key: `SubstituteOptions.score` is the mean over rows of each row's mean loss (the paper's), in
+            nats; the same ``_per_token`` weighs tokens alike. Empty where sets were asked for.
+        samples: losses of every row under every window; None where sets were asked for.
+        warnings: what would mislead a reader.
+        run: content of ``run.json``; ``result`` has losses and counts.
+        out: run directory; None where nothing is written.
+    """
+
+    scores: dict[str, LayerScores]
+    samples: SampleLosses | None
+    warnings: Sequence[str]
+    run: Mapping[str, Any]
+    out: Path | None
+
+    @property
+    def base_loss(self) -> float:
+        """Loss of the base as it is, mean of per-sample means, nats."""
+        return float(self.run["result"]["loss"]["base"]["samples"])
+
+    @property
+    def tuned_loss(self) -> float:
+        """Loss of the tuned model as it is, mean of per-sample means, nats."""
+        return float(self.run["result"]["loss"]["tuned"]["samples"])
+
+    @property
+    def block_evaluations(self) -> Mapping[str, Any]:
+        """Counts: see docs/formats.md."""
+        return dict(self.run["result"]["block_evaluations"])
+
+
 def run(options: SubstituteOptions) -> int:
-    """Substitutes, writes the report, prints the table."""
+    """Substitutes, writes the run directory, prints the report."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.report import Report
-    from jaxcrit.reporting.substitution import substitution_report
-    from jaxcrit.studies.substitution import Substitution, run_substitution
 
-    def report(found: Substitution) -> Report:
-        return substitution_report(found.run, found.scores, found.warnings)
+    found = run_substitute(options, progress=bars)
+    return shared.tell(report(found), found.out)
 
-    found = run_substitution(options, progress=bars, finish=lambda found: report(found).write(found.out, found.run))
-    print(report(found).text(style=sys.stdout.isatty()))
-    print(f"report: {found.out / 'report.html'}")
-    return 0
+
+@shared.public
+def substitute(
+    base: Any, tuned: Any, rows: Any = "", *, out: str | Path = "", progress: Bars | None = None, **options: Any
+) -> Substituted:
+    """Measures what the tuned model loses when layers are taken from the model it was tuned from.
+
+    Args:
+        base: a `Model`, or the name of one, as `load` takes it.
+        tuned: model that was tuned from it.
+        rows: rows with responses, as `read_datasets` takes them; rendered by the tuned model's template.
+        out: run directory; empty writes nothing.
+        progress: maker of progress bars (tqdm's signature); None for silence.
+        **options: fields of `SubstituteOptions`.
+
+    Raises:
+        UserError: a mistake in options, checkpoints or rows; then nothing is left in ``out``.
+    """
+    asked = shared.options_for(SubstituteOptions, out, options)
+    return run_substitute(asked, base=base, tuned=tuned, rows=rows, progress=progress, keep=bool(out))
+
+
+def run_substitute(
+    options: SubstituteOptions,
+    *,
+    base: Any = None,
+    tuned: Any = None,
+    rows: Any = None,
+    progress: Bars | None = None,
+    keep: bool = True,
+) -> Substituted:
+    """Runs the sweep; goes on where an interrupted run of the same options stopped, reads a complete one back.
+
+    Args:
+        options: what is asked.
+        base: model in place of the one that the options name.
+        tuned: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars; None for silence.
+        keep: whether a run directory is written.
+
+    Raises:
+        UserError: see `substitute`.
+    """
+    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.layers import write_scores
+    from jaxcrit.core.run import running
+    from jaxcrit.criteria.substitution import make_plan, substitution_losses
+    from jaxcrit.data.templates import describe_template
+    from jaxcrit.evidence.rows import forget_partial, read_rows
+    from jaxcrit.models.model import check_pair, open_model
+
+    if tuned is None and not options.tuned:
+        raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
+    lower = shared.opened(options, base, "base")
+    upper = open_model(options.tuned if tuned is None else tuned, mesh=lower.mesh, dtype=options.dtype)
+    check_pair(lower, upper)
+    depth = upper.config.num_layers
+    sets = [_set(text, depth) for text in options.sets.split(";")] if options.sets else []
+    plan = make_plan(depth, options.window, sets, options.random, options.seed)
+    datasets = read_rows(options, upper)
+    with running(
+        "substitute",
+        options,
+        models={"model": upper, "base": lower},
+        datasets=datasets,
+        template=describe_template(upper.tokenizer, options),
+        resolved={"sets": [list(layers) for layers in plan.sets], "dtype": upper.dtype},
+        keep=keep,
+    ) as run:
+        if run.complete:
+            return _finished(dict(run.earlier), run.path)
+        examples = [example for dataset in datasets for example in dataset.examples]
+        losses, tokens, counts = substitution_losses(
+            lower,
+            upper,
+            plan,
+            examples,
+            sites=options.sites,
+            reverse=options.reverse,
+            batch_size=options.batch_size,
+            directory=run.directory,
+            bars=progress,
+        )
+        result = _result(plan, losses, tokens, reverse=options.reverse) | {"block_evaluations": counts}
+        samples = _samples(plan, losses, tokens) if plan.centres else None
+        scores = {} if samples is None else _scores(options, lower, upper, samples)
+        warnings = _warnings(result, lower, upper)
+        run.record |= {"result": result, "warnings": warnings}
+        found = Substituted(scores, samples, warnings, run.record, run.path if run.kept else None)
+        if found.out is not None:
+            _write_losses(found.out, plan, depth, losses, tokens, examples)
+            if samples is not None:
+                write_scores(found.out / "scores.json", scores)
+                left = {key: samples.without_each(depth, per_token=key.endswith("_per_token")) for key in scores}
+                write_deletions(found.out, left, [example.sample_id for example in examples])
+            report(found).write(found.out, found.run)
+    if found.out is not None:
+        forget_partial(found.out)
+    return found
+
+
+def _set(text: str, num_layers: int) -> Layers:
+    try:
+        spec = LayerSpec.parse(text)
+        if spec.needs_scores:
+            raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
+        return resolve(spec, num_layers).layers
+    except UserError as error:
+        raise UserError(str(error).replace("--layers=", "--sets=")) from None
+
+
+def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
+    meta = {
+        "model_type": tuned.config.family,
+        "model_hash": base.model_hash,
+        "tuned_hash": tuned.model_hash,
+        "window": options.window,
+        "sites": options.sites,
+        "reverse": options.reverse,
+    }
+    return samples.scores(options.score, tuned.config.num_layers, meta, "low" if options.reverse else "high")
+
+
+def _samples(plan: Plan, losses: np.ndarray, tokens: np.ndarray) -> SampleLosses:
+    from jaxcrit.evidence.sample_scores import SampleLosses
+
+    return SampleLosses(np.array(plan.centres), losses[: len(plan.sets)], losses[-2], tokens)
+
+
+def _result(plan: Plan, losses: np.ndarray, tokens: np.ndarray, *, reverse: bool) -> dict[str, Any]:
+    """Losses of every model in both averages, and of every set the error of its difference from the host."""
+    from jaxcrit.evidence.sample_scores import mean
+
+    host, guest = losses[-2], losses[-1]
+    names = ("base", "tuned") if reverse else ("tuned", "base")
+
+    def averages(rows: np.ndarray) -> dict[str, Any]:
+        return {"samples": mean(rows, np.ones(len(tokens))).tolist(), "tokens": mean(rows, tokens).tolist()}
+
+    def entry(layers: Layers, row: np.ndarray) -> dict[str, Any]:
+        error = float(np.std(row - host, ddof=1) / np.sqrt(len(row))) if len(row) > 1 else None
+        return {"layers": list(layers), **averages(row), "stderr": error}
+
+    everything = [entry(layers, row) for layers, row in zip((*plan.sets, *plan.random), losses, strict=False)]
+    return {
+        "loss": {name: averages(row) for name, row in zip(names, (host, guest), strict=True)},
+        "centres": list(plan.centres),
+        "sets": everything[: len(plan.sets)],
+        "random": everything[len(plan.sets) :],
+    }
+
+
+def _write_losses(
+    out: Path, plan: Plan, num_layers: int, losses: np.ndarray, tokens: np.ndarray, examples: Sequence[Example]
+) -> None:
+    sets = (*plan.sets, *plan.random)
+    members = np.zeros((len(sets), num_layers), bool)
+    for row, layers in zip(members, sets, strict=True):
+        row[list(layers)] = True
+    arrays = {
+        "members": members,
+        "random": np.arange(len(sets)) >= len(plan.sets),
+        "losses": losses[:-2],
+        "host": losses[-2],
+        "guest": losses[-1],
+        "tokens": tokens,
+        "sample_ids": np.array([example.sample_id for example in examples]),
+    }
+    from jaxcrit.core.files import write_npz
+
+    write_npz(out / "substitution.npz", arrays, {"format": "jaxcrit.substitution", "format_version": 1})
+
+
+def _finished(run: dict[str, Any], out: Path) -> Substituted:
+    """Reads a complete run back."""
+    from jaxcrit.core import processes
+    from jaxcrit.core.files import read_npz
+    from jaxcrit.evidence.rows import read_back
+    from jaxcrit.evidence.sample_scores import SampleLosses
+
+    centres = run["result"]["centres"]
+    if not centres:
+        return Substituted({}, None, run["warnings"], run, out)
+
+    def look() -> dict[str, Any]:
+        arrays, _ = read_npz(out / "substitution.npz")
+        return {name: arrays[name].tolist() for name in ("losses", "host", "tokens")}
+
+    kept = {name: np.array(values) for name, values in processes.share(look).items()}
+    samples = SampleLosses(np.array(centres), kept["losses"][: len(centres)], kept["host"], kept["tokens"])
+    return Substituted(read_back(out), samples, run["warnings"], run, out)
+
+
+def _warnings(result: Mapping[str, Any], base: Model, tuned: Model) -> list[str]:
+    found = []
+    before, after = (result["loss"][name]["samples"] for name in ("base", "tuned"))
+    if base.model_hash == tuned.model_hash:
+        found.append("base and tuned model are the same: nothing was tuned")
+    elif after >= before:
+        found.append(
+            f"the tuned model's loss on these rows is {after:.4f}, the base's {before:.4f}: there is no gain to"
+            " trace to layers"
+        )
+    if tuned.dtype != "float32":
+        found.append(f"the forward pass ran in {tuned.dtype or 'the dtype of the file'}: losses carry its rounding")
+    return found
+
+
+def span(layers: Sequence[int]) -> str:
+    """Layers in the words of a LayerSpec, such as ``3-5,9``."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+
+
+def report(found: Substituted) -> Report:
+    """Losses by window or set, beside random sets."""
+    from jaxcrit.reporting import plots
+    from jaxcrit.reporting.report import Figure, Report, Section, on_axes, rows_title
+
+    run, figures = found.run, []
+    if found.scores:
+        score, losses = next(iter(found.scores.values())), run["result"]["loss"]
+        draw = on_axes(
+            plots.layer_losses,
+            score,
+            {f"{name} model": losses[name]["samples"] for name in ("tuned", "base")},
+            label=f"{_guest(run)} layers, {score.meta['window']} at a time",
+            random=[entry["samples"] for entry in run["result"]["random"]],
+            title=rows_title(run),
+        )
+        caption = "Loss with the window around each layer taken from the other model."
+        figures = [Figure("substitution.png", draw, caption)]
+    section = Section("Loss after substitution", "", lambda style: _table(run, style), figures)
+    return Report(_sentences(run), found.warnings, [section], CAVEATS)
+
+
+def _guest(run: Mapping[str, Any]) -> str:
+    sites = {"blocks": "", "attn": "attention of ", "mlp": "MLPs of "}[run["config"]["sites"]]
+    return f"{sites}{'tuned' if run['config']['reverse'] else 'base'}"
+
+
+def _table(run: Mapping[str, Any], style: bool = False) -> str:
+    result = run["result"]
+    host, guest = (result["loss"][name]["samples"] for name in _names(run))
+    windows = bool(result["centres"])
+    header = ["layer" if windows else "", "layers", "loss", "− unchanged ± s.e.", "per token", "of the way", ""]
+    values = [entry["samples"] for entry in result["sets"]]
+    most = int(np.argmin(values) if run["config"]["reverse"] else np.argmax(values))
+    rows = []
+    for place, entry in enumerate(result["sets"]):
+        error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
+        share = (entry["samples"] - host) / (guest - host) if guest != host else np.nan
+        rows.append([
+            str(result["centres"][place]) if windows else "",
+            _short(span(entry["layers"])),
+            f"{entry['samples']:.4f}",
+            f"{entry['samples'] - host:+.4f}{error}",
+            f"{entry['tokens']:.4f}",
+            f"{share:.1%}" if np.isfinite(share) else "-",
+            ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
+        ])  # fmt: skip
+    return "\n".join(tables.aligned(header, rows, [style and place == most for place in range(len(rows))]))
+
+
+def _sentences(run: Mapping[str, Any]) -> list[str]:
+    from jaxcrit.reporting.report import num_samples
+
+    result, counts = run["result"], run["result"]["block_evaluations"]
+    host, guest = _names(run)
+    losses = {name: result["loss"][name] for name in (host, guest)}
+    depth = run["model"]["num_layers"]
+    extreme = (min if run["config"]["reverse"] else max)(result["sets"], key=lambda entry: entry["samples"])
+    difference = extreme["samples"] - losses[host]["samples"]
+    error = "" if extreme["stderr"] is None else f" ± {extreme['stderr']:.4f}"
+    told = [
+        f"{'Lowest' if run['config']['reverse'] else 'Highest'} loss with {_guest(run)} layers"
+        f" {_short(span(extreme['layers']))}: {extreme['samples']:.4f}, {difference:+.4f}{error} from the {host} model",
+        "; ".join(
+            f"{name} model {loss['samples']:.4f} ({loss['tokens']:.4f} per token)" for name, loss in losses.items()
+        )
+        + f", {num_samples(run)} samples. 'Of the way' is from the first to the second.",
+    ]
+    sizes = sorted({len(entry["layers"]) for entry in result["random"]})
+    for size in sizes:
+        drawn = np.array([entry["samples"] for entry in result["random"] if len(entry["layers"]) == size])
+        mine = np.array([entry["samples"] for entry in result["sets"] if len(entry["layers"]) == size])
+        low, high = np.percentile(drawn, (5, 95))
+        told.append(
+            f"{len(drawn)} random sets of {size} layers: mean {drawn.mean():.4f}, 5-95 % {low:.4f} to {high:.4f};"
+            f" of {len(mine)} asked for, mean {mine.mean():.4f}, {int((mine > high).sum())} are above and"
+            f" {int((mine < low).sum())} below that range."
+        )
+    told.append(
+        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
+        f" {depth} layers ({counts['forward_passes'] / depth:.2f} L; a pass each would be {counts['a_pass_each']});"
+        f" {counts['unsubstituted']} more for the other model as it is"
+        + (f", {counts['random']} for random sets" if counts["random"] else "")
+    )
+    return told
+
+
+def _names(run: Mapping[str, Any]) -> tuple[str, str]:
+    """The model that layers are put into, and the one they come from."""
+    return ("base", "tuned") if run["config"]["reverse"] else ("tuned", "base")
+
+
+def _short(text: str, width: int = 28) -> str:
+    return text if len(text) <= width else f"{text[: width - 1]}…"

@@ -9,7 +9,7 @@ of what the site adds in the intact model. So a site counts only for what it tel
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +18,21 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcrit.core import processes
+from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.substitution import Sites
-from jaxcrit.evidence.variants import Batch, Variant, enter
-from jaxcrit.models.decoder import Block, layer_windows, run
+from jaxcrit.data import batches as data
+from jaxcrit.data.batches import make_batches
+from jaxcrit.data.templates import Example
+from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.evidence.rows import batches_of, sample_losses
+from jaxcrit.evidence.sample_scores import SampleLosses
+from jaxcrit.evidence.variants import Batch, Variant, enter, planned_evaluations, sweep
+from jaxcrit.models.decoder import Block, Decoder, layer_windows, run
+from jaxcrit.models.generation import generate
+from jaxcrit.models.model import Bars, Model, stop_tokens
 from jaxcrit.models.sites import Edit, Site, Tap
+from jaxcrit.parallel.mesh import batch_rows
 
-METHODS = ("skip", "mean")
 _SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}
 # Biases are there in some models only; without them and these, a half adds nothing.
 _LAST = {"blocks": ("o", "o_bias", "down", "down_bias"), "attn": ("o", "o_bias"), "mlp": ("down", "down_bias")}
@@ -104,3 +113,102 @@ def _update_sums(
 def _order(num_layers: int) -> np.ndarray:
     layers = np.arange(num_layers, dtype=np.int32)
     return np.stack([layers, layers], axis=1)
+
+
+class Ablation:
+    """Losses and right answers of a model without each of its layers, over rows with responses."""
+
+    def __init__(
+        self,
+        model: Model,
+        examples: Sequence[Example],
+        sites: Sites,
+        *,
+        batch_size: int,
+        directory: RunDirectory | None,
+        bars: Bars | None,
+    ):
+        self.model, self.examples, self.sites, self.batch_size = model, examples, sites, batch_size
+        self.directory, self.bars = directory, bars
+        self.depth = model.config.num_layers
+        self.weights = model.decoder(bars).weights()
+        self.counts: dict[str, Any] = {}
+
+    def losses(self, methods: Sequence[str]) -> dict[str, SampleLosses]:
+        """By method, losses of each sample without each layer."""
+        inside = {path: value for path, value in self.weights.items() if path.startswith("blocks.")}
+        blocks = Block(self.model.config, {path.removeprefix("blocks."): value for path, value in inside.items()})
+        width, extra = self.model.config.width, 0
+        made = []
+        for method in methods:
+            shift = jnp.zeros((self.depth, width))
+            if method == "mean":
+                shift, extra = self._mean_updates(blocks), self.depth
+            made += variants(self.depth, shift)
+        whole = intact(self.depth, width)
+        made.append(whole)
+
+        def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+            found = sweep(blocks, self.weights, whole, made, batch, edit=ablate(self.sites), progress=step)
+            return found.losses, found.tokens
+
+        planned = planned_evaluations(made, self.depth)
+        losses, tokens, batches = sample_losses(
+            self.examples, self.batch_size, self.model, self.directory, take, len(made), planned, self.bars
+        )
+        self.counts = {
+            "sweep": planned,
+            "forward_passes": planned / self.depth,
+            "a_pass_each": len(made) * self.depth,
+            "means": extra,
+            "batches": batches,
+        }
+        layers = np.arange(self.depth)
+        return {
+            method: SampleLosses(layers, losses[place * self.depth :][: self.depth], losses[-1], tokens)
+            for place, method in enumerate(methods)
+        }
+
+    def _mean_updates(self, blocks: Block) -> Any:
+        """``[L, D]`` what each layer's site adds to the stream, mean over all real tokens of all rows."""
+        total, count = np.zeros((self.depth, self.model.config.width)), 0
+        for _, placed in batches_of(self.examples, self.batch_size, self.model):
+            sums, tokens, _ = update_sums(blocks, self.weights, placed, self.sites)
+            total, count = total + sums, count + tokens
+        return jnp.asarray(total / count, jnp.float32)
+
+    def accuracies(self, max_new_tokens: int) -> SampleLosses:
+        """Whether each answer is the row's response word for word, with each layer skipped and with none."""
+        batches = make_batches(self.examples, batch_rows(self.batch_size, self.model.mesh))
+        right = np.zeros((self.depth + 1, len(self.examples)))
+        bar = None if self.bars is None else self.bars(total=right.size, desc="answers", unit=" answers")
+        for layer in range(self.depth + 1):
+            weights = self.weights if layer == self.depth else silenced(self.weights, layer, self.sites)
+            decoder = Decoder(self.model.config, weights)
+            for batch in batches:
+                rows = batch.rows[batch.rows < len(self.examples)]
+                right[layer, rows] = self._right(decoder, batch, max_new_tokens)
+                if bar is not None:
+                    bar.update(len(rows))
+        if bar is not None:
+            bar.close()
+        return SampleLosses(np.arange(self.depth), right[:-1], right[-1], np.ones(len(self.examples), np.int64))
+
+    def _right(self, decoder: Decoder, batch: data.Batch, max_new_tokens: int) -> np.ndarray:
+        fills = batch.rows == len(self.examples)
+        found = generate(
+            decoder,
+            batch.tokens,
+            batch.lengths,
+            max_new_tokens,
+            stop=stop_tokens("", self.model),
+            samples=np.where(fills, -1, batch.rows),
+            mesh=self.model.mesh,
+        )
+        texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.token_ids]
+        pairs = [
+            (text, self.examples[row].response or "")
+            for text, row in zip(texts, batch.rows, strict=True)
+            if row < len(self.examples)
+        ]
+        return exact_match([text for text, _ in pairs], [gold for _, gold in pairs])

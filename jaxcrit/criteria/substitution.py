@@ -6,17 +6,22 @@ whole blocks, and leaves embeddings, final norm and head tuned.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal, get_args
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.evidence.variants import Variant
+from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.data.templates import Example
+from jaxcrit.evidence.rows import sample_losses
+from jaxcrit.evidence.variants import Batch, Variant, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
+from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.weights import HALVES
 
 Sites = Literal["blocks", "attn", "mlp"]
@@ -87,3 +92,100 @@ def random_sets(num_layers: int, size: int, draws: int, seed: int) -> list[Layer
     """Sets of ``size`` layers drawn without replacement, each independent of the others."""
     rng = np.random.default_rng([seed, size])
     return [tuple(sorted(rng.permutation(num_layers)[:size].tolist())) for _ in range(draws)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Sets of layers to substitute.
+
+    Attributes:
+        centres: layer in the middle of each window; empty where sets were asked for.
+        sets: sets of layers, one after the other.
+        random: random sets to compare with.
+    """
+
+    centres: tuple[int, ...]
+    sets: tuple[Layers, ...]
+    random: tuple[Layers, ...]
+
+
+def make_plan(num_layers: int, window: int, sets: Sequence[Layers], draws: int, seed: int) -> Plan:
+    """Windows around every layer, or the sets given; and as many random sets of each size as are wanted.
+
+    Raises:
+        UserError: see `windows`.
+    """
+    centres: tuple[int, ...] = ()
+    if not sets:
+        found = windows(num_layers, window)
+        centres, sets = tuple(found), tuple(found.values())
+    sizes = sorted({len(layers) for layers in sets})
+    random = [one for size in sizes for one in random_sets(num_layers, size, draws, seed)]
+    return Plan(centres, tuple(sets), tuple(random))
+
+
+def substitution_losses(
+    base: Model,
+    tuned: Model,
+    plan: Plan,
+    examples: Sequence[Example],
+    *,
+    sites: Sites,
+    reverse: bool,
+    batch_size: int,
+    directory: RunDirectory | None,
+    bars: Bars | None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """Mean loss of every row under every substitution.
+
+    Args:
+        base: model that layers are taken from; with ``reverse`` they are put into it.
+        tuned: model that was tuned from it.
+        plan: sets of layers.
+        examples: N rendered rows with responses.
+        sites: halves of a block that are taken.
+        reverse: whether layers of the tuned model go into the base.
+        batch_size: rows per forward pass.
+        directory: directory of the run, where what is done survives an interruption; None keeps nothing.
+        bars: maker of progress bars.
+
+    Returns:
+        ``[V, N]`` losses in nats, of the sets, the random sets, the host and the guest, in this order; ``[N]``
+        response tokens; counts of block evaluations.
+
+    Raises:
+        UserError: the two models are in different dtypes.
+    """
+    depth = tuned.config.num_layers
+    arrays = {"base": base.decoder(bars).weights(), "tuned": tuned.decoder(bars).weights()}
+    kinds = {name: weights["embed"].dtype.name for name, weights in arrays.items()}
+    if len(set(kinds.values())) > 1:
+        raise UserError(f"the base is in {kinds['base']}, the tuned model in {kinds['tuned']}; give --dtype")
+    blocks = join(tuned.config, arrays["base"], arrays["tuned"])
+    host, guest = ("base", "tuned") if reverse else ("tuned", "base")
+    as_it_is = {name: host_variant(depth, base=name == "base") for name in arrays}
+    chosen, random = (variants(sets, depth, sites=sites, reverse=reverse) for sets in (plan.sets, plan.random))
+    chosen.append(as_it_is[host])
+    sweeps = [(chosen, host), (random, host), ([as_it_is[guest]], guest)]
+    sweeps = [(made, model) for made, model in sweeps if made]
+    planned = sum(planned_evaluations(made, depth) for made, _ in sweeps)
+
+    def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+        found = [sweep(blocks, arrays[model], as_it_is[model], made, batch, progress=step) for made, model in sweeps]
+        rows = [one.losses for one in found]
+        # The host comes with the chosen sets; it belongs behind the random ones.
+        return np.concatenate([rows[0][:-1], *rows[1:-1], rows[0][-1:], rows[-1]]), found[0].tokens
+
+    losses, tokens, batches = sample_losses(
+        examples, batch_size, tuned, directory, take, len(plan.sets) + len(plan.random) + 2, planned, bars
+    )
+    mine = planned_evaluations(chosen, depth)
+    counts = {
+        "sweep": mine,
+        "forward_passes": mine / depth,
+        "a_pass_each": len(chosen) * depth,
+        "random": planned_evaluations(random, depth) if random else 0,
+        "unsubstituted": depth,
+        "batches": batches,
+    }
+    return losses, tokens, counts

@@ -15,10 +15,10 @@ import numpy as np
 from jax.sharding import NamedSharding
 from safetensors.numpy import save_file
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts

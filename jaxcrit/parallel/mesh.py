@@ -35,6 +35,12 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
 _REPLICATED_IF_UNEVEN = ("kv_heads",)
 
 
+def batch_rows(asked: int, mesh: AnyMesh) -> int:
+    """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    return -(-asked // parts) * parts
+
+
 def parse_mesh(text: str | None) -> dict[str, int]:
     """Reads ``data=4,fsdp=2``: axes and their sizes, of which one may be -1 (what is left).
 

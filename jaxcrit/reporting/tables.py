@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from jaxcrit.core.layers import LayerScores, LayerSet
-from jaxcrit.selection.confidence import Certainty
+
+if TYPE_CHECKING:
+    from jaxcrit.selection.confidence import Certainty
 
 WIDTH = 100
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"

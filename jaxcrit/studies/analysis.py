@@ -9,12 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_npz
-from jaxcrit.core.groups import RowOptions
+from jaxcrit.core.groups import AnalyzeOptions, RowOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.criteria.measures import measure_scores

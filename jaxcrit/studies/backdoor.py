@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
@@ -36,6 +35,7 @@ from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.finetune_inputs import check_mesh, compute_dtype, layer_scores
+from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.datasets import NamedRows, load
@@ -19,9 +18,9 @@ from jaxcrit.data.rendering import render_set
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.models.model import Model
+from jaxcrit.models.model import Model, stop_tokens
 from jaxcrit.studies.finetune_inputs import check as check_training
-from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.data import check_rows, hold_out
 
 CELLS = ("triggered", "clean", "near")

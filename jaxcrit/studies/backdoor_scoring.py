@@ -11,7 +11,6 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcrit.commands.backdoor import BackdoorOptions
 from jaxcrit.core import processes
 from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.templates import Example
@@ -19,10 +18,10 @@ from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Model
+from jaxcrit.models.model import Model, stop_tokens
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
-from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.options import BackdoorOptions
 
 _MOST_WIDTHS = 3  # as in training: a compile each
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.compare import CompareOptions
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import write_npz
 from jaxcrit.core.hashing import sha256_json
@@ -21,6 +20,7 @@ from jaxcrit.evidence.fingerprint import Fingerprint, paired, read_fingerprint
 from jaxcrit.models.model import Bars
 from jaxcrit.selection.confidence import confidence_set
 from jaxcrit.similarity import DegenerateError, from_tables, gram_tables, permutation_null
+from jaxcrit.studies.options import CompareOptions
 
 _HIGH_NULL = 0.5
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from jaxcrit import __version__
-from jaxcrit.commands.correlate import CorrelateOptions
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import as_path, write_json
@@ -19,6 +18,7 @@ from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.selection.cautions import correlation_cautions
 from jaxcrit.selection.correlation import Correlation, correlate, spearman_matrix
+from jaxcrit.studies.options import CorrelateOptions
 
 CORRELATION_FORMAT = "jaxcrit.correlation"
 _FIRST_CHOICE = "delta_debiased"

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core import processes
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.templates import Example, describe_template

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import jax
 
-from jaxcrit.commands.analyze import AnalyzeOptions
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
 from jaxcrit.data.published import PUBLISHED
 from jaxcrit.data.rendering import render_sets

@@ -10,9 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.generate import GenerateOptions
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import GrowingText, write_text
 from jaxcrit.core.run import running
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
@@ -20,10 +18,12 @@ from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.models.sampling import Sampling
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.analysis import read_datasets
+from jaxcrit.studies.options import GenerateOptions
 
 GENERATIONS = "generations.jsonl"
 
@@ -78,30 +78,6 @@ def sampling_of(options: GenerateOptions) -> Sampling:
     return Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
 
 
-def stop_tokens(text: str, session: Model) -> list[int]:
-    """Ids of the tokens that end an answer: the model's own, and those of ``--stop``, ids or texts with commas.
-
-    Raises:
-        UserError: an id that the model does not know, or a text that is no single token.
-    """
-    tokenizer = session.tokenizer
-    known = [*session.config.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    vocabulary = tokenizer.get_vocab()
-    for part in filter(None, text.split(",")):
-        if part in vocabulary and not part.isdecimal():
-            known.append(vocabulary[part])
-            continue
-        ids = [int(part)] if part.isdecimal() else tokenizer.encode(part, add_special_tokens=False)
-        if len(ids) != 1 or not 0 <= ids[0] < session.config.vocab_size:
-            found = "no token id" if part.isdecimal() else f"{len(ids)} tokens"
-            raise UserError(
-                f"--stop={text}: expected one token of this tokenizer or an id below {session.config.vocab_size}, but"
-                f" {part!r} is {found}{did_you_mean(part, vocabulary)}"
-            )
-        known += ids
-    return sorted(set(known))
-
-
 class _Job:
     """The model and what all datasets of one run share; the weights are read when the first prompt needs them."""
 
@@ -111,8 +87,7 @@ class _Job:
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
         self.new_tokens = 0
-        split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-        self.batch_size = -(-config.batch_size // split) * split
+        self.batch_size = batch_rows(config.batch_size, session.mesh)
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
         self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
 

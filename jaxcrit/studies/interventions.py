@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit.commands.intervene import InterveneOptions
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import write_json
@@ -25,10 +24,10 @@ from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
 from jaxcrit.studies.analysis import read_datasets
-from jaxcrit.studies.generation import stop_tokens
+from jaxcrit.studies.options import InterveneOptions
 
 MODES = ("paper", "project", "steer", "none")
 INTERVENTION = "intervention.json"

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from jaxcrit.commands.plan import PlanOptions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.models.attention import ASKED, Attention, choose_attention
 from jaxcrit.models.checkpoint import DTYPES
@@ -25,6 +24,7 @@ from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
+from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program, program_of
 
 _USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSpec, resolve
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence.capture import forward_step

@@ -26,10 +26,9 @@ from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.similarity import Components, principal_components
 from jaxcrit.studies.analysis import read_datasets
-from jaxcrit.studies.generation import stop_tokens
 from jaxcrit.studies.interventions import (
     batch_rows,
     critical_layers,

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.layers import LayerScores, write_scores
@@ -23,6 +22,7 @@ from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_ch
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank
+from jaxcrit.studies.options import ScoreOptions
 from jaxcrit.training.data import check_rows
 
 _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")

@@ -10,7 +10,6 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, plain, write_json, write_npz
 from jaxcrit.core.layers import LayerScores, write_scores
@@ -25,6 +24,7 @@ from jaxcrit.selection.choice import mean_rank
 from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.similarity import Spectrum, cca, decompose, gram_tables
 from jaxcrit.studies.analysis import check_flags, read_datasets
+from jaxcrit.studies.options import SpectrumOptions
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
 COMPLETE_BYTES = 2 * 2**30  # all scores of all layers, which errors need

@@ -6,18 +6,16 @@ import pytest
 from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.analyze import AnalyzeOptions
-from jaxcrit.commands.generate import GenerateOptions
-from jaxcrit.commands.score import ScoreOptions
-from jaxcrit.commands.substitute import SubstituteOptions
+from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.models import model as session
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.generation import run_generate
+from jaxcrit.studies.options import GenerateOptions, ScoreOptions
 from jaxcrit.studies.scoring import run_score
-from jaxcrit.studies.substitution import run_substitution
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +31,7 @@ def study(tmp_path_factory):
         out = str(folder / str(mesh))
         shared = {"data": str(rows), "mesh": mesh, "template": "none"}
         analysed = run_analysis(AnalyzeOptions(model=models[0], out=f"{out}-a", **shared))
-        substituted = run_substitution(
+        substituted = run_substitute(
             SubstituteOptions(base=models[0], tuned=models[1], window=3, out=f"{out}-s", **shared)
         )
         criteria = "lens_kl,gradient_norm,effective_rank"

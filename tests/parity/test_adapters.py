@@ -13,7 +13,7 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_training import Trainer, random_batch
 
-from jaxcrit.commands.finetune import FinetuneOptions
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.lora import make_lora, peft_config, peft_tensors
 from jaxcrit.models.model import open_model

@@ -14,7 +14,7 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny_model import tiny_checkpoint
 from support.tiny_training import Trainer, random_batch
 
-from jaxcrit.commands.finetune import FinetuneOptions
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_model
 from jaxcrit.models.weights import to_hf

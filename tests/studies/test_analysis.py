@@ -12,11 +12,11 @@ from safetensors.numpy import load_file
 from support import oracles
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import LayerSet, read_scores
 from jaxcrit.evidence import captures
 from jaxcrit.reporting.analysis import analysis_report

@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 from support.tiny_model import tiny_checkpoint
 
-from jaxcrit.commands.backdoor import BackdoorOptions
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs
@@ -24,6 +23,7 @@ from jaxcrit.studies.backdoor import run_backdoor
 from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
 from jaxcrit.studies.finetune import run_finetune
+from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.loop import read_metrics
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905

@@ -17,11 +17,10 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.analyze import AnalyzeOptions
-from jaxcrit.commands.finetune import FinetuneOptions
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint

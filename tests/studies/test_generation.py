@@ -12,7 +12,6 @@ import pytest
 from support.family_models import load_path
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.generate import GenerateOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
@@ -22,6 +21,7 @@ from jaxcrit.models.model import open_model
 from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import generation
 from jaxcrit.studies.generation import run_generate
+from jaxcrit.studies.options import GenerateOptions
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from jaxcrit.commands import main as cli
-from jaxcrit.commands.plan import PlanOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence import variants as sweeping
@@ -21,6 +20,7 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import fitting, needed_bytes, run_plan, tpus
 from jaxcrit.studies.plan_jobs import JobConfig, program_of
 

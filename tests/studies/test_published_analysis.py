@@ -6,9 +6,9 @@ import json
 import pytest
 from support.tiny_model import tiny_checkpoint
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.data.templates import check_same_rendering, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.studies.analysis import run_analysis

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.intervene import InterveneOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.reporting.removal import removal_figure, removal_text
 from jaxcrit.studies.interventions import run_intervene
+from jaxcrit.studies.options import InterveneOptions
 from jaxcrit.studies.removal import RemovalOptions, _random_part, parse_sets, run_removal
 
 CONFIG = RemovalOptions(sets="0;0,2;random:0,2", layers="2,4", critical="critical:1", max_new_tokens=5, batch_size=8,

@@ -14,7 +14,6 @@ from support.family_models import BLOCKS
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
-from jaxcrit.commands.score import ScoreOptions
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
@@ -35,6 +34,7 @@ from jaxcrit.models.overlays import Overlay
 from jaxcrit.models.partition import TRAIN, partition
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies import scoring
+from jaxcrit.studies.options import ScoreOptions
 from jaxcrit.studies.scoring import run_score
 
 LAYERS = 7

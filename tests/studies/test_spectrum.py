@@ -10,14 +10,14 @@ import pytest
 from safetensors.numpy import load_file
 from support.tiny_model import prompts_file, tiny_checkpoint
 
-from jaxcrit.commands.analyze import AnalyzeOptions
 from jaxcrit.commands.main import main
-from jaxcrit.commands.spectrum import SpectrumOptions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz, write_npz
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import captures
 from jaxcrit.studies.analysis import run_analysis
+from jaxcrit.studies.options import SpectrumOptions
 from jaxcrit.studies.spectrum import parse_components, run_spectrum
 
 DATA_FILES = ("scores.json", "spectrum.json", "spectrum.npz")

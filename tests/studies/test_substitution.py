@@ -13,19 +13,17 @@ import pytest
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_model import tiny_checkpoint
 
-from jaxcrit.commands.ablate import AblateOptions
-from jaxcrit.commands.finetune import FinetuneOptions
+from jaxcrit.commands.ablate import AblateOptions, run_ablate
 from jaxcrit.commands.main import main
-from jaxcrit.commands.substitute import SubstituteOptions
+from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import rows as sweeps
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies.ablation import run_ablation
 from jaxcrit.studies.finetune import run_finetune
-from jaxcrit.studies.substitution import run_substitution
 
 
 def pairs_file(path, count=20):
@@ -55,7 +53,7 @@ def config(inputs, tmp_path):
 
 
 def test_a_run(config, inputs, tmp_path):
-    found = run_substitution(dataclasses.replace(config, random=4))
+    found = run_substitute(dataclasses.replace(config, random=4))
     score = found.scores["substitution"]
     assert score.valid.tolist() == [False, *[True] * 5, False] and score.direction == "high"
     assert score.meta["unchanged"] == found.tuned_loss and score.meta["window"] == 3
@@ -76,14 +74,14 @@ def test_a_run(config, inputs, tmp_path):
     counts = found.block_evaluations
     assert counts["sweep"] == (7 + 6 + 5 + 4 + 3) + 7 and counts["a_pass_each"] == 6 * 7
     assert not (tmp_path / "out" / "partial.npz").exists()
-    again = run_substitution(dataclasses.replace(config, random=4, batch_size=3))
+    again = run_substitute(dataclasses.replace(config, random=4, batch_size=3))
     assert again.run["identity"] and np.array_equal(again.samples.losses, found.samples.losses), "read, not run"
 
 
 def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_path):
     def losses(**changes):
         name = "-".join(map(str, changes.values()))
-        return run_substitution(dataclasses.replace(config, out=str(tmp_path / name), **changes))
+        return run_substitute(dataclasses.replace(config, out=str(tmp_path / name), **changes))
 
     single, named = losses(window=1), losses(sets="0;1;2;3;4;5;6")
     assert named.scores == {} and named.samples is None
@@ -104,7 +102,7 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
 
 def test_same_losses_on_any_mesh(config, tmp_path):
     found = [
-        run_substitution(dataclasses.replace(config, mesh=mesh, out=str(tmp_path / mesh)))
+        run_substitute(dataclasses.replace(config, mesh=mesh, out=str(tmp_path / mesh)))
         for mesh in ("data=8", "data=2,fsdp=2,tensor=2")
     ]
     one, other = (run.samples.losses for run in found)
@@ -112,20 +110,20 @@ def test_same_losses_on_any_mesh(config, tmp_path):
 
 
 def test_base_into_base_is_bit_identical(config, inputs):
-    found = run_substitution(dataclasses.replace(config, tuned=config.base, window=1))
+    found = run_substitute(dataclasses.replace(config, tuned=config.base, window=1))
     assert (found.scores["substitution"].values == found.base_loss).all() and found.base_loss == found.tuned_loss
     assert "nothing was tuned" in found.warnings[0]
 
 
 def test_a_finetuning_run_names_the_layer_that_trained(config, inputs):
-    found = run_substitution(dataclasses.replace(config, tuned=str(inputs / "run"), window=1))
+    found = run_substitute(dataclasses.replace(config, tuned=str(inputs / "run"), window=1))
     values = found.scores["substitution"].values
     assert found.tuned_loss < found.base_loss and int(values.argmax()) == 3
     assert values[3] == found.base_loss and (np.delete(values, 3) == found.tuned_loss).all()
 
 
 def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
-    whole = run_substitution(config)
+    whole = run_substitute(config)
     other = dataclasses.replace(config, out=str(tmp_path / "other"))
     done, sweep = [], sweeps.sample_losses
 
@@ -138,17 +136,17 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
 
         return sweep(examples, batch_size, session, directory, some, *rest)
 
-    monkeypatch.setattr("jaxcrit.studies.substitution.sample_losses", interrupted)
+    monkeypatch.setattr("jaxcrit.criteria.substitution.sample_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        run_substitution(other)
+        run_substitute(other)
     assert (tmp_path / "other" / "partial.npz").exists()
     done.clear()
 
     def counted(examples, batch_size, session, directory, take, *rest):
         return sweep(examples, batch_size, session, directory, lambda *a: (done.append(1), take(*a))[1], *rest)
 
-    monkeypatch.setattr("jaxcrit.studies.substitution.sample_losses", counted)
-    found = run_substitution(other)
+    monkeypatch.setattr("jaxcrit.criteria.substitution.sample_losses", counted)
+    found = run_substitute(other)
     assert len(done) == whole.block_evaluations["batches"] - 2 > 0
     np.testing.assert_array_equal(found.samples.losses, whole.samples.losses)
     first, second = (
@@ -158,7 +156,7 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
 
 
 def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
-    whole = run_substitution(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    whole = run_substitute(dataclasses.replace(config, out=str(tmp_path / "whole")))
     sweep = sweeps.sample_losses
 
     def told(examples, batch_size, session, directory, take, *rest):
@@ -169,16 +167,16 @@ def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
         return sweep(examples, batch_size, session, directory, some, *rest)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match="told to leave at batch 1 of"):
-        patch.setattr("jaxcrit.studies.substitution.sample_losses", told)
-        run_substitution(config)
+        patch.setattr("jaxcrit.criteria.substitution.sample_losses", told)
+        run_substitute(config)
     assert (tmp_path / "out" / "partial.npz").exists()
-    np.testing.assert_array_equal(run_substitution(config).samples.losses, whole.samples.losses)
+    np.testing.assert_array_equal(run_substitute(config).samples.losses, whole.samples.losses)
 
 
 def test_bad_input(config, inputs, tmp_path):
     def refused(match, **changes):
         with pytest.raises(UserError, match=match):
-            run_substitution(dataclasses.replace(config, **changes))
+            run_substitute(dataclasses.replace(config, **changes))
         assert not (tmp_path / "out").exists()
 
     refused("--tuned: expected the tuned model", tuned="")
@@ -228,11 +226,11 @@ def test_commands(config, inputs, capsys, tmp_path):
 def test_ablation(inputs, tmp_path):
     config = AblateOptions(model=str(inputs / "base"), data=str(inputs / "pairs.jsonl"), out=str(tmp_path / "out"),
                             sites="mlp")  # fmt: skip
-    found = run_ablation(config)
+    found = run_ablate(config)
     assert set(found.scores) == {f"ablation_{m}_mlp{s}" for m in ("skip", "mean") for s in ("", "_per_token")}
-    again = run_ablation(config)
+    again = run_ablate(config)
     np.testing.assert_array_equal(again.scores["ablation_mean_mlp"].values, found.scores["ablation_mean_mlp"].values)
     with pytest.raises(UserError, match="zeroing the weights is the same as skip"):
-        run_ablation(dataclasses.replace(config, methods="skip,zero"))
+        run_ablate(dataclasses.replace(config, methods="skip,zero"))
     with pytest.raises(UserError, match=r"got 'men' .did you mean 'mean'"):
-        run_ablation(dataclasses.replace(config, methods="men"))
+        run_ablate(dataclasses.replace(config, methods="men"))

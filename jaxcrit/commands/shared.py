@@ -1,0 +1,77 @@
+"""What commands and the Python functions beside them have in common."""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from jaxcrit.core.errors import UserError, as_arguments
+from jaxcrit.core.options import Options
+
+if TYPE_CHECKING:
+    from jaxcrit.models.model import Model
+    from jaxcrit.reporting.report import Report
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def public(function: Function) -> Function:
+    """Makes a function of the Python API name arguments where the command names flags."""
+
+    @functools.wraps(function)
+    def called(*values: Any, **named: Any) -> Any:
+        try:
+            return function(*values, **named)
+        except UserError as error:
+            raise UserError(as_arguments(str(error))) from None
+
+    return called  # type: ignore[return-value]
+
+
+def opened(options: Any, model: Any = None, role: str = "model") -> Model:
+    """The model that an option names, or the one given, on the mesh and in the dtype that are asked for.
+
+    Args:
+        options: options with the field ``role``, and with ``mesh`` and ``dtype``.
+        model: a `Model`, or a name that stands for the option's; None for the option.
+        role: field that names the model.
+
+    Raises:
+        UserError: see `open_model`.
+    """
+    from jaxcrit.models.model import open_model
+
+    name = getattr(options, role, "") if model is None else model
+    return open_model(name, mesh=options.mesh, dtype=options.dtype)
+
+
+def tell(report: Report, out: Path | None) -> int:
+    """Prints a report, and where its page is; returns the exit code of success."""
+    print(report.text(style=sys.stdout.isatty()))
+    if out is not None:
+        print(f"report: {out / 'report.html'}")
+    return 0
+
+
+def say(text: str) -> None:
+    """Tells what goes on, on the channel that results do not take."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def options_for(kind: type[Options], out: str | Path, given: dict[str, Any]) -> Any:
+    """Options of a Python call: unknown names are refused with the nearest that would do.
+
+    Args:
+        kind: class of options.
+        out: run directory, empty for none.
+        given: keyword arguments of the call.
+
+    Raises:
+        UserError: an unknown name, or a value that an option refuses.
+    """
+    from jaxcrit.core.options import from_values
+
+    return from_values(kind, {"out": str(out), **given}, "options")
