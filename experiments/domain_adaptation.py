@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
+from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
@@ -32,8 +33,6 @@ from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model
 from jaxcrit.reporting.plots import loss_curves
 from jaxcrit.reporting.report import Figure, on_axes
-from jaxcrit.reporting.training import evaluations
-from jaxcrit.studies.finetune import run_finetune
 
 # PAPER: Llama-2-7B-chat, read off the figures; shares of full training's drop at the last step.
 PAPER = {"critical": {"dolly": 0.96, "openbookqa": 0.94}, "noncritical": {"dolly": 0.87, "openbookqa": 0.80}}

@@ -135,10 +135,10 @@ def run_ablate(
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import Ablation
     from jaxcrit.data.templates import describe_template
-    from jaxcrit.evidence.rows import forget_partial, read_back, read_rows
+    from jaxcrit.evidence.rows import forget_partial, read_back
 
     opened = shared.opened(options, model)
-    datasets = read_rows(options, opened)
+    datasets = opened.read(options, rows, responses=True)
     with running(
         "ablate",
         options,

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from jaxcrit.commands import shared
 from jaxcrit.core.groups import AnalyzeOptions
 
 OPTIONS = AnalyzeOptions
@@ -16,10 +15,9 @@ def run(options: AnalyzeOptions) -> int:
     from jaxcrit.studies.analysis import Analysis, run_analysis
 
     def finish(analysis: Analysis) -> None:
-        write_selections(analysis)
-        analysis_report(analysis).write(analysis.out, analysis.run)
+        if analysis.out is not None:
+            write_selections(analysis, analysis.out)
+            analysis_report(analysis).write(analysis.out, analysis.run)
 
     analysis = run_analysis(options, progress=bars, finish=finish)
-    print(analysis_report(analysis).text(style=sys.stdout.isatty()))
-    print(f"report: {analysis.out / 'report.html'}")
-    return 0
+    return shared.tell(analysis_report(analysis), analysis.out)

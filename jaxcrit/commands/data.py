@@ -15,8 +15,8 @@ from jaxcrit.core.options import option
 from jaxcrit.reporting.tables import aligned
 
 if TYPE_CHECKING:
+    from jaxcrit.data.dataset import Dataset
     from jaxcrit.data.inspection import Lengths, Shown
-    from jaxcrit.data.rendering import RenderedSet
 
 SHOWN = 3
 
@@ -65,8 +65,9 @@ def run_data(options: DataOptions) -> DataReport:
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is written.
     """
+    from jaxcrit.data.dataset import Dataset, cut, whole
+    from jaxcrit.data.datasets import load
     from jaxcrit.data.inspection import measure, show
-    from jaxcrit.data.rendering import render_sets
     from jaxcrit.data.templates import template_hash
     from jaxcrit.data.tokenizer import load_tokenizer
     from jaxcrit.models.checkpoint import locate, open_checkpoint
@@ -75,25 +76,34 @@ def run_data(options: DataOptions) -> DataReport:
     path = locate(options.model) if options.model else EMBEDDED_MODEL
     context = open_checkpoint(path).config.max_length
     tokenizer = load_tokenizer(path)
-    sets = render_sets(options, tokenizer, min(options.max_length or context, context), training=True)
-    places = [(place, one) for place in range(SHOWN) for one in sets if place < len(one.cut)]
+    room = min(options.max_length or context, context)
+    loaded = load(
+        options.data, options.limit, split=options.split, shuffle_seed=options.shuffle_seed, edition=options.edition
+    )
+    lengths, limits, sets = {}, {}, []
+    for named in loaded:
+        everything = whole(named, tokenizer, options)
+        kept, limits[named.name] = cut(everything, named, tokenizer, options, room, responses=True)
+        lengths[named.name] = measure(everything, kept, limits[named.name])
+        sets.append(Dataset(named.name, named.source, kept))
+    places = [(place, one) for place in range(SHOWN) for one in sets if place < len(one.examples)]
     return DataReport(
-        [show(one.cut[place], tokenizer, one.named.name, place + 1) for place, one in places[:SHOWN]],
-        {one.named.name: measure(one.whole, one.cut, one.limit) for one in sets},
-        {one.named.name: one.limit for one in sets},
+        [show(one.examples[place], tokenizer, one.name, place + 1) for place, one in places[:SHOWN]],
+        lengths,
+        limits,
         template_hash(tokenizer, options.template, options.edition),
         _write(as_path(options.out), sets, tokenizer) if options.out else None,
     )
 
 
-def _write(folder: Path, sets: list[RenderedSet], tokenizer: Any) -> Path:
+def _write(folder: Path, sets: list[Dataset], tokenizer: Any) -> Path:
     from jaxcrit.data.inspection import texts
 
     lines = []
     for one in sets:
-        for example in one.cut:
+        for example in one.examples:
             line = {
-                "dataset": one.named.name,
+                "dataset": one.name,
                 "sample_id": example.sample_id,
                 "token_ids": example.token_ids.tolist(),
                 "prompt_length": example.prompt_length,

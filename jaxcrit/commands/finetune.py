@@ -2,25 +2,254 @@
 
 from __future__ import annotations
 
-import sys
+import dataclasses
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from jaxcrit.commands import shared
 from jaxcrit.core.groups import FinetuneOptions
+from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+
+if TYPE_CHECKING:
+    from jaxcrit.data.dataset import Dataset
+    from jaxcrit.data.templates import Example
+    from jaxcrit.models.model import Bars, Model
+    from jaxcrit.reporting.report import Figure
 
 OPTIONS = FinetuneOptions
+Row = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Finetuned:
+    """A finished training.
+
+    Attributes:
+        model: tuned model, the base with an overlay on top; None where a complete run was read back.
+        run: content of ``run.json``.
+        metrics: rows of ``metrics.jsonl``.
+        chosen: layers named by ``--layers``.
+        warnings: what the user should know.
+        out: run directory; None where nothing is written.
+    """
+
+    model: Model | None
+    run: Mapping[str, Any]
+    metrics: Sequence[Row]
+    chosen: LayerSet
+    warnings: Sequence[str]
+    out: Path | None
 
 
 def run(options: FinetuneOptions) -> int:
     """Trains, draws the test loss, prints what came of it."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.training import finetune_text, write_curve
-    from jaxcrit.studies.finetune import Finetuned, run_finetune
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
-    def finish(found: Finetuned) -> None:
-        write_curve(found.out, {"test loss": found.metrics})
-
-    found = run_finetune(options, progress=bars, say=say, finish=finish)
-    print(finetune_text(found.run, found.times, found.metrics, found.warnings, found.out))
+    print(text(run_finetune(options, progress=bars, say=shared.say)))
     return 0
+
+
+@shared.public
+def finetune(
+    model: Any,
+    rows: Any = "",
+    layers: Any = "critical",
+    *,
+    out: str | Path = "",
+    progress: Bars | None = None,
+    **options: Any,
+) -> Model:
+    """Trains chosen layers of a model. The model given stays as it is.
+
+    Args:
+        model: a `Model`, or the name of one, as `load` takes it.
+        rows: rows with responses, as `read_datasets` takes them; a tenth of them is held out for testing.
+        layers: a `LayerSet`, layers by number, or a selection such as ``critical:3`` or ``all``.
+        out: run directory; empty writes nothing.
+        progress: maker of progress bars (tqdm's signature); None for silence.
+        **options: fields of `FinetuneOptions`.
+
+    Returns:
+        The tuned model.
+
+    Raises:
+        UserError: a mistake in options, checkpoint or rows; or training that went wrong.
+    """
+    named = ",".join(map(str, layers.layers)) if isinstance(layers, LayerSet) else layers
+    asked = shared.options_for(FinetuneOptions, out, {**options, "layers": named})
+    chosen = layers if isinstance(layers, LayerSet) else None
+    found = run_finetune(asked, model=model, rows=rows, chosen=chosen, progress=progress, keep=bool(out))
+    return found.model or shared.opened(asked, str(out))
+
+
+def run_finetune(
+    options: FinetuneOptions,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    chosen: LayerSet | None = None,
+    progress: Bars | None = None,
+    say: shared.Say | None = None,
+    keep: bool = True,
+) -> Finetuned:
+    """Trains; goes on where an interrupted run of the same options stopped, reads a complete one back.
+
+    Args:
+        options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        chosen: layers in place of those that the options name.
+        progress: maker of progress bars; None for silence.
+        say: told what trains, before training begins.
+        keep: whether a run directory is written.
+
+    Raises:
+        UserError: see `finetune`; or another run in ``out``.
+    """
+    from jaxcrit.core.run import running
+    from jaxcrit.data.templates import describe_template
+    from jaxcrit.models.model import open_model
+    from jaxcrit.models.overlays import Overlay
+    from jaxcrit.parallel.mesh import parse_mesh
+    from jaxcrit.training.optimizer import make_schedule
+    from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
+
+    make_schedule(options.schedule, options.learning_rate, options.warmup + 1, options.warmup)
+    parse_mesh(options.mesh)
+    spec = LayerSpec.parse(options.layers)
+    opened = open_model(options.model if model is None else model, mesh=options.mesh)
+    check_mesh(options.batch_size, opened.mesh)
+    if chosen is None and not spec.needs_scores:
+        chosen = resolve(spec, opened.config.num_layers, model_hash=opened.model_hash)
+    if chosen is not None:
+        partition_of(options, opened.config, chosen)
+    datasets = read_examples(options, opened, rows)
+    dtype = compute_dtype(options.dtype)
+    with running(
+        "finetune",
+        options,
+        models={"model": opened},
+        datasets=datasets,
+        template=describe_template(opened.tokenizer, options),
+        resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
+        keep=keep,
+    ) as run:
+        if run.complete:
+            return _finished(dict(run.earlier), run.path)
+        out = run.path if run.kept else None
+        run.record["attention"] = opened.attention(dtype)
+        layers = chosen or _critical(options, spec, opened, rows, out, progress)
+        parts = partition_of(options, opened.config, layers)
+        train, held = (dataset.examples for dataset in datasets)
+        trainer = Trainer(options, opened, parts, train, held, out)
+        run.precious = True
+        if out is not None:
+            layers.save(out / "layers.json")
+        run.record["layers"] = dataclasses.asdict(layers) | {"layers": list(layers.layers)}
+        run.record["trained"] = parts.to_json()
+        run.save()
+        if say is not None:
+            say(trainer.summary(layers))
+        began = time.perf_counter()
+        trained = trainer.run(progress)
+        run.record["result"] = trained.result
+        run.times["training_seconds"] = round(time.perf_counter() - began, 3)
+        run.record["time"] = run.times
+        step = trained.result["model_step"]
+        tuned = opened.with_overlay(Overlay(parts, trained.params, None if out is None else out.resolve(), step))
+        metrics = trained.metrics if out is None else _metrics(out)
+        found = Finetuned(tuned, run.record, metrics, layers, trained.warnings, out)
+        if out is not None:
+            write_curve(out, {"test loss": metrics})
+    return found
+
+
+def _critical(
+    options: FinetuneOptions, spec: LayerSpec, model: Model, rows: Any, out: Path | None, progress: Bars | None
+) -> LayerSet:
+    from jaxcrit.studies.analysis import training_scores
+
+    scores, key, trim = training_scores(options, out, model=model, rows=rows, progress=progress)
+    return resolve(spec, model.config.num_layers, scores=scores[key], trim=trim, model_hash=model.model_hash)
+
+
+def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> list[Dataset]:
+    """Rows to train and to test on, as datasets ``train`` and ``eval``.
+
+    Raises:
+        UserError: see `Model.read` and `hold_out`.
+    """
+    from jaxcrit.data.dataset import MEMORY, Dataset
+    from jaxcrit.data.published import names_published
+    from jaxcrit.training.data import hold_out
+
+    def read(given: Any, data: str, splits: str, limit: int) -> list[Example]:
+        published = given is None and names_published(data)
+        asked = dataclasses.replace(options, data=data, split=splits if published else options.split, limit=limit)
+        return [example for one in model.read(asked, given, responses=True) for example in one.examples]
+
+    source = options.data or "demo" if rows is None else MEMORY
+    train = read(rows, options.data, options.split or "train", options.limit)
+    if options.eval_data:
+        tests = read(None, options.eval_data, options.eval_split or "test", 0)
+        return [Dataset("train", source, train), Dataset("eval", options.eval_data, tests)]
+    train, held = hold_out(train, source)
+    return [Dataset("train", source, train), Dataset("eval", source, held)]
+
+
+def _finished(run: dict[str, Any], out: Path) -> Finetuned:
+    note = f"{out}: complete already; choose another --out to train again"
+    layers = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
+    return Finetuned(None, run, _metrics(out), layers, [note], out)
+
+
+def _metrics(out: Path) -> list[dict[str, Any]]:
+    from jaxcrit.core import processes
+    from jaxcrit.training.loop import METRICS, read_metrics
+
+    return list(processes.share(lambda: read_metrics(out / METRICS)))
+
+
+def evaluations(metrics: Sequence[Row]) -> list[Row]:
+    """The tests among the rows of ``metrics.jsonl``."""
+    return [row for row in metrics if row["kind"] == "eval"]
+
+
+def loss_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
+    """Test losses over steps, a line per run.
+
+    Args:
+        runs: rows of ``metrics.jsonl`` by name of the run.
+    """
+    from jaxcrit.reporting.plots import loss_curves
+    from jaxcrit.reporting.report import Figure, on_axes
+
+    curves = {name: [(row["step"], row["loss"]) for row in evaluations(metrics)] for name, metrics in runs.items()}
+    return Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.")
+
+
+def write_curve(out: Path, runs: Mapping[str, Sequence[Row]]) -> None:
+    """Writes the `loss_figure` into a directory."""
+    from jaxcrit.core.files import write_bytes
+
+    figure = loss_figure(runs)
+    write_bytes(out / figure.name, figure.png())
+
+
+def text(found: Finetuned) -> str:
+    """Test loss before and after, in both averages; what it took; where it is."""
+    tests, result = evaluations(found.metrics), found.run["result"]
+    before, after = tests[0], tests[-1]
+    trained, optimizer = (result[f"{name}_bytes"] / 2**20 for name in ("trained", "optimizer"))
+    lines = [f"warning: {text}" for text in found.warnings]
+    lines += [
+        f"{'test loss':<22}{'step 0':>10}{'step ' + str(after['step']):>12}",
+        f"{'per token':<22}{before['loss']:>10.4f}{after['loss']:>12.4f}",
+        f"{'mean of means (paper)':<22}{before['loss_per_sample']:>10.4f}{after['loss_per_sample']:>12.4f}",
+        f"best {result['best_loss']:.4f} at step {result['best_step']}; {result['steps']} steps in"
+        f" {found.run['time']['training_seconds']:.1f} s; trained {trained:.1f} MiB, optimizer {optimizer:.1f} MiB",
+        f"run: {found.out}",
+    ]
+    return "\n".join(lines)

@@ -158,7 +158,7 @@ def run_substitute(
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
     from jaxcrit.data.templates import describe_template
-    from jaxcrit.evidence.rows import forget_partial, read_rows
+    from jaxcrit.evidence.rows import forget_partial
     from jaxcrit.models.model import check_pair, open_model
 
     if tuned is None and not options.tuned:
@@ -169,7 +169,7 @@ def run_substitute(
     depth = upper.config.num_layers
     sets = [_set(text, depth) for text in options.sets.split(";")] if options.sets else []
     plan = make_plan(depth, options.window, sets, options.random, options.seed)
-    datasets = read_rows(options, upper)
+    datasets = upper.read(options, rows, responses=True)
     with running(
         "substitute",
         options,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -173,10 +173,30 @@ def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
             once in a similarity; a repeated one would bias every layer's score).
     """
     path = Path(path)
+    rows = _checked(_parse(path), str(path), limit)
+    if not rows:
+        raise UserError(f"{path}: expected rows {_EXPECTED}, got an empty file")
+    return rows
+
+
+def check_rows_in_memory(rows: Iterable[Row], where: str) -> list[Row]:
+    """Checks rows that come from no file, as `read_rows` checks those that do.
+
+    Args:
+        rows: raw rows.
+        where: name for messages.
+
+    Raises:
+        UserError: as of `read_rows`.
+    """
+    return _checked(((f"row {place}", row) for place, row in enumerate(rows, 1)), where, 0)
+
+
+def _checked(parsed: Iterable[tuple[str, Row]], source: str, limit: int) -> list[Row]:
     rows: list[Row] = []
     places: dict[str, str] = {}
-    for place, row in _parse(path):
-        where = f"{path}: {place}"
+    for place, row in parsed:
+        where = f"{source}: {place}"
         _check(row, where)
         identity = _identity(row, where)
         if identity in places:
@@ -185,8 +205,6 @@ def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
         rows.append(row)
         if len(rows) == limit:
             break
-    if not rows:
-        raise UserError(f"{path}: expected rows {_EXPECTED}, got an empty file")
     return rows
 
 

@@ -246,3 +246,8 @@ def cut_of(dataset: str, split: str, edition: str = "clean") -> Cut:
     if split == "all":
         return Cut(published.splits["test"].file)
     return (published.clean_splits if edition == "clean" else {}).get(split, published.splits[split])
+
+
+def names_published(data: str) -> bool:
+    """Whether ``--data`` names one of the published datasets, which have splits."""
+    return any(part.strip().partition(":")[0] in PUBLISHED for part in data.split(","))

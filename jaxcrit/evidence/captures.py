@@ -19,10 +19,10 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import atomic_path, read_npz, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
-from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
-from jaxcrit.data.templates import Example, template_hash
+from jaxcrit.data.dataset import Dataset
+from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.capture import Activations, capture, compiled_steps, stream
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model
@@ -48,35 +48,6 @@ from jaxcrit.similarity import (
 
 T = TypeVar("T")
 FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wants in a run directory
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Dataset:
-    """One dataset, rendered.
-
-    Attributes:
-        name: unique within a run.
-        source: path, or ``demo:FAMILY``.
-        examples: in the order of the file.
-    """
-
-    name: str
-    source: str
-    examples: list[Example]
-
-    @property
-    def sample_ids(self) -> list[str]:
-        """Identity of each prompt."""
-        return [example.sample_id for example in self.examples]
-
-    def describe(self) -> dict[str, Any]:
-        """JSON values for ``run.json``; ``hash`` identifies the rows and their order."""
-        return {
-            "source": self.source,
-            "num_samples": len(self.examples),
-            "longest_prompt": max(example.prompt_length for example in self.examples),
-            "hash": sha256_json(self.sample_ids),
-        }
 
 
 class Swept(NamedTuple):

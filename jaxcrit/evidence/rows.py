@@ -12,38 +12,19 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.files import read_npz, write_npz
-from jaxcrit.core.groups import TestedRowOptions
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
-from jaxcrit.data.rendering import render_sets
 from jaxcrit.data.templates import Example
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.evidence.variants import Batch
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.parallel.preemption import Preempted, notice
-from jaxcrit.training.data import check_rows
 
 _PARTIAL = "partial.npz"
 _SAVE_SECONDS = 10.0
 # batch, progress -> losses [V, B] summed over each row's response, tokens [B]
 Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
-
-
-def read_rows(config: TestedRowOptions, session: Model) -> list[Dataset]:
-    """The rows of every dataset of ``--data``, with their responses.
-
-    Raises:
-        UserError: see `render_sets` and `check_rows`; among them rows without a response.
-    """
-    most = min(config.max_length or session.config.max_length, session.config.max_length)
-    found: list[Dataset] = []
-    for one in render_sets(config, session.tokenizer, most, training=True):
-        limit = one.limit if config.truncate == "paper" else most
-        check_rows(one.cut, limit, session.config.vocab_size, one.named.source)
-        found.append(Dataset(one.named.name, one.named.source, one.cut))
-    return found
 
 
 def sample_losses(

@@ -14,8 +14,10 @@ from jax.sharding import Mesh
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json
+from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
@@ -93,6 +95,13 @@ class Model:
         """The form that attention takes for the longest rows, in this dtype of compute; default the model's."""
         stored = list(self.checkpoint.dtypes.values())
         return _form(self.config, dtype or self.dtype or max(stored, key=stored.count))
+
+    def read(
+        self, options: RowOptions, rows: Any = None, *, responses: bool = False, split: str = "", reserve: int = 0
+    ) -> list[Dataset]:
+        """Rows as this model is given them; arguments and errors as of `read_datasets`."""
+        limits = Limits(self.config.max_length, self.config.vocab_size, str(self.checkpoint.path))
+        return read_datasets(rows, self.tokenizer, options, limits, responses=responses, split=split, reserve=reserve)
 
     def decoder(self, bars: Bars | None = None) -> Decoder:
         """The model with its weights on the mesh: read at the first call, kept for the next ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -163,10 +164,10 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
     return sections
 
 
-def write_selections(analysis: Analysis) -> None:
+def write_selections(analysis: Analysis, out: Path) -> None:
     """Writes ``layers.json`` and ``configs/`` of the choice, and of each dataset's own where there are several."""
     model_type = views.model_type(analysis)
     if _consensus(analysis) is not None:
         for name, dataset in analysis.datasets.items():
-            exporters.layer_files(analysis.out / name, dataset.chosen, model_type)
-    exporters.layer_files(analysis.out, analysis.chosen, model_type)
+            exporters.layer_files(out / name, dataset.chosen, model_type)
+    exporters.layer_files(out, analysis.chosen, model_type)

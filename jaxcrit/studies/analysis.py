@@ -13,15 +13,15 @@ from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_npz
-from jaxcrit.core.groups import AnalyzeOptions, RowOptions
+from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.criteria.measures import measure_scores
 from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
-from jaxcrit.data.batches import refuse_long
-from jaxcrit.data.rendering import render_sets
+from jaxcrit.data.dataset import Dataset
+from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.captures import Captures, Dataset, Swept
+from jaxcrit.evidence.captures import Captures, Swept
 from jaxcrit.evidence.measures import measured
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.cautions import cautions
@@ -30,6 +30,7 @@ from jaxcrit.selection.confidence import Certainty, certainty
 from jaxcrit.selection.leverage import Leverage, leverage
 from jaxcrit.similarity import from_tables, parse_measures, participation_ratio, permutation_null
 
+_TRAINING_PROMPTS = 300
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
@@ -81,7 +82,7 @@ class Analysis:
         scores: by score key: the dataset's own, or mean ranks over several.
         chosen: the layers.
         certainty: of the choice over all datasets, or None.
-        out: run directory.
+        out: run directory; None where nothing is written.
     """
 
     config: AnalyzeOptions
@@ -90,7 +91,7 @@ class Analysis:
     scores: dict[str, LayerScores]
     chosen: LayerSet
     certainty: Certainty | None
-    out: Path
+    out: Path | None
 
     @property
     def consensus(self) -> LayerScores | None:
@@ -99,23 +100,32 @@ class Analysis:
 
 
 def run_analysis(
-    options: AnalyzeOptions, *, progress: Bars | None = None, finish: Callable[[Analysis], Any] | None = None
+    options: AnalyzeOptions,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    progress: Bars | None = None,
+    finish: Callable[[Analysis], Any] | None = None,
+    keep: bool = True,
 ) -> Analysis:
     """Runs ``jaxcrit analyze``: captures, scores, selects, and writes the run directory's data files.
 
     Args:
         options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
         progress: maker of progress bars (tqdm's signature), or None for silence.
         finish: called with the result before the run counts as complete; it writes the report.
+        keep: whether a run directory is written.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
     spec = check_flags(options)
-    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
-    datasets = read_datasets(options, model)
+    datasets = model.read(options, rows)
     template = describe_template(model.tokenizer, options)
     with running(
         "analyze",
@@ -124,13 +134,14 @@ def run_analysis(
         datasets=datasets,
         template=template,
         resolved={"dtype": model.dtype},
+        keep=keep,
     ) as run:
         captures = Captures(options, model, datasets, run.directory, progress)
         results = {
             dataset.name: _score(options, model, spec, dataset, captures.sweep(dataset), progress)
             for dataset in datasets
         }
-        analysis = _combine(options, model, spec, results, run.path)
+        analysis = _combine(options, model, spec, results, run.path if run.kept else None)
         _write(analysis)
         run.record |= {
             "forms": captures.forms,
@@ -144,37 +155,44 @@ def run_analysis(
     return analysis
 
 
+def training_scores(
+    options: TrainingOptions, out: Path | None, *, model: Any = None, rows: Any = None, progress: Bars | None = None
+) -> tuple[dict[str, LayerScores], str, int]:
+    """Scores of an analysis of the training prompts; one that is there already is used.
+
+    Args:
+        options: options of a training; of its rows the first 300 are analysed, as many as the paper's.
+        out: run directory of the training, which the analysis lies in unless ``--analysis`` names another; None
+            writes nothing.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars.
+
+    Returns:
+        Scores by key, the key that selects, and how many layers a selection trims at each end.
+    """
+    published = names_published(options.data)
+    where = options.analysis or ("" if out is None else str(out / "analysis"))
+    asked = AnalyzeOptions(
+        model=options.model,
+        data=options.data,
+        split=options.split or ("train" if published else ""),
+        limit=_TRAINING_PROMPTS,
+        shuffle_seed=max(options.shuffle_seed, 0),
+        out=where,
+        template=options.template,
+        edition=options.edition,
+        truncate=options.truncate,
+        mesh=options.mesh,
+    )
+    found = run_analysis(asked, model=model, rows=rows, progress=progress, keep=bool(where))
+    return found.scores, asked.criterion, asked.trim
+
+
 def check_flags(options: AnalyzeOptions) -> LayerSpec:
     """Refuses what an option may not be, before anything is read; returns the selection."""
     parse_measures(options.measures)
     return LayerSpec.parse(options.layers)
-
-
-def read_datasets(config: RowOptions, session: Model, *, reserve: int = 0) -> list[Dataset]:
-    """Reads and renders the prompts of ``--data``; ``reserve`` tokens of the model's context are left free.
-
-    Raises:
-        UserError: see `render_sets`; prompts that are too long; or a tokenizer that knows more than the model.
-    """
-    datasets = []
-    room = session.config.max_length - reserve
-    if room < 1:
-        raise UserError(
-            f"--max_new_tokens={reserve}: leaves no room for a prompt in the model's context of"
-            f" {session.config.max_length} tokens"
-        )
-    for rendered in render_sets(config, session.tokenizer, room):
-        named, examples = rendered.named, rendered.cut
-        where = named.source if not reserve else f"{named.source}: {reserve} new tokens take part of the context"
-        refuse_long([example.prompt_length for example in examples], room, where)
-        largest = max(int(example.token_ids.max()) for example in examples)
-        if largest >= session.config.vocab_size:
-            raise UserError(
-                f"{session.checkpoint.path}: the tokenizer gives token {largest}, the model knows"
-                f" {session.config.vocab_size}; they do not belong together"
-            )
-        datasets.append(Dataset(named.name, named.source, examples))
-    return datasets
 
 
 def _score(
@@ -245,7 +263,7 @@ def _certainty(
 
 
 def _combine(
-    config: AnalyzeOptions, session: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path
+    config: AnalyzeOptions, session: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path | None
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}
@@ -261,9 +279,11 @@ def _combine(
 
 def _write(analysis: Analysis) -> None:
     """Writes scores, CKA and layers: of each dataset, and, where there are several, of their consensus."""
-    alone = len(analysis.datasets) == 1
+    alone, out = len(analysis.datasets) == 1, analysis.out
+    if out is None:
+        return
     for name, result in analysis.datasets.items():
-        folder = analysis.out if alone else analysis.out / name
+        folder = out if alone else out / name
         processes.make_directory(folder)
         write_scores(folder / "scores.json", result.scores)
         meta = {"format": "jaxcrit.cka", "format_version": 1, "dataset": name, "num_samples": result.num_samples}
@@ -275,9 +295,9 @@ def _write(analysis: Analysis) -> None:
         if result.deletions:
             write_deletions(folder, result.deletions, result.sample_ids)
     if not alone:
-        write_scores(analysis.out / "scores.json", analysis.scores)
-        analysis.chosen.save(analysis.out / "layers.json")
-        _write_uncertainty(analysis.out, analysis.chosen, analysis.certainty)
+        write_scores(out / "scores.json", analysis.scores)
+        analysis.chosen.save(out / "layers.json")
+        _write_uncertainty(out, analysis.chosen, analysis.certainty)
 
 
 def _write_uncertainty(

@@ -22,19 +22,19 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.run import running
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
 from jaxcrit.evaluation.losses import LossSums
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.overlays import FOLDER
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.preemption import notice
+from jaxcrit.studies.analysis import training_scores
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
-from jaxcrit.studies.finetune_inputs import check_mesh, compute_dtype, layer_scores
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import micro_batches, training_steps
@@ -50,6 +50,7 @@ from jaxcrit.training.step import (
     place,
     state_shardings,
 )
+from jaxcrit.training.trainer import check_mesh, compute_dtype
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
 Say = Callable[[str], None]
@@ -94,12 +95,12 @@ def run_backdoor(
     """
     arms, trigger = check(options)
     model = open_model(options.model, mesh=options.mesh)
-    check_mesh(options.training(), model)
+    check_mesh(options.batch_size, model.mesh)
     for arm in arms:
         if arm.spec is None or not arm.spec.needs_scores:
             _partition(options, model, arm.frozen(model.config.num_layers, None, model.model_hash))
     rows = prepare(options, trigger, model)
-    dtype = compute_dtype(options.training())
+    dtype = compute_dtype(options.dtype)
     datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
     datasets += [Dataset(cell, options.eval_data or "held out", found) for cell, found in rows.prompts.cells.items()]
     template = describe_template(model.tokenizer, options)
@@ -109,7 +110,8 @@ def run_backdoor(
         run.record["attention"] = model.attention(dtype)
         scores = None
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):
-            scores = layer_scores(options.training(), run.path, progress)
+            everything, key, trim = training_scores(options, run.path, progress=progress)
+            scores = everything[key], trim
         frozen = [arm.frozen(model.config.num_layers, scores, model.model_hash) for arm in arms]
         for chosen in frozen:
             _partition(options, model, chosen)
@@ -172,7 +174,7 @@ class _Lab:
                  progress: Bars | None):  # fmt: skip
         self.config, self.session, self.rows, self.out = config, session, rows, out
         self.progress = progress
-        self.dtype = np.dtype(DTYPES[compute_dtype(config.training())])
+        self.dtype = np.dtype(DTYPES[compute_dtype(config.dtype)])
         self.scoring = Scoring(config, session, rows.prompts)
         self.per_step = config.batch_size * config.accumulate
         self.widths = _widths(rows.train.values(), self.per_step)

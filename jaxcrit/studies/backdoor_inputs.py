@@ -11,17 +11,18 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.data.dataset import check_rows, rendered
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
-from jaxcrit.data.published import PUBLISHED, Row
-from jaxcrit.data.rendering import render_set
+from jaxcrit.data.published import Row, names_published
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.models.model import Model, stop_tokens
-from jaxcrit.studies.finetune_inputs import check as check_training
+from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.options import BackdoorOptions
-from jaxcrit.training.data import check_rows, hold_out
+from jaxcrit.training.data import hold_out
+from jaxcrit.training.optimizer import make_schedule
 
 CELLS = ("triggered", "clean", "near")
 FEW_PROMPTS = 30
@@ -96,10 +97,8 @@ def check(config: BackdoorOptions) -> tuple[list[Arm], TriggerSpec]:
         raise UserError("--target: expected refusal, or a text that poisoned rows answer; got nothing")
     if not 1 <= config.seeds <= MOST_SEEDS:
         raise UserError(f"--seeds={config.seeds}: expected 1 to {MOST_SEEDS}")
-    for name, lowest in (("eval_every", 0), ("eval_prompts", 0), ("eval_batch_size", 1), ("max_new_tokens", 1)):
-        if getattr(config, name) < lowest:
-            raise UserError(f"--{name}={getattr(config, name)}: expected {lowest} or more")
-    check_training(config.training())
+    make_schedule(config.schedule, config.learning_rate, config.warmup + 1, config.warmup)
+    parse_mesh(config.mesh)
     return parse_arms(config.arms), TriggerSpec.parse(config.trigger)
 
 
@@ -195,14 +194,13 @@ class _Renderer:
         config, model = self.config, self.session.config
         most = min(config.max_length or model.max_length, model.max_length)
         asked = dataclasses.replace(config, template=self.template or config.template)
-        one = render_set(asked, named, self.session.tokenizer, most, training=True)
-        longest = one.limit if config.truncate == "paper" else most
-        check_rows(one.cut, longest, model.vocab_size, named.source)
-        return one.cut
+        examples, longest = rendered(named, self.session.tokenizer, asked, most, responses=True)
+        check_rows(examples, longest, model.vocab_size, named.source)
+        return examples
 
 
 def _load(config: BackdoorOptions, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
-    published = any(part.strip().partition(":")[0] in PUBLISHED for part in data.split(","))
+    published = names_published(data)
     return load(data, limit, split=published_split if published else split, shuffle_seed=config.shuffle_seed,
                 edition=config.edition)  # fmt: skip
 

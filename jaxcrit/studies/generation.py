@@ -14,15 +14,14 @@ from jaxcrit.core import processes
 from jaxcrit.core.files import GrowingText, write_text
 from jaxcrit.core.run import running
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.models.sampling import Sampling
 from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.parallel.preemption import Preempted, notice
-from jaxcrit.studies.analysis import read_datasets
 from jaxcrit.studies.options import GenerateOptions
 
 GENERATIONS = "generations.jsonl"
@@ -56,7 +55,7 @@ def run_generate(options: GenerateOptions, *, progress: Bars | None = None) -> G
     sampling = sampling_of(options)
     model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
     stop = stop_tokens(options.stop, model)
-    datasets = read_datasets(options, model, reserve=options.max_new_tokens)
+    datasets = model.read(options, reserve=options.max_new_tokens)
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, "dtype": model.dtype, **dataclasses.asdict(sampling)}
     template = describe_template(model.tokenizer, options)

@@ -18,15 +18,14 @@ from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.run import running
 from jaxcrit.criteria.score import layer_scores
 from jaxcrit.data.batches import make_batches
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.capture import capture
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
-from jaxcrit.studies.analysis import read_datasets
 from jaxcrit.studies.options import InterveneOptions
 
 MODES = ("paper", "project", "steer", "none")
@@ -113,9 +112,9 @@ def one_dataset(config: Any, session: Model, reserve: int = 0) -> Dataset:
     """The only dataset of ``--data``.
 
     Raises:
-        UserError: there are several; see `read_datasets`.
+        UserError: there are several; see `Model.read`.
     """
-    datasets = read_datasets(config, session, reserve=reserve)
+    datasets = session.read(config, reserve=reserve)
     if len(datasets) > 1:
         names = [dataset.source for dataset in datasets]
         raise UserError(f"--data={config.data}: components are of one dataset, got {listed(names)}; name one of them")

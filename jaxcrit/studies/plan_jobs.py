@@ -27,9 +27,9 @@ from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefi
 from jaxcrit.models.partition import FROZEN, Partition, split
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings
+from jaxcrit.training.trainer import partition_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,15 +20,14 @@ from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.options import option
 from jaxcrit.core.run import versions
 from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.rationale import BEFORE, rationale
 from jaxcrit.evaluation.scorers import exact_match
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.similarity import Components, principal_components
-from jaxcrit.studies.analysis import read_datasets
 from jaxcrit.studies.interventions import (
     batch_rows,
     critical_layers,
@@ -169,7 +168,7 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     layers = resolve(LayerSpec.parse(config.layers), session.config.num_layers).layers
     stop = stop_tokens(config.stop, session)
-    datasets = read_datasets(config, session, reserve=config.max_new_tokens)
+    datasets = session.read(config, reserve=config.max_new_tokens)
     decoder = session.decoder(progress)
     found = [_dataset(config, session, decoder, one, sets, layers, stop, progress) for one in datasets]
     return found, {"model_hash": session.model_hash, "versions": versions()}

@@ -14,16 +14,14 @@ from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
-from jaxcrit.data.rendering import render_sets
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.captures import Dataset
 from jaxcrit.evidence.measured import Measured
 from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.studies.options import ScoreOptions
-from jaxcrit.training.data import check_rows
 
 _OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
 
@@ -64,7 +62,8 @@ def run_score(
     needs = needed(keys)
     model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
     base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
-    datasets = _datasets(options, model, needs)
+    training = "gradients" in needs
+    datasets = model.read(options, responses=training) if needs - set(_OF_MODEL) else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved = {"criteria": list(keys), "dtype": model.dtype}
     template = describe_template(model.tokenizer, options)
@@ -78,17 +77,6 @@ def run_score(
         run.record["warnings"] = found.warnings
         if finish is not None:
             finish(found)
-    return found
-
-
-def _datasets(config: ScoreOptions, session: Model, needs: set[Needs]) -> list[Dataset]:
-    if not needs - set(_OF_MODEL):
-        return []
-    found, training = [], "gradients" in needs
-    for one in render_sets(config, session.tokenizer, session.config.max_length, training=training):
-        if training:
-            check_rows(one.cut, session.config.max_length, session.config.vocab_size, one.named.source)
-        found.append(Dataset(one.named.name, one.named.source, one.cut))
     return found
 
 

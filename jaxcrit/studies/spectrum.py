@@ -16,14 +16,15 @@ from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.run import Facts, Run, running
 from jaxcrit.criteria.measures import component_scores
 from jaxcrit.criteria.score import layer_scores
+from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.captures import Captures, Dataset
+from jaxcrit.evidence.captures import Captures
 from jaxcrit.evidence.fingerprint import read_own, read_run
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.similarity import Spectrum, cca, decompose, gram_tables
-from jaxcrit.studies.analysis import check_flags, read_datasets
+from jaxcrit.studies.analysis import check_flags
 from jaxcrit.studies.options import SpectrumOptions
 
 SPECTRUM_FORMAT = "jaxcrit.spectrum"
@@ -141,7 +142,7 @@ def _of_model(
 ) -> SpectralAnalysis:
     asked = options.analysis()
     model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
-    datasets = read_datasets(asked, model)
+    datasets = model.read(asked)
     _refuse_components(ks, options, model, datasets)
     resolved = {"k": list(ks), "dtype": model.dtype}
     template = describe_template(model.tokenizer, options)

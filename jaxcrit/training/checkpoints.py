@@ -159,6 +159,28 @@ class Checkpoints:
         )
 
 
+class NoCheckpoints:
+    """The checkpoints of a training that keeps nothing: a Python caller that gave no directory."""
+
+    path: Path | None = None
+    last: int | None = None
+
+    def __enter__(self) -> NoCheckpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is held."""
+
+    def save(self, state: State, meta: Mapping[str, Any], loss: float | None = None) -> None:
+        """Keeps nothing."""
+
+    def wait(self) -> None:
+        """Returns at once."""
+
+    def restore(self, like: State) -> None:
+        """There is nothing to go on from."""
+
+
 def _look_at_bucket(run: Path) -> None:
     """Does at once what orbax does when it removes the first checkpoint, and what takes a permission of its own."""
     try:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.errors import UserError
 from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
@@ -15,34 +15,6 @@ from jaxcrit.training.step import TokenBatch
 _HELD_OUT_SEED, _HELD_OUT_MOST = 0, 200
 # Random rows nearly always have a long one among them: a few widths catch what there is to save, at a compile each.
 _MOST_WIDTHS = 3
-
-
-def check_rows(examples: Sequence[Example], max_length: int, vocab_size: int, where: str) -> None:
-    """Checks that every row has a response, fits, and is of the model's vocabulary.
-
-    Raises:
-        UserError: naming the rows.
-    """
-    silent = [
-        row
-        for row, example in enumerate(examples, 1)
-        if len(example.token_ids) <= example.prompt_length or not (example.response or "").strip()
-    ]
-    if silent:
-        raise UserError(
-            f"{where}: row {listed(silent)} has no response to learn from; give rows with prompt and response"
-        )
-    long = [row for row, example in enumerate(examples, 1) if len(example.token_ids) > max_length]
-    if long:
-        raise UserError(
-            f"{where}: expected rows of at most {max_length} tokens, row {listed(long)} is longer; remove it, or keep"
-            " the beginning with --truncate=right (the end with left)"
-        )
-    largest = max(int(example.token_ids.max()) for example in examples)
-    if largest >= vocab_size:
-        raise UserError(
-            f"{where}: the tokenizer gives token {largest}, the model knows {vocab_size}; they do not belong together"
-        )
 
 
 def hold_out(examples: Sequence[Example], where: str) -> tuple[list[Example], list[Example]]:

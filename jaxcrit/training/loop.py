@@ -19,7 +19,7 @@ from jaxcrit.core.files import GrowingText
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
-from jaxcrit.training.checkpoints import Checkpoints
+from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
 from jaxcrit.training.step import State, StepMetrics
 
 METRICS = "metrics.jsonl"
@@ -65,18 +65,23 @@ class Standing:
 
 
 class MetricsLog:
-    """``metrics.jsonl``, one object a line, and whoever else wants to hear of it."""
+    """``metrics.jsonl``, one object a line, and whoever else wants to hear of it.
 
-    def __init__(self, path: Path, listener: Callable[[dict[str, Any]], None] | None = None):
+    Attributes:
+        rows: rows written by this launch, and those before it that still count.
+    """
+
+    def __init__(self, path: Path | None, listener: Callable[[dict[str, Any]], None] | None = None):
         self.path, self.listener = path, listener
-        self._text = GrowingText(path)
+        self.rows: list[dict[str, Any]] = []
+        self._text = None if path is None else GrowingText(path)
 
     def cut(self, step: int | None) -> None:
         """Forgets what was logged after a step (all of it for None): the run goes on from there."""
-        if not processes.first():
+        if not processes.first() or self.path is None or self._text is None:
             return
-        rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
-        self._text.start("".join(json.dumps(row) + "\n" for row in rows))
+        self.rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
+        self._text.start("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict[str, Any]) -> None:
         """Appends a row.
@@ -86,15 +91,18 @@ class MetricsLog:
         """
         if not processes.first():
             return
-        with self._told():
-            self._text.append(json.dumps(row) + "\n")
+        self.rows.append(row)
+        if self._text is not None:
+            with self._told():
+                self._text.append(json.dumps(row) + "\n")
         if self.listener is not None:
             self.listener(row)
 
     def flush(self) -> None:
         """Returns when every row is in the file, which in a bucket may lag behind. Errors are those of `write`."""
-        with self._told():
-            self._text.flush()
+        if self._text is not None:
+            with self._told():
+                self._text.flush()
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -127,7 +135,7 @@ def train(
     evaluate: Callable[[Bank], LossSums],
     rate: Callable[[int], float],
     log: MetricsLog,
-    checkpoints: Checkpoints,
+    checkpoints: Checkpoints | NoCheckpoints,
     meta: dict[str, Any],
     leave: Leave = lambda number: False,
     bar: Any = None,
@@ -206,9 +214,14 @@ def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:
 
 
 def _healthy(
-    standing: Standing, number: int, loss: float, norm: float, options: LoopOptions, checkpoints: Checkpoints,
+    standing: Standing,
+    number: int,
+    loss: float,
+    norm: float,
+    options: LoopOptions,
+    checkpoints: Checkpoints | NoCheckpoints,
     log: MetricsLog,
-) -> Standing:  # fmt: skip
+) -> Standing:
     problem = ""
     if not math.isfinite(loss):
         problem = f"the loss is {loss}"
@@ -225,7 +238,9 @@ def _healthy(
         log.flush()
         checkpoints.wait()
         last = checkpoints.last
-        kept = f"the last good checkpoint is {checkpoints.path / str(last)}" if last else "there is no checkpoint yet"
+        kept = "there is no checkpoint yet"
+        if last and checkpoints.path is not None:
+            kept = f"the last good checkpoint is {checkpoints.path / str(last)}"
         raise UserError(
             f"step {number}: {problem}; {kept}. Start anew in another --out with a lower --learning_rate, a --warmup"
             " or a --clip"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_model import tiny_checkpoint
 
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -22,7 +23,6 @@ from jaxcrit.studies import backdoor, backdoor_scoring
 from jaxcrit.studies.backdoor import run_backdoor
 from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
-from jaxcrit.studies.finetune import run_finetune
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.loop import read_metrics
 

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -27,9 +28,8 @@ from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.exporting import export_model
-from jaxcrit.studies.finetune import run_finetune
-from jaxcrit.studies.finetune_inputs import partition_of
 from jaxcrit.training.loop import read_metrics
+from jaxcrit.training.trainer import partition_of
 
 
 def pairs_file(path, count=24, seed=0):

@@ -318,7 +318,7 @@ def test_weights_alone_build_no_model(config, monkeypatch):
         raise AssertionError("a model was built, or data read")
 
     monkeypatch.setattr(Model, "decoder", never)
-    monkeypatch.setattr(scoring, "render_sets", never)
+    monkeypatch.setattr(Model, "read", never)
     run_score(dataclasses.replace(config, base=config.model, criteria="stable_rank,weight_snr,weight_change"))
 
 

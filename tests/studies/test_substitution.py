@@ -14,6 +14,7 @@ from support.tiny import tiny_tokenizer_dir
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.ablate import AblateOptions, run_ablate
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.deletions import read_deletions
@@ -23,7 +24,6 @@ from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import rows as sweeps
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies.finetune import run_finetune
 
 
 def pairs_file(path, count=20):

@@ -1,0 +1,254 @@
+"""Rows, rendered: from whatever a user has to `Dataset` objects in one step."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.groups import RowOptions
+from jaxcrit.core.hashing import sample_id, sha256_json
+from jaxcrit.data import paper
+from jaxcrit.data.batches import refuse_long
+from jaxcrit.data.datasets import NamedRows, check_rows_in_memory, load
+from jaxcrit.data.templates import Example, render
+from jaxcrit.data.truncation import truncate
+
+MEMORY = "memory"  # source of rows that come from no file
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+    """One dataset, rendered.
+
+    Attributes:
+        name: name within a run; no two datasets share one.
+        source: path, ``demo:FAMILY``, or ``memory``.
+        examples: rendered rows in the order of the source.
+    """
+
+    name: str
+    source: str
+    examples: list[Example]
+
+    @property
+    def sample_ids(self) -> list[str]:
+        """Identity of each row."""
+        return [example.sample_id for example in self.examples]
+
+    def describe(self) -> dict[str, Any]:
+        """JSON values for ``run.json``; ``hash`` identifies the rows and their order."""
+        return {
+            "source": self.source,
+            "num_samples": len(self.examples),
+            "longest_prompt": max(example.prompt_length for example in self.examples),
+            "hash": sha256_json(self.sample_ids),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a model and its tokenizer set.
+
+    Attributes:
+        context: tokens of a row at most.
+        vocab_size: tokens that the model knows.
+        where: path of the model, for messages.
+    """
+
+    context: int
+    vocab_size: int
+    where: str = ""
+
+
+def read_datasets(
+    rows: Any,
+    tokenizer: Any,
+    options: RowOptions,
+    limits: Limits,
+    *,
+    responses: bool = False,
+    split: str = "",
+    reserve: int = 0,
+) -> list[Dataset]:
+    """Reads, renders, cuts and checks rows.
+
+    Args:
+        rows: None for the rows that the options name; else text as ``--data`` has it, a path, a dataset of the
+            ``datasets`` library, dicts as in a JSONL file, strings (each a prompt, rendered by the template), token
+            ids (each a prompt as it stands), or a mapping of names to any of these.
+        tokenizer: tokenizer of the model.
+        options: which rows, and how they are rendered.
+        limits: context and vocabulary of the model.
+        responses: whether rows are trained or tested on, and must have responses; else their prompts alone are kept.
+        split: split of published datasets where the options name none.
+        reserve: tokens of the context that are left free for an answer.
+
+    Returns:
+        One dataset or more.
+
+    Raises:
+        UserError: rows that cannot be read, rendered or cut, that are too long, or have no response; two datasets of
+            one name; or a tokenizer that does not belong to the model.
+    """
+    asked = getattr(options, "max_length", 0) if responses else 0
+    room = min(asked or limits.context, limits.context) - reserve
+    if room < 1:
+        raise UserError(
+            f"--max_new_tokens={reserve}: leaves no room for a prompt in the model's context of {limits.context} tokens"
+        )
+    found = []
+    for named in _named(rows, options, split):
+        if isinstance(named, Dataset):
+            dataset, longest = named, room
+        else:
+            examples, longest = rendered(named, tokenizer, options, room, responses=responses)
+            dataset = Dataset(named.name, named.source, examples)
+        if responses:
+            check_rows(dataset.examples, longest, limits.vocab_size, dataset.source)
+        else:
+            where = dataset.source
+            if reserve:
+                where = f"{where}: {reserve} new tokens take part of the context"
+            refuse_long([example.prompt_length for example in dataset.examples], room, where)
+            _check_vocabulary(dataset.examples, limits.vocab_size, limits.where or dataset.source)
+        found.append(dataset)
+    return found
+
+
+def rendered(
+    named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool
+) -> tuple[list[Example], int]:
+    """Renders and cuts the rows of one dataset.
+
+    Args:
+        named: raw rows.
+        tokenizer: tokenizer of the model.
+        options: how they are rendered and cut.
+        room: tokens that a row may have.
+        responses: whether responses are kept, and rows cut as the paper's training did.
+
+    Returns:
+        Rendered rows, and how many tokens they may have: ``room``, or the paper's length.
+
+    Raises:
+        UserError: see `render`, `truncate`; or the paper's cut without the paper's edition.
+    """
+    return cut(whole(named, tokenizer, options), named, tokenizer, options, room, responses=responses)
+
+
+def whole(named: NamedRows, tokenizer: Any, options: RowOptions) -> list[Example]:
+    """The rows of one dataset, rendered and not cut; arguments and errors as of `rendered`."""
+    if options.truncate == "paper" and options.edition != "paper":
+        raise UserError("--truncate=paper: the lengths of the paper go with --edition=paper")
+    return render(named.rows, tokenizer, options.template, named.source, dataset=named.dataset, edition=options.edition)
+
+
+def cut(
+    examples: list[Example], named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool
+) -> tuple[list[Example], int]:
+    """Rendered rows cut as the options say, and how many tokens they may have; errors as of `rendered`."""
+    length = None
+    if options.truncate == "paper":
+        length = paper.longest(paper.family_of(tokenizer, options.template), named.dataset, responses)
+    found = truncate(
+        examples, options.truncate, room, paper_length=length, prompt_only=not responses, where=named.source
+    )
+    return found, length or room
+
+
+def check_rows(examples: Sequence[Example], max_length: int, vocab_size: int, where: str) -> None:
+    """Checks that every row has a response, fits, and is of the model's vocabulary.
+
+    Args:
+        examples: rendered rows.
+        max_length: tokens of a row at most.
+        vocab_size: tokens that the model knows.
+        where: dataset, for messages.
+
+    Raises:
+        UserError: naming the rows.
+    """
+    silent = [
+        row
+        for row, example in enumerate(examples, 1)
+        if len(example.token_ids) <= example.prompt_length or not (example.response or "").strip()
+    ]
+    if silent:
+        raise UserError(
+            f"{where}: row {listed(silent)} has no response to learn from; give rows with prompt and response"
+        )
+    long = [row for row, example in enumerate(examples, 1) if len(example.token_ids) > max_length]
+    if long:
+        raise UserError(
+            f"{where}: expected rows of at most {max_length} tokens, row {listed(long)} is longer; remove it, or keep"
+            " the beginning with --truncate=right (the end with left)"
+        )
+    _check_vocabulary(examples, vocab_size, where)
+
+
+def _check_vocabulary(examples: Sequence[Example], vocab_size: int, where: str) -> None:
+    largest = max(int(example.token_ids.max()) for example in examples)
+    if largest >= vocab_size:
+        raise UserError(
+            f"{where}: the tokenizer gives token {largest}, the model knows {vocab_size}; they do not belong together"
+        )
+
+
+def _named(rows: Any, options: RowOptions, split: str) -> list[NamedRows | Dataset]:
+    """Raw rows by dataset; token ids need no rendering and are datasets at once."""
+    if rows is None or isinstance(rows, str | Path):
+        spec = options.data if rows is None else str(rows)
+        return list(
+            load(
+                spec,
+                options.limit,
+                split=options.split or split,
+                shuffle_seed=options.shuffle_seed,
+                edition=options.edition,
+            )
+        )
+    if isinstance(rows, Dataset):
+        return [rows]
+    if isinstance(rows, Mapping):
+        return [_in_memory(str(name), one) for name, one in rows.items()]
+    if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset) for row in rows):
+        return list(rows)
+    return [_in_memory("rows", rows)]
+
+
+def _in_memory(name: str, rows: Any) -> NamedRows | Dataset:
+    if isinstance(rows, Dataset):
+        return dataclasses.replace(rows, name=name)
+    if isinstance(rows, str | bytes) or not hasattr(rows, "__iter__"):
+        raise UserError(f"{name}: expected rows, prompts or token ids, got {type(rows).__name__}")
+    given = list(rows)
+    if not given:
+        raise UserError(f"{name}: expected rows, prompts or token ids, got none")
+    if all(_are_tokens(row) for row in given):
+        return Dataset(name, MEMORY, [_of_tokens(row) for row in given])
+    whole = [{"prompt": row} if isinstance(row, str) else row for row in given]
+    for place, row in enumerate(whole, 1):
+        if not isinstance(row, Mapping):
+            raise UserError(
+                f"{name}, row {place}: expected a dict such as {{'prompt': ..., 'response': ...}}, a text, or token"
+                f" ids, got {type(row).__name__}"
+            )
+    return NamedRows(name, MEMORY, check_rows_in_memory([dict(row) for row in whole], name))
+
+
+def _are_tokens(row: Any) -> bool:
+    if isinstance(row, np.ndarray):
+        return row.ndim == 1 and np.issubdtype(row.dtype, np.integer) and len(row) > 0
+    return isinstance(row, list | tuple) and bool(row) and all(isinstance(token, int | np.integer) for token in row)
+
+
+def _of_tokens(row: Any) -> Example:
+    ids = [int(token) for token in row]
+    if min(ids) < 0:
+        raise UserError(f"{MEMORY}: expected token ids of 0 or more, got {min(ids)}")
+    return Example(sample_id({"token_ids": ids}), np.array(ids, np.int32), len(ids), "", None)
