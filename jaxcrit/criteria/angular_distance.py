@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcrit.evidence.measured import Measured, States, mean_over
+from jaxcrit.evidence.criterion import Measured, States, mean_over
 
 
 def angular_distance(states: States) -> Measured:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit.evidence.measured import Measured, States, mean_over
+from jaxcrit.evidence.criterion import Measured, States, mean_over
 
 
 def block_influence(states: States) -> Measured:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from jaxcrit import similarity
-from jaxcrit.evidence.measured import Measured, States
+from jaxcrit.evidence.criterion import Measured, States
 
 
 def effective_rank(states: States) -> Measured:

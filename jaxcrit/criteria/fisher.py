@@ -8,7 +8,8 @@ whose output is shut off; grows with the length of responses.
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured, mean_over
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Measured, mean_over
 
 
 def fisher(gradients: Gradients) -> Measured:

@@ -7,7 +7,8 @@ the scale of weights: making one matrix of a pair larger and the other smaller l
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Measured
 
 
 def gradient_norm(gradients: Gradients) -> Measured:

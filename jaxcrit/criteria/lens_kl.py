@@ -11,7 +11,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from jaxcrit.evidence.measured import Measured, States, mean_over
+from jaxcrit.evidence.criterion import Measured, States, mean_over
 from jaxcrit.models.decoder import Decoder, logits
 
 

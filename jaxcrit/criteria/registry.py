@@ -21,7 +21,7 @@ from jaxcrit.criteria.rgn import rgn
 from jaxcrit.criteria.stable_rank import stable_rank
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.criteria.weight_snr import weight_snr
-from jaxcrit.evidence.measured import Measured
+from jaxcrit.evidence.criterion import Measured
 
 Needs = Literal["weights", "two models", "states", "gradients"]
 _ANALYZED = ("delta", "delta_debiased", "step", "step_debiased")

@@ -7,7 +7,8 @@ of the size of the weights would do most; blind as gradient_norm is.
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Measured
 
 
 def rgn(gradients: Gradients) -> Measured:

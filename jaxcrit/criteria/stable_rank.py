@@ -6,8 +6,8 @@ alone. Sees one strong direction; blind to scale, to rotations, and to what the 
 
 from __future__ import annotations
 
-from jaxcrit.criteria.weight_snr import relative_mean
-from jaxcrit.evidence.measured import Measured, Spectra
+from jaxcrit.evidence.criterion import Measured
+from jaxcrit.evidence.weights import Spectra, relative_mean
 
 
 def stable_rank(spectra: Spectra) -> Measured:

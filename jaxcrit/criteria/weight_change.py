@@ -7,7 +7,8 @@ depth (arXiv 2604.17177).
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Measured, WeightChanges
+from jaxcrit.evidence.criterion import Measured
+from jaxcrit.evidence.weights import WeightChanges
 
 
 def weight_change(changes: WeightChanges) -> Measured:

@@ -16,8 +16,7 @@ from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
 from jaxcrit.core.run import running
-from jaxcrit.criteria.measures import measure_scores
-from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
+from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
@@ -220,7 +219,7 @@ def _score(
     shape = config.window, config.include_self
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
     kept = {key: values_without_each(tables, key, *shape, without=without)
-            for key, criterion in CRITERIA.items() if criterion.bias in without}  # fmt: skip
+            for key, criterion in CURVES.items() if criterion.bias in without}  # fmt: skip
     score, left = scores[config.criterion], kept[config.criterion] if len(without) == 2 else None
     if grams is None and config.measures:
         raise UserError(

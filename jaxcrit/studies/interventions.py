@@ -16,7 +16,7 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import write_json
 from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
 from jaxcrit.core.run import running
-from jaxcrit.criteria.score import layer_scores
+from jaxcrit.criteria.delta import layer_scores
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template

@@ -16,8 +16,10 @@ from jaxcrit.core.run import running
 from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.measured import Measured
-from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_changes, weight_spectra
+from jaxcrit.evidence.backward import response_gradients
+from jaxcrit.evidence.criterion import Measured
+from jaxcrit.evidence.forward import prompt_states
+from jaxcrit.evidence.weights import weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.choice import mean_rank

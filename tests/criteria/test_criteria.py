@@ -15,7 +15,9 @@ from jaxcrit.criteria.stable_rank import stable_rank
 from jaxcrit.criteria.step import step
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.criteria.weight_snr import weight_snr
-from jaxcrit.evidence.measured import Gradients, Spectra, States, WeightChanges, mean_over
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import States, mean_over
+from jaxcrit.evidence.weights import Spectra, WeightChanges
 from jaxcrit.similarity import cka
 
 LAYERS, SAMPLES, WIDTH, PLANT = 12, 64, 96, 7

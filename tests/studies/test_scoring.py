@@ -26,7 +26,9 @@ from jaxcrit.criteria.rgn import rgn
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
-from jaxcrit.evidence.passes import layer_tensors, prompt_states, response_gradients, weight_changes
+from jaxcrit.evidence.backward import response_gradients
+from jaxcrit.evidence.forward import prompt_states
+from jaxcrit.evidence.weights import layer_tensors, weight_changes
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.lora import make_lora
 from jaxcrit.models.model import Model, open_model

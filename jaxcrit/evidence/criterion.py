@@ -1,37 +1,10 @@
-"""What criteria are computed from; each kind is come by in one pass, however many criteria need it."""
+"""What a criterion makes of its evidence."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 
 import numpy as np
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Spectra:
-    """Singular values of weight matrices; of the weights alone.
-
-    Attributes:
-        shapes: by name of the matrix within its layer.
-        values: ``[L, min(shape)]`` float32, descending, by the same names.
-    """
-
-    shapes: Mapping[str, tuple[int, int]]
-    values: Mapping[str, np.ndarray]
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class WeightChanges:
-    """Of a tuned model's blocks from its base's.
-
-    Attributes:
-        apart: ``[L]`` float64, norm of the difference over all tensors of the layer.
-        base: ``[L]`` float64, norm of the base's.
-    """
-
-    apart: np.ndarray
-    base: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,24 +22,6 @@ class States:
     influence: np.ndarray
     tokens: np.ndarray
     lens: np.ndarray | None
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Gradients:
-    """Of one backward pass over N rows, by the blocks' weights; embeddings, final norm and head are held fixed.
-
-    Attributes:
-        total: ``[L]`` float64, norm of the gradient of the loss per response token over all rows.
-        weights: ``[L]`` float64, norm of the weights.
-        sizes: ``[L]`` int, number of weights.
-        samples: ``[N, L]`` float64, squared norm of the gradient of each row's ``-log p(response | prompt)``; None
-            where not asked for.
-    """
-
-    total: np.ndarray
-    weights: np.ndarray
-    sizes: np.ndarray
-    samples: np.ndarray | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
