@@ -147,6 +147,7 @@ def run_ablate(
         template=describe_template(opened.tokenizer, options),
         resolved={"dtype": opened.dtype},
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)

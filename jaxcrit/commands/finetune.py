@@ -135,6 +135,7 @@ def run_finetune(
         template=describe_template(opened.tokenizer, options),
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)

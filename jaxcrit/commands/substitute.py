@@ -178,6 +178,7 @@ def run_substitute(
         template=describe_template(upper.tokenizer, options),
         resolved={"sets": [list(layers) for layers in plan.sets], "dtype": upper.dtype},
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)

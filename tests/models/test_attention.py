@@ -14,6 +14,8 @@ from support.family_models import error, load_path, one_device, raw_config, writ
 
 from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import ProcessOptions
+from jaxcrit.core.options import options_of
 from jaxcrit.models import attention
 from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
 from jaxcrit.models.config import ModelConfig
@@ -197,7 +199,7 @@ def test_a_form_that_does_not_go_ends_a_command_before_it_reads_weights(capsys):
     assert cli.main(["analyze", "--attention=splash"]) == 2
     assert capsys.readouterr().err.count("the kernel is for tpu, got cpu; use --attention=auto") == 1
     assert attention.ASKED.get() == "auto"  # of that command alone
-    flag = next(flag for flag in cli.MACHINES["machines"] if flag.name == "attention")
+    flag = next(flag for flag in options_of(ProcessOptions) if flag.name == "attention")
     assert flag.choices == attention.FORMS
 
 

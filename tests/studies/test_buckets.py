@@ -114,13 +114,13 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
 KILLED = """
 import os, signal, sys
 from jaxcrit.commands.main import main
-from jaxcrit.studies import finetune
-at, real = int(sys.argv[1]), finetune.micro_batches
+from jaxcrit.training import trainer
+at, real = int(sys.argv[1]), trainer.micro_batches
 def micro_batches(steps, number, micro):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(steps, number, micro)
-finetune.micro_batches = micro_batches
+trainer.micro_batches = micro_batches
 main(sys.argv[2:])
 """
 

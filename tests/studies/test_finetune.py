@@ -146,14 +146,15 @@ def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, 
 # Kills itself in the middle of a step, as the power would.
 KILLED = """
 import dataclasses, json, os, signal, sys
-from jaxcrit.studies import finetune
-at, real = int(sys.argv[2]), finetune.micro_batches
+from jaxcrit.commands.finetune import FinetuneOptions, run_finetune
+from jaxcrit.training import trainer
+at, real = int(sys.argv[2]), trainer.micro_batches
 def micro_batches(steps, number, micro):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(steps, number, micro)
-finetune.micro_batches = micro_batches
-finetune.run_finetune(finetune.FinetuneOptions(**json.loads(sys.argv[1])))
+trainer.micro_batches = micro_batches
+run_finetune(FinetuneOptions(**json.loads(sys.argv[1])))
 """
 
 
@@ -205,7 +206,9 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
         same = (np.asarray(value) == np.asarray(after[path])).reshape(len(value), -1).all(axis=1)
         linear = path.startswith("blocks.") and "norm" not in path
         assert np.flatnonzero(~same).tolist() == ([2, 4] if linear else []), path
-    again = run_finetune(dataclasses.replace(run.config, out=str(interrupted(run.out, tmp_path / "run"))))
+    again = run_finetune(
+        dataclasses.replace(FinetuneOptions(**run.run["config"]), out=str(interrupted(run.out, tmp_path / "run")))
+    )
     assert untimed(again.metrics) == untimed(run.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(again.out), parameters(run.out))
 
@@ -366,9 +369,9 @@ GUESS = LossSums(*(jax.numpy.float32(value) for value in (5.77, 1, 5.77, 1)))
     ids=["nan", "dead"],
 )  # fmt: skip
 def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, monkeypatch, wrong, since, message):
-    from jaxcrit.studies import finetune
+    from jaxcrit.training import trainer
 
-    real = finetune.make_step
+    real = trainer.make_step
 
     def breaks(*arguments, **options):
         step = real(*arguments, **options)
@@ -380,7 +383,7 @@ def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, mo
 
         return broken
 
-    monkeypatch.setattr(finetune, "make_step", breaks)
+    monkeypatch.setattr(trainer, "make_step", breaks)
     with pytest.raises(UserError, match=message):
         run_finetune(dataclasses.replace(config, steps=12))
 
