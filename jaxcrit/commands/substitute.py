@@ -153,7 +153,7 @@ def run_substitute(
     Raises:
         UserError: see `substitute`.
     """
-    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.deletions import Deletions, write_deletions
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
@@ -197,15 +197,20 @@ def run_substitute(
         result = _result(plan, losses, tokens, reverse=options.reverse) | {"block_evaluations": counts}
         samples = _samples(plan, losses, tokens) if plan.centres else None
         scores = {} if samples is None else _scores(options, lower, upper, samples)
+        ids = [example.sample_id for example in examples]
+        left = {}
+        if samples is not None:
+            for key, one in scores.items():
+                left[key] = Deletions(samples.without_each(depth, per_token=key.endswith("_per_token")), ids)
+                scores[key] = dataclasses.replace(one, deletions=left[key])
         warnings = _warnings(result, lower, upper)
         run.record |= {"result": result, "warnings": warnings}
         found = Substituted(scores, samples, warnings, run.record, run.path if run.kept else None)
         if found.out is not None:
             _write_losses(found.out, plan, depth, losses, tokens, examples)
-            if samples is not None:
+            if scores:
                 write_scores(found.out / "scores.json", scores)
-                left = {key: samples.without_each(depth, per_token=key.endswith("_per_token")) for key in scores}
-                write_deletions(found.out, left, [example.sample_id for example in examples])
+                write_deletions(found.out, {key: one.values for key, one in left.items()}, ids)
             report(found).write(found.out, found.run)
     if found.out is not None:
         forget_partial(found.out)

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import json_text, read_json, write_json, write_text
 
@@ -30,6 +31,8 @@ class LayerScores:
         direction: whether ``low`` or ``high`` values are more critical.
         stderr: ``[L]`` float64 standard error, NaN where invalid, or None where not estimated.
         meta: what was measured on what (window, kernel, sample count, ...), JSON values only.
+        deletions: the score with each sample left out, for intervals of what follows; None where not known. It is kept
+            in ``deletions.npz``, not in ``scores.json``.
     """
 
     name: str
@@ -38,6 +41,7 @@ class LayerScores:
     direction: Direction
     stderr: np.ndarray | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    deletions: Deletions | None = None
 
     @property
     def num_layers(self) -> int:

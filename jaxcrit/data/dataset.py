@@ -102,7 +102,7 @@ def read_datasets(
             f"--max_new_tokens={reserve}: leaves no room for a prompt in the model's context of {limits.context} tokens"
         )
     found = []
-    for named in _named(rows, options, split):
+    for named in named_rows(rows, options, split):
         if isinstance(named, Dataset):
             dataset, longest = named, room
         else:
@@ -199,8 +199,17 @@ def _check_vocabulary(examples: Sequence[Example], vocab_size: int, where: str) 
         )
 
 
-def _named(rows: Any, options: RowOptions, split: str) -> list[NamedRows | Dataset]:
-    """Raw rows by dataset; token ids need no rendering and are datasets at once."""
+def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRows | Dataset]:
+    """Raw rows by dataset; token ids need no rendering and are datasets at once.
+
+    Args:
+        rows: see `read_datasets`.
+        options: which rows, where ``rows`` is None.
+        split: split of published datasets where the options name none.
+
+    Raises:
+        UserError: rows that cannot be read.
+    """
     if rows is None or isinstance(rows, str | Path):
         spec = options.data if rows is None else str(rows)
         return list(

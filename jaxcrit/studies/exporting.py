@@ -115,6 +115,25 @@ def export_model(
     return Exported(target, rounding, number)
 
 
+def export_object(model: Model, out: str, dtype: str = "source") -> Path:
+    """Writes a model in memory, overlays included, as a checkpoint directory that transformers loads.
+
+    Args:
+        model: model; its weights may be in float32 where the checkpoint's are not.
+        out: directory to make; must not exist or be empty.
+        dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
+
+    Raises:
+        UserError: an unknown dtype, or a directory that cannot be written.
+    """
+    if dtype != "source" and dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
+    target = local_path(out, "out")
+    check_free(target)
+    write_checkpoint(model.decoder(), model.checkpoint, target, dtype="" if dtype == "source" else dtype)
+    return target
+
+
 def _rounding(session: Model, dtype: str) -> Rounding:
     *earlier, last = session.overlays
     before = dataclasses.replace(session, overlays=tuple(earlier)).decoder().weights()
