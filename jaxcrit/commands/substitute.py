@@ -373,15 +373,17 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
     for place, entry in enumerate(result["sets"]):
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         share = (entry["samples"] - host) / (guest - host) if guest != host else np.nan
-        rows.append([
-            str(result["centres"][place]) if windows else "",
-            _short(span(entry["layers"])),
-            f"{entry['samples']:.4f}",
-            f"{entry['samples'] - host:+.4f}{error}",
-            f"{entry['tokens']:.4f}",
-            f"{share:.1%}" if np.isfinite(share) else "-",
-            ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(result["centres"][place]) if windows else "",
+                _short(span(entry["layers"])),
+                f"{entry['samples']:.4f}",
+                f"{entry['samples'] - host:+.4f}{error}",
+                f"{entry['tokens']:.4f}",
+                f"{share:.1%}" if np.isfinite(share) else "-",
+                ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
+            ]
+        )
     return "\n".join(tables.aligned(header, rows, [style and place == most for place in range(len(rows))]))
 
 

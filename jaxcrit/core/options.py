@@ -113,9 +113,15 @@ def option(
 ) -> Any:
     """Declares a field of an `Options` class; see `Option` for the arguments."""
     declared = {
-        "help": help, "choices": choices, "lowest": lowest, "above": above, "highest": highest, "word": word,
-        "free": free, "group": group,
-    }  # fmt: skip
+        "help": help,
+        "choices": choices,
+        "lowest": lowest,
+        "above": above,
+        "highest": highest,
+        "word": word,
+        "free": free,
+        "group": group,
+    }
     return dataclasses.field(default=default, metadata=declared)
 
 

@@ -219,16 +219,23 @@ def _score(
     without = deletions(tables, grams, units, reach=config.window // 2)
     shape = config.window, config.include_self
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
-    kept = {key: values_without_each(tables, key, *shape, without=without)
-            for key, criterion in CRITERIA.items() if criterion.bias in without}  # fmt: skip
+    kept = {
+        key: values_without_each(tables, key, *shape, without=without)
+        for key, criterion in CRITERIA.items()
+        if criterion.bias in without
+    }
     score, left = scores[config.criterion], kept[config.criterion] if len(without) == 2 else None
     if grams is None and config.measures:
         raise UserError(
             f"--measures={config.measures}: taken from whole Grams; add --form=resident, with fewer prompts"
         )
     measures = measured(grams, config.measures, progress)
-    scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
-                             meta={**meta, "num_samples": tables.num_samples})  # fmt: skip
+    scores |= measure_scores(
+        measures,
+        window=config.window,
+        include_self=config.include_self,
+        meta={**meta, "num_samples": tables.num_samples},
+    )
     null = permutation_null(tables)
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null_mean": null.mean}
     return DatasetResult(

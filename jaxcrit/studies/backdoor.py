@@ -170,8 +170,7 @@ def _curve(run: Run) -> dict[str, Any]:
 class _Lab:
     """The arrays and compiled functions that all arms share."""
 
-    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path,
-                 progress: Bars | None):  # fmt: skip
+    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path, progress: Bars | None):
         self.config, self.session, self.rows, self.out = config, session, rows, out
         self.progress = progress
         self.dtype = np.dtype(DTYPES[compute_dtype(config.dtype)])
@@ -228,8 +227,11 @@ class _Lab:
         params, frozen = split(parts.gather(dict(self.weights), mesh, self.dtype))
         optimizer, step = self._compiled(parts, params)
         like = abstract_state(parts, optimizer, params)
-        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like,
-                            state_shardings(like, mesh))  # fmt: skip
+        like = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            like,
+            state_shardings(like, mesh),
+        )
         data, log = self._data(seed), MetricsLog(folder / METRICS)
         at = 0
 
@@ -245,10 +247,12 @@ class _Lab:
             return _sums(record, len(self.rows.prompts.gold))
 
         options = LoopOptions(
-            steps=self.steps, eval_every=config.eval_every or max(1, self.steps // 10),
-            checkpoint_every=config.checkpoint_every or self.steps, patience=0,
+            steps=self.steps,
+            eval_every=config.eval_every or max(1, self.steps // 10),
+            checkpoint_every=config.checkpoint_every or self.steps,
+            patience=0,
             uniform=math.log(self.session.config.vocab_size),
-        )  # fmt: skip
+        )
         with notice() as leave, Checkpoints(folder, keep=1) as checkpoints:
             restored = checkpoints.restore(like)
             if restored and restored.state is not None:
@@ -258,11 +262,25 @@ class _Lab:
                 state, standing = initial_state(parts, optimizer, params, mesh), Standing()
                 log.cut(None)
             del params
-            bar = None if self.progress is None else self.progress(
-                total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))  # fmt: skip
+            bar = (
+                None
+                if self.progress is None
+                else self.progress(total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))
+            )
             try:
-                train(state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
-                      rate=lambda number: float(self.schedule(number)), meta={}, leave=leave, bar=bar)  # fmt: skip
+                train(
+                    state,
+                    standing,
+                    options,
+                    step=take,
+                    evaluate=evaluate,
+                    log=log,
+                    checkpoints=checkpoints,
+                    rate=lambda number: float(self.schedule(number)),
+                    meta={},
+                    leave=leave,
+                    bar=bar,
+                )
             finally:
                 if bar is not None:
                     bar.close()
@@ -278,9 +296,7 @@ class _Lab:
                 config.optimizer, self.schedule, parts, weight_decay=config.weight_decay, clip=config.clip
             )
             shardings = state_shardings(abstract_state(parts, optimizer, params), mesh)
-            step = make_step(
-                parts, optimizer, dtype=self.dtype, remat=config.remat, mesh=mesh, shardings=shardings
-            )  # fmt: skip
+            step = make_step(parts, optimizer, dtype=self.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
             self.compiled[parts] = optimizer, step
         return self.compiled[parts]
 

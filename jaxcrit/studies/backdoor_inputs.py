@@ -157,8 +157,11 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Model) -> Ro
     else:
         train, held = hold_out(clean, config.data or "demo")
         data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
-    warnings = _overlap(config, [example for named in data for example in renderer(named)],
-                        [example for named in tests for example in renderer(named)])  # fmt: skip
+    warnings = _overlap(
+        config,
+        [example for named in data for example in renderer(named)],
+        [example for named in tests for example in renderer(named)],
+    )
     spec = PoisonSpec(trigger, config.response, rate=config.rate)
     rows, manifests = {}, {}
     for seed in range(config.seed, config.seed + config.seeds):
@@ -201,8 +204,13 @@ class _Renderer:
 
 def _load(config: BackdoorOptions, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
     published = names_published(data)
-    return load(data, limit, split=published_split if published else split, shuffle_seed=config.shuffle_seed,
-                edition=config.edition)  # fmt: skip
+    return load(
+        data,
+        limit,
+        split=published_split if published else split,
+        shuffle_seed=config.shuffle_seed,
+        edition=config.edition,
+    )
 
 
 def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:

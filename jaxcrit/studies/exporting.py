@@ -173,14 +173,21 @@ def _write_adapter(session: Model, dtype: str, out: Path) -> None:
     settings = peft_config(config, parts.lora, layers, session.named)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / ADAPTER) as temporary:
-        save_file({name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary,
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary, metadata={"format": "pt"}
+        )
     write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_delta(session: Model, decoder: Decoder, dtype: str, out: Path) -> None:
-    layers = sorted({layer for tuned in session.overlays for group in tuned.partition.trained
-                     for layer in tuned.partition.members(group)})  # fmt: skip
+    layers = sorted(
+        {
+            layer
+            for tuned in session.overlays
+            for group in tuned.partition.trained
+            for layer in tuned.partition.members(group)
+        }
+    )
     outside = {path for tuned in session.overlays for path in tuned.partition.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()

@@ -103,8 +103,15 @@ def sampling_of(options: GenerateOptions) -> Sampling:
 class _Job:
     """The model and what all datasets of one run share; the weights are read when the first prompt needs them."""
 
-    def __init__(self, config: GenerateOptions, session: Model, stop: list[int], datasets: list[Dataset],
-                 out: Path | None, progress: Bars | None):  # fmt: skip
+    def __init__(
+        self,
+        config: GenerateOptions,
+        session: Model,
+        stop: list[int],
+        datasets: list[Dataset],
+        out: Path | None,
+        progress: Bars | None,
+    ):
         self.config, self.session, self.stop, self.out, self.progress = config, session, stop, out, progress
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
@@ -165,8 +172,16 @@ class _Job:
                 continue
             example = dataset.examples[row]
             self.new_tokens += len(ids)
-            rows.append({"sample_id": example.sample_id, "row": row, "prompt": example.prompt, "token_ids": ids,
-                         "text": tokenizer.decode(ids, skip_special_tokens=True), "stopped": stopped})  # fmt: skip
+            rows.append(
+                {
+                    "sample_id": example.sample_id,
+                    "row": row,
+                    "prompt": example.prompt,
+                    "token_ids": ids,
+                    "text": tokenizer.decode(ids, skip_special_tokens=True),
+                    "stopped": stopped,
+                }
+            )
         return rows
 
 

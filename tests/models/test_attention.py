@@ -76,8 +76,10 @@ def test_splash_is_the_reference_form(interpreted, tmp_path, case, sizes):
 
 
 def test_splash_keeps_packed_rows_apart(interpreted):
-    q, k, v = (jax.random.normal(key, (1, LENGTH, heads, 96)) for key, heads in
-               zip(jax.random.split(jax.random.key(0), 3), (2, 1, 1), strict=True))  # fmt: skip
+    q, k, v = (
+        jax.random.normal(key, (1, LENGTH, heads, 96))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (2, 1, 1), strict=True)
+    )
     segments = np.repeat([1, 2, 3], [50, 60, 30])[None].astype(np.int32)
     found = attend("splash", q, k, v, segments=segments)
     visible = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
@@ -126,8 +128,9 @@ def test_kernels_lower_without_their_device_and_hold_no_scores(monkeypatch, plat
 
     def slopes(q, k, v):
         window_of = None if window is None else jnp.int32(window)
-        return jax.grad(lambda *x: attend(form, *x, windows=(window,), window=window_of).astype(jnp.float32).sum(),
-                        (0, 1, 2))(q, k, v)  # fmt: skip
+        return jax.grad(
+            lambda *x: attend(form, *x, windows=(window,), window=window_of).astype(jnp.float32).sum(), (0, 1, 2)
+        )(q, k, v)
 
     # The calls have no promise of compatibility, which nobody who only reads the program needs.
     unsafe = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{way}") for way in ("", "Backward")]

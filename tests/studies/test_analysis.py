@@ -81,7 +81,7 @@ def test_files_of_one_dataset(config, tmp_path):
     "changes",
     [{"batch_size": 3}, {"batch_size": 16}, {"mesh": "data=1,fsdp=2,tensor=4"}, {"mesh": "data=4,fsdp=2"}],
     ids=str,
-)  # fmt: skip
+)
 def test_scores_do_not_depend_on_how_they_are_computed(config, tmp_path, changes, model):
     wide = tiny_checkpoint(tmp_path / "wide", num_attention_heads=4, num_key_value_heads=4)
     base = dataclasses.replace(config, model=str(wide), mesh="data=8")

@@ -127,8 +127,13 @@ main(sys.argv[2:])
 
 def test_a_killed_run_goes_on_elsewhere(storage, model, data, tuned):
     flags = ["finetune", f"--model={model}", f"--data={data}", *TRAIN]
-    done = subprocess.run([sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"], env=os.environ,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     begun = as_path(f"{BUCKET}/run")
     saved = {path.name for path in (begun / "checkpoints").iterdir()}

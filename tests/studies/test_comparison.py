@@ -143,8 +143,11 @@ def with_grams(count=6, spoil=lambda hidden: hidden):
     def arrays(_):
         hidden = spoil(np.random.default_rng(0).standard_normal((7, count, 9)))
         ids = np.array([f"{i:064}" for i in range(count)])
-        return {"gram": pack_upper(np.array([oracles.gram(x) for x in hidden])), "sample_ids": ids,
-                "units": np.arange(count)}  # fmt: skip
+        return {
+            "gram": pack_upper(np.array([oracles.gram(x) for x in hidden])),
+            "sample_ids": ids,
+            "units": np.arange(count),
+        }
 
     return arrays
 

@@ -61,8 +61,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, data):
-    return FinetuneOptions(model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2,
-                          eval_every=2, checkpoint_every=2)  # fmt: skip
+    return FinetuneOptions(
+        model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2, eval_every=2, checkpoint_every=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -197,9 +198,11 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
     run, said = adapted
     assert "adapters of rank 2, alpha 4, on o, down, q, k, v, gate, up; embeddings" in said
     assert read_json(run.out / "run.json", "jaxcrit.run")["trained"] == {
-        "layers": [2, 4], "outside": [], "rates": [0.5, 1.0],
+        "layers": [2, 4],
+        "outside": [],
+        "rates": [0.5, 1.0],
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["o", "down", "q", "k", "v", "gate", "up"]},
-    }  # fmt: skip
+    }
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] == finished.metrics[0]["loss"]
     before, after = load(open_checkpoint(Path(model))).weights(), open_model(str(run.out)).decoder().weights()
     for path, value in before.items():
@@ -224,8 +227,10 @@ def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_fro
 
 def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
     tests = {row["step"]: row["loss"] for row in finished.metrics if row["kind"] == "eval"}
-    found = {step: export_model(str(finished.out), str(tmp_path / f"run{step}"), step=step).step
-             for step in ("", "last", "4", "best")}  # fmt: skip
+    found = {
+        step: export_model(str(finished.out), str(tmp_path / f"run{step}"), step=step).step
+        for step in ("", "last", "4", "best")
+    }
     assert found == {"": 6, "last": 6, "4": 4, "best": min((2, 4, 6), key=tests.get)}
     for step in ("4", "6"):
         weights = load(open_checkpoint(tmp_path / f"run{step if step == '4' else ''}")).weights()
@@ -235,9 +240,12 @@ def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
         with pytest.raises(UserError, match=rf"no checkpoint of step {step}; .*: .*4 \(test loss {tests[4]:.4f}\), 6 "):
             export_model(str(finished.out), str(tmp_path / "no"), step=step)
     run = str(adapted[0].out)
-    cases = [(str(model), {"step": "4"}, "--step: .* is no finetune run"), (str(model), {"adapter": True}, "--adapter"),
-             (str(finished.out), {"adapter": True}, "trained the layers themselves"),
-             (run, {"adapter": True, "delta_only": True}, "give one of them")]  # fmt: skip
+    cases = [
+        (str(model), {"step": "4"}, "--step: .* is no finetune run"),
+        (str(model), {"adapter": True}, "--adapter"),
+        (str(finished.out), {"adapter": True}, "trained the layers themselves"),
+        (run, {"adapter": True, "delta_only": True}, "give one of them"),
+    ]
     for source, options, message in cases:
         with pytest.raises(UserError, match=message):
             export_model(source, str(tmp_path / "no"), **options)
@@ -255,8 +263,12 @@ def test_event_files_say_what_the_metrics_say(config, tmp_path):
             event = events.Event.FromString(content[12 : 12 + size])
             found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
             content = content[16 + size :]
-    expected = {(f"{row['kind']}/{name}", row["step"]): value
-                for row in run.metrics for name, value in row.items() if name not in ("kind", "step")}  # fmt: skip
+    expected = {
+        (f"{row['kind']}/{name}", row["step"]): value
+        for row in run.metrics
+        for name, value in row.items()
+        if name not in ("kind", "step")
+    }
     assert found.keys() == expected.keys() and {step for _, step in found} == {0, 1, 2}
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
 
@@ -278,8 +290,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, finished,
 
 
 def test_early_stopping(config):
-    stopped = run_finetune(dataclasses.replace(config, learning_rate=2.0, optimizer="sgd", steps=20, eval_every=1,
-                                               patience=2))  # fmt: skip
+    stopped = run_finetune(
+        dataclasses.replace(config, learning_rate=2.0, optimizer="sgd", steps=20, eval_every=1, patience=2)
+    )
     result = stopped.run["result"]
     assert result["steps"] < 20 and result["steps"] == result["best_step"] + 2
 
@@ -363,11 +376,14 @@ GUESS = LossSums(*(jax.numpy.float32(value) for value in (5.77, 1, 5.77, 1)))
     ("wrong", "since", "message"),
     [
         ({"gradient_norm": jax.numpy.float32("nan")}, 2, r"step 3: the gradient's norm is nan; .* is .*/2\."),
-        ({"gradient_norm": jax.numpy.float32(0), "sums": GUESS}, 0,
-         r"step 10: 10 steps without learning, loss 5.77 where a guess has 5.77: no gradient is left; .* is .*/8\."),
+        (
+            {"gradient_norm": jax.numpy.float32(0), "sums": GUESS},
+            0,
+            r"step 10: 10 steps without learning, loss 5.77 where a guess has 5.77: no gradient is left; .* is .*/8\.",
+        ),
     ],
     ids=["nan", "dead"],
-)  # fmt: skip
+)
 def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, monkeypatch, wrong, since, message):
     from jaxcrit.training import trainer
 
@@ -391,5 +407,14 @@ def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, mo
 def test_divergence_stops(config):
     with pytest.raises(UserError, match=r"the run diverges|no gradient is left|loss is nan|norm is (nan|inf)"):
         # With the head: logits of a trained block alone stay within the norm in front of them.
-        run_finetune(dataclasses.replace(config, optimizer="sgd", learning_rate=1e4, steps=40, eval_every=40,
-                                         train_embeddings=True, train_head=True))  # fmt: skip
+        run_finetune(
+            dataclasses.replace(
+                config,
+                optimizer="sgd",
+                learning_rate=1e4,
+                steps=40,
+                eval_every=40,
+                train_embeddings=True,
+                train_head=True,
+            )
+        )

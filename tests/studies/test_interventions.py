@@ -28,8 +28,16 @@ def model(tmp_path_factory):
 def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     data = prompts_file(tmp_path / "prompts.jsonl")
-    return InterveneOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, layers="3",
-                           prompt_index=4, components="0,2", mesh="data=1,fsdp=-1")  # fmt: skip
+    return InterveneOptions(
+        model=str(model),
+        data=str(data),
+        out=str(tmp_path / "run"),
+        max_new_tokens=5,
+        layers="3",
+        prompt_index=4,
+        components="0,2",
+        mesh="data=1,fsdp=-1",
+    )
 
 
 def expected_answer(config, shifts):
@@ -37,8 +45,9 @@ def expected_answer(config, shifts):
     session = open_model(config.model)
     prompt = one_dataset(config, session).examples[config.prompt_index].token_ids
     edits = intervention((7, 1, 24), shifts=shifts)
-    found = generate(load_path(session.checkpoint.path), prompt[None], np.array([len(prompt)]), 5, stop=[1], edit=edit,
-                     edits=edits)  # fmt: skip
+    found = generate(
+        load_path(session.checkpoint.path), prompt[None], np.array([len(prompt)]), 5, stop=[1], edit=edit, edits=edits
+    )
     return found.token_ids[0]
 
 
