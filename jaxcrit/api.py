@@ -357,13 +357,11 @@ def plot(
     Returns:
         A matplotlib figure, which a notebook shows.
     """
-    from matplotlib.figure import Figure as Canvas
-
     from jaxcrit.evidence.states import HiddenStates
     from jaxcrit.reporting import plots
     from jaxcrit.similarity import from_tables, sweep
 
-    figure = Canvas(figsize=(8.4, 4.4), layout="constrained")
+    figure = plots.Drawing(figsize=(8.4, 4.4), layout="constrained")
     if isinstance(scores, HiddenStates):
         tables = sweep(scores.hidden)
         figure.set_size_inches(10.4, 5.0)

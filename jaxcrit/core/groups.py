@@ -15,10 +15,10 @@ SPLITS = ("train", "val", "test", "all")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-BY_HASH = "the identity of what it names is recorded by hash"
+BY_HASH = "what it names is told apart by hash"
 WHERE = "says where, not what"
 RESUMES = "a run that goes on gives the same bits"
-SHAPE = "numbers agree for every value within rounding"
+SHAPE = "the same within rounding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
