@@ -28,7 +28,7 @@ from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import default_count
+from jaxcrit.core.selections import default_count
 from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model
 from jaxcrit.reporting.plots import loss_curves

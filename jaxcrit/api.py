@@ -20,8 +20,9 @@ from jaxcrit.commands.substitute import substitute
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, read_scores, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
 from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
     import pandas
@@ -291,7 +292,7 @@ def select(
 
     Args:
         scores: `Scores`, or one score.
-        layers: selection such as ``critical:3``, ``noncritical:3``, ``first:2`` or ``3-5,9``.
+        layers: selection such as ``critical:3``, ``KEY:3`` (by any of the scores), ``first:2`` or ``3-5,9``.
         criterion: key of the score that ``critical`` goes by.
         trim: layers at each end that ranked rules never choose.
 
@@ -307,11 +308,12 @@ def select(
     """
     found: Mapping[str, LayerScores] = {scores.name: scores} if isinstance(scores, LayerScores) else scores
     key = scores.name if isinstance(scores, LayerScores) else criterion
-    if key not in found:
-        raise UserError(f"--criterion={key}: expected one of {', '.join(found)}{did_you_mean(key, found)}")
-    one = found[key]
     spec = LayerSpec.parse(layers)
-    return resolve(spec, one.num_layers, scores=one, trim=trim, model_hash=one.meta.get("model_hash"))
+    if key not in found and not spec.score_key:
+        raise UserError(f"--criterion={key}: expected one of {', '.join(found)}{did_you_mean(key, found)}")
+    one = found[key] if key in found else next(iter(found.values()))
+    model_hash = one.meta.get("model_hash")
+    return resolve(spec, one.num_layers, scores=found, criterion=key, trim=trim, model_hash=model_hash)
 
 
 @public

@@ -16,9 +16,9 @@ _HEAD = """# Options
 Made by `python -m jaxcrit.commands.reference`; a test holds it to the code.
 
 Each option is a flag of its command, a key of `--config=FILE.toml` (`steps = 100`; `[cluster_nmi]` above
-`clusters = 50` for the options of a criterion), a line of a `--flagfile=FILE`, and an argument of the Python function of
-the same name. What is given on the command line wins over the file. The last column says whether results depend on the
-option: two runs that differ in one that they depend on are two runs, and never share a directory.
+`clusters = 50` for the options of a criterion), a line of a `--flagfile=FILE`, and an argument of the Python function
+of the same name. What is given on the command line wins over the file. The last column says whether results depend on
+the option: two runs that differ in one that they depend on are two runs, and never share a directory.
 """
 
 

@@ -12,8 +12,9 @@ import numpy as np
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
-from jaxcrit.core.layers import LayerScores, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
+from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def run_substitute(
     upper = open_model(options.tuned if tuned is None else tuned, mesh=lower.mesh, dtype=options.dtype)
     check_pair(lower, upper)
     depth = upper.config.num_layers
-    sets = [_set(text, depth) for text in options.sets.split(";")] if options.sets else []
+    sets = [_set(text, depth) for text in split_specs(options.sets, ";")] if options.sets else []
     plan = make_plan(depth, options.window, sets, options.random, options.seed)
     datasets = upper.read(options, rows, responses=True)
     with running(
@@ -218,13 +219,10 @@ def run_substitute(
 
 
 def _set(text: str, num_layers: int) -> Layers:
-    try:
-        spec = LayerSpec.parse(text)
-        if spec.needs_scores:
-            raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
-        return resolve(spec, num_layers).layers
-    except UserError as error:
-        raise UserError(str(error).replace("--layers=", "--sets=")) from None
+    spec = LayerSpec.parse(text, "sets")
+    if spec.needs_scores:
+        raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
+    return resolve(spec, num_layers, flag="sets").layers
 
 
 def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
@@ -322,17 +320,6 @@ def _warnings(result: Mapping[str, Any], base: Model, tuned: Model) -> list[str]
     if tuned.dtype != "float32":
         found.append(f"the forward pass ran in {tuned.dtype or 'the dtype of the file'}: losses carry its rounding")
     return found
-
-
-def span(layers: Sequence[int]) -> str:
-    """Layers in the words of a LayerSpec, such as ``3-5,9``."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
 
 
 def report(found: Substituted) -> Report:

@@ -20,7 +20,7 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
@@ -31,7 +31,7 @@ from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.overlays import FOLDER
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.studies.analysis import training_scores
+from jaxcrit.studies.analysis import score_keys, training_scores
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
@@ -97,8 +97,10 @@ def run_backdoor(
     model = open_model(options.model, mesh=options.mesh)
     check_mesh(options.batch_size, model.mesh)
     for arm in arms:
+        if arm.spec is not None:
+            arm.spec.check_key(score_keys(), "arms")
         if arm.spec is None or not arm.spec.needs_scores:
-            _partition(options, model, arm.frozen(model.config.num_layers, None, model.model_hash))
+            _partition(options, model, arm.frozen(model.config.num_layers, model.model_hash))
     rows = prepare(options, trigger, model)
     dtype = compute_dtype(options.dtype)
     datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
@@ -108,11 +110,10 @@ def run_backdoor(
         "backdoor", options, models={"model": model}, datasets=datasets, template=template, resolved={"dtype": dtype}
     ) as run:
         run.record["attention"] = model.attention(dtype)
-        scores = None
+        ranking: tuple[Mapping[str, LayerScores] | None, str, int] = (None, "", 0)
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):
-            everything, key, trim = training_scores(options, run.path, progress=progress)
-            scores = everything[key], trim
-        frozen = [arm.frozen(model.config.num_layers, scores, model.model_hash) for arm in arms]
+            ranking = training_scores(options, run.path, progress=progress)
+        frozen = [arm.frozen(model.config.num_layers, model.model_hash, *ranking) for arm in arms]
         for chosen in frozen:
             _partition(options, model, chosen)
         run.precious = True

@@ -14,9 +14,10 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import write_json
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.run import running
-from jaxcrit.criteria.score import layer_scores
+from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.criteria.score import CRITERIA, layer_scores
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
@@ -61,6 +62,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     """
     components = _check(config)
     spec = LayerSpec.parse(config.layers)
+    spec.check_key(CRITERIA)
     session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)
@@ -144,8 +146,8 @@ def batch_rows(session: Model, asked: int) -> int:
 
 
 def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Model) -> LayerSet:
-    """The layers of a rule; one that ranks goes by debiased δ over these very prompts."""
-    scores = layer_scores(gram_tables(centred_grams(hidden)))["delta_debiased"] if spec.needs_scores else None
+    """The layers of a rule; one that ranks goes by debiased δ over these very prompts, or by the score it names."""
+    scores = layer_scores(gram_tables(centred_grams(hidden))) if spec.needs_scores else None
     return resolve(spec, session.config.num_layers, scores=scores, model_hash=session.model_hash)
 
 

@@ -16,9 +16,10 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.options import option
 from jaxcrit.core.run import versions
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.rationale import BEFORE, rationale

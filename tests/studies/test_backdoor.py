@@ -226,11 +226,14 @@ def test_arms():
         "3,4,5",
     ]
     assert len({arm.folder for arm in arms}) == 7
+    more = parse_arms("full,boundary(3-5,9),step:2,boundary(step:2)")
+    assert [str(arm.spec) for arm in more[1:]] == ["boundary(3,4,5,9)", "step:2", "boundary(step:2)"]
+    assert len({arm.folder for arm in more}) == 4
     for text, message in (
         ("full,,last:1", "got ''"),
         ("last:1,last:1", "twice"),
         ("last:1*2", "random:5"),
-        ("critcal:5", "did you mean 'critical'"),
+        ("critcal:5", "--arms=critcal:5: .*did you mean 'critical'"),
         ("full*2", "random"),
     ):
         with pytest.raises(UserError, match=message):

@@ -22,14 +22,15 @@ from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.training.loop import read_metrics
-from jaxcrit.training.trainer import partition_of
+from jaxcrit.training.trainer import partition_of, rate_factors
 
 
 def pairs_file(path, count=24, seed=0):
@@ -140,6 +141,8 @@ def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, 
     assert "training layers" in said[0] and "embeddings and tied head frozen, final norm frozen" in said[0]
     second = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "second"), seed=1))
     assert second.chosen == first.chosen
+    third = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "third"), layers="boundary(delta:2)"))
+    assert third.chosen.rule == "boundary(delta:2)" and third.chosen.criterion == "delta"
     taken = read_json(tmp_path / "analysis" / "run.json", "jaxcrit.run")["time"]["capture"]
     assert all(one == {"reused": True} for one in taken.values())
 
@@ -214,6 +217,14 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
     )
     assert untimed(again.metrics) == untimed(run.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(again.out), parameters(run.out))
+
+
+def test_rates_name_layers_as_every_selection_does(tmp_path):
+    LayerSet((2, 4), "step", "step:2", 7).save(tmp_path / "layers.json")
+    halves = {0: 0.5, 6: 0.5}
+    assert rate_factors("boundary(0-2,6):0.5", 7) == rate_factors("0:0.5, 6:5e-1", 7) == halves
+    assert rate_factors(f"@{tmp_path}/layers.json:2,last:1:0.5", 7) == {2: 2.0, 4: 2.0, 6: 0.5}
+    assert rate_factors("", 7) == {}
 
 
 def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_frozen(base, model):
@@ -341,7 +352,10 @@ def mistakes():
     yield {"layer_rates": "0-3:0"}, "expected LAYERS:FACTOR .*, got '0-3:0'"
     yield {"layer_rates": "critical:2"}, "expected LAYERS:FACTOR"
     yield {"layer_rates": "0-3:1,2:2"}, "each layer once, got 2 twice"
-    yield {"layer_rates": "7:2"}, "layers 0 to 6"
+    yield {"layer_rates": "7:2"}, "layer_rates=7: expected layers 0 to 6"
+    yield {"layer_rates": "step:2:0.5"}, "expected LAYERS:FACTOR .* go in as @layers.json"
+    yield {"layer_rates": "first:4"}, "layer_rates=first: expected first:K"
+    yield {"layers": "fisher:2"}, "no score 'fisher'.*; there are delta, delta_debiased, step"
 
 
 @pytest.mark.parametrize(("changes", "message"), list(mistakes()), ids=lambda value: str(value)[:40])

@@ -88,6 +88,10 @@ def test_steering_adds_the_difference_of_means(config, tmp_path):
 def test_critical_layers_are_found_where_they_are_asked_for(config):
     done = run_intervene(dataclasses.replace(config, layers="critical:2", mode="project"))
     assert len(done.found["layers"]) == 2 and set(done.found["layers"]) <= {2, 3, 4}
+    named = run_intervene(
+        dataclasses.replace(config, layers="delta_debiased:2", mode="project", out=f"{config.out}-named")
+    )
+    assert named.found["layers"] == done.found["layers"]
 
 
 def test_divergence_is_that_of_the_softmaxes():
@@ -102,6 +106,7 @@ def test_divergence_is_that_of_the_softmaxes():
     [
         ({"prompt_index": 12}, "--prompt_index=12: expected 0 to 11"),
         ({"layers": "7"}, "expected layers 0 to 6, got 7"),
+        ({"layers": "boundary(stpe:2)"}, "no score 'stpe' (did you mean 'step'?)"),
         ({"components": "0,x"}, "--components=0,x: expected different whole numbers"),
         ({"components": "0,0"}, "--components=0,0: expected different whole numbers"),
         ({"components": "11"}, "expected at most component 10 (counted from 0)"),

@@ -100,6 +100,8 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
     reverse = losses(reverse=True, window=1)
     assert reverse.scores["substitution_reverse"].direction == "low"
     assert reverse.scores["substitution_reverse"].meta["unchanged"] == reverse.base_loss == single.base_loss
+    ends = losses(sets="boundary(1,4-6)").run["result"]["sets"]
+    assert [entry["layers"] for entry in ends] == [[1, 6]]
     everything = "first:7"
     forth, back = losses(sets=everything), losses(sets=everything, reverse=True)
     # Blocks of one model with the embedding of the other: neither model's own loss.
@@ -195,6 +197,7 @@ def test_bad_input(config, inputs, tmp_path):
     refused("--sites=mpl: expected blocks or attn or mlp .did you mean 'mlp'", sites="mpl")
     refused("--sets=critical:2: needs scores", sets="0-2;critical:2")
     refused("--sets=7: ", sets="7")
+    refused("--sets=step:2: needs scores", sets="step:2")
     refused("--random=-1", random=-1)
     refused("--batch_size=0", batch_size=0)
     shallow = tiny_checkpoint(tmp_path / "shallow", num_hidden_layers=4)
