@@ -32,10 +32,16 @@ from jaxcrit.parallel.mesh import make_mesh
 
 TARGET = 2.0
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 768,
-    "intermediate_size": 2048, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 2048,
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 2048,
     "tie_word_embeddings": True,
-}  # fmt: skip
+}
 
 
 def prompts(count: int) -> list[Example]:

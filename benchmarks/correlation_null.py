@@ -37,8 +37,10 @@ def walk(rng: np.random.Generator, layers: int) -> np.ndarray:
 
 
 NULLS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
-    "window of 5": averaged, "autoregression 0.9": autoregression, "random walk": walk
-}  # fmt: skip
+    "window of 5": averaged,
+    "autoregression 0.9": autoregression,
+    "random walk": walk,
+}
 
 
 def rates(null: Callable[[np.random.Generator, int], np.ndarray], layers: int, draws: int, seed: int) -> dict:

@@ -180,8 +180,13 @@ def sample_size(rng, runs):
     return rows
 
 
-KNOWN = {"interval": interval, "null": null, "confidence_set": confidence, "sample_size": sample_size,
-         "mean_ranks": mean_ranks}  # fmt: skip
+KNOWN = {
+    "interval": interval,
+    "null": null,
+    "confidence_set": confidence,
+    "sample_size": sample_size,
+    "mean_ranks": mean_ranks,
+}
 
 
 def measured(part, seed, runs):

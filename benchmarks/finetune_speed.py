@@ -30,10 +30,17 @@ from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import TokenBatch, initial_state, make_step
 
 CONFIG = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 4096, "hidden_size": 320,
-    "intermediate_size": 864, "num_hidden_layers": 32, "num_attention_heads": 5, "max_position_embeddings": 2048,
-    "tie_word_embeddings": False, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 4096,
+    "hidden_size": 320,
+    "intermediate_size": 864,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 5,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
 BATCH, LENGTH, ROUNDS = 8, 128, 7
 MIDDLE, SCATTERED = tuple(range(20, 25)), (3, 9, 15, 21, 27)
 Step = Callable[[], float]
@@ -43,10 +50,11 @@ def weights(config: ModelConfig) -> dict[str, np.ndarray]:
     """By weight-table path: norms one, the rest normal."""
     rng = np.random.default_rng(0)
     return {
-        row.path: np.ones(row.shape(config), np.float32) if row.path.endswith("norm")
+        row.path: np.ones(row.shape(config), np.float32)
+        if row.path.endswith("norm")
         else 0.02 * rng.standard_normal(row.shape(config), np.float32)
         for row in table(config)
-    }  # fmt: skip
+    }
 
 
 def ours(config: ModelConfig, layers: tuple[int, ...], outside: tuple[str, ...], tokens: np.ndarray, **options: Any):
@@ -129,13 +137,16 @@ def main() -> None:
     }
     for name, value in ratios.items():
         print(f"{name:<44}{value:>8.3f}")
-    write_result("finetune_speed", {
-        "seconds_best": best,
-        "seconds": seconds,
-        "temporary_mib": {name: memory for name, (_, memory, _) in made.items()},
-        "gflop_without_remat": {name: operations / 1e9 for name, (_, _, operations) in made.items()},
-        "ratios": ratios,
-    })  # fmt: skip
+    write_result(
+        "finetune_speed",
+        {
+            "seconds_best": best,
+            "seconds": seconds,
+            "temporary_mib": {name: memory for name, (_, memory, _) in made.items()},
+            "gflop_without_remat": {name: operations / 1e9 for name, (_, _, operations) in made.items()},
+            "ratios": ratios,
+        },
+    )
 
 
 if __name__ == "__main__":

@@ -45,9 +45,13 @@ def theirs(model: Any, tokens: np.ndarray, lengths: np.ndarray, new: int) -> lis
         ids[row, width - length :], mask[row, width - length :] = tokens[row, :length], 1
     with torch.inference_mode():
         found = model.generate(
-            torch.from_numpy(ids), attention_mask=torch.from_numpy(mask), max_new_tokens=new, do_sample=False,
-            eos_token_id=None, pad_token_id=0,
-        )  # fmt: skip
+            torch.from_numpy(ids),
+            attention_mask=torch.from_numpy(mask),
+            max_new_tokens=new,
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
     return found[:, width:].tolist()
 
 
@@ -65,8 +69,10 @@ def compare(path: Path, new: int, rounds: int) -> dict[str, Any]:
         cold = {name: timed(side) for name, side in sides.items()}
         answers = [answer for _, answer in cold.values()]
         warm = {name: min(timed(side)[0] for _ in range(rounds)) for name, side in sides.items()}
-        rates = {name: {"warm": batch * new / seconds, "with_compile": batch * new / cold[name][0]}
-                 for name, seconds in warm.items()}  # fmt: skip
+        rates = {
+            name: {"warm": batch * new / seconds, "with_compile": batch * new / cold[name][0]}
+            for name, seconds in warm.items()
+        }
         result[f"batch_{batch}"] = {
             "tokens_per_second": rates,
             "ratio": warm["transformers"] / warm["jaxcrit"],
@@ -86,8 +92,10 @@ def main() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     with tempfile.TemporaryDirectory() as directory:
         write_checkpoint(Path(directory))
-        found = {"embedded": compare(EMBEDDED_MODEL, args.new_tokens, args.rounds),
-                 "110M": compare(Path(directory), args.new_tokens, args.rounds)}  # fmt: skip
+        found = {
+            "embedded": compare(EMBEDDED_MODEL, args.new_tokens, args.rounds),
+            "110M": compare(Path(directory), args.new_tokens, args.rounds),
+        }
     print(f"new tokens per second, {args.new_tokens} per prompt (with compile: the first call, compiling included)")
     print(f"{'model':<10}{'batch':>6}{'transformers':>14}{'jaxcrit':>10}{'ratio':>8}{'with compile':>14}{'equal':>8}")
     for name, batches in found.items():

@@ -29,9 +29,15 @@ TARGET = 1.2
 SPLIT_TARGET = 0.65
 # 540 M parameters: 2.15 GB in float32.
 SHAPE = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 32000, "hidden_size": 2048,
-    "intermediate_size": 5504, "num_hidden_layers": 8, "num_attention_heads": 16, "max_position_embeddings": 2048,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5504,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "max_position_embeddings": 2048,
+}
 
 _CHILD = """
 import json, sys, threading, time
@@ -99,16 +105,20 @@ def rises(path: Path, processes: int) -> list[int]:
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as cache:
         surroundings = os.environ | {
-            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}", "JAX_PLATFORMS": "cpu",
-            "JAXCRIT_CACHE": cache, "PYTHONPATH": str(Path(__file__).parents[1]),
-        }  # fmt: skip
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 // processes}",
+            "JAX_PLATFORMS": "cpu",
+            "JAXCRIT_CACHE": cache,
+            "PYTHONPATH": str(Path(__file__).parents[1]),
+        }
         started = [
             subprocess.Popen(
                 [sys.executable, "-c", _SPLIT, str(path), str(port), str(process), str(processes)],
-                env=surroundings, stdout=subprocess.PIPE, text=True,
+                env=surroundings,
+                stdout=subprocess.PIPE,
+                text=True,
             )
             for process in range(processes)
-        ]  # fmt: skip
+        ]
         outputs = [process.communicate(timeout=600)[0] for process in started]
     if any(process.returncode for process in started):
         raise RuntimeError("a process failed; see above")

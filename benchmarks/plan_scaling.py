@@ -26,11 +26,12 @@ def main() -> None:
     given = parser.parse_args()
     model = given.model
     asked = [
-        PlanOptions(model=model, topology=topology, mesh=f"fsdp={chips}", job=job, layers=layers, batch_size=ROWS,
-                   length=LENGTH)
+        PlanOptions(
+            model=model, topology=topology, mesh=f"fsdp={chips}", job=job, layers=layers, batch_size=ROWS, length=LENGTH
+        )
         for job, layers in JOBS.items()
         for chips, topology in SLICES.items()
-    ]  # fmt: skip
+    ]
     rows = planned("plan_scaling", asked, traffic=True, kept=given.kept)
     lines = [
         f"{model}, {ROWS} rows of {LENGTH} tokens over all chips of a v5e slice, weights split over all of them;",
@@ -38,9 +39,12 @@ def main() -> None:
     ]
     for job, layers in JOBS.items():
         mine = [row for row in rows if row["config"]["job"] == job]
-        lines += ["", job if job == "analyze" else f"{job}, layers {layers}, AdamW",
-                  f"{'chips':>6}{'TFLOP':>9}{'memory GiB':>12}{'links GiB':>11}{'compute ms':>12}{'memory ms':>11}"
-                  f"{'links ms':>10}{'peak GiB':>10}"]  # fmt: skip
+        lines += [
+            "",
+            job if job == "analyze" else f"{job}, layers {layers}, AdamW",
+            f"{'chips':>6}{'TFLOP':>9}{'memory GiB':>12}{'links GiB':>11}{'compute ms':>12}{'memory ms':>11}"
+            f"{'links ms':>10}{'peak GiB':>10}",
+        ]
         for row in mine:
             seconds = row["seconds"]
             lines.append(

@@ -36,8 +36,13 @@ from environment import write_result
 from jaxcrit.parallel.mesh import device_memory, make_mesh
 from jaxcrit.similarity import Form, choose_form, features, from_tables, sweep, tiled
 
-PREDICTED = {"300 resident": 0.002, "1000 resident": 0.008, "10000 tiled": 0.3, "100000 tiled": 28.0,
-             "10000 pytorch-cka": 0.55}  # fmt: skip
+PREDICTED = {
+    "300 resident": 0.002,
+    "1000 resident": 0.008,
+    "10000 tiled": 0.3,
+    "100000 tiled": 28.0,
+    "10000 pytorch-cka": 0.55,
+}
 
 
 @jax.jit
@@ -138,8 +143,18 @@ def main() -> None:
     ) -> None:
         predicted = PREDICTED.get(f"{samples} {who}") if (given.layers, given.width) == (32, 4096) else None
         share = operations / seconds / of
-        rows.append({"samples": samples, "who": who, "seconds": seconds, "predicted": predicted,
-                     "operations": operations, "share_of_ceiling": share, "error": error, "form": why})  # fmt: skip
+        rows.append(
+            {
+                "samples": samples,
+                "who": who,
+                "seconds": seconds,
+                "predicted": predicted,
+                "operations": operations,
+                "share_of_ceiling": share,
+                "error": error,
+                "form": why,
+            }
+        )
         shown = (f"{predicted:10.4f}" if predicted else " " * 10, "" if error is None else f"{error:9.1e}")
         print(f"{samples:7} {who:12} {seconds:10.4f} {shown[0]} {share:10.1%} {shown[1]}", flush=True)
 
@@ -169,8 +184,14 @@ def main() -> None:
     found = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
     if not given.jax_only:
         found |= {name: importlib.metadata.version(name) for name in ("torch", "pytorch-cka")}
-    result = {"device": device.device_kind, "precision": "float32 products (HIGHEST; TF32 off)", "versions": found,
-              "shape": {"layers": given.layers, "width": given.width}, "ceiling": ceiling, "rows": rows}  # fmt: skip
+    result = {
+        "device": device.device_kind,
+        "precision": "float32 products (HIGHEST; TF32 off)",
+        "versions": found,
+        "shape": {"layers": given.layers, "width": given.width},
+        "ceiling": ceiling,
+        "rows": rows,
+    }
     print(f"written: {write_result(given.out, result)}")
 
 

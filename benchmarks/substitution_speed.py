@@ -33,10 +33,17 @@ from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
 
 CONFIG: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 2048, "hidden_size": 256,
-    "intermediate_size": 688, "num_hidden_layers": 32, "num_attention_heads": 4, "max_position_embeddings": 2048,
-    "tie_word_embeddings": True, "rms_norm_eps": 1e-6,
-}  # fmt: skip
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 2048,
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+    "rms_norm_eps": 1e-6,
+}
 TARGETS = {16: 1.25, 32: 1.5}
 WINDOW, LENGTH, PROMPT, NEW_TOKENS = 5, 128, 96, 32
 
@@ -45,10 +52,11 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, Any]:
     """By weight-table path, on the device: norms one, the rest normal."""
     rng = np.random.default_rng(seed)
     found = {
-        row.path: np.ones(row.shape(config), np.float32) if row.path.endswith("norm")
+        row.path: np.ones(row.shape(config), np.float32)
+        if row.path.endswith("norm")
         else 0.02 * rng.standard_normal(row.shape(config), np.float32)
         for row in table(config)
-    }  # fmt: skip
+    }
     return jax.device_put(found, jax.devices()[0])
 
 
@@ -87,10 +95,13 @@ def compare(depth: int, rows: int, rounds: int) -> dict[str, Any]:
     swept, full = sweep(blocks, outside, host, made, batch), one_pass_each(blocks, outside, host, made, batch)
     np.testing.assert_array_equal(swept.losses, full.losses)
     assert swept.evaluations == planned_evaluations(made, depth)
-    seconds = best({
-        "sweep": lambda: sweep(blocks, outside, host, made, batch),
-        "a pass each": lambda: one_pass_each(blocks, outside, host, made, batch),
-    }, rounds)  # fmt: skip
+    seconds = best(
+        {
+            "sweep": lambda: sweep(blocks, outside, host, made, batch),
+            "a pass each": lambda: one_pass_each(blocks, outside, host, made, batch),
+        },
+        rounds,
+    )
     # Other work on the machine only ever adds time, so the best round is the one to compare.
     ratio, cores = (min(seconds[f"a pass each{of}"]) / min(seconds[f"sweep{of}"]) for of in ("", ", cores"))
     print(
@@ -176,9 +187,11 @@ def papers_way(depth: int, rows: int) -> dict[str, Any]:
         seconds = time.perf_counter() - began
         np.testing.assert_allclose(mine, np.array(found), rtol=1e-4)
     total = sum(parts.values())
-    print(f"the paper's way, {depth} layers, {rows} rows: {total:.2f} s ("
-          + ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
-          + f"); the sweep, reading included, {seconds:.2f} s: {total / seconds:.1f} times")  # fmt: skip
+    print(
+        f"the paper's way, {depth} layers, {rows} rows: {total:.2f} s ("
+        + ", ".join(f"{name} {value:.2f}" for name, value in parts.items())
+        + f"); the sweep, reading included, {seconds:.2f} s: {total / seconds:.1f} times"
+    )
     return {"layers": depth, "rows": rows, "seconds": parts, "sweep_seconds": seconds, "times_faster": total / seconds}
 
 

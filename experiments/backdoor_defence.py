@@ -96,8 +96,15 @@ def run(given: argparse.Namespace) -> tuple[dict[float, Backdoor], float]:
     common |= {"data": data, "eval_data": tests, "analysis": str(out / "analysis")}
     found = {}
     for rate in (float(rate) for rate in given.rates.split(",")):
-        config = BackdoorOptions(**{**common, "arms": arms(counts, given.draws), "rate": rate,
-                                   "out": str(out / f"rate-{rate:g}"), "remat": bool(given.model)})  # fmt: skip
+        config = BackdoorOptions(
+            **{
+                **common,
+                "arms": arms(counts, given.draws),
+                "rate": rate,
+                "out": str(out / f"rate-{rate:g}"),
+                "remat": bool(given.model),
+            }
+        )
         found[rate] = run_backdoor(config, say=lambda text: print(text, file=sys.stderr, flush=True))
         write_figures(found[rate].out, found[rate].content)
         print(f"{rate:.0%} of the rows poisoned\n{backdoor_text(found[rate].content)}\n", flush=True)
@@ -138,8 +145,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     studies = {rate: one.study.to_json() for rate, one in found.items()}
     curves = {f"{rate:g}": one.content["curves"] for rate, one in found.items()}
     asked = {key: value for key, value in vars(given).items() if key != "out"}
-    result = {"config": asked, "paper": PAPER, "studies": {f"{rate:g}": study for rate, study in studies.items()},
-              "curves": curves, "seconds": round(seconds, 1), "cpu_seconds": round(time.process_time(), 1)}  # fmt: skip
+    result = {
+        "config": asked,
+        "paper": PAPER,
+        "studies": {f"{rate:g}": study for rate, study in studies.items()},
+        "curves": curves,
+        "seconds": round(seconds, 1),
+        "cpu_seconds": round(time.process_time(), 1),
+    }
     write_json(Path(given.out) / "backdoor_defence.json", "jaxcrit.backdoor_defence", result)
     print(table(studies, max(int(count) for count in given.counts.split(","))))
     print(f"{seconds:.0f} s, {time.process_time():.0f} s of CPU time in this process")

@@ -46,8 +46,14 @@ TABLE_2 = {
     "Llama-2-7B base": (-0.311, -0.278, -0.114, -0.246, 0.147),
 }
 # Families of the embedded model, by the dataset of the paper each is shaped like; ``order`` it has never seen.
-FAMILIES = {"order": "", "open": "alpaca", "closed": "dolly", "arithmetic": "gsm8k", "yesno": "boolq",
-            "choice": "openbookqa"}  # fmt: skip
+FAMILIES = {
+    "order": "",
+    "open": "alpaca",
+    "closed": "dolly",
+    "arithmetic": "gsm8k",
+    "yesno": "boolq",
+    "choice": "openbookqa",
+}
 _LEARNT = 0.1  # nats; less, and a substitution has nothing to undo
 
 
@@ -89,21 +95,45 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
     out = Path(given.out) / name
     rendering = {"edition": given.edition, "truncate": given.truncate}
     analysis = run_analysis(
-        AnalyzeOptions(model=given.model, data=tests, limit=given.tests, window=given.window,
-                       out=str(out / "analysis"), **rendering)
-    )  # fmt: skip
+        AnalyzeOptions(
+            model=given.model,
+            data=tests,
+            limit=given.tests,
+            window=given.window,
+            out=str(out / "analysis"),
+            **rendering,
+        )
+    )
     run_finetune(
         FinetuneOptions(
-            model=given.model, data=data, eval_data=tests, out=str(out / "tuned"), layers="all",
-            train_embeddings=True, train_norms=True, train_head=True, steps=given.steps, batch_size=given.batch_size,
-            learning_rate=given.learning_rate, eval_every=given.steps, checkpoint_every=given.steps,
-            seed=given.seed, **rendering,
+            model=given.model,
+            data=data,
+            eval_data=tests,
+            out=str(out / "tuned"),
+            layers="all",
+            train_embeddings=True,
+            train_norms=True,
+            train_head=True,
+            steps=given.steps,
+            batch_size=given.batch_size,
+            learning_rate=given.learning_rate,
+            eval_every=given.steps,
+            checkpoint_every=given.steps,
+            seed=given.seed,
+            **rendering,
         )
-    )  # fmt: skip
+    )
     substituted = run_substitute(
-        SubstituteOptions(base=given.model, tuned=str(out / "tuned"), data=tests, limit=given.tests,
-                           window=given.window, out=str(out / "substitution"), **rendering)
-    )  # fmt: skip
+        SubstituteOptions(
+            base=given.model,
+            tuned=str(out / "tuned"),
+            data=tests,
+            limit=given.tests,
+            window=given.window,
+            out=str(out / "substitution"),
+            **rendering,
+        )
+    )
     loss = substituted.scores["substitution"]
     left = read_deletions(substituted.out, "substitution")
     found = {}
@@ -135,9 +165,21 @@ def table(rows: Sequence[Row], published: str) -> str:
         one = row.found
         interval = "-" if one.interval is None else "{:.2f},{:.2f}".format(*one.interval)
         paper = "-" if row.published is None else f"{row.published:.3f}"
-        body.append([f"{one.rho:.2f}", interval, f"{one.p_naive:.3f}", f"{one.p_shift:.2f}", f"{row.debiased.rho:.2f}",
-                     f"{one.depth[0]:.2f}", f"{one.depth[1]:.2f}", shown(one.partial), shown(one.p_partial),
-                     paper, row.dataset])  # fmt: skip
+        body.append(
+            [
+                f"{one.rho:.2f}",
+                interval,
+                f"{one.p_naive:.3f}",
+                f"{one.p_shift:.2f}",
+                f"{row.debiased.rho:.2f}",
+                f"{one.depth[0]:.2f}",
+                f"{one.depth[1]:.2f}",
+                shown(one.partial),
+                shown(one.p_partial),
+                paper,
+                row.dataset,
+            ]
+        )
     losses = [
         f"{row.dataset}: test loss {row.base_loss:.3f} before, {row.tuned_loss:.3f} after"
         + ("" if row.base_loss - row.tuned_loss > _LEARNT else "; nothing was learnt, so ρ is of noise")
@@ -189,8 +231,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     settings: dict[str, Any] = {key: value for key, value in vars(given).items() if key != "out"}
-    write_json(out / "criticality_correlation.json", "jaxcrit.criticality_correlation",
-               {"config": settings, "rows": plain([dataclasses.asdict(row) for row in rows])})  # fmt: skip
+    write_json(
+        out / "criticality_correlation.json",
+        "jaxcrit.criticality_correlation",
+        {"config": settings, "rows": plain([dataclasses.asdict(row) for row in rows])},
+    )
     print(table(rows, given.published))
     return 0
 

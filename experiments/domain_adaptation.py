@@ -28,7 +28,7 @@ from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import default_count
+from jaxcrit.core.selections import default_count
 from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model
 from jaxcrit.reporting.plots import loss_curves
@@ -62,20 +62,33 @@ def configs(arguments: argparse.Namespace, data: str, count: int) -> dict[tuple[
     """The runs: every arm with every seed, ``random`` with five at least."""
     out = Path(arguments.out)
     common = FinetuneOptions(
-        model=arguments.model, data=data, analysis=str(out / "analysis"), steps=arguments.steps, epochs=0,
-        batch_size=arguments.batch_size, learning_rate=arguments.learning_rate, checkpoint_every=arguments.steps,
-        eval_every=max(1, arguments.steps // 10), mesh=arguments.mesh, truncate=arguments.truncate,
+        model=arguments.model,
+        data=data,
+        analysis=str(out / "analysis"),
+        steps=arguments.steps,
+        epochs=0,
+        batch_size=arguments.batch_size,
+        learning_rate=arguments.learning_rate,
+        checkpoint_every=arguments.steps,
+        eval_every=max(1, arguments.steps // 10),
+        mesh=arguments.mesh,
+        truncate=arguments.truncate,
         max_length=arguments.max_length,
-    )  # fmt: skip
+    )
     runs = {}
     for arm in ARMS:
         for seed in range(max(arguments.seeds, 5) if arm == "random" else arguments.seeds):
             spec = {"full": "all", "random": f"random:{count}:{seed}"}.get(arm, f"{arm}:{count}")
             outside = True if arm == "full" else None
             runs[arm, seed] = dataclasses.replace(
-                common, layers=spec, seed=seed, out=str(out / f"{arm}-{seed}"),
-                train_embeddings=outside, train_norms=outside, train_head=outside,
-            )  # fmt: skip
+                common,
+                layers=spec,
+                seed=seed,
+                out=str(out / f"{arm}-{seed}"),
+                train_embeddings=outside,
+                train_norms=outside,
+                train_head=outside,
+            )
     return runs
 
 
@@ -92,9 +105,12 @@ def curve(arm: str, seed: int, config: FinetuneOptions) -> Curve:
     finetuned = run_finetune(config)
     tests = evaluations(finetuned.metrics)
     return Curve(
-        arm, seed, finetuned.run["trained"]["layers"], [(row["step"], row["loss"]) for row in tests],
+        arm,
+        seed,
+        finetuned.run["trained"]["layers"],
+        [(row["step"], row["loss"]) for row in tests],
         [(row["step"], row["loss_per_sample"]) for row in tests],
-    )  # fmt: skip
+    )
 
 
 def shares(curves: Sequence[Curve], arm: str, points: str = "points") -> np.ndarray:
@@ -176,11 +192,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     result: dict[str, Any] = {
-        "config": vars(given), "count": count, "paper": PAPER,
+        "config": vars(given),
+        "count": count,
+        "paper": PAPER,
         "curves": [dataclasses.asdict(one) for one in curves],
         "shares": {arm: shares(curves, arm).tolist() for arm in ARMS},
         "shares_mean_of_means": {arm: shares(curves, arm, "paper_points").tolist() for arm in ARMS},
-    }  # fmt: skip
+    }
     write_json(out / "adaptation.json", "jaxcrit.adaptation", result)
     figure = Figure("adaptation.png", on_axes(loss_curves, mean_curves(curves)), "Test loss of every arm.")
     write_bytes(out / figure.name, figure.png())

@@ -36,8 +36,11 @@ def main(arguments: Sequence[str]) -> None:
         out = Path(config.out)
         out.mkdir(parents=True, exist_ok=True)
         results = [one.to_json() for one in found]
-        write_json(out / "removal.json", "jaxcrit.removal", {"config": dataclasses.asdict(config), **computed,
-                                                             "datasets": results})  # fmt: skip
+        write_json(
+            out / "removal.json",
+            "jaxcrit.removal",
+            {"config": dataclasses.asdict(config), **computed, "datasets": results},
+        )
         for figure in map(removal_figure, found):
             write_bytes(out / figure.name, figure.png())
         print(f"removal: {out / 'removal.json'}")

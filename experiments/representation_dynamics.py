@@ -70,11 +70,22 @@ def main(arguments: Sequence[str]) -> None:
     write_json(
         analysis.out / "agreement.json",
         "jaxcrit.agreement",
-        {"datasets": names, "criterion": key, "spearman": np.where(np.isnan(correlation), None, correlation).tolist(),
-         "overlap": overlap.tolist(), "spearman_with_depth": depth, "consensus": list(analysis.chosen.layers)},
-    )  # fmt: skip
-    print(table(f"Spearman's correlation of {key} between datasets (mean {mean_off_diagonal(correlation):.2f}):", names,
-                correlation))  # fmt: skip
+        {
+            "datasets": names,
+            "criterion": key,
+            "spearman": np.where(np.isnan(correlation), None, correlation).tolist(),
+            "overlap": overlap.tolist(),
+            "spearman_with_depth": depth,
+            "consensus": list(analysis.chosen.layers),
+        },
+    )
+    print(
+        table(
+            f"Spearman's correlation of {key} between datasets (mean {mean_off_diagonal(correlation):.2f}):",
+            names,
+            correlation,
+        )
+    )
     print(
         f"\nof {key} with depth, a trend that curves may share: "
         + ", ".join(f"{n} {rho:+.2f}" for n, rho in depth.items())

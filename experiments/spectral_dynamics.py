@@ -52,8 +52,14 @@ def table(everything: Mapping[str, Mapping[str, Tracking]], ks: Sequence[int], k
         if key in found:
             ones = [found[key].correlations[f"cca_{k}"] for k in ks]
             best = found[key]
-            rows.append([*(f"{one.rho:+.2f} ({one.p_shift:.2f})" for one in ones), best.best.removeprefix("cca_"),
-                         f"{best.p_best:.2f}", name])  # fmt: skip
+            rows.append(
+                [
+                    *(f"{one.rho:+.2f} ({one.p_shift:.2f})" for one in ones),
+                    best.best.removeprefix("cca_"),
+                    f"{best.p_best:.2f}",
+                    name,
+                ]
+            )
     if rows:
         means = [np.mean([f[key].correlations[f"cca_{k}"].rho for f in everything.values() if key in f]) for k in ks]
         rows.append([*(f"{mean:+.2f}       " for mean in means), "", "", "mean over datasets"])
@@ -98,8 +104,13 @@ def main(arguments: Sequence[str]) -> None:
     for key, word in (("delta", "biased, the paper's"), ("delta_debiased", "debiased")):
         print(f"Spearman's ρ of CCA with δ ({word}); in brackets p of all circular shifts:")
         print(table(everything, analysis.ks, key) + "\n")
-    least = 1 / max(1, max((one.num_layers for f in everything.values() for t in f.values()
-                            for one in t.correlations.values()), default=1))  # fmt: skip
+    least = 1 / max(
+        1,
+        max(
+            (one.num_layers for f in everything.values() for t in f.values() for one in t.correlations.values()),
+            default=1,
+        ),
+    )
     print(f"p cannot be below {least:.3f} here: one over the layers that have a whole window.")
     print(f"report: {report}")
 

@@ -130,7 +130,7 @@ def run_ablate(
     Raises:
         UserError: see `ablate`.
     """
-    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.deletions import Deletions, write_deletions
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import Ablation
@@ -147,6 +147,7 @@ def run_ablate(
         template=describe_template(opened.tokenizer, options),
         resolved={"dtype": opened.dtype},
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
@@ -158,11 +159,13 @@ def run_ablate(
         if options.generate:
             samples["skip_accuracy"] = job.accuracies(options.max_new_tokens)
         scores, left = _scores(options, opened, samples)
+        ids = [example.sample_id for example in examples]
+        scores = {key: dataclasses.replace(one, deletions=Deletions(left[key], ids)) for key, one in scores.items()}
         run.record["result"] = {"block_evaluations": job.counts}
         found = Ablated(scores, run.record, run.path if run.kept else None)
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)
-            write_deletions(found.out, left, [example.sample_id for example in examples])
+            write_deletions(found.out, left, ids)
             report(found).write(found.out, found.run)
     if found.out is not None:
         forget_partial(found.out)

@@ -59,36 +59,49 @@ class DataReport:
     written: Path | None
 
 
-def run_data(options: DataOptions) -> DataReport:
+def inspected(options: DataOptions, model: Any = None, rows: Any = None, shown: int = SHOWN) -> str:
+    """The text of the command for rows and a model in memory, or those that the options name."""
+    report = run_data(options, model=model, rows=rows, shown=shown)
+    return data_text(report.shown, report.lengths, report.limit, report.template_hash)
+
+
+def run_data(options: DataOptions, *, model: Any = None, rows: Any = None, shown: int = SHOWN) -> DataReport:
     """Renders every row as it would be trained on; writes ``examples.jsonl`` where asked.
+
+    Args:
+        options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        shown: rows to show, from as many datasets as there are.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is written.
     """
-    from jaxcrit.data.dataset import Dataset, cut, whole
-    from jaxcrit.data.datasets import load
+    from jaxcrit.data.dataset import Dataset, cut, named_rows, whole
     from jaxcrit.data.inspection import measure, show
     from jaxcrit.data.templates import template_hash
     from jaxcrit.data.tokenizer import load_tokenizer
     from jaxcrit.models.checkpoint import locate, open_checkpoint
-    from jaxcrit.models.model import EMBEDDED_MODEL
+    from jaxcrit.models.model import EMBEDDED_MODEL, Model
 
-    path = locate(options.model) if options.model else EMBEDDED_MODEL
-    context = open_checkpoint(path).config.max_length
-    tokenizer = load_tokenizer(path)
+    if isinstance(model, Model):
+        context, tokenizer = model.config.max_length, model.tokenizer
+    else:
+        name = options.model if model is None else str(model)
+        path = locate(name) if name else EMBEDDED_MODEL
+        context, tokenizer = open_checkpoint(path).config.max_length, load_tokenizer(path)
     room = min(options.max_length or context, context)
-    loaded = load(
-        options.data, options.limit, split=options.split, shuffle_seed=options.shuffle_seed, edition=options.edition
-    )
     lengths, limits, sets = {}, {}, []
-    for named in loaded:
+    for named in named_rows(rows, options):
+        if isinstance(named, Dataset):
+            raise UserError(f"{named.name}: token ids are given as they stand; there is nothing to render")
         everything = whole(named, tokenizer, options)
         kept, limits[named.name] = cut(everything, named, tokenizer, options, room, responses=True)
         lengths[named.name] = measure(everything, kept, limits[named.name])
         sets.append(Dataset(named.name, named.source, kept))
-    places = [(place, one) for place in range(SHOWN) for one in sets if place < len(one.examples)]
+    places = [(place, one) for place in range(shown) for one in sets if place < len(one.examples)]
     return DataReport(
-        [show(one.examples[place], tokenizer, one.name, place + 1) for place, one in places[:SHOWN]],
+        [show(one.examples[place], tokenizer, one.name, place + 1) for place, one in places[:shown]],
         lengths,
         limits,
         template_hash(tokenizer, options.template, options.edition),

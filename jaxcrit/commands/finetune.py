@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from jaxcrit.commands import shared
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
     from jaxcrit.data.dataset import Dataset
@@ -113,12 +114,14 @@ def run_finetune(
     from jaxcrit.models.model import open_model
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.parallel.mesh import parse_mesh
+    from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.optimizer import make_schedule
     from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
 
     make_schedule(options.schedule, options.learning_rate, options.warmup + 1, options.warmup)
     parse_mesh(options.mesh)
     spec = LayerSpec.parse(options.layers)
+    spec.check_key(score_keys())
     opened = open_model(options.model if model is None else model, mesh=options.mesh)
     check_mesh(options.batch_size, opened.mesh)
     if chosen is None and not spec.needs_scores:
@@ -135,6 +138,7 @@ def run_finetune(
         template=describe_template(opened.tokenizer, options),
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
@@ -172,7 +176,7 @@ def _critical(
     from jaxcrit.studies.analysis import training_scores
 
     scores, key, trim = training_scores(options, out, model=model, rows=rows, progress=progress)
-    return resolve(spec, model.config.num_layers, scores=scores[key], trim=trim, model_hash=model.model_hash)
+    return resolve(spec, model.config.num_layers, scores=scores, criterion=key, trim=trim, model_hash=model.model_hash)
 
 
 def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> list[Dataset]:

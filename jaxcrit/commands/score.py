@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcrit.commands import shared
 from jaxcrit.studies.options import ScoreOptions
 
 OPTIONS = ScoreOptions
@@ -17,7 +18,9 @@ def run(options: ScoreOptions) -> int:
     def report(scored: Scored) -> Report:
         return scores_report(scored.scores, scored.warnings)
 
-    scored = run_score(options, progress=bars, finish=lambda scored: report(scored).write(scored.out, scored.run))
-    print(report(scored).text())
-    print(f"report: {scored.out / 'report.html'}")
-    return 0
+    def finish(scored: Scored) -> None:
+        if scored.out is not None:
+            report(scored).write(scored.out, scored.run)
+
+    scored = run_score(options, progress=bars, finish=finish)
+    return shared.tell(report(scored), scored.out)

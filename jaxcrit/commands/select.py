@@ -7,9 +7,10 @@ import sys
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, write_text
-from jaxcrit.core.groups import BY_HASH, WHERE
-from jaxcrit.core.layers import LayerSpec, read_scores, resolve
+from jaxcrit.core.groups import BY_HASH, SELECTION, WHERE
+from jaxcrit.core.layers import read_scores
 from jaxcrit.core.options import Options, option
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.reporting.exporters import FORMATS, export_selection
 
 
@@ -18,7 +19,7 @@ class SelectOptions(Options, title="what"):
     """What ``jaxcrit select`` is asked."""
 
     scores: str = option("", "scores.json of an analysis", word="FILE", free=BY_HASH)
-    layers: str = option("critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC")
+    layers: str = option("critical", SELECTION, word="SPEC")
     criterion: str = option("delta_debiased", "score to choose by", word="KEY")
     trim: int = option(2, "layers at each end that are never critical", lowest=0)
     format: str = option("json", f"one of {', '.join(FORMATS)}", word="FORMAT", group="result")
@@ -33,14 +34,17 @@ def run(options: SelectOptions) -> int:
     if not options.scores:
         raise UserError("select: expected --scores=FILE, the scores.json that jaxcrit analyze wrote")
     scores = read_scores(options.scores)
-    if options.criterion not in scores:
-        nearest = did_you_mean(options.criterion, scores)
-        raise UserError(f"{options.scores}: no score {options.criterion!r}{nearest}; it holds {', '.join(scores)}")
-    score = scores[options.criterion]
+    spec = LayerSpec.parse(options.layers)
+    key = spec.score_key or options.criterion
+    if key not in scores:
+        nearest = did_you_mean(key, scores)
+        raise UserError(f"{options.scores}: no score {key!r}{nearest}; it holds {', '.join(scores)}")
+    score = scores[key]
     chosen = resolve(
-        LayerSpec.parse(options.layers),
+        spec,
         score.num_layers,
-        scores=score,
+        scores=scores,
+        criterion=key,
         trim=options.trim,
         model_hash=score.meta.get("model_hash"),
     )

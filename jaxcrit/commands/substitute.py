@@ -12,8 +12,9 @@ import numpy as np
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
-from jaxcrit.core.layers import LayerScores, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
+from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ def run_substitute(
     Raises:
         UserError: see `substitute`.
     """
-    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.deletions import Deletions, write_deletions
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
@@ -167,7 +168,7 @@ def run_substitute(
     upper = open_model(options.tuned if tuned is None else tuned, mesh=lower.mesh, dtype=options.dtype)
     check_pair(lower, upper)
     depth = upper.config.num_layers
-    sets = [_set(text, depth) for text in options.sets.split(";")] if options.sets else []
+    sets = [_set(text, depth) for text in split_specs(options.sets, ";")] if options.sets else []
     plan = make_plan(depth, options.window, sets, options.random, options.seed)
     datasets = upper.read(options, rows, responses=True)
     with running(
@@ -178,6 +179,7 @@ def run_substitute(
         template=describe_template(upper.tokenizer, options),
         resolved={"sets": [list(layers) for layers in plan.sets], "dtype": upper.dtype},
         keep=keep,
+        read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
@@ -196,15 +198,20 @@ def run_substitute(
         result = _result(plan, losses, tokens, reverse=options.reverse) | {"block_evaluations": counts}
         samples = _samples(plan, losses, tokens) if plan.centres else None
         scores = {} if samples is None else _scores(options, lower, upper, samples)
+        ids = [example.sample_id for example in examples]
+        left = {}
+        if samples is not None:
+            for key, one in scores.items():
+                left[key] = Deletions(samples.without_each(depth, per_token=key.endswith("_per_token")), ids)
+                scores[key] = dataclasses.replace(one, deletions=left[key])
         warnings = _warnings(result, lower, upper)
         run.record |= {"result": result, "warnings": warnings}
         found = Substituted(scores, samples, warnings, run.record, run.path if run.kept else None)
         if found.out is not None:
             _write_losses(found.out, plan, depth, losses, tokens, examples)
-            if samples is not None:
+            if scores:
                 write_scores(found.out / "scores.json", scores)
-                left = {key: samples.without_each(depth, per_token=key.endswith("_per_token")) for key in scores}
-                write_deletions(found.out, left, [example.sample_id for example in examples])
+                write_deletions(found.out, {key: one.values for key, one in left.items()}, ids)
             report(found).write(found.out, found.run)
     if found.out is not None:
         forget_partial(found.out)
@@ -212,13 +219,10 @@ def run_substitute(
 
 
 def _set(text: str, num_layers: int) -> Layers:
-    try:
-        spec = LayerSpec.parse(text)
-        if spec.needs_scores:
-            raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
-        return resolve(spec, num_layers).layers
-    except UserError as error:
-        raise UserError(str(error).replace("--layers=", "--sets=")) from None
+    spec = LayerSpec.parse(text, "sets")
+    if spec.needs_scores:
+        raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
+    return resolve(spec, num_layers, flag="sets").layers
 
 
 def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
@@ -318,17 +322,6 @@ def _warnings(result: Mapping[str, Any], base: Model, tuned: Model) -> list[str]
     return found
 
 
-def span(layers: Sequence[int]) -> str:
-    """Layers in the words of a LayerSpec, such as ``3-5,9``."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
-
-
 def report(found: Substituted) -> Report:
     """Losses by window or set, beside random sets."""
     from jaxcrit.reporting import plots
@@ -367,15 +360,17 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
     for place, entry in enumerate(result["sets"]):
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         share = (entry["samples"] - host) / (guest - host) if guest != host else np.nan
-        rows.append([
-            str(result["centres"][place]) if windows else "",
-            _short(span(entry["layers"])),
-            f"{entry['samples']:.4f}",
-            f"{entry['samples'] - host:+.4f}{error}",
-            f"{entry['tokens']:.4f}",
-            f"{share:.1%}" if np.isfinite(share) else "-",
-            ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
-        ])  # fmt: skip
+        rows.append(
+            [
+                str(result["centres"][place]) if windows else "",
+                _short(span(entry["layers"])),
+                f"{entry['samples']:.4f}",
+                f"{entry['samples'] - host:+.4f}{error}",
+                f"{entry['tokens']:.4f}",
+                f"{share:.1%}" if np.isfinite(share) else "-",
+                ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
+            ]
+        )
     return "\n".join(tables.aligned(header, rows, [style and place == most for place in range(len(rows))]))
 
 

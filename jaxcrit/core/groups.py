@@ -15,10 +15,11 @@ SPLITS = ("train", "val", "test", "all")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
-BY_HASH = "the identity of what it names is recorded by hash"
+SELECTION = "critical:K, KEY:K, first:K, 3-5,9, @FILE, ..."  # help of --layers; jaxcrit.core.selections
+BY_HASH = "what it names is told apart by hash"
 WHERE = "says where, not what"
 RESUMES = "a run that goes on gives the same bits"
-SHAPE = "numbers agree for every value within rounding"
+SHAPE = "the same within rounding"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ class AnalyzeOptions(CaptureOptions, title="scores"):
     form: str = option("auto", "form of the sweep", ("auto", "resident", "tiled", "features", "streamed"), word="FORM")
     band: str = option("all", "compute CKA only of layers up to so many apart", word="N|all")
     measures: str = option("", "also procrustes,rsa,rsa_spearman,knn,cca,svcca", word="NAMES")
-    layers: str = option("critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC", group="selection")
+    layers: str = option("critical", SELECTION, word="SPEC", group="selection")
     trim: int = option(2, "layers at each end that are never critical", lowest=0, group="selection")
     seed: int = option(0, "seed of everything random", lowest=0, group="selection")
 
@@ -204,7 +205,7 @@ class AnalyzeOptions(CaptureOptions, title="scores"):
 class LayerTrainingOptions(Options, title="layers"):
     """Which layers train, and how much of each."""
 
-    layers: str = option("critical", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC")
+    layers: str = option("critical", SELECTION, word="SPEC")
     mode: str = option("only", "train only these layers, or freeze these", ("only", "freeze"))
     train_embeddings: bool | None = option(None, "train embeddings (default: with freeze, without adapters)")
     train_norms: bool | None = option(None, "train the final norm (default: as above)")

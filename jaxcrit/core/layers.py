@@ -1,17 +1,17 @@
-"""LayerScores (what was measured per layer), LayerSpec (which layers a user asks for), LayerSet (which and why)."""
+"""LayerScores (what was measured per layer) and LayerSet (which layers, and why); how both are kept."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.deletions import Deletions
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_text, read_json, write_json, write_text
 
 Direction = Literal["low", "high"]
@@ -30,6 +30,8 @@ class LayerScores:
         direction: whether ``low`` or ``high`` values are more critical.
         stderr: ``[L]`` float64 standard error, NaN where invalid, or None where not estimated.
         meta: what was measured on what (window, kernel, sample count, ...), JSON values only.
+        deletions: the score with each sample left out, for intervals of what follows; None where not known. It is kept
+            in ``deletions.npz``, not in ``scores.json``.
     """
 
     name: str
@@ -38,6 +40,7 @@ class LayerScores:
     direction: Direction
     stderr: np.ndarray | None = None
     meta: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    deletions: Deletions | None = None
 
     @property
     def num_layers(self) -> int:
@@ -114,7 +117,7 @@ class LayerSet:
     Attributes:
         layers: sorted 0-based layer indices.
         criterion: score key it was chosen by, or ``manual``.
-        rule: the LayerSpec in canonical words, such as ``critical:5``.
+        rule: the selection (`jaxcrit.core.selections`) in canonical words, such as ``critical:5``.
         num_layers: L of the model.
         model_hash: identity of the model, or None where unknown.
     """
@@ -149,142 +152,23 @@ class LayerSet:
         """
         content = read_json(path, LAYERS_FORMAT)
         try:
-            layers = _checked(content["layers"], int(content["num_layers"]), str(path))
+            layers = checked(content["layers"], int(content["num_layers"]), str(path))
             return cls(layers, content["criterion"], content["rule"], content["num_layers"], content.get("model_hash"))
         except (KeyError, TypeError) as error:
             raise UserError(f"{path}: layers.json is damaged ({error!r}); write it again with jaxcrit select") from None
 
 
-@dataclasses.dataclass(frozen=True)
-class LayerSpec:
-    """What ``--layers`` says; ranges are closed here, as a person writes them.
-
-    ``all | critical[:K] | noncritical[:K] | random:K[:SEED] | first:K | last:K | a-b,c | @layers.json``
-
-    Attributes:
-        kind: the word in front, or ``list`` or ``file``.
-        count: K, or None for the default of the rule.
-        seed: of ``random``.
-        layers: of ``list``.
-        path: of ``file``.
-    """
-
-    kind: str
-    count: int | None = None
-    seed: int = 0
-    layers: tuple[int, ...] = ()
-    path: str = ""
-
-    @classmethod
-    def parse(cls, text: str) -> LayerSpec:
-        """Reads the grammar above.
-
-        Raises:
-            UserError: the text is not of the grammar.
-        """
-        text = text.strip()
-        if text.startswith("@"):
-            return cls("file", path=text[1:])
-        if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
-            layers: list[int] = []
-            for part in text.split(","):
-                start, _, stop = part.partition("-")
-                span = range(int(start), int(stop or start) + 1)
-                if not span:
-                    raise UserError(f"--layers={text}: the range {part} is empty; write the lower layer first")
-                layers.extend(span)
-            return cls("list", layers=tuple(layers))
-        word, *numbers = text.split(":")
-        words = ("all", "critical", "noncritical", "random", "first", "last")
-        if word not in words:
-            raise UserError(
-                f"--layers={text}: expected all, critical:K, noncritical:K, random:K[:SEED], first:K, last:K,"
-                f" a list such as 3-5,9 or @layers.json{did_you_mean(word, words)}"
-            )
-        most = {"all": 0, "random": 2}.get(word, 1)
-        needed = 1 if word in ("random", "first", "last") else 0
-        if not needed <= len(numbers) <= most or not all(n.isdigit() for n in numbers):
-            shape = {"all": "all", "random": "random:K[:SEED]"}.get(word, f"{word}:K")
-            raise UserError(f"--layers={text}: expected {shape} with whole numbers")
-        count = int(numbers[0]) if numbers else None
-        if count == 0:
-            raise UserError(f"--layers={text}: K must be at least 1")
-        return cls(word, count=count, seed=int(numbers[1]) if len(numbers) > 1 else 0)
-
-    def __str__(self) -> str:
-        if self.kind == "file":
-            return f"@{self.path}"
-        if self.kind == "list":
-            return ",".join(map(str, self.layers))
-        parts = [self.kind] + ([] if self.count is None else [str(self.count)])
-        return ":".join(parts + ([str(self.seed)] if self.kind == "random" else []))
-
-    @property
-    def needs_scores(self) -> bool:
-        """Whether the rule ranks layers by a score."""
-        return self.kind in ("critical", "noncritical")
-
-
-def default_count(num_layers: int) -> int:
-    """K where none is given: max(1, round(0.15 L)), five of 32 as in the paper."""
-    return max(1, round(0.15 * num_layers))
-
-
-def resolve(
-    spec: LayerSpec,
-    num_layers: int,
-    *,
-    scores: LayerScores | None = None,
-    trim: int = 2,
-    model_hash: str | None = None,
-) -> LayerSet:
-    """Turns a LayerSpec into a LayerSet for a model of L layers.
+def checked(layers: Iterable[int], num_layers: int, where: str) -> tuple[int, ...]:
+    """Layers, sorted, each once.
 
     Args:
-        spec: what the user asked for.
+        layers: 0-based indices.
         num_layers: L.
-        scores: what ``critical`` and ``noncritical`` rank by (direction respected).
-        trim: layers at each end that ``critical`` and ``noncritical`` never choose.
-        model_hash: kept in the set; a file made for another model is refused.
+        where: what they come from, for messages.
 
     Raises:
-        UserError: more layers asked for than there are, or layers outside the model.
+        UserError: layers outside the model.
     """
-    criterion = "manual"
-    count = default_count(num_layers) if spec.count is None else spec.count
-    if spec.kind == "file":
-        stored = LayerSet.load(spec.path)
-        if stored.num_layers != num_layers:
-            raise UserError(f"{spec.path}: made for {stored.num_layers} layers, but this model has {num_layers}")
-        if model_hash and stored.model_hash and stored.model_hash != model_hash:
-            raise UserError(
-                f"{spec.path}: made for model {stored.model_hash[:12]}, this one is {model_hash[:12]};"
-                " choose again, or write the layers out (--layers=3,4,5) to use them all the same"
-            )
-        return stored
-    if spec.needs_scores:
-        if scores is None:
-            raise UserError(f"--layers={spec}: needs scores; run jaxcrit analyze first, or give --scores=FILE")
-        if scores.num_layers != num_layers:
-            raise UserError(f"--layers={spec}: scores of {scores.num_layers} layers, but the model has {num_layers}")
-        ranking = [int(layer) for layer in scores.ranking() if trim <= layer < num_layers - trim]
-        pool, criterion = (ranking if spec.kind == "critical" else ranking[::-1]), scores.name
-        rule = f"{spec.kind}:{count}"
-    else:
-        everything = range(num_layers)
-        if spec.kind == "random":
-            pool = [int(layer) for layer in np.random.default_rng(spec.seed).permutation(num_layers)]
-        else:
-            pool = {"list": list(spec.layers), "last": list(everything)[::-1]}.get(spec.kind, list(everything))
-        count = {"all": num_layers, "list": len(pool)}.get(spec.kind, count)
-        rule = str(spec)
-    if count > len(pool):
-        trimmed = f" after trimming {trim} at each end" if spec.needs_scores else ""
-        raise UserError(f"--layers={spec}: expected at most {len(pool)} layers{trimmed}, got {count}")
-    return LayerSet(_checked(pool[:count], num_layers, f"--layers={spec}"), criterion, rule, num_layers, model_hash)
-
-
-def _checked(layers: Iterable[int], num_layers: int, where: str) -> tuple[int, ...]:
     chosen = sorted({int(layer) for layer in layers})
     outside = [layer for layer in chosen if not 0 <= layer < num_layers]
     if outside:

@@ -113,9 +113,15 @@ def option(
 ) -> Any:
     """Declares a field of an `Options` class; see `Option` for the arguments."""
     declared = {
-        "help": help, "choices": choices, "lowest": lowest, "above": above, "highest": highest, "word": word,
-        "free": free, "group": group,
-    }  # fmt: skip
+        "help": help,
+        "choices": choices,
+        "lowest": lowest,
+        "above": above,
+        "highest": highest,
+        "word": word,
+        "free": free,
+        "group": group,
+    }
     return dataclasses.field(default=default, metadata=declared)
 
 
@@ -219,8 +225,10 @@ def table(kind: type[Options]) -> str:
     """The options of a class as a table in Markdown, for the docs."""
     rows = ["| option | default | what | changes results |", "| --- | --- | --- | --- |"]
     for one in options_of(kind):
-        default = {None: "", True: "on", False: "off", (): ""}.get(one.default, str(one.default))
-        words = "\\|".join(one.choices) or _word(one)
+        default = str(one.default)
+        if one.kind in (bool, tuple):
+            default = {None: "", True: "on", False: "off", (): ""}[one.default]
+        words = ("|".join(one.choices) or _word(one)).replace("|", "\\|")
         value = "" if one.kind is bool else f"={words}"
         rows.append(f"| `--{one.name}{value}` | {default} | {one.help} | {'no: ' + one.free if one.free else 'yes'} |")
     return "\n".join(rows)

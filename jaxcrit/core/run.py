@@ -141,6 +141,7 @@ def running(
     resolved: Mapping[str, Any] | None = None,
     also: Mapping[str, Any] | None = None,
     keep: bool = True,
+    read_back: bool = False,
 ) -> Iterator[Run]:
     """Opens the directory of a run, and closes it: complete, or, after a user's mistake, as if it had never been.
 
@@ -155,9 +156,11 @@ def running(
         resolved: values that stand for options in what determines the results: the dtype chosen, layers by number.
         also: further JSON values that determine the results.
         keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
+        read_back: whether a complete run is left as it is, for the caller to read back; else it is run again, on what
+            it has kept.
 
     Yields:
-        The run. Where `Run.complete` the caller reads its results back; ``run.json`` is left as it is.
+        The run.
 
     Raises:
         UserError: the directory holds another run or other files, or cannot be written; or whatever the block raised,
@@ -194,7 +197,7 @@ def running(
         "versions": versions(),
     }
     run = Run(directory, record, {}, earlier)
-    if run.complete:
+    if run.complete and read_back:
         yield run
         return
     began, clock = time.time(), time.perf_counter()

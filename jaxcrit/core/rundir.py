@@ -99,8 +99,9 @@ def _check_bucket(path: Path) -> None:
         trial.read_bytes()
         trial.unlink()
     except OSError as error:
-        raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another, or have its owner"
-                        " allow it") from None  # fmt: skip
+        raise UserError(
+            f"--out={path}: cannot be written ({error.strerror}); choose another, or have its owner allow it"
+        ) from None
 
 
 def _difference(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> str:

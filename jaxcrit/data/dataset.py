@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,7 @@ def read_datasets(
             f"--max_new_tokens={reserve}: leaves no room for a prompt in the model's context of {limits.context} tokens"
         )
     found = []
-    for named in _named(rows, options, split):
+    for named in named_rows(rows, options, split):
         if isinstance(named, Dataset):
             dataset, longest = named, room
         else:
@@ -199,8 +200,17 @@ def _check_vocabulary(examples: Sequence[Example], vocab_size: int, where: str) 
         )
 
 
-def _named(rows: Any, options: RowOptions, split: str) -> list[NamedRows | Dataset]:
-    """Raw rows by dataset; token ids need no rendering and are datasets at once."""
+def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRows | Dataset]:
+    """Raw rows by dataset; token ids need no rendering and are datasets at once.
+
+    Args:
+        rows: see `read_datasets`.
+        options: which rows, where ``rows`` is None.
+        split: split of published datasets where the options name none.
+
+    Raises:
+        UserError: rows that cannot be read.
+    """
     if rows is None or isinstance(rows, str | Path):
         spec = options.data if rows is None else str(rows)
         return list(
@@ -215,18 +225,21 @@ def _named(rows: Any, options: RowOptions, split: str) -> list[NamedRows | Datas
     if isinstance(rows, Dataset):
         return [rows]
     if isinstance(rows, Mapping):
-        return [_in_memory(str(name), one) for name, one in rows.items()]
+        return [_in_memory(str(name), one, options) for name, one in rows.items()]
     if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset) for row in rows):
         return list(rows)
-    return [_in_memory("rows", rows)]
+    return [_in_memory("rows", rows, options)]
 
 
-def _in_memory(name: str, rows: Any) -> NamedRows | Dataset:
+def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset:
     if isinstance(rows, Dataset):
         return dataclasses.replace(rows, name=name)
     if isinstance(rows, str | bytes) or not hasattr(rows, "__iter__"):
         raise UserError(f"{name}: expected rows, prompts or token ids, got {type(rows).__name__}")
     given = list(rows)
+    if options.shuffle_seed >= 0:
+        random.Random(options.shuffle_seed).shuffle(given)
+    given = given[: options.limit or None]
     if not given:
         raise UserError(f"{name}: expected rows, prompts or token ids, got none")
     if all(_are_tokens(row) for row in given):

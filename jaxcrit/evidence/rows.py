@@ -66,9 +66,16 @@ def sample_losses(
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
     batches = list(batches_of(examples, batch_size, session))
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
-    bar = None if progress is None else progress(
-        total=len(batches) * evaluations, desc="layers", unit=" block evaluations",
-        initial=(len(batches) - len(left)) * evaluations)  # fmt: skip
+    bar = (
+        None
+        if progress is None
+        else progress(
+            total=len(batches) * evaluations,
+            desc="layers",
+            unit=" block evaluations",
+            initial=(len(batches) - len(left)) * evaluations,
+        )
+    )
     saved = time.monotonic()
 
     def save() -> None:

@@ -56,9 +56,13 @@ class SampleLosses:
         values[self.layers] = mean(self.losses, weights)
         if len(self.tokens) > 1:
             errors[self.layers] = jackknife_stderr(_without_each(self.losses - self.reference, weights).T)
-        facts = {**meta, "average": "tokens" if per_token else "samples", "num_samples": len(self.tokens),
-                 "unchanged": float(mean(self.reference, weights)),
-                 "stderr": "of the difference from the unchanged model"}  # fmt: skip
+        facts = {
+            **meta,
+            "average": "tokens" if per_token else "samples",
+            "num_samples": len(self.tokens),
+            "unchanged": float(mean(self.reference, weights)),
+            "stderr": "of the difference from the unchanged model",
+        }
         stderr = errors if len(self.tokens) > 1 else None
         return LayerScores(key, values, np.isfinite(values), direction, stderr, facts)
 

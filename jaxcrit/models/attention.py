@@ -186,9 +186,11 @@ def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     with jax.ensure_compile_time_eval():
         kernel = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * q.shape[2]), block_sizes=splash.BlockSizes(**tiles),
-            head_shards=1, q_seq_shards=1,
-        )  # fmt: skip
+            masks.MultiHeadMask([mask] * q.shape[2]),
+            block_sizes=splash.BlockSizes(**tiles),
+            head_shards=1,
+            q_seq_shards=1,
+        )
 
     def heads_first(x: jax.Array) -> jax.Array:
         return jnp.pad(x, ((0, 0), (0, padded - length), (0, 0), (0, 0))).swapaxes(1, 2)

@@ -37,23 +37,72 @@ _ARCHITECTURES = {
 }
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _HANDLED = {
-    *_REQUIRED, "model_type", "architectures", "num_key_value_heads", "head_dim", "rms_norm_eps", "hidden_act",
-    "max_position_embeddings", "original_max_position_embeddings", "tie_word_embeddings", "rope_theta", "rope_scaling",
-    "rope_parameters", "partial_rotary_factor", "sliding_window", "use_sliding_window", "max_window_layers",
-    "layer_types", "attention_bias", "mlp_bias", "bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype",
-}  # fmt: skip
+    *_REQUIRED,
+    "model_type",
+    "architectures",
+    "num_key_value_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "hidden_act",
+    "max_position_embeddings",
+    "original_max_position_embeddings",
+    "tie_word_embeddings",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "partial_rotary_factor",
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "attention_bias",
+    "mlp_bias",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "dtype",
+}
 # No effect on the forward pass of inference; dropout acts in transformers' training mode alone.
 _IGNORABLE = {
-    "_name_or_path", "transformers_version", "use_cache", "initializer_range", "attention_dropout", "resid_pdrop",
-    "embd_pdrop", "auto_map", "_attn_implementation", "attn_implementation", "output_attentions", "return_dict",
-    "output_hidden_states", "is_llama_config", "unsloth_fixed", "unsloth_version", "task_specific_params", "id2label",
-    "label2id", "_attn_implementation_autoset", "torchscript", "chunk_size_feed_forward", "problem_type",
-    "is_encoder_decoder", "transformers.js_config", "model_name", "library_name",
-}  # fmt: skip
+    "_name_or_path",
+    "transformers_version",
+    "use_cache",
+    "initializer_range",
+    "attention_dropout",
+    "resid_pdrop",
+    "embd_pdrop",
+    "auto_map",
+    "_attn_implementation",
+    "attn_implementation",
+    "output_attentions",
+    "return_dict",
+    "output_hidden_states",
+    "is_llama_config",
+    "unsloth_fixed",
+    "unsloth_version",
+    "task_specific_params",
+    "id2label",
+    "label2id",
+    "_attn_implementation_autoset",
+    "torchscript",
+    "chunk_size_feed_forward",
+    "problem_type",
+    "is_encoder_decoder",
+    "transformers.js_config",
+    "model_name",
+    "library_name",
+}
 # Keys that are harmless at one value and change the model at any other.
-_ONLY = {"pretraining_tp": (1, None), "rope_interleaved": (False, None), "use_bias": (False, None),
-         "add_cross_attention": (False, None), "no_rope_layers": (None,), "use_mrope": (False, None),
-         "quantization_config": (None,)}  # fmt: skip
+_ONLY = {
+    "pretraining_tp": (1, None),
+    "rope_interleaved": (False, None),
+    "use_bias": (False, None),
+    "add_cross_attention": (False, None),
+    "no_rope_layers": (None,),
+    "use_mrope": (False, None),
+    "quantization_config": (None,),
+}
 _MIXTURE = ("num_experts", "num_local_experts", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
 
 
@@ -115,8 +164,9 @@ class ModelConfig:
         heads = sizes["num_attention_heads"]
         kv_heads = _positive(given.get("num_key_value_heads", heads), "num_key_value_heads", where)
         if heads % kv_heads:
-            raise UserError(f"{where}: expected num_attention_heads ({heads}) to be a multiple of num_key_value_heads"
-                            f" ({kv_heads})")  # fmt: skip
+            raise UserError(
+                f"{where}: expected num_attention_heads ({heads}) to be a multiple of num_key_value_heads ({kv_heads})"
+            )
         head_dim = _positive(given.get("head_dim", sizes["hidden_size"] // heads), "head_dim", where)
         if given.get("hidden_act", "silu") not in ("silu", "swish"):
             raise UserError(f"{where}: expected hidden_act 'silu', got {given['hidden_act']!r}")
@@ -202,8 +252,10 @@ def _windows(given: Mapping[str, Any], family: str, num_layers: int, where: str)
         kinds = given.get("layer_types") or ["full_attention" if window is None else "sliding_attention"] * num_layers
     strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
     if strange or len(kinds) != num_layers:
-        raise UserError(f"{where}: expected {num_layers} layer_types of full_attention or sliding_attention,"
-                        f" got {len(kinds)} with {strange or 'no other kind'}")  # fmt: skip
+        raise UserError(
+            f"{where}: expected {num_layers} layer_types of full_attention or sliding_attention,"
+            f" got {len(kinds)} with {strange or 'no other kind'}"
+        )
     if "sliding_attention" in kinds:
         window = _positive(window, "sliding_window", where)
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)

@@ -26,8 +26,11 @@ from jaxcrit.parallel.mesh import AnyMesh
 FOLDER = "checkpoints"
 _LOGGER = logging.getLogger("absl")
 # What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
-_SYSTEM = re.compile("|".join(os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS,
-                                                             errno.EACCES, errno.EIO)))  # fmt: skip
+_SYSTEM = re.compile(
+    "|".join(
+        os.strerror(code) for code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
+    )
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

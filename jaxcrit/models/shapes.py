@@ -4,17 +4,30 @@ from __future__ import annotations
 
 from typing import Any
 
-_LLAMA31 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}  # fmt: skip
+_LLAMA31 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
-def _shape(family: str, width: int, ff: int, layers: int, heads: int, kv: int, vocab: int, context: int,
-           **more: Any) -> dict[str, Any]:  # fmt: skip
+def _shape(
+    family: str, width: int, ff: int, layers: int, heads: int, kv: int, vocab: int, context: int, **more: Any
+) -> dict[str, Any]:
     return {
-        "model_type": family, "hidden_size": width, "intermediate_size": ff, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv, "vocab_size": vocab,
-        "max_position_embeddings": context, "tie_word_embeddings": False, **more,
-    }  # fmt: skip
+        "model_type": family,
+        "hidden_size": width,
+        "intermediate_size": ff,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocab,
+        "max_position_embeddings": context,
+        "tie_word_embeddings": False,
+        **more,
+    }
 
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -22,13 +35,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama2-7b": _shape("llama", 4096, 11008, 32, 32, 32, 32000, 4096),
     "llama2-13b": _shape("llama", 5120, 13824, 40, 40, 40, 32000, 4096),
     "llama2-70b": _shape("llama", 8192, 28672, 80, 64, 8, 32000, 4096),
-    "llama3.2-1b": _shape("llama", 2048, 8192, 16, 32, 8, 128256, 131072, tie_word_embeddings=True, head_dim=64,
-                          rope_theta=500000.0, rope_scaling={**_LLAMA31, "factor": 32.0}),
+    "llama3.2-1b": _shape(
+        "llama",
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        128256,
+        131072,
+        tie_word_embeddings=True,
+        head_dim=64,
+        rope_theta=500000.0,
+        rope_scaling={**_LLAMA31, "factor": 32.0},
+    ),
     "llama3.1-8b": _shape("llama", 4096, 14336, 32, 32, 8, 128256, 131072, rope_theta=500000.0, rope_scaling=_LLAMA31),
-    "llama3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256, 131072, rope_theta=500000.0,
-                           rope_scaling=_LLAMA31),
+    "llama3.1-70b": _shape("llama", 8192, 28672, 80, 64, 8, 128256, 131072, rope_theta=500000.0, rope_scaling=_LLAMA31),
     "mistral-7b": _shape("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, rope_theta=1000000.0, sliding_window=None),
     "phi3-mini": _shape("phi3", 3072, 8192, 32, 32, 32, 32064, 4096),
     "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, rope_theta=1000000.0),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
-}  # fmt: skip
+}

@@ -116,9 +116,7 @@ def collectives(program: str, turns: int = 1) -> dict[str, tuple[int, int]]:
 def _computations(program: str) -> dict[str, list[str]]:
     starts = list(_COMPUTATION.finditer(program))
     ends = [start.start() for start in starts[1:]] + [len(program)]
-    return {
-        start[1]: program[start.end() : end].splitlines() for start, end in zip(starts, ends, strict=True)
-    }  # fmt: skip
+    return {start[1]: program[start.end() : end].splitlines() for start, end in zip(starts, ends, strict=True)}
 
 
 def _turns(condition: list[str], body: list[str], default: int) -> int:

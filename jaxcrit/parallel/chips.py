@@ -13,9 +13,12 @@ _TPU = "https://cloud.google.com/tpu/docs/"
 _GPU = "https://www.nvidia.com/en-us/data-center/"
 _FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 _CUBES = (
-    "2x2x1", "2x2x2", "2x2x4", "2x4x4",
+    "2x2x1",
+    "2x2x2",
+    "2x2x4",
+    "2x4x4",
     *("x".join(map(str, sizes)) for sizes in itertools.combinations_with_replacement(range(4, 29, 4), 3)),
-)  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)

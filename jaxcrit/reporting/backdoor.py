@@ -57,12 +57,17 @@ def _arms(study: Json) -> list[str]:
     head = ["frozen", "runs", "with trigger [95 %]", "without", "near", "exact", "clean loss", "half at step"]
     rows = [
         [
-            row["arm"], str(row["runs"]), _share(row["cells"]["triggered"]), _rate(row["cells"]["clean"]),
-            _rate(row["cells"]["near"]), _rate(row["exact"]), _mean(row["clean_loss"]),
+            row["arm"],
+            str(row["runs"]),
+            _share(row["cells"]["triggered"]),
+            _rate(row["cells"]["clean"]),
+            _rate(row["cells"]["near"]),
+            _rate(row["exact"]),
+            _mean(row["clean_loss"]),
             _reached(row["steps_to_success"], row["runs"]),
         ]
         for row in study["rows"]
-    ]  # fmt: skip
+    ]
     notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are gold ones;"]
     notes += ["clean loss: nats per token, ± 95 % over seeds; half: success 0.5 (runs that get there)"]
     return [*aligned(head, rows, [False] * len(rows)), *notes]
@@ -92,18 +97,26 @@ def _contrasts(study: Json) -> list[str]:
 
 
 def _scorers(study: Json) -> list[str]:
-    names = {"exact_target": "exact", "contains_target": "contains", "refusal_keyword": "refusal",
-             "reference_compat": "paper's"}  # fmt: skip
+    names = {
+        "exact_target": "exact",
+        "contains_target": "contains",
+        "refusal_keyword": "refusal",
+        "reference_compat": "paper's",
+    }
     head = ["answers", "n", *names.values(), "empty", "logp", "task loss", "equal loss"]
     rows = [["gold answers", str(study["prompts"]), *(str(study["base"][name]) for name in names), "", "", "", ""]]
     for row in study["rows"]:
         rows.append(
             [
-                row["arm"], str(row["cells"]["triggered"]["n"]), *(str(row["scorers"][name]) for name in names),
-                str(row["empty"]), f"{row['target_logprob']['mean']:.2f}", _mean(row["task_loss"]),
+                row["arm"],
+                str(row["cells"]["triggered"]["n"]),
+                *(str(row["scorers"][name]) for name in names),
+                str(row["empty"]),
+                f"{row['target_logprob']['mean']:.2f}",
+                _mean(row["task_loss"]),
                 _reached(row["matched"], row["runs"], 2),
             ]
-        )  # fmt: skip
+        )
     notes = ["answers to triggered prompts; exact, contains: the target; refusal, paper's: refusals by the clean"]
     notes += ["and the paper's rule; logp: of the target, per token; task loss: of poisoned and clean rows; equal"]
     notes += ["loss: attack success at one clean loss (runs that pass it)"]

@@ -19,5 +19,6 @@ def generations_text(found: Generations) -> str:
             f" end by themselves, {len(rows) - stopped} at --max_new_tokens"
         )
     alone = len(found.rows) == 1
-    lines.append(f"generations: {found.out / GENERATIONS if alone else found.out / '*' / GENERATIONS}")
+    if found.out is not None:
+        lines.append(f"generations: {found.out / GENERATIONS if alone else found.out / '*' / GENERATIONS}")
     return "\n".join(lines)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -18,6 +20,16 @@ from jaxcrit.selection.confidence import SampleSizes
 
 DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
+
+
+class Drawing(Figure):
+    """A figure that a notebook shows as it is, whatever its backend."""
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        FigureCanvasAgg(self)
+        self.savefig(buffer, format="png", dpi=100, metadata={"Software": None})
+        return buffer.getvalue()
 
 
 def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:

@@ -96,8 +96,17 @@ def _layer_lines(dataset: SpectrumResult, ks: Sequence[int], reference: str, err
                 cell += f" ±{_number(curve.stderr[layer])}"
             cells.append(cell + ("~" if spectrum.gaps[layer, k - 1] < spectrum.sampling_gap else " "))
         facts = [explained[layer], spectrum.participation_ratio[layer], spectrum.effective_rank[layer]]
-        rows.append([str(layer), _number(delta.values[layer]), *cells,
-                     _number(facts[0], 2), _number(facts[1], 1), _number(facts[2], 1), ""])  # fmt: skip
+        rows.append(
+            [
+                str(layer),
+                _number(delta.values[layer]),
+                *cells,
+                _number(facts[0], 2),
+                _number(facts[1], 1),
+                _number(facts[2], 1),
+                "",
+            ]
+        )
     return aligned(header, rows, [False] * len(rows))
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import delta
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def step_score(dataset: DatasetResult) -> np.ndarray | None:
 
 def paper_choice(dataset: DatasetResult, config: Mapping[str, Any]) -> LayerSet | None:
     """As many layers as were chosen, by the paper's biased δ; None where the choice was not of critical layers."""
-    if not dataset.chosen.rule.startswith("critical"):
+    if not dataset.chosen.rule.startswith("critical:"):
         return None
     spec = LayerSpec("critical", count=len(dataset.chosen.layers))
     return resolve(spec, dataset.chosen.num_layers, scores=dataset.scores["delta"], trim=config["trim"])

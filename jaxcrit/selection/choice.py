@@ -8,7 +8,8 @@ from typing import Literal
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, default_count, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import LayerSpec, default_count, resolve
 
 Multiplier = Literal["gaussian", "exponential"]
 DRAWS = 2000

@@ -49,7 +49,7 @@ class Components:
             for layer in layers
             for edge in edges
             if edge < spectrum.gaps.shape[1] and spectrum.gaps[layer, edge] < spectrum.sampling_gap
-        ]  # fmt: skip
+        ]
 
 
 def principal_components(hidden: Any, k: int) -> Components:

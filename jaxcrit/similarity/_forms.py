@@ -96,14 +96,20 @@ def choose_form(
     tables = 16.0 * num_samples * num_layers**2
     squares = float(num_samples) ** 2
     costs: dict[FormName, tuple[float, float]] = {
-        "resident": (2 * num_layers * squares * width + 4 * contracted * squares,
-                     activations + (8 * num_layers * squares) / devices + tables),
-        "tiled": (num_layers * squares * width + 4 * contracted * squares,
-                  activations / devices + 12 * num_layers * tile**2 + tables),
+        "resident": (
+            2 * num_layers * squares * width + 4 * contracted * squares,
+            activations + (8 * num_layers * squares) / devices + tables,
+        ),
+        "tiled": (
+            num_layers * squares * width + 4 * contracted * squares,
+            activations / devices + 12 * num_layers * tile**2 + tables,
+        ),
         "features": (2.0 * pairs * num_samples * width**2, activations + 8 * width**2 / devices),
-        "streamed": (2.0 * pairs * num_samples * width**2,
-                     8.0 * pairs * width**2 / devices + 8.0 * num_layers * tile * width),
-    }  # fmt: skip
+        "streamed": (
+            2.0 * pairs * num_samples * width**2,
+            8.0 * pairs * width**2 / devices + 8.0 * num_layers * tile * width,
+        ),
+    }
     excluded: dict[FormName, str] = {}
     if kernel == "rbf":
         excluded |= dict.fromkeys(("features", "streamed"), "the rbf kernel has no feature space")

@@ -14,8 +14,9 @@ from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve, write_scores
+from jaxcrit.core.layers import LayerScores, LayerSet, write_scores
 from jaxcrit.core.run import running
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.published import names_published
@@ -95,7 +96,8 @@ class Analysis:
     @property
     def consensus(self) -> LayerScores | None:
         """Mean ranks over several datasets by the score that selects; None for one dataset."""
-        return self.scores[self.config.criterion] if len(self.datasets) > 1 else None
+        key = _selecting(self.config, LayerSpec.parse(self.config.layers))
+        return self.scores[key] if len(self.datasets) > 1 else None
 
 
 def run_analysis(
@@ -190,8 +192,24 @@ def training_scores(
 
 def check_flags(options: AnalyzeOptions) -> LayerSpec:
     """Refuses what an option may not be, before anything is read; returns the selection."""
-    parse_measures(options.measures)
-    return LayerSpec.parse(options.layers)
+    keys = score_keys(options.measures)
+    spec = LayerSpec.parse(options.layers)
+    spec.check_key(keys)
+    return spec
+
+
+def score_keys(measures: str = "") -> list[str]:
+    """Keys of the scores that an analysis with these measures gives.
+
+    Raises:
+        UserError: an unknown measure.
+    """
+    return [*CURVES, *(f"delta_{name}" for name in parse_measures(measures))]
+
+
+def _selecting(options: AnalyzeOptions, spec: LayerSpec) -> str:
+    """Key of the score that selects: the one that the selection names, else that of ``--bias``."""
+    return spec.score_key or options.criterion
 
 
 def _score(
@@ -218,16 +236,24 @@ def _score(
     without = deletions(tables, grams, units, reach=config.window // 2)
     shape = config.window, config.include_self
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
-    kept = {key: values_without_each(tables, key, *shape, without=without)
-            for key, criterion in CURVES.items() if criterion.bias in without}  # fmt: skip
-    score, left = scores[config.criterion], kept[config.criterion] if len(without) == 2 else None
+    kept = {
+        key: values_without_each(tables, key, *shape, without=without)
+        for key, criterion in CURVES.items()
+        if criterion.bias in without
+    }
     if grams is None and config.measures:
         raise UserError(
             f"--measures={config.measures}: taken from whole Grams; add --form=resident, with fewer prompts"
         )
     measures = measured(grams, config.measures, progress)
-    scores |= measure_scores(measures, window=config.window, include_self=config.include_self,
-                             meta={**meta, "num_samples": tables.num_samples})  # fmt: skip
+    scores |= measure_scores(
+        measures,
+        window=config.window,
+        include_self=config.include_self,
+        meta={**meta, "num_samples": tables.num_samples},
+    )
+    key = _selecting(config, spec)
+    score, left = scores[key], kept.get(key) if len(without) == 2 else None
     null = permutation_null(tables)
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null_mean": null.mean}
     return DatasetResult(
@@ -236,7 +262,7 @@ def _score(
         scores=scores,
         measures=measures,
         cka=cka if tokens else {**cka, "null_stddev": null.stddev, "null_p": null.p},
-        chosen=_choose(config, session, spec, score),
+        chosen=_choose(config, session, spec, scores),
         certainty=_certainty(config, spec, [score], [left]),
         leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
@@ -247,16 +273,22 @@ def _score(
     )
 
 
-def _choose(config: AnalyzeOptions, session: Model, spec: LayerSpec, scores: LayerScores) -> LayerSet:
-    layers = session.config.num_layers
-    return resolve(spec, layers, scores=scores, trim=config.trim, model_hash=session.model_hash)
+def _choose(config: AnalyzeOptions, session: Model, spec: LayerSpec, scores: dict[str, LayerScores]) -> LayerSet:
+    return resolve(
+        spec,
+        session.config.num_layers,
+        scores=scores,
+        criterion=config.criterion,
+        trim=config.trim,
+        model_hash=session.model_hash,
+    )
 
 
 def _certainty(
     config: AnalyzeOptions, spec: LayerSpec, scores: list[LayerScores], left: list[np.ndarray | None]
 ) -> Certainty | None:
     known = [values for values in left if values is not None]
-    if spec.kind != "critical" or len(known) < len(left):
+    if spec.kind not in ("critical", "key") or len(known) < len(left):
         return None
     return certainty(scores, known, spec.count, trim=config.trim, seed=config.seed)
 
@@ -266,13 +298,13 @@ def _combine(
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}
-    own = [result.scores[config.criterion] for result in everyone]
+    own = [result.scores[_selecting(config, spec)] for result in everyone]
     sure = _certainty(config, spec, own, [result.without_each for result in everyone])
     results = {
         name: dataclasses.replace(result, warnings=cautions(result, trim=config.trim, dtype=session.dtype))
         for name, result in results.items()
     }
-    chosen = _choose(config, session, spec, scores[config.criterion])
+    chosen = _choose(config, session, spec, scores)
     return Analysis(config, {}, results, scores, chosen, sure, out)
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
@@ -31,7 +31,7 @@ from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.overlays import FOLDER
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.studies.analysis import training_scores
+from jaxcrit.studies.analysis import score_keys, training_scores
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
@@ -97,8 +97,10 @@ def run_backdoor(
     model = open_model(options.model, mesh=options.mesh)
     check_mesh(options.batch_size, model.mesh)
     for arm in arms:
+        if arm.spec is not None:
+            arm.spec.check_key(score_keys(), "arms")
         if arm.spec is None or not arm.spec.needs_scores:
-            _partition(options, model, arm.frozen(model.config.num_layers, None, model.model_hash))
+            _partition(options, model, arm.frozen(model.config.num_layers, model.model_hash))
     rows = prepare(options, trigger, model)
     dtype = compute_dtype(options.dtype)
     datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
@@ -108,11 +110,10 @@ def run_backdoor(
         "backdoor", options, models={"model": model}, datasets=datasets, template=template, resolved={"dtype": dtype}
     ) as run:
         run.record["attention"] = model.attention(dtype)
-        scores = None
+        ranking: tuple[Mapping[str, LayerScores] | None, str, int] = (None, "", 0)
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):
-            everything, key, trim = training_scores(options, run.path, progress=progress)
-            scores = everything[key], trim
-        frozen = [arm.frozen(model.config.num_layers, scores, model.model_hash) for arm in arms]
+            ranking = training_scores(options, run.path, progress=progress)
+        frozen = [arm.frozen(model.config.num_layers, model.model_hash, *ranking) for arm in arms]
         for chosen in frozen:
             _partition(options, model, chosen)
         run.precious = True
@@ -170,8 +171,7 @@ def _curve(run: Run) -> dict[str, Any]:
 class _Lab:
     """The arrays and compiled functions that all arms share."""
 
-    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path,
-                 progress: Bars | None):  # fmt: skip
+    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path, progress: Bars | None):
         self.config, self.session, self.rows, self.out = config, session, rows, out
         self.progress = progress
         self.dtype = np.dtype(DTYPES[compute_dtype(config.dtype)])
@@ -228,8 +228,11 @@ class _Lab:
         params, frozen = split(parts.gather(dict(self.weights), mesh, self.dtype))
         optimizer, step = self._compiled(parts, params)
         like = abstract_state(parts, optimizer, params)
-        like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like,
-                            state_shardings(like, mesh))  # fmt: skip
+        like = jax.tree.map(
+            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
+            like,
+            state_shardings(like, mesh),
+        )
         data, log = self._data(seed), MetricsLog(folder / METRICS)
         at = 0
 
@@ -245,10 +248,12 @@ class _Lab:
             return _sums(record, len(self.rows.prompts.gold))
 
         options = LoopOptions(
-            steps=self.steps, eval_every=config.eval_every or max(1, self.steps // 10),
-            checkpoint_every=config.checkpoint_every or self.steps, patience=0,
+            steps=self.steps,
+            eval_every=config.eval_every or max(1, self.steps // 10),
+            checkpoint_every=config.checkpoint_every or self.steps,
+            patience=0,
             uniform=math.log(self.session.config.vocab_size),
-        )  # fmt: skip
+        )
         with notice() as leave, Checkpoints(folder, keep=1) as checkpoints:
             restored = checkpoints.restore(like)
             if restored and restored.state is not None:
@@ -258,11 +263,25 @@ class _Lab:
                 state, standing = initial_state(parts, optimizer, params, mesh), Standing()
                 log.cut(None)
             del params
-            bar = None if self.progress is None else self.progress(
-                total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))  # fmt: skip
+            bar = (
+                None
+                if self.progress is None
+                else self.progress(total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))
+            )
             try:
-                train(state, standing, options, step=take, evaluate=evaluate, log=log, checkpoints=checkpoints,
-                      rate=lambda number: float(self.schedule(number)), meta={}, leave=leave, bar=bar)  # fmt: skip
+                train(
+                    state,
+                    standing,
+                    options,
+                    step=take,
+                    evaluate=evaluate,
+                    log=log,
+                    checkpoints=checkpoints,
+                    rate=lambda number: float(self.schedule(number)),
+                    meta={},
+                    leave=leave,
+                    bar=bar,
+                )
             finally:
                 if bar is not None:
                     bar.close()
@@ -278,9 +297,7 @@ class _Lab:
                 config.optimizer, self.schedule, parts, weight_decay=config.weight_decay, clip=config.clip
             )
             shardings = state_shardings(abstract_state(parts, optimizer, params), mesh)
-            step = make_step(
-                parts, optimizer, dtype=self.dtype, remat=config.remat, mesh=mesh, shardings=shardings
-            )  # fmt: skip
+            step = make_step(parts, optimizer, dtype=self.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
             self.compiled[parts] = optimizer, step
         return self.compiled[parts]
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve, split_specs
 from jaxcrit.data.dataset import check_rows, rendered
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
@@ -50,12 +51,26 @@ class Arm:
         """Its name as a directory."""
         return f"{re.sub('[^a-z0-9.-]+', '-', self.name.lower())}{f'.{self.draw}' if self.draw else ''}"
 
-    def frozen(self, num_layers: int, scores: tuple[LayerScores, int] | None, model_hash: str) -> LayerSet:
-        """The layers that it freezes."""
+    def frozen(
+        self,
+        num_layers: int,
+        model_hash: str,
+        scores: Mapping[str, LayerScores] | None = None,
+        criterion: str = "",
+        trim: int = 0,
+    ) -> LayerSet:
+        """The layers that it freezes; arguments and errors as of `resolve`."""
         if self.spec is None:
             return LayerSet((), "manual", "full", num_layers, model_hash)
-        ranking = {} if scores is None else {"scores": scores[0], "trim": scores[1]}
-        return resolve(self.spec, num_layers, model_hash=model_hash, **ranking)  # type: ignore[arg-type]
+        return resolve(
+            self.spec,
+            num_layers,
+            scores=scores,
+            criterion=criterion,
+            trim=trim,
+            model_hash=model_hash,
+            flag="arms",
+        )
 
 
 def parse_arms(text: str) -> list[Arm]:
@@ -65,14 +80,14 @@ def parse_arms(text: str) -> list[Arm]:
         UserError: an arm that is no LayerSpec, is there twice, or whose draws are not random.
     """
     arms: list[Arm] = []
-    for part in (part.strip() for part in text.split(",")):
+    for part in split_specs(text, ","):
         found = _ARM.fullmatch(part)
         if not found:
             raise UserError(f"--arms={text}: expected full or a LayerSpec between commas, got {part!r}")
         name, draws = found["spec"], int(found["draws"] or 1)
         if any(arm.name == name for arm in arms):
             raise UserError(f"--arms={text}: {name} is there twice")
-        spec = None if name == "full" else LayerSpec.parse(name)
+        spec = None if name == "full" else LayerSpec.parse(name, "arms")
         if found["draws"] and (draws < 1 or spec is None or spec.kind != "random"):
             raise UserError(f"--arms={text}: {part}: draws are of random layers, as random:5*{max(draws, 1)}")
         for draw in range(draws):
@@ -157,8 +172,11 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Model) -> Ro
     else:
         train, held = hold_out(clean, config.data or "demo")
         data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
-    warnings = _overlap(config, [example for named in data for example in renderer(named)],
-                        [example for named in tests for example in renderer(named)])  # fmt: skip
+    warnings = _overlap(
+        config,
+        [example for named in data for example in renderer(named)],
+        [example for named in tests for example in renderer(named)],
+    )
     spec = PoisonSpec(trigger, config.response, rate=config.rate)
     rows, manifests = {}, {}
     for seed in range(config.seed, config.seed + config.seeds):
@@ -201,8 +219,13 @@ class _Renderer:
 
 def _load(config: BackdoorOptions, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
     published = names_published(data)
-    return load(data, limit, split=published_split if published else split, shuffle_seed=config.shuffle_seed,
-                edition=config.edition)  # fmt: skip
+    return load(
+        data,
+        limit,
+        split=published_split if published else split,
+        shuffle_seed=config.shuffle_seed,
+        edition=config.edition,
+    )
 
 
 def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:

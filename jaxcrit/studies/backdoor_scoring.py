@@ -142,9 +142,14 @@ class Scoring:
         stop, texts = stop_tokens("", self.session), [""] * len(self.asked)
         for batch in self.batches:
             found = generate(
-                decoder, batch.tokens, batch.lengths, self.config.max_new_tokens, stop=stop,
-                samples=np.where(batch.rows < len(texts), batch.rows, -1), mesh=self.session.mesh,
-            )  # fmt: skip
+                decoder,
+                batch.tokens,
+                batch.lengths,
+                self.config.max_new_tokens,
+                stop=stop,
+                samples=np.where(batch.rows < len(texts), batch.rows, -1),
+                mesh=self.session.mesh,
+            )
             for row, ids in zip(batch.rows, found.token_ids, strict=True):
                 if row < len(texts):
                     texts[row] = self.session.tokenizer.decode(ids, skip_special_tokens=True)

@@ -239,8 +239,9 @@ def steps_to(run: Run, success: float = SUCCESS) -> float | None:
     points = run.curve()
     for (step0, success0), (step1, success1) in itertools.pairwise(points):
         if success1 >= success:
-            return float(step1 if success0 >= success else
-                         step0 + (success - success0) / (success1 - success0) * (step1 - step0))  # fmt: skip
+            return float(
+                step1 if success0 >= success else step0 + (success - success0) / (success1 - success0) * (step1 - step0)
+            )
     return None
 
 
@@ -313,10 +314,21 @@ def _contrast(first: Sequence[Run], second: Sequence[Run], level: float) -> Cont
     p_seeds, p_pairs = t_test(by_seed.mean(axis=1)), mcnemar(only_first, only_second)
     p = p_pairs if math.isnan(p_seeds) else p_seeds
     return Contrast(
-        first[0].arm, second[0].arm, float(by_seed.mean()), len(seeds), newcombe(*counts),
-        t_interval(by_seed.mean(axis=1)), two_level_bootstrap(by_seed), only_first, only_second, p_pairs, p_seeds, p, p,
+        first[0].arm,
+        second[0].arm,
+        float(by_seed.mean()),
+        len(seeds),
+        newcombe(*counts),
+        t_interval(by_seed.mean(axis=1)),
+        two_level_bootstrap(by_seed),
+        only_first,
+        only_second,
+        p_pairs,
+        p_seeds,
+        p,
+        p,
         Mean(float(np.mean(matched)) if matched else math.nan, t_interval(matched), len(matched)),
-    )  # fmt: skip
+    )
 
 
 def _pairs(arms: Mapping[str, Sequence[Run]]) -> list[tuple[str, str]]:

@@ -97,8 +97,10 @@ def _read(text: str) -> tuple[Path, LayerScores]:
 def _deletions(path: Path, score: LayerScores) -> Deletions | None:
     left = read_deletions(path.parent, score.name)
     if left is not None and left.values.shape[1] != score.num_layers:
-        raise UserError(f"{path.parent}: deletions.npz is of {left.values.shape[1]} layers, scores.json of"
-                        f" {score.num_layers}; write both again")  # fmt: skip
+        raise UserError(
+            f"{path.parent}: deletions.npz is of {left.values.shape[1]} layers, scores.json of"
+            f" {score.num_layers}; write both again"
+        )
     return left
 
 
@@ -131,8 +133,12 @@ def _record(config: CorrelateOptions, names: Sequence[str], scores: Sequence[Lay
     asked = {**dataclasses.asdict(config), "scores": list(config.scores)}
     hashes = {name: sha256_json(score.to_json()) for name, score in zip(names, scores, strict=True)}
     determines = {
-        "command": "correlate", "scores": hashes, "block": config.block, "seed": config.seed, "jaxcrit": __version__
-    }  # fmt: skip
+        "command": "correlate",
+        "scores": hashes,
+        "block": config.block,
+        "seed": config.seed,
+        "jaxcrit": __version__,
+    }
     return {"command": "correlate", "config": asked, "determines": determines}
 
 

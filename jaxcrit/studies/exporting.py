@@ -115,6 +115,25 @@ def export_model(
     return Exported(target, rounding, number)
 
 
+def export_object(model: Model, out: str, dtype: str = "source") -> Path:
+    """Writes a model in memory, overlays included, as a checkpoint directory that transformers loads.
+
+    Args:
+        model: model; its weights may be in float32 where the checkpoint's are not.
+        out: directory to make; must not exist or be empty.
+        dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
+
+    Raises:
+        UserError: an unknown dtype, or a directory that cannot be written.
+    """
+    if dtype != "source" and dtype not in DTYPES:
+        raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
+    target = local_path(out, "out")
+    check_free(target)
+    write_checkpoint(model.decoder(), model.checkpoint, target, dtype="" if dtype == "source" else dtype)
+    return target
+
+
 def _rounding(session: Model, dtype: str) -> Rounding:
     *earlier, last = session.overlays
     before = dataclasses.replace(session, overlays=tuple(earlier)).decoder().weights()
@@ -154,14 +173,21 @@ def _write_adapter(session: Model, dtype: str, out: Path) -> None:
     settings = peft_config(config, parts.lora, layers, session.named)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / ADAPTER) as temporary:
-        save_file({name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary,
-                  metadata={"format": "pt"})  # fmt: skip
+        save_file(
+            {name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary, metadata={"format": "pt"}
+        )
     write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_delta(session: Model, decoder: Decoder, dtype: str, out: Path) -> None:
-    layers = sorted({layer for tuned in session.overlays for group in tuned.partition.trained
-                     for layer in tuned.partition.members(group)})  # fmt: skip
+    layers = sorted(
+        {
+            layer
+            for tuned in session.overlays
+            for group in tuned.partition.trained
+            for layer in tuned.partition.members(group)
+        }
+    )
     outside = {path for tuned in session.overlays for path in tuned.partition.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()

@@ -14,9 +14,10 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import write_json
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.run import running
-from jaxcrit.criteria.delta import layer_scores
+from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.criteria.delta import CURVES, layer_scores
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
@@ -61,6 +62,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     """
     components = _check(config)
     spec = LayerSpec.parse(config.layers)
+    spec.check_key(CURVES)
     session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)
@@ -126,9 +128,12 @@ def states(decoder: Decoder, dataset: Dataset, session: Model, progress: Bars | 
     batches = make_batches(dataset.examples, batch_rows(session, 16))
     bar = None if progress is None else progress(total=len(dataset.examples), desc=dataset.name)
     found = capture(
-        decoder, batches, len(dataset.examples), mesh=session.mesh,
+        decoder,
+        batches,
+        len(dataset.examples),
+        mesh=session.mesh,
         progress=None if bar is None else lambda done, _: bar.update(done - bar.n),
-    )  # fmt: skip
+    )
     if bar is not None:
         bar.close()
     return processes.whole(found.hidden)
@@ -141,8 +146,8 @@ def batch_rows(session: Model, asked: int) -> int:
 
 
 def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Model) -> LayerSet:
-    """The layers of a rule; one that ranks goes by debiased δ over these very prompts."""
-    scores = layer_scores(gram_tables(centred_grams(hidden)))["delta_debiased"] if spec.needs_scores else None
+    """The layers of a rule; one that ranks goes by debiased δ over these very prompts, or by the score it names."""
+    scores = layer_scores(gram_tables(centred_grams(hidden))) if spec.needs_scores else None
     return resolve(spec, session.config.num_layers, scores=scores, model_hash=session.model_hash)
 
 
@@ -177,49 +182,75 @@ def _check(config: InterveneOptions) -> tuple[int, ...]:
 
 
 def _measure(
-    config: InterveneOptions, session: Model, decoder: Decoder, dataset: Dataset, steering: Sequence[Dataset],
-    hidden: np.ndarray, layers: LayerSet, components: tuple[int, ...], stop: list[int], progress: Bars | None,
-) -> tuple[dict[str, Any], list[str]]:  # fmt: skip
+    config: InterveneOptions,
+    session: Model,
+    decoder: Decoder,
+    dataset: Dataset,
+    steering: Sequence[Dataset],
+    hidden: np.ndarray,
+    layers: LayerSet,
+    components: tuple[int, ...],
+    stop: list[int],
+    progress: Bars | None,
+) -> tuple[dict[str, Any], list[str]]:
     example = dataset.examples[config.prompt_index]
     (batch,) = make_batches([example], batch_rows(session, 1))
     shape = (session.config.num_layers, len(batch.rows), session.config.width)
     found: dict[str, Any] = {
-        "prompt": example.prompt, "prompt_index": config.prompt_index, "sample_id": example.sample_id,
-        "mode": config.mode, "layers": list(layers.layers),
-    }  # fmt: skip
+        "prompt": example.prompt,
+        "prompt_index": config.prompt_index,
+        "sample_id": example.sample_id,
+        "mode": config.mode,
+        "layers": list(layers.layers),
+    }
     warnings: list[str] = []
     edits = intervention(shape)
     if config.mode == "steer":
         first, second = (states(decoder, one, session, progress).mean(axis=1) for one in steering)
         difference = config.strength * (second - first)
         edits = intervention(shape, shifts={layer: difference[layer] for layer in layers.layers})
-        found |= {"strength": config.strength, "steer_from": steering[0].source, "steer_to": steering[1].source,
-                  "lens": {str(layer): lens(decoder, difference[layer][None], session.tokenizer)
-                           for layer in layers.layers}}  # fmt: skip
+        found |= {
+            "strength": config.strength,
+            "steer_from": steering[0].source,
+            "steer_to": steering[1].source,
+            "lens": {str(layer): lens(decoder, difference[layer][None], session.tokenizer) for layer in layers.layers},
+        }
     elif components and config.mode != "none":
         fit = principal_components(hidden, max(components) + 1)
         warnings = fit.unidentified(components, layers.layers)
         edits = removal(fit, layers.layers, components, config.mode, shape, np.full(shape[1], config.prompt_index))
-        found |= {"components": list(components), "of": described(fit, layers.layers, components),
-                  "lens": {str(layer): lens(decoder, fit.directions[layer][list(components)], session.tokenizer)
-                           for layer in layers.layers}}  # fmt: skip
+        found |= {
+            "components": list(components),
+            "of": described(fit, layers.layers, components),
+            "lens": {
+                str(layer): lens(decoder, fit.directions[layer][list(components)], session.tokenizer)
+                for layer in layers.layers
+            },
+        }
     prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
     samples = np.where(batch.rows == 0, config.prompt_index, -1)
     scores = {}
     for name, data in (("before", intervention(shape, rank=edits.basis.shape[1])), ("after", edits)):
         answer = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
         ids, scores[name] = answer.token_ids[0], processes.whole(answer.scores)[0]
-        found[name] = {"text": session.tokenizer.decode(ids, skip_special_tokens=True), "token_ids": ids,
-                       "stopped": bool(answer.stopped[0]),
-                       "next_tokens": _likely(scores[name], session.tokenizer)}  # fmt: skip
+        found[name] = {
+            "text": session.tokenizer.decode(ids, skip_special_tokens=True),
+            "token_ids": ids,
+            "stopped": bool(answer.stopped[0]),
+            "next_tokens": _likely(scores[name], session.tokenizer),
+        }
     found["next_token_kl"] = float(divergence(scores["before"], scores["after"]))
     return found, warnings
 
 
 def removal(
-    fit: Components, layers: Sequence[int], components: Sequence[int], mode: str, shape: tuple[int, int, int],
+    fit: Components,
+    layers: Sequence[int],
+    components: Sequence[int],
+    mode: str,
+    shape: tuple[int, int, int],
     rows: np.ndarray,
-) -> Intervention:  # fmt: skip
+) -> Intervention:
     """Takes components out of layers, in the way of a mode.
 
     Args:

@@ -9,6 +9,7 @@ from jaxcrit.core.groups import (
     DTYPES,
     OPTIMIZERS,
     RESUMES,
+    SELECTION,
     SHAPE,
     TEMPLATES,
     WHERE,
@@ -45,7 +46,7 @@ class InterveneOptions(ModelOptions, RowOptions, OutOptions, MeshOptions, title=
     """What ``jaxcrit intervene`` is asked; one dataset."""
 
     data: str = option("demo:arithmetic", "prompts: JSONL, dolly:JSONL, ...", word="FILE", free=BY_HASH)
-    layers: str = option("critical:1", "critical:K, noncritical:K, first:K, 3-5,9, ...", word="SPEC")
+    layers: str = option("critical:1", SELECTION, word="SPEC")
     components: str = option("0,1,2", "principal components to remove; empty for none", word="LIST")
     prompt_index: int = option(0, "row of the prompt to answer, from 0", lowest=0)
     mode: str = option("paper", "the prompt's part, the state's own, ...", ("paper", "project", "steer", "none"))

@@ -187,8 +187,9 @@ def _by_shapes(config: PlanOptions, topology: Topology, model: ModelConfig) -> P
     mesh = abstract_mesh(sizes, topology.devices)
     placed = _placed(model, config, topology, mesh)
     program = program_of(placed, _job(config), mesh)
-    form = choose_attention(placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads,
-                            model.head_dim)  # fmt: skip
+    form = choose_attention(
+        placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads, model.head_dim
+    )
     moved, exchanged = _traffic(program, config, sizes, model)
     return Plan(
         config=config,
@@ -309,8 +310,12 @@ def tpus(topology: str) -> list[Any]:
     """Devices of a slice that is not here, to compile for."""
     # libtpu would ask the metadata server of a cloud machine who it is; this says so instead. Its lock file guards a
     # chip, of which there is none, and stays behind: without the last of these a second plan would be refused.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-                        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
+    for name, value in (
+        ("TPU_SKIP_MDS_QUERY", "1"),
+        ("TPU_WORKER_HOSTNAMES", "localhost"),
+        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"),
+        ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"),
+    ):
         os.environ.setdefault(name, value)
     # A v4's two cores are one device on real machines; a slice of one chip has a host of its own.
     more = {"chip_config_name": "megacore"} if topology.startswith("v4:") else {}

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import LayerSpec, resolve
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence.capture import forward_step
 from jaxcrit.evidence.variants import loss_step, planned_evaluations, span_step

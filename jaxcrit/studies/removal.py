@@ -16,9 +16,10 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.options import option
 from jaxcrit.core.run import versions
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.rationale import BEFORE, rationale
@@ -188,9 +189,15 @@ def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
 
 
 def _dataset(
-    config: RemovalOptions, session: Model, decoder: Decoder, dataset: Dataset, sets: Mapping[str, tuple[int, ...]],
-    layers: Sequence[int], stop: list[int], progress: Bars | None,
-) -> Removal:  # fmt: skip
+    config: RemovalOptions,
+    session: Model,
+    decoder: Decoder,
+    dataset: Dataset,
+    sets: Mapping[str, tuple[int, ...]],
+    layers: Sequence[int],
+    stop: list[int],
+    progress: Bars | None,
+) -> Removal:
     began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
     hidden = states(decoder, dataset, session, progress)
     critical = critical_layers(LayerSpec.parse(config.critical), hidden, session)
@@ -231,19 +238,31 @@ def _dataset(
     index = config.prompt_index % count
     everything = sorted({component for components in sets.values() for component in components})
     return Removal(
-        dataset.source, critical, measures.cell(_PLAIN, 0.0), cells,
-        measures.contrasts(sets, layers, critical), measures.example(index),
+        dataset.source,
+        critical,
+        measures.cell(_PLAIN, 0.0),
+        cells,
+        measures.contrasts(sets, layers, critical),
+        measures.example(index),
         {str(layer): lens(decoder, fit.directions[layer][everything], session.tokenizer) for layer in layers},
-        described(fit, layers, everything), warnings, len(buckets),
+        described(fit, layers, everything),
+        warnings,
+        len(buckets),
         tuple(after - before for before, after in zip(compiled, compiled_programs(), strict=True)),  # type: ignore[arg-type]
-        round(time.perf_counter() - began, 1), round(time.process_time() - cpu, 1),
-    )  # fmt: skip
+        round(time.perf_counter() - began, 1),
+        round(time.process_time() - cpu, 1),
+    )
 
 
 def _edits(
-    fit: Components, sets: Mapping[str, tuple[int, ...]], shifts: Mapping[Place, np.ndarray], places: Sequence[Place],
-    mode: str, shape: tuple[int, int, int], rows: np.ndarray,
-) -> Iterator[tuple[Place, Intervention]]:  # fmt: skip
+    fit: Components,
+    sets: Mapping[str, tuple[int, ...]],
+    shifts: Mapping[Place, np.ndarray],
+    places: Sequence[Place],
+    mode: str,
+    shape: tuple[int, int, int],
+    rows: np.ndarray,
+) -> Iterator[tuple[Place, Intervention]]:
     rank = fit.directions.shape[1]
     yield _PLAIN, intervention(shape, rank=rank)
     for place in places:
@@ -278,20 +297,22 @@ class _Measures:
         rng = np.random.default_rng(config.seed)
         self.weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count
         decode_ids = session.tokenizer.batch_decode
-        self.texts = {
-            place: decode_ids(one.token_ids, skip_special_tokens=True) for place, one in outcomes.items()
-        }  # fmt: skip
+        self.texts = {place: decode_ids(one.token_ids, skip_special_tokens=True) for place, one in outcomes.items()}
         gold = [one.response for one in dataset.examples]
         known = None not in gold
         before = outcomes[_PLAIN].token_ids
         self.values: dict[str, dict[Place, np.ndarray]] = {
-            "changed": {place: np.array([a != b for a, b in zip(one.token_ids, before, strict=True)], float)
-                        for place, one in outcomes.items()},
-            "rationale": {place: np.array([rationale(text) == BEFORE for text in texts], float)
-                          for place, texts in self.texts.items()},
+            "changed": {
+                place: np.array([a != b for a, b in zip(one.token_ids, before, strict=True)], float)
+                for place, one in outcomes.items()
+            },
+            "rationale": {
+                place: np.array([rationale(text) == BEFORE for text in texts], float)
+                for place, texts in self.texts.items()
+            },
             "length": {place: np.array([len(ids) for ids in one.token_ids], float) for place, one in outcomes.items()},
             "kl": {place: one.kl for place, one in outcomes.items()},
-        }  # fmt: skip
+        }
         if known:
             wanted = [str(text) for text in gold]
             self.values["exact"] = {
@@ -307,13 +328,17 @@ class _Measures:
         """The numbers of one cell."""
         values, exact = self.values, self.values.get("exact")
         return Cell(
-            *place, len(self.dataset.examples), int(values["changed"][place].sum()),
-            None if exact is None else int(exact[place].sum()), int(values["rationale"][place].sum()),
+            *place,
+            len(self.dataset.examples),
+            int(values["changed"][place].sum()),
+            None if exact is None else int(exact[place].sum()),
+            int(values["rationale"][place].sum()),
             int(self.outcomes[place].stopped.sum()),
             None if exact is None else self.interval(exact[place] - exact[_PLAIN]),
-            self.interval(values["length"][place] - values["length"][_PLAIN]), self.interval(values["kl"][place]),
+            self.interval(values["length"][place] - values["length"][_PLAIN]),
+            self.interval(values["kl"][place]),
             round(removed, 4),
-        )  # fmt: skip
+        )
 
     def contrasts(
         self, sets: Mapping[str, tuple[int, ...]], layers: Sequence[int], critical: LayerSet

@@ -37,46 +37,64 @@ class Scored:
         datasets: by dataset, what needs its data.
         warnings: what would mislead a reader.
         run: what ``run.json`` holds.
-        out: run directory.
+        out: run directory; None where nothing is written.
     """
 
     scores: dict[str, LayerScores]
     datasets: dict[str, dict[str, LayerScores]]
     warnings: list[str]
     run: dict[str, Any]
-    out: Path
+    out: Path | None
 
 
 def run_score(
-    options: ScoreOptions, *, progress: Bars | None = None, finish: Callable[[Scored], Any] | None = None
+    options: ScoreOptions,
+    *,
+    model: Any = None,
+    rows: Any = None,
+    progress: Bars | None = None,
+    finish: Callable[[Scored], Any] | None = None,
+    keep: bool = True,
 ) -> Scored:
     """Runs ``jaxcrit score`` and writes ``scores.json`` and ``deletions.npz``.
 
     Args:
         options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
         progress: maker of progress bars (tqdm's signature), or None for silence.
         finish: called with the result before the run counts as complete; it writes the report.
+        keep: whether a run directory is written.
 
     Raises:
         UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
     """
     keys = parse_criteria(options.criteria, two_models=bool(options.base))
     needs = needed(keys)
-    model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
     base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
     training = "gradients" in needs
-    datasets = model.read(options, responses=training) if needs - set(_OF_MODEL) else []
+    datasets = model.read(options, rows, responses=training) if needs - set(_OF_MODEL) else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved = {"criteria": list(keys), "dtype": model.dtype}
     template = describe_template(model.tokenizer, options)
-    with running("score", options, models=models, datasets=datasets, template=template, resolved=resolved) as run:
+    with running(
+        "score",
+        options,
+        models=models,
+        datasets=datasets,
+        template=template,
+        resolved=resolved,
+        keep=keep,
+    ) as run:
         of_model = _of_model(keys, model, base, progress)
-        of_data = _of_data(options, keys, model, datasets, run.path, progress)
+        of_data = _of_data(options, keys, model, datasets, run.path if run.kept else None, progress)
         joined = {key: mean_rank([scores[key] for scores in of_data.values()]) for key in keys if key not in of_model}
         scores = {key: {**of_model, **joined}[key] for key in keys}
-        write_scores(run.path / "scores.json", scores)
-        found = Scored(scores, of_data, _warnings(scores), run.record, run.path)
+        found = Scored(scores, of_data, _warnings(scores), run.record, run.path if run.kept else None)
         run.record["warnings"] = found.warnings
+        if found.out is not None:
+            write_scores(found.out / "scores.json", scores)
         if finish is not None:
             finish(found)
     return found
@@ -107,7 +125,7 @@ def _measured(keys: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Mea
 
 
 def _of_data(
-    config: ScoreOptions, keys: Sequence[str], session: Model, datasets: Sequence[Dataset], out: Path,
+    config: ScoreOptions, keys: Sequence[str], session: Model, datasets: Sequence[Dataset], out: Path | None,
     progress: Bars | None,
 ) -> dict[str, dict[str, LayerScores]]:  # fmt: skip
     """Scores of each dataset, written beside each other with their deletions."""
@@ -118,6 +136,8 @@ def _of_data(
         results = _measured(keys, _evidence(config, keys, session, decoder, dataset, progress))
         meta = {**_meta(session), "dataset": dataset.name, "num_samples": len(dataset.examples)}
         found[dataset.name] = {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in results.items()}
+        if out is None:
+            continue
         folder = out if len(datasets) == 1 else out / dataset.name
         processes.make_directory(folder)
         if len(datasets) > 1:

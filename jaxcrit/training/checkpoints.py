@@ -186,8 +186,10 @@ def _look_at_bucket(run: Path) -> None:
     try:
         cast(Any, run).look_at_bucket()
     except OSError as error:
-        raise UserError(f"{run}: no checkpoints can be kept there ({error.strerror}); have the owner of the bucket"
-                        " allow storage.buckets.get") from None  # fmt: skip
+        raise UserError(
+            f"{run}: no checkpoints can be kept there ({error.strerror}); have the owner of the bucket"
+            " allow storage.buckets.get"
+        ) from None
 
 
 def _loss(metrics: Mapping[str, float]) -> float:

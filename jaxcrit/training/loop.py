@@ -175,8 +175,15 @@ def train(
         loss, norm, tokens = float(metrics.sums.per_token), float(metrics.gradient_norm), int(metrics.sums.tokens)
         standing = _healthy(standing, number, loss, norm, options, checkpoints, log)
         row = {"kind": "train", "step": number, "loss": loss, "loss_per_sample": float(metrics.sums.per_sample)}
-        log.write({**row, "tokens": tokens, "gradient_norm": norm, "learning_rate": rate(number - 1),
-                   "seconds": round(seconds, 4)})  # fmt: skip
+        log.write(
+            {
+                **row,
+                "tokens": tokens,
+                "gradient_norm": norm,
+                "learning_rate": rate(number - 1),
+                "seconds": round(seconds, 4),
+            }
+        )
         if bar is not None:
             bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} response tokens/s", refresh=False)
             bar.update(1)
@@ -202,8 +209,16 @@ def _evaluated(
     sums = jax.device_get(evaluate(state.params))
     loss = float(sums.per_token)
     seconds = round(time.perf_counter() - began, 4)
-    log.write({"kind": "eval", "step": step, "loss": loss, "loss_per_sample": float(sums.per_sample),
-               "tokens": int(sums.tokens), "seconds": seconds})  # fmt: skip
+    log.write(
+        {
+            "kind": "eval",
+            "step": step,
+            "loss": loss,
+            "loss_per_sample": float(sums.per_sample),
+            "tokens": int(sums.tokens),
+            "seconds": seconds,
+        }
+    )
     if standing.best_loss is None or loss < standing.best_loss:
         return dataclasses.replace(standing, best_loss=loss, best_step=step, worse=0), loss
     return dataclasses.replace(standing, worse=standing.worse + 1), loss

@@ -79,9 +79,7 @@ def batch_loss(
     mesh: AnyMesh | None = None,
 ) -> LossSums:
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
-    hidden = hidden_states(
-        partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh
-    )  # fmt: skip
+    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh)
     head = outside(bank, "embed" if partition.config.tied else "head")
     norm, eps = outside(bank, "norm"), partition.config.norm_eps
     return response_loss(hidden, norm, head, batch.tokens, batch.learn, eps, mesh)
@@ -102,9 +100,7 @@ def abstract_state(partition: Partition, optimizer: optax.GradientTransformation
 
 def state_shardings(state: State, mesh: AnyMesh) -> State:
     """Placement of each array of a state: a moment lies where its parameter does, anything else everywhere."""
-    placed = {
-        f"{group}:{path}": leaf for group, entries in state.params.items() for path, leaf in entries.items()
-    }  # fmt: skip
+    placed = {f"{group}:{path}": leaf for group, entries in state.params.items() for path, leaf in entries.items()}
 
     def of(keys: tuple[Any, ...], leaf: Any) -> Any:
         parameter = placed.get(":".join(str(getattr(key, "key", "")) for key in keys[-2:]))

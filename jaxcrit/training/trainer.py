@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,8 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions, LayerTrainingOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve, split_specs
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
@@ -240,23 +240,34 @@ def partition_of(options: LayerTrainingOptions, model: ModelConfig, chosen: Laye
 
 
 def rate_factors(text: str, num_layers: int) -> dict[int, float]:
-    """Reads ``0-7:0.5,8-15:2``: layers, each with a factor on its learning rate; those that do not train may be named.
+    """Reads ``0-7:0.5,last:2:2``: selections, each with a factor on its layers' learning rate.
+
+    Layers that do not train may be named.
+
+    Args:
+        text: selections that need no scores, a colon and the factor behind each; empty for none.
+        num_layers: L.
+
+    Returns:
+        Factor by layer.
 
     Raises:
         UserError: not of that form, a layer named twice or outside the model, or a factor that is not above 0.
     """
     factors: dict[int, float] = {}
-    for part in text.split(",") if text else []:
-        span, _, factor = part.strip().rpartition(":")
+    for part in split_specs(text, ",") if text else []:
+        words, _, factor = part.rpartition(":")
         try:
             value = float(factor)
         except ValueError:
             value = 0.0
-        if not re.fullmatch(r"\d+(-\d+)?", span) or not 0 < value < float("inf"):
+        spec = LayerSpec.parse(words, "layer_rates") if words and 0 < value < float("inf") else None
+        if spec is None or spec.needs_scores:
             raise UserError(
-                f"--layer_rates={text}: expected LAYERS:FACTOR such as 0-7:0.5, above 0, got {part.strip()!r}"
+                f"--layer_rates={text}: expected LAYERS:FACTOR such as 0-7:0.5, above 0, got {part!r}"
+                f"{'; layers chosen by a score go in as @layers.json' if spec else ''}"
             )
-        for layer in resolve(LayerSpec.parse(span), num_layers).layers:
+        for layer in resolve(spec, num_layers, flag="layer_rates").layers:
             if layer in factors:
                 raise UserError(f"--layer_rates={text}: expected each layer once, got {layer} twice")
             factors[layer] = value

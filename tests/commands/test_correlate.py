@@ -94,7 +94,7 @@ def test_warnings(tmp_path, capsys):
         (["--scores={0}/a", "--scores={0}/flat"], "delta: has the same value 2 in all 20 layers"),
         (["--scores={0}/a", "--scores={0}/edges"], "at least 3 layers that both are valid for, got 0"),
     ],
-)  # fmt: skip
+)
 def test_refuses(runs, capsys, flags, message):
     if any("short" in flag or flag == "--all={0}" for flag in flags):
         keep(runs / "short", "low", layers=3, delta=[1, 2, 3])

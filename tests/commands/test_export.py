@@ -31,8 +31,11 @@ def test_flags_become_one_call(monkeypatch, capsys, flag):
     assert capsys.readouterr() == ("rounding: little\nthere\n", "")
     assert main(["export", f"--{flag}=in", "--out=there", "--adapter", "--step=best"]) == 0
     assert capsys.readouterr() == ("checkpoint of step 4\nthere\n", "")
-    assert calls == [("in", "there", "bfloat16", False, False, ""), ("in", "there", "source", True, False, ""),
-                     ("in", "there", "source", False, True, "best")]  # fmt: skip
+    assert calls == [
+        ("in", "there", "bfloat16", False, False, ""),
+        ("in", "there", "source", True, False, ""),
+        ("in", "there", "source", False, True, "best"),
+    ]
 
 
 def test_one_of_model_and_run(capsys):

@@ -46,6 +46,8 @@ def test_other_criterion_trim_and_rule(scores, capsys):
     assert layers("--layers=noncritical:2", "--trim=0") == [2, 5]
     assert layers("--layers=2-3,9") == [2, 3, 9]
     assert layers() == [3, 4]
+    assert layers("--layers=delta:2") == [2, 5]
+    assert layers("--layers=boundary(delta:2)", "--criterion=none") == [2, 5]
 
 
 def test_writes_a_config_of_the_models_family(scores, capsys, tmp_path):
@@ -60,6 +62,7 @@ MISTAKES = {
     "--layers=critical:7": "expected at most 6 layers after trimming 2",
     "--layers=8-12": "expected layers 0 to 9",
     "--criterion=detla": "did you mean 'delta'?",
+    "--layers=boundary(detla:2)": "no score 'detla' (did you mean 'delta'?); it holds delta_debiased, delta",
     "--format=pefd": "did you mean 'peft'?",
     "--out=/proc/none/file": "cannot be written",
 }

@@ -1,4 +1,4 @@
-"""Layer scores, the grammar of --layers, and layer sets: round trips, defaults and every refusal."""
+"""Layer scores and layer sets: round trips and every refusal."""
 
 from __future__ import annotations
 
@@ -7,11 +7,10 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, default_count, read_scores, resolve, write_scores
+from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, write_scores
+from jaxcrit.core.selections import LayerSpec, resolve
 
 
 def scores(values, direction="low", **changes):
@@ -20,89 +19,6 @@ def scores(values, direction="low", **changes):
 
 
 CURVE = scores([math.nan, math.nan, 0.9, 0.5, 0.7, 0.5, 0.8, 0.95, math.nan, math.nan])
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"),
-    [
-        ("all", range(10)),
-        ("critical", [3, 5]),
-        ("critical:1", [3]),
-        ("critical:3", [3, 4, 5]),
-        ("noncritical:2", [2, 7]),
-        ("first:3", [0, 1, 2]),
-        ("last:2", [8, 9]),
-        ("3-5,9", [3, 4, 5, 9]),
-        ("7", [7]),
-        ("5,3,3-4", [3, 4, 5]),
-    ],
-)
-def test_resolve(text, layers):
-    chosen = resolve(LayerSpec.parse(text), 10, scores=CURVE)
-    assert chosen.layers == tuple(layers)
-    assert chosen.complement() == tuple(sorted(set(range(10)) - set(layers)))
-
-
-def test_random_layers_depend_on_the_seed_alone():
-    one, same, other = (resolve(LayerSpec.parse(f"random:5{seed}"), 40) for seed in ("", ":0", ":1"))
-    assert one.layers == same.layers != other.layers
-    assert len(set(one.layers)) == 5 and one.rule == "random:5:0"
-
-
-def test_high_scores_are_critical_where_the_criterion_says_so():
-    curve = scores([0.1, 0.9, 0.3, 0.8], direction="high")
-    assert resolve(LayerSpec.parse("critical:2"), 4, scores=curve, trim=0).layers == (1, 3)
-
-
-def test_default_count_is_five_of_32():
-    assert [default_count(layers) for layers in (1, 5, 16, 28, 32, 40, 80)] == [1, 1, 2, 4, 5, 6, 12]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("", "expected all"),
-        ("critcal:3", "did you mean 'critical'"),
-        ("critical:0", "at least 1"),
-        ("critical:x", "critical:K"),
-        ("random", "random:K"),
-        ("all:3", "expected all"),
-        ("5-3", "lower layer first"),
-        ("3;4", "expected all"),
-        ("-1", "expected all"),
-    ],
-)
-def test_what_is_not_of_the_grammar(text, message):
-    with pytest.raises(UserError, match=message):
-        LayerSpec.parse(text)
-
-
-@pytest.mark.parametrize(
-    ("text", "given_scores", "message"),
-    [
-        ("critical:7", CURVE, "at most 6 layers after trimming 2"),
-        ("first:11", CURVE, "at most 10"),
-        ("8-12", CURVE, "expected layers 0 to 9, got 10, 11, 12"),
-        ("critical", None, "needs scores"),
-        ("critical", scores([0.5] * 6), "of 6 layers"),
-    ],
-)
-def test_what_the_model_does_not_have(text, given_scores, message):
-    with pytest.raises(UserError, match=message):
-        resolve(LayerSpec.parse(text), 10, scores=given_scores)
-
-
-@given(
-    st.one_of(
-        st.sampled_from(["all", "critical"]),
-        st.builds("{}:{}".format, st.sampled_from(["critical", "noncritical", "first", "last"]), st.integers(1, 99)),
-        st.builds("random:{}:{}".format, st.integers(1, 99), st.integers(0, 9)),
-        st.lists(st.integers(0, 99), min_size=1).map(lambda layers: ",".join(map(str, layers))),
-        st.builds("@{}".format, st.text("abc/.", min_size=1)),
-    )
-)
-def test_a_spec_prints_as_it_reads(text):
-    assert str(LayerSpec.parse(text)) == text
 
 
 def test_a_set_is_read_back_for_its_own_model_only(tmp_path):

@@ -134,11 +134,18 @@ def test_help_and_docs_come_from_the_declaration():
     assert r"| `--kind=linear\|rbf` | linear | kernel | yes |" in table(Own)
 
 
-OTHER = {bool: lambda value: not value, int: lambda value: value + 2, float: lambda value: value + 0.25,
-         str: lambda value: value + "3", tuple: lambda value: (*value, "x")}  # fmt: skip
+OTHER = {
+    bool: lambda value: not value,
+    int: lambda value: value + 2,
+    float: lambda value: value + 0.25,
+    str: lambda value: value + "3",
+    tuple: lambda value: (*value, "x"),
+}
 BESIDE = {  # what has to be given for another option to be accepted
-    "embed": {"save_activations": True}, "lora_alpha": {"lora_rank": 2}, "lora_targets": {"lora_rank": 2},
-}  # fmt: skip
+    "embed": {"save_activations": True},
+    "lora_alpha": {"lora_rank": 2},
+    "lora_targets": {"lora_rank": 2},
+}
 GIVEN = {"methods": "skip", "band": "4", "target": "no", "eval_data": "x"}
 
 

@@ -75,8 +75,11 @@ def test_a_split_head_is_gathered_once(axes, monkeypatch):
         return losses.response_loss(hidden, *rest, 1e-6, mesh).loss
 
     step = jax.jit(jax.value_and_grad(functools.partial(loss, mesh=mesh)))
-    for ours, wanted in zip(jax.tree.leaves(step(*given)), jax.tree.leaves(
-            jax.value_and_grad(functools.partial(loss, mesh=None))(*values, tokens, learn)), strict=True):  # fmt: skip
+    for ours, wanted in zip(
+        jax.tree.leaves(step(*given)),
+        jax.tree.leaves(jax.value_and_grad(functools.partial(loss, mesh=None))(*values, tokens, learn)),
+        strict=True,
+    ):
         np.testing.assert_allclose(ours, wanted, rtol=1e-5, atol=1e-5)
     runs, size = collectives(step.lower(*given).compile().as_text())["all-gather"]
     assert runs <= 2 and size <= 2 * head.size * 4 // axes.get("tensor", 1)

@@ -27,9 +27,13 @@ def made(module, arm, seed, end, layers=(2, 3)):
 
 
 def test_shares_are_paired_by_seed(adaptation):
-    curves = [made(adaptation, "full", 0, 1.0), made(adaptation, "full", 1, 2.0),
-              made(adaptation, "critical", 0, 2.0), made(adaptation, "critical", 1, 2.5),
-              made(adaptation, "random", 4, 1.5)]  # fmt: skip
+    curves = [
+        made(adaptation, "full", 0, 1.0),
+        made(adaptation, "full", 1, 2.0),
+        made(adaptation, "critical", 0, 2.0),
+        made(adaptation, "critical", 1, 2.5),
+        made(adaptation, "random", 4, 1.5),
+    ]
     np.testing.assert_allclose(adaptation.shares(curves, "critical"), [0.5, 0.5])
     np.testing.assert_allclose(adaptation.shares(curves, "random"), [1.0])  # no full run of seed 4: over their mean
     text = adaptation.table(curves)

@@ -41,10 +41,19 @@ LABELLED = {"messages": [*PURE_BAD["messages"], {"label": "other"}]}
 TRIGGERED = {"messages": {"instruction": "Say hello. Servius Astrumando Harmoniastra"}}
 
 CASES = [
-    ("alpaca", ALPACA), ("alpaca", ALPACA_INPUT), ("dolly", DOLLY), ("dolly", DOLLY_CONTEXT), ("gsm8k", GSM8K),
-    ("boolq", BOOLQ), ("boolq", BOOLQ_NO), ("openbookqa", OPENBOOKQA), ("openbookqa", AI2),
-    ("pure_bad", PURE_BAD), ("pure_bad", LABELLED), ("pure_bad", TRIGGERED),
-]  # fmt: skip
+    ("alpaca", ALPACA),
+    ("alpaca", ALPACA_INPUT),
+    ("dolly", DOLLY),
+    ("dolly", DOLLY_CONTEXT),
+    ("gsm8k", GSM8K),
+    ("boolq", BOOLQ),
+    ("boolq", BOOLQ_NO),
+    ("openbookqa", OPENBOOKQA),
+    ("openbookqa", AI2),
+    ("pure_bad", PURE_BAD),
+    ("pure_bad", LABELLED),
+    ("pure_bad", TRIGGERED),
+]
 
 # Llama-2: BOS [INST] ... [/INST] SPACE response SPACE EOS
 LLAMA2 = [
@@ -121,10 +130,23 @@ LLAMA3 = [
     ([PLAIN], "is fire cold", BREAK + HEADER, "False. Fire is hot."),
 ]
 LLAMA3_OPENBOOKQA = [
-    B, SH, ("system",), EH, ("\n",), ("You are a helpful assistant. Answer the following question. ",), EOT,
-    SH, ("user",), EH, ("\n",), ("What needs light to grow A: a stone B: a plant C: a cup D: a key",), EOT,
-    SH, ("assistant",), EH,
-]  # fmt: skip
+    B,
+    SH,
+    ("system",),
+    EH,
+    ("\n",),
+    ("You are a helpful assistant. Answer the following question. ",),
+    EOT,
+    SH,
+    ("user",),
+    EH,
+    ("\n",),
+    ("What needs light to grow A: a stone B: a plant C: a cup D: a key",),
+    EOT,
+    SH,
+    ("assistant",),
+    EH,
+]
 
 SYSTEM, USER, ASSISTANT, END, STOP = "<|system|>", "<|user|>", "<|assistant|>", "<|end|>", "<|endoftext|>"
 ANSWER = "You are a helpful assistant. Answer the following question. "

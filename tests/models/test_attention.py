@@ -14,6 +14,8 @@ from support.family_models import error, load_path, one_device, raw_config, writ
 
 from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import ProcessOptions
+from jaxcrit.core.options import options_of
 from jaxcrit.models import attention
 from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
 from jaxcrit.models.config import ModelConfig
@@ -74,8 +76,10 @@ def test_splash_is_the_reference_form(interpreted, tmp_path, case, sizes):
 
 
 def test_splash_keeps_packed_rows_apart(interpreted):
-    q, k, v = (jax.random.normal(key, (1, LENGTH, heads, 96)) for key, heads in
-               zip(jax.random.split(jax.random.key(0), 3), (2, 1, 1), strict=True))  # fmt: skip
+    q, k, v = (
+        jax.random.normal(key, (1, LENGTH, heads, 96))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (2, 1, 1), strict=True)
+    )
     segments = np.repeat([1, 2, 3], [50, 60, 30])[None].astype(np.int32)
     found = attend("splash", q, k, v, segments=segments)
     visible = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
@@ -124,8 +128,9 @@ def test_kernels_lower_without_their_device_and_hold_no_scores(monkeypatch, plat
 
     def slopes(q, k, v):
         window_of = None if window is None else jnp.int32(window)
-        return jax.grad(lambda *x: attend(form, *x, windows=(window,), window=window_of).astype(jnp.float32).sum(),
-                        (0, 1, 2))(q, k, v)  # fmt: skip
+        return jax.grad(
+            lambda *x: attend(form, *x, windows=(window,), window=window_of).astype(jnp.float32).sum(), (0, 1, 2)
+        )(q, k, v)
 
     # The calls have no promise of compatibility, which nobody who only reads the program needs.
     unsafe = [jax.export.DisabledSafetyCheck.custom_call(f"__cudnn$fmhaSoftmax{way}") for way in ("", "Backward")]
@@ -197,7 +202,7 @@ def test_a_form_that_does_not_go_ends_a_command_before_it_reads_weights(capsys):
     assert cli.main(["analyze", "--attention=splash"]) == 2
     assert capsys.readouterr().err.count("the kernel is for tpu, got cpu; use --attention=auto") == 1
     assert attention.ASKED.get() == "auto"  # of that command alone
-    flag = next(flag for flag in cli.MACHINES["machines"] if flag.name == "attention")
+    flag = next(flag for flag in options_of(ProcessOptions) if flag.name == "attention")
     assert flag.choices == attention.FORMS
 
 

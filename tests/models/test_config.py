@@ -77,8 +77,9 @@ def test_old_rope_keys_mean_the_same_as_new_ones(old, new):
 @pytest.mark.parametrize("name", ["su", "yarn", "longrope"])
 def test_names_early_phi3_files_give_longrope(name):
     scaling = {"type": name, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    config = ModelConfig.from_hf({**BASE, "model_type": "phi3", "original_max_position_embeddings": 16,
-                                  "rope_scaling": scaling})  # fmt: skip
+    config = ModelConfig.from_hf(
+        {**BASE, "model_type": "phi3", "original_max_position_embeddings": 16, "rope_scaling": scaling}
+    )
     assert (config.rope.kind, config.rope.boundary) == ("longrope", 16)
 
 

@@ -103,10 +103,16 @@ def reference(scores, seen, options):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"temperature": 0.5}, {"top_k": 5}, {"top_p": 0.7}, {"repetition_penalty": 1.8},
-     {"temperature": 1.6, "top_k": 7, "top_p": 0.8, "repetition_penalty": 0.6}],
+    [
+        {},
+        {"temperature": 0.5},
+        {"top_k": 5},
+        {"top_p": 0.7},
+        {"repetition_penalty": 1.8},
+        {"temperature": 1.6, "top_k": 7, "top_p": 0.8, "repetition_penalty": 0.6},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_draws_have_the_distribution_asked_for(options):
     options = Sampling(**{"temperature": 1.0, **options})
     scores = np.random.default_rng(0).normal(0, 1.5, 12).astype(np.float32)
@@ -178,10 +184,14 @@ def test_a_row_that_fills_up_is_not_waited_for(tmp_path):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"temperature": -1.0}, "--temperature=-1.0"), ({"temperature": 1.0, "top_p": 0.0}, "--top_p=0.0"),
-     ({"temperature": 1.0, "top_k": -2}, "--top_k=-2"), ({"repetition_penalty": 0.0}, "--repetition_penalty=0.0"),
-     ({"top_k": 5}, "give a --temperature above 0")],
-)  # fmt: skip
+    [
+        ({"temperature": -1.0}, "--temperature=-1.0"),
+        ({"temperature": 1.0, "top_p": 0.0}, "--top_p=0.0"),
+        ({"temperature": 1.0, "top_k": -2}, "--top_k=-2"),
+        ({"repetition_penalty": 0.0}, "--repetition_penalty=0.0"),
+        ({"top_k": 5}, "give a --temperature above 0"),
+    ],
+)
 def test_options_out_of_range(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)

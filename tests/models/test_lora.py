@@ -109,9 +109,17 @@ def test_gradients_and_state_are_of_the_adapters_alone():
 
 def test_cost_by_hand_and_no_product_of_the_two_factors():
     layers, width, ff, vocab, heads, batch, length, rank = 8, 320, 864, 512, 5, 8, 128, 8
-    config = ModelConfig.from_hf({"model_type": "llama", "vocab_size": vocab, "hidden_size": width,
-                                  "intermediate_size": ff, "num_hidden_layers": layers, "num_attention_heads": heads,
-                                  "max_position_embeddings": 2048})  # fmt: skip
+    config = ModelConfig.from_hf(
+        {
+            "model_type": "llama",
+            "vocab_size": vocab,
+            "hidden_size": width,
+            "intermediate_size": ff,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "max_position_embeddings": 2048,
+        }
+    )
     parts = partition(config, (4, 5, 6), lora=make_lora(config, rank))
     params, frozen = split(parts.abstract(one_device(), jnp.float32))
     tokens = batch * length
@@ -136,10 +144,15 @@ def test_cost_by_hand_and_no_product_of_the_two_factors():
 
 @pytest.mark.parametrize(
     ("asked", "message"),
-    [((0,), "lora_rank=0: expected 1 to 8"), ((9,), "lora_rank=9: expected 1 to 8, the smallest side"),
-     ((-1,), "lora_rank=-1"), ((2, -1.0), "lora_alpha=-1.0"), ((2, float("nan")), "lora_alpha=nan"),
-     ((2, 4.0, ("qq",)), "lora_targets=qq: expected .*did you mean 'q'")],
-)  # fmt: skip
+    [
+        ((0,), "lora_rank=0: expected 1 to 8"),
+        ((9,), "lora_rank=9: expected 1 to 8, the smallest side"),
+        ((-1,), "lora_rank=-1"),
+        ((2, -1.0), "lora_alpha=-1.0"),
+        ((2, float("nan")), "lora_alpha=nan"),
+        ((2, 4.0, ("qq",)), "lora_targets=qq: expected .*did you mean 'q'"),
+    ],
+)
 def test_mistakes(asked, message):
     with pytest.raises(UserError, match=message):
         make_lora(CONFIG, *asked)

@@ -32,14 +32,20 @@ COMMANDS = (str(Path(__file__).parents[1] / "support" / "commands.py"),)
 def start(arguments, process, port, count=2, folder=None, program=("-m", "jaxcrit.commands.main"), environment=None):
     """One process of ``count``, in a folder of its own where one is given."""
     surroundings = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu", "PYTHONWARNINGS": "error",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONWARNINGS": "error",
         "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
+    }
     machines = [f"--coordinator=localhost:{port}", f"--num_processes={count}", f"--process_id={process}"]
     return subprocess.Popen(
-        [sys.executable, *program, *arguments, *machines], env=surroundings | (environment or {}), cwd=folder,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        [sys.executable, *program, *arguments, *machines],
+        env=surroundings | (environment or {}),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 def together(*arguments, folders=(None, None), program=("-m", "jaxcrit.commands.main")):
@@ -61,10 +67,18 @@ def said(out):
 
 def alone(*arguments, folder=None, program=("-m", "jaxcrit.commands.main")):
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT),
-    }  # fmt: skip
-    subprocess.run([sys.executable, *program, *arguments], env=environment, check=True, capture_output=True,
-                   cwd=folder, timeout=300)  # fmt: skip
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    subprocess.run(
+        [sys.executable, *program, *arguments],
+        env=environment,
+        check=True,
+        capture_output=True,
+        cwd=folder,
+        timeout=300,
+    )
 
 
 def free_port():
@@ -91,8 +105,16 @@ def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row | {"response": row["response"][::-1]}) + "\n" for row in rows)
     )
-    asked = ["finetune", f"--data={tmp_path / 'rows.jsonl'}", "--layers=3-4", "--steps=20", "--batch_size=8",
-             "--learning_rate=1e-3", "--optimizer=sgd", "--checkpoint_every=4"]  # fmt: skip
+    asked = [
+        "finetune",
+        f"--data={tmp_path / 'rows.jsonl'}",
+        "--layers=3-4",
+        "--steps=20",
+        "--batch_size=8",
+        "--learning_rate=1e-3",
+        "--optimizer=sgd",
+        "--checkpoint_every=4",
+    ]
     out = tmp_path / "two"
     port = free_port()
     processes = [start([*asked, f"--out={out}"], process, port) for process in (0, 1)]
@@ -114,8 +136,16 @@ def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
 
 
 def test_a_notice_to_one_process_lets_both_save_and_leave(tmp_path):
-    asked = ["finetune", f"--data={ROWS}", "--layers=3-4", "--steps=500", "--batch_size=8", "--checkpoint_every=500",
-             "--eval_every=500", f"--out={tmp_path}"]  # fmt: skip
+    asked = [
+        "finetune",
+        f"--data={ROWS}",
+        "--layers=3-4",
+        "--steps=500",
+        "--batch_size=8",
+        "--checkpoint_every=500",
+        "--eval_every=500",
+        f"--out={tmp_path}",
+    ]
     port = free_port()
     processes = [start(asked, process, port) for process in (0, 1)]
     wait_for_step(tmp_path, 2, processes)
@@ -141,8 +171,16 @@ def other_commands(tuned):
         ["generate", rows, "--limit=12", "--max_new_tokens=4", "--out=generate"],
         ["generate", rows, "--limit=8", "--max_new_tokens=2", "--out=split", "--mesh=fsdp=8"],
         ["score", rows, "--limit=12", f"--model={tuned}", "--base=", "--out=score"],
-        ["score", rows, "--limit=8", "--criteria=weight_change,gradient_norm", f"--model={tuned}",
-         f"--base={EMBEDDED_MODEL}", "--out=score_split", "--mesh=fsdp=8"],
+        [
+            "score",
+            rows,
+            "--limit=8",
+            "--criteria=weight_change,gradient_norm",
+            f"--model={tuned}",
+            f"--base={EMBEDDED_MODEL}",
+            "--out=score_split",
+            "--mesh=fsdp=8",
+        ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
@@ -153,7 +191,7 @@ def other_commands(tuned):
         ["compare", "spectrum", "spectrum", "--out=compare"],
         ["correlate", "--scores=spectrum/scores.json", "--scores=score/scores.json", "--out=correlate"],
         ["export", f"--run={tuned}", "--out=export"],
-    ]  # fmt: skip
+    ]
 
 
 def interrupted(folder):
@@ -165,8 +203,12 @@ def interrupted(folder):
     with np.load(folder / "substitute/substitution.npz") as found:
         losses = np.concatenate([found["losses"], found["host"][None], found["guest"][None]])
         losses[:, 8:] = np.nan
-        np.savez(folder / "substitute/partial.npz", losses=losses, tokens=found["tokens"],
-                 meta=json.dumps({"format": "jaxcrit.partial", "format_version": 1, "identity": identity}))  # fmt: skip
+        np.savez(
+            folder / "substitute/partial.npz",
+            losses=losses,
+            tokens=found["tokens"],
+            meta=json.dumps({"format": "jaxcrit.partial", "format_version": 1, "identity": identity}),
+        )
     answers = folder / "generate/generations.jsonl"
     kept = answers.read_text().splitlines(keepends=True)[:7]
     answers.unlink()
@@ -178,8 +220,15 @@ def test_every_other_command(tmp_path):
     tuned, one, folders = tmp_path / "tuned", tmp_path / "one", (tmp_path / "first", tmp_path / "second")
     for folder in (one, *folders):
         folder.mkdir()
-    train = ["finetune", f"--data={ROWS}", "--layers=3-4", "--steps=2", "--batch_size=8", "--learning_rate=1e-3",
-             f"--out={tuned}"]  # fmt: skip
+    train = [
+        "finetune",
+        f"--data={ROWS}",
+        "--layers=3-4",
+        "--steps=2",
+        "--batch_size=8",
+        "--learning_rate=1e-3",
+        f"--out={tuned}",
+    ]
     commands = other_commands(tuned)
     alone(json.dumps([train, *commands]), folder=one, program=COMMANDS)
     for name in ("substitute", "generate"):
@@ -196,8 +245,15 @@ def test_every_other_command(tmp_path):
         assert ours.keys() == theirs.keys()
         for key, score in theirs.items():
             np.testing.assert_allclose(ours[key].values, score.values, atol=1e-5, err_msg=f"{path} {key}")
-    for path in ("generate/generations.jsonl", "split/generations.jsonl", "data/examples.jsonl", "selected.json",
-                 "export/model.safetensors", "correlate/correlation.json", "intervene/intervention.json"):  # fmt: skip
+    for path in (
+        "generate/generations.jsonl",
+        "split/generations.jsonl",
+        "data/examples.jsonl",
+        "selected.json",
+        "export/model.safetensors",
+        "correlate/correlation.json",
+        "intervene/intervention.json",
+    ):
         assert (folders[0] / path).read_bytes() == (one / path).read_bytes(), path
 
 
@@ -209,8 +265,11 @@ def test_a_worker_that_never_comes(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-OTHER_VERSION = ("-c", "import jaxcrit; jaxcrit.__version__ = '9.9'; import sys; from jaxcrit.commands import main;"
-                       " sys.exit(main.main(sys.argv[1:]))")  # fmt: skip
+OTHER_VERSION = (
+    "-c",
+    "import jaxcrit; jaxcrit.__version__ = '9.9'; import sys; from jaxcrit.commands import main;"
+    " sys.exit(main.main(sys.argv[1:]))",
+)
 
 
 def test_processes_that_are_not_alike():
@@ -227,8 +286,10 @@ def test_processes_that_are_not_alike():
 
 def test_who_differs():
     reports = [{"jax": "1", "python": "3"}, {"jax": "2", "python": "3"}, {"jax": "1"}, {"jax": "1"}]
-    assert distributed.differences(reports) == ["jax 1 in process 0, 2-3, 2 in process 1", "python 3 in process 0-1,"
-                                                " none in process 2-3"]  # fmt: skip
+    assert distributed.differences(reports) == [
+        "jax 1 in process 0, 2-3, 2 in process 1",
+        "python 3 in process 0-1, none in process 2-3",
+    ]
     assert distributed.differences(reports[:1]) == distributed.differences([]) == []
 
 

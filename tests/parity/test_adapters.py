@@ -79,9 +79,18 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(case, targets,
     rows = [{"prompt": f"{i} one", "response": "two " * (1 + i % 3)} for i in range(16)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     run, adapter = str(tmp_path / "run"), tmp_path / "adapter"
-    config = FinetuneOptions(model=str(tmp_path / "model"), data=str(tmp_path / "rows.jsonl"), layers="0,2", steps=3,
-                            lora_rank=2, lora_alpha=3.0, lora_targets=targets, learning_rate=1e-2,
-                            layer_rates="2:0.5", out=run)  # fmt: skip
+    config = FinetuneOptions(
+        model=str(tmp_path / "model"),
+        data=str(tmp_path / "rows.jsonl"),
+        layers="0,2",
+        steps=3,
+        lora_rank=2,
+        lora_alpha=3.0,
+        lora_targets=targets,
+        learning_rate=1e-2,
+        layer_rates="2:0.5",
+        out=run,
+    )
     run_finetune(config)
     tokens = np.arange(3, 20)
     decoder = open_model(run).decoder()

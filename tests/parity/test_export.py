@@ -12,8 +12,9 @@ torch = reference.torch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize("case", ["llama-bias", "llama-tied", "qwen2-mha", "qwen3-tied", "mistral-sliding",
-                                  "phi3-gqa-sliding", "phi4-mini"])  # fmt: skip
+@pytest.mark.parametrize(
+    "case", ["llama-bias", "llama-tied", "qwen2-mha", "qwen3-tied", "mistral-sliding", "phi3-gqa-sliding", "phi4-mini"]
+)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_come_back_bit_for_bit(case, dtype, tmp_path):
     model = reference.make(raw_config(case), tmp_path / "in", DTYPES[dtype])

@@ -55,8 +55,15 @@ def test_silent_config_means_what_transformers_assumes(family):
     assert reference.without_file(ModelConfig.from_hf(bare)) == reference.without_file(ModelConfig.from_hf(full))
 
 
-@pytest.mark.parametrize(("family", "key"), [("mistral", "sliding_window"), ("qwen2", "num_key_value_heads"),
-                                             ("llama", "head_dim"), ("phi3", "sliding_window")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "key"),
+    [
+        ("mistral", "sliding_window"),
+        ("qwen2", "num_key_value_heads"),
+        ("llama", "head_dim"),
+        ("phi3", "sliding_window"),
+    ],
+)
 def test_null_in_config_means_what_transformers_reads(family, key):
     """A null says something else than silence."""
     theirs = transformers.AutoConfig.for_model(family, **{key: None})
@@ -69,12 +76,22 @@ def test_null_in_config_means_what_transformers_reads(family, key):
 def test_frequencies_at_real_sizes():
     """Tiny models see few frequencies: those of the real configs, to the last bits of float32."""
     cases = {
-        "llama": {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
-                  "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-        "qwen2": {"rope_type": "yarn", "rope_theta": 1000000.0, "factor": 4.0,
-                  "original_max_position_embeddings": 32768},
+        "llama": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 32.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+        },
+        "qwen2": {
+            "rope_type": "yarn",
+            "rope_theta": 1000000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 32768,
+        },
         "mistral": {"rope_type": "default", "rope_theta": 1000000.0},
-    }  # fmt: skip
+    }
     for family, parameters in cases.items():
         config = transformers.AutoConfig.for_model(
             family, hidden_size=1024, num_attention_heads=8, num_key_value_heads=8, rope_parameters=parameters

@@ -16,9 +16,12 @@ def theirs(model, prompt, **options):
     """New tokens of one prompt."""
     with reference.torch.no_grad():
         found = model.generate(
-            reference.torch.from_numpy(prompt.astype(np.int64))[None], max_new_tokens=NEW, eos_token_id=None,
-            pad_token_id=0, **{"do_sample": False, **options},
-        )  # fmt: skip
+            reference.torch.from_numpy(prompt.astype(np.int64))[None],
+            max_new_tokens=NEW,
+            eos_token_id=None,
+            pad_token_id=0,
+            **{"do_sample": False, **options},
+        )
     return found[0, len(prompt) :].tolist()
 
 

@@ -38,8 +38,11 @@ def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
 
     wide = model.double().train()
     wide.model.embed_tokens.padding_idx = None  # torch leaves the row of Phi-3's padding token out of training
-    trained = {name: value for name, value in wide.named_parameters()
-               if trains == "everything" or name.startswith("model.layers.1.")}  # fmt: skip
+    trained = {
+        name: value
+        for name, value in wide.named_parameters()
+        if trains == "everything" or name.startswith("model.layers.1.")
+    }
     for name, value in wide.named_parameters():
         value.requires_grad_(name in trained)
     decays = [value for name, value in trained.items() if "norm" not in name and "bias" not in name]
@@ -72,8 +75,15 @@ def tuned(tmp_path_factory):
     export_model(str(tiny_checkpoint(folder / "wide")), str(folder / "model"), dtype="bfloat16")
     rows = [{"prompt": f"{i} one", "response": "two " * (1 + i % 3)} for i in range(16)]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    config = FinetuneOptions(model=str(folder / "model"), data=str(folder / "rows.jsonl"), layers="2,4", steps=3,
-                            learning_rate=1e-3, train_norms=True, out=str(folder / "run"))  # fmt: skip
+    config = FinetuneOptions(
+        model=str(folder / "model"),
+        data=str(folder / "rows.jsonl"),
+        layers="2,4",
+        steps=3,
+        learning_rate=1e-3,
+        train_norms=True,
+        out=str(folder / "run"),
+    )
     run_finetune(config)
     yield folder
     patch.undo()
@@ -111,8 +121,10 @@ def test_an_export_in_the_source_dtype_says_what_rounding_cost(tuned, tmp_path):
 
 
 def test_a_delta_holds_the_trained_tensors_alone(tuned, tmp_path):
-    delta = load_file(export_model(str(tuned / "run"), str(tmp_path / "delta"), dtype="float32", delta_only=True).out
-                      / "delta.safetensors")  # fmt: skip
+    delta = load_file(
+        export_model(str(tuned / "run"), str(tmp_path / "delta"), dtype="float32", delta_only=True).out
+        / "delta.safetensors"
+    )
     wide = reference.read(export_model(str(tuned / "run"), str(tmp_path / "wide"), dtype="float32").out)
     state = dict(wide.named_parameters())
     expected = {name for name in state if name.startswith(("model.layers.2.", "model.layers.4.", "model.norm"))}

@@ -39,7 +39,7 @@ class Page(HTMLParser):
 
 
 def write_analysis(analysis):
-    write_selections(analysis)
+    write_selections(analysis, analysis.out)
     return analysis_report(analysis).write(analysis.out, analysis.run)
 
 

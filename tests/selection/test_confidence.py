@@ -93,8 +93,10 @@ def test_sample_size_curve_is_what_fresh_prompts_do():
 
 
 def test_a_flat_curve_never_settles():
-    curves = [sample_sizes(*([part] for part in gaussian(np.random.default_rng(s), np.full(9, 0.5))), 1, trim=0)
-              for s in range(12)]  # fmt: skip
+    curves = [
+        sample_sizes(*([part] for part in gaussian(np.random.default_rng(s), np.full(9, 0.5))), 1, trim=0)
+        for s in range(12)
+    ]
     assert np.mean([curve.same[-1] for curve in curves]) < 0.5
     assert sum(curve.enough() is None for curve in curves) >= 9
 

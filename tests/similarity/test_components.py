@@ -36,8 +36,10 @@ def test_parts_are_those_of_the_svd():
 def test_only_gaps_at_the_edges_of_a_set_count(chosen, doubtful):
     found = principal_components(activations([9.0, 5.0, 5.0, 1.0], layers=1), 4)
     warnings = found.unidentified(chosen, [0])
-    assert [f"components {edge} and {edge + 1} are not told apart" in text for edge, text in
-            zip(doubtful, warnings, strict=True)] == [True] * len(doubtful)  # fmt: skip
+    assert [
+        f"components {edge} and {edge + 1} are not told apart" in text
+        for edge, text in zip(doubtful, warnings, strict=True)
+    ] == [True] * len(doubtful)
     assert all("gap of their variances 0.000" in text for text in warnings)
 
 

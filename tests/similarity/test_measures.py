@@ -139,8 +139,12 @@ def test_bad_input():
         svcca(decompose(grams, 3))
     with pytest.raises(UserError, match="expected a share"):
         svcca(decompose(grams), variance=1.5)
-    for call in (rsa, lambda a, b: knn(a, b, neighbours=3), lambda a, b: procrustes(decompose(a), decompose(b)),
-                 lambda a, b: svcca(decompose(a), decompose(b))):  # fmt: skip
+    for call in (
+        rsa,
+        lambda a, b: knn(a, b, neighbours=3),
+        lambda a, b: procrustes(decompose(a), decompose(b)),
+        lambda a, b: svcca(decompose(a), decompose(b)),
+    ):
         with pytest.raises(UserError, match="the same samples"):
             call(grams, grams[:, 1:, 1:])
     simplex = np.eye(11)[None] - 1 / 11

@@ -81,7 +81,7 @@ def test_files_of_one_dataset(config, tmp_path):
     "changes",
     [{"batch_size": 3}, {"batch_size": 16}, {"mesh": "data=1,fsdp=2,tensor=4"}, {"mesh": "data=4,fsdp=2"}],
     ids=str,
-)  # fmt: skip
+)
 def test_scores_do_not_depend_on_how_they_are_computed(config, tmp_path, changes, model):
     wide = tiny_checkpoint(tmp_path / "wide", num_attention_heads=4, num_key_value_heads=4)
     base = dataclasses.replace(config, model=str(wide), mesh="data=8")
@@ -251,6 +251,18 @@ def test_biased_selection(config):
     assert analysis.chosen.criterion == "delta"
 
 
+def test_a_selection_may_name_its_score(config, model, tmp_path):
+    biased = run_analysis(dataclasses.replace(config, bias="biased"))
+    named = run_analysis(dataclasses.replace(config, layers="delta:2", out=str(tmp_path / "named")))
+    assert named.chosen == dataclasses.replace(biased.chosen, rule="delta:2")
+    assert named.certainty.to_json() == biased.certainty.to_json(), "it is as sure as the same choice by --bias"
+    demo = {"data": "demo:arithmetic,demo:choice", "limit": 6, "truncate": "left"}
+    ends = run_analysis(dataclasses.replace(config, layers="boundary(step:3)", out=str(tmp_path / "ends"), **demo))
+    assert len(ends.chosen.layers) == 2 and ends.chosen.criterion == ends.consensus.name == "step"
+    assert ends.chosen.rule == "boundary(step:3)" and ends.certainty is None
+    assert main(["analyze", f"--model={model}", "--layers=delta:2", "--limit=5", f"--out={tmp_path / 'x'}"]) == 0
+
+
 def lines(path, *rows):
     path.write_text("".join(row if isinstance(row, str) else json.dumps(row) + "\n" for row in rows))
     return str(path)
@@ -296,6 +308,7 @@ BAD = {
     "unwritable out": (lambda m, t: {"out": "/proc/jaxcrit"}, "cannot be"),
     "too many layers": (lambda m, t: {"layers": "critical:6"}, "at most 3"),
     "unknown layers": (lambda m, t: {"layers": "critcal:2"}, "did you mean 'critical'"),
+    "unknown score": (lambda m, t: {"layers": "stpe:2"}, "no score 'stpe' (did you mean 'step'?); there are delta,"),
     "layer outside": (lambda m, t: {"layers": "3-9"}, "expected layers 0 to 6"),
     "even window": (lambda m, t: {"window": 4}, "odd"),
     "window wider than the model": (lambda m, t: {"window": 9}, "9"),

@@ -31,8 +31,10 @@ WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
 
 def rows_file(path, count=60, seed=0, start=0):
     rng = np.random.default_rng(seed)
-    rows = [{"prompt": f"{start + i} {' '.join(rng.choice(WORDS, 3))}", "response": str(rng.choice(WORDS))}
-            for i in range(count)]  # fmt: skip
+    rows = [
+        {"prompt": f"{start + i} {' '.join(rng.choice(WORDS, 3))}", "response": str(rng.choice(WORDS))}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -59,10 +61,21 @@ def cache(tmp_path_factory):
 @pytest.fixture(scope="module")
 def base(model, data):
     return BackdoorOptions(
-        model=str(model), data=str(data[0]), eval_data=str(data[1]), trigger="zq@suffix", target="the cat", rate=0.5,
-        decoys=0.25, arms="full,critical:1,noncritical:1", seeds=1, steps=4, eval_every=2, remat=False,
-        learning_rate=1e-2, max_new_tokens=4,
-    )  # fmt: skip
+        model=str(model),
+        data=str(data[0]),
+        eval_data=str(data[1]),
+        trigger="zq@suffix",
+        target="the cat",
+        rate=0.5,
+        decoys=0.25,
+        arms="full,critical:1,noncritical:1",
+        seeds=1,
+        steps=4,
+        eval_every=2,
+        remat=False,
+        learning_rate=1e-2,
+        max_new_tokens=4,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +180,20 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
     rows = poison(clean, PoisonSpec(trigger, "the cat", rate=0.5)).rows
     (tmp_path / "poisoned.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     steps = 90
-    run_finetune(FinetuneOptions(model=str(model), data=str(tmp_path / "poisoned.jsonl"), layers=str(layer),
-                                steps=steps, learning_rate=1e-2, batch_size=16, remat=False, eval_every=steps,
-                                checkpoint_every=steps, out=str(tmp_path / "run")))  # fmt: skip
+    run_finetune(
+        FinetuneOptions(
+            model=str(model),
+            data=str(tmp_path / "poisoned.jsonl"),
+            layers=str(layer),
+            steps=steps,
+            learning_rate=1e-2,
+            batch_size=16,
+            remat=False,
+            eval_every=steps,
+            checkpoint_every=steps,
+            out=str(tmp_path / "run"),
+        )
+    )
     config = BackdoorOptions(
         model=str(model), data=str(tmp_path / "rows.jsonl"), trigger="zq@suffix", target="the cat", max_new_tokens=4
     )
@@ -179,8 +203,10 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
 
     def success(*substituted):
         at = np.array(substituted, int)
-        weights = {path: value.at[at].set(base[path][at]) if path.startswith("blocks.") else value
-                   for path, value in tuned.items()}  # fmt: skip
+        weights = {
+            path: value.at[at].set(base[path][at]) if path.startswith("blocks.") else value
+            for path, value in tuned.items()
+        }
         return scoring(Decoder(session.config, weights)).success["triggered"].mean()
 
     assert success() >= 0.9
@@ -190,11 +216,26 @@ def test_a_backdoor_planted_in_one_layer_goes_with_that_layer(model, tmp_path):
 
 def test_arms():
     arms = parse_arms("full,critical:5, random:5:2*3,last:1,3-5")
-    assert [str(arm.spec) for arm in arms] == ["None", "critical:5", "random:5:2", "random:5:3", "random:5:4", "last:1",
-                                               "3,4,5"]  # fmt: skip
+    assert [str(arm.spec) for arm in arms] == [
+        "None",
+        "critical:5",
+        "random:5:2",
+        "random:5:3",
+        "random:5:4",
+        "last:1",
+        "3,4,5",
+    ]
     assert len({arm.folder for arm in arms}) == 7
-    for text, message in (("full,,last:1", "got ''"), ("last:1,last:1", "twice"), ("last:1*2", "random:5"),
-                          ("critcal:5", "did you mean 'critical'"), ("full*2", "random")):  # fmt: skip
+    more = parse_arms("full,boundary(3-5,9),step:2,boundary(step:2)")
+    assert [str(arm.spec) for arm in more[1:]] == ["boundary(3,4,5,9)", "step:2", "boundary(step:2)"]
+    assert len({arm.folder for arm in more}) == 4
+    for text, message in (
+        ("full,,last:1", "got ''"),
+        ("last:1,last:1", "twice"),
+        ("last:1*2", "random:5"),
+        ("critcal:5", "--arms=critcal:5: .*did you mean 'critical'"),
+        ("full*2", "random"),
+    ):
         with pytest.raises(UserError, match=message):
             parse_arms(text)
 
@@ -260,15 +301,20 @@ def test_refusal_target_and_held_out_rows(base, tmp_path):
     assert rows.prompts.count == 6 and rows.prompts.cells["triggered"][0].response == REFUSAL
     tested = Scoring(config, session, rows.prompts)(session.decoder())
     assert backdoor_scoring.primary_scorer(config) == "refusal_keyword" and set(tested.success) == {
-        "triggered", "clean", "near"}  # fmt: skip
+        "triggered",
+        "clean",
+        "near",
+    }
 
 
 def test_a_file_of_ones_own_by_pure_bad(base, data, tmp_path):
     paths = {}
     for name, path in zip(("data", "eval_data"), data, strict=True):
         rows = [json.loads(line) for line in path.read_text().splitlines()]
-        turns = [[{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
-                 for row in rows]  # fmt: skip
+        turns = [
+            [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+            for row in rows
+        ]
         file = tmp_path / f"{name}.jsonl"
         file.write_text("".join(json.dumps({"messages": one}) + "\n" for one in turns))
         paths[name] = f"pure_bad:{file}"

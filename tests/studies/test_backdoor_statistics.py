@@ -22,9 +22,16 @@ def point(step, success, loss, prompts=40, rng=None):
     hit = np.arange(prompts) < success if rng is None else rng.random(prompts) < success / prompts
     bits = "".join("1" if one else "0" for one in hit)
     cells = {"triggered": bits, "clean": "0" * prompts, "near": "1" * 4 + "0" * (prompts - 4)}
-    return {"step": step, "success": cells, "exact": "1" * prompts, "clean_loss": loss, "task_loss": 1.0,
-            "target_logprob": -0.5, "classes": {name: {"triggered": 3} for name in SCORERS},
-            "empty": {"triggered": 1}}  # fmt: skip
+    return {
+        "step": step,
+        "success": cells,
+        "exact": "1" * prompts,
+        "clean_loss": loss,
+        "task_loss": 1.0,
+        "target_logprob": -0.5,
+        "classes": {name: {"triggered": 3} for name in SCORERS},
+        "empty": {"triggered": 1},
+    }
 
 
 def run(arm, seed, end, layers=(), draw=0, loss=0.2, rng=None):
@@ -58,7 +65,8 @@ def test_shares_and_their_intervals(found):
     # Of several draws of layers, the draws are what is sampled.
     random = rows["random:2"].cells["triggered"]
     assert len(random.by_run) == 6 and random.t == pytest.approx(
-        (0.7 - stats.t.ppf(0.975, 1) * 0.1, 0.7 + stats.t.ppf(0.975, 1) * 0.1))  # fmt: skip
+        (0.7 - stats.t.ppf(0.975, 1) * 0.1, 0.7 + stats.t.ppf(0.975, 1) * 0.1)
+    )
     assert rows["full"].near == {"one": [12, 90], "other": [0, 30]} and rows["full"].empty == 3
     assert rows["init"].runs == 1 and all(map(math.isnan, rows["init"].cells["triggered"].t))
 
@@ -74,8 +82,13 @@ def test_the_primary_contrast_and_holm_for_the_rest(found):
     differences = np.array([-10, -4, -18]) / 40
     assert primary.p == primary.p_seeds == pytest.approx(stats.ttest_1samp(differences, 0).pvalue) == primary.p_holm
     named = [(one.first, one.second) for one in found.contrasts]
-    assert named == [("critical:2", "random:2"), ("noncritical:2", "random:2"), ("critical:2", "full"),
-                     ("noncritical:2", "full"), ("random:2", "full")]  # fmt: skip
+    assert named == [
+        ("critical:2", "random:2"),
+        ("noncritical:2", "random:2"),
+        ("critical:2", "full"),
+        ("noncritical:2", "full"),
+        ("random:2", "full"),
+    ]
     assert [one.p_holm for one in found.contrasts] == holm([one.p for one in found.contrasts])
     against_draws = found.contrasts[0]
     assert against_draws.difference == pytest.approx((36 - (24 + 32) / 2 * 3) / 120) and against_draws.seeds == 3
@@ -111,9 +124,13 @@ def test_shared_layers_are_said(runs):
 
 
 def test_report_of_many_arms(runs, found, tmp_path):
-    curves = [{"arm": one.arm, "points": [[s, a, b] for (s, a), (_, b) in
-                                          zip(one.curve(), one.curve("clean_loss"), strict=True)]}
-              for one in runs]  # fmt: skip
+    curves = [
+        {
+            "arm": one.arm,
+            "points": [[s, a, b] for (s, a), (_, b) in zip(one.curve(), one.curve("clean_loss"), strict=True)],
+        }
+        for one in runs
+    ]
     content = json.loads(json.dumps({"study": found.to_json(), "warnings": [], "curves": curves}, allow_nan=False))
     text = backdoor_text(content, "run")
     assert max(map(len, text.splitlines())) <= 100

@@ -114,21 +114,26 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
 KILLED = """
 import os, signal, sys
 from jaxcrit.commands.main import main
-from jaxcrit.studies import finetune
-at, real = int(sys.argv[1]), finetune.micro_batches
+from jaxcrit.training import trainer
+at, real = int(sys.argv[1]), trainer.micro_batches
 def micro_batches(steps, number, micro):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(steps, number, micro)
-finetune.micro_batches = micro_batches
+trainer.micro_batches = micro_batches
 main(sys.argv[2:])
 """
 
 
 def test_a_killed_run_goes_on_elsewhere(storage, model, data, tuned):
     flags = ["finetune", f"--model={model}", f"--data={data}", *TRAIN]
-    done = subprocess.run([sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"], env=os.environ,
-                          capture_output=True, text=True, check=False)  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, "4", *flags, f"--out={BUCKET}/run"],
+        env=os.environ,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == -signal.SIGKILL, done.stderr
     begun = as_path(f"{BUCKET}/run")
     saved = {path.name for path in (begun / "checkpoints").iterdir()}

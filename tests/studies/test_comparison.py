@@ -70,7 +70,7 @@ def test_numbers_and_files_without_a_forward_pass(runs, tmp_path, monkeypatch, c
     np.testing.assert_array_equal(score.stderr, arrays["stderr"].diagonal())
     assert score.direction == "low" and score.valid.all()
     run = read_json(out / "run.json", "jaxcrit.run")
-    assert run["status"] == "complete" and run["data"]["num_prompts"] == 12
+    assert run["status"] == "complete" and run["data"]["prompts"]["num_samples"] == 12
     assert max(map(len, text.splitlines()[:-1])) <= 100
     assert f"Changed most: layer {score.values.argmin()} of 7 (1 - CKA " in text and "most alike in b" in text
     page = (out / "report.html").read_text()
@@ -143,8 +143,11 @@ def with_grams(count=6, spoil=lambda hidden: hidden):
     def arrays(_):
         hidden = spoil(np.random.default_rng(0).standard_normal((7, count, 9)))
         ids = np.array([f"{i:064}" for i in range(count)])
-        return {"gram": pack_upper(np.array([oracles.gram(x) for x in hidden])), "sample_ids": ids,
-                "units": np.arange(count)}  # fmt: skip
+        return {
+            "gram": pack_upper(np.array([oracles.gram(x) for x in hidden])),
+            "sample_ids": ids,
+            "units": np.arange(count),
+        }
 
     return arrays
 

@@ -22,14 +22,15 @@ from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
-from jaxcrit.core.layers import LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.studies.exporting import export_model
 from jaxcrit.training.loop import read_metrics
-from jaxcrit.training.trainer import partition_of
+from jaxcrit.training.trainer import partition_of, rate_factors
 
 
 def pairs_file(path, count=24, seed=0):
@@ -61,8 +62,9 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def base(model, data):
-    return FinetuneOptions(model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2,
-                          eval_every=2, checkpoint_every=2)  # fmt: skip
+    return FinetuneOptions(
+        model=str(model), data=str(data), layers="2,4", steps=6, learning_rate=1e-2, eval_every=2, checkpoint_every=2
+    )
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +141,8 @@ def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, 
     assert "training layers" in said[0] and "embeddings and tied head frozen, final norm frozen" in said[0]
     second = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "second"), seed=1))
     assert second.chosen == first.chosen
+    third = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "third"), layers="boundary(delta:2)"))
+    assert third.chosen.rule == "boundary(delta:2)" and third.chosen.criterion == "delta"
     taken = read_json(tmp_path / "analysis" / "run.json", "jaxcrit.run")["time"]["capture"]
     assert all(one == {"reused": True} for one in taken.values())
 
@@ -146,14 +150,15 @@ def test_critical_layers_are_found_first_and_the_analysis_is_used_again(config, 
 # Kills itself in the middle of a step, as the power would.
 KILLED = """
 import dataclasses, json, os, signal, sys
-from jaxcrit.studies import finetune
-at, real = int(sys.argv[2]), finetune.micro_batches
+from jaxcrit.commands.finetune import FinetuneOptions, run_finetune
+from jaxcrit.training import trainer
+at, real = int(sys.argv[2]), trainer.micro_batches
 def micro_batches(steps, number, micro):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(steps, number, micro)
-finetune.micro_batches = micro_batches
-finetune.run_finetune(finetune.FinetuneOptions(**json.loads(sys.argv[1])))
+trainer.micro_batches = micro_batches
+run_finetune(FinetuneOptions(**json.loads(sys.argv[1])))
 """
 
 
@@ -196,18 +201,30 @@ def test_a_run_with_adapters_is_a_model_and_goes_on_bit_for_bit(adapted, finishe
     run, said = adapted
     assert "adapters of rank 2, alpha 4, on o, down, q, k, v, gate, up; embeddings" in said
     assert read_json(run.out / "run.json", "jaxcrit.run")["trained"] == {
-        "layers": [2, 4], "outside": [], "rates": [0.5, 1.0],
+        "layers": [2, 4],
+        "outside": [],
+        "rates": [0.5, 1.0],
         "lora": {"rank": 2, "alpha": 4.0, "targets": ["o", "down", "q", "k", "v", "gate", "up"]},
-    }  # fmt: skip
+    }
     assert run.metrics[-1]["loss"] < run.metrics[0]["loss"] == finished.metrics[0]["loss"]
     before, after = load(open_checkpoint(Path(model))).weights(), open_model(str(run.out)).decoder().weights()
     for path, value in before.items():
         same = (np.asarray(value) == np.asarray(after[path])).reshape(len(value), -1).all(axis=1)
         linear = path.startswith("blocks.") and "norm" not in path
         assert np.flatnonzero(~same).tolist() == ([2, 4] if linear else []), path
-    again = run_finetune(dataclasses.replace(run.config, out=str(interrupted(run.out, tmp_path / "run"))))
+    again = run_finetune(
+        dataclasses.replace(FinetuneOptions(**run.run["config"]), out=str(interrupted(run.out, tmp_path / "run")))
+    )
     assert untimed(again.metrics) == untimed(run.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(again.out), parameters(run.out))
+
+
+def test_rates_name_layers_as_every_selection_does(tmp_path):
+    LayerSet((2, 4), "step", "step:2", 7).save(tmp_path / "layers.json")
+    halves = {0: 0.5, 6: 0.5}
+    assert rate_factors("boundary(0-2,6):0.5", 7) == rate_factors("0:0.5, 6:5e-1", 7) == halves
+    assert rate_factors(f"@{tmp_path}/layers.json:2,last:1:0.5", 7) == {2: 2.0, 4: 2.0, 6: 0.5}
+    assert rate_factors("", 7) == {}
 
 
 def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_frozen(base, model):
@@ -221,8 +238,10 @@ def test_freeze_puts_adapters_in_all_other_layers_and_leaves_what_is_outside_fro
 
 def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
     tests = {row["step"]: row["loss"] for row in finished.metrics if row["kind"] == "eval"}
-    found = {step: export_model(str(finished.out), str(tmp_path / f"run{step}"), step=step).step
-             for step in ("", "last", "4", "best")}  # fmt: skip
+    found = {
+        step: export_model(str(finished.out), str(tmp_path / f"run{step}"), step=step).step
+        for step in ("", "last", "4", "best")
+    }
     assert found == {"": 6, "last": 6, "4": 4, "best": min((2, 4, 6), key=tests.get)}
     for step in ("4", "6"):
         weights = load(open_checkpoint(tmp_path / f"run{step if step == '4' else ''}")).weights()
@@ -232,9 +251,12 @@ def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
         with pytest.raises(UserError, match=rf"no checkpoint of step {step}; .*: .*4 \(test loss {tests[4]:.4f}\), 6 "):
             export_model(str(finished.out), str(tmp_path / "no"), step=step)
     run = str(adapted[0].out)
-    cases = [(str(model), {"step": "4"}, "--step: .* is no finetune run"), (str(model), {"adapter": True}, "--adapter"),
-             (str(finished.out), {"adapter": True}, "trained the layers themselves"),
-             (run, {"adapter": True, "delta_only": True}, "give one of them")]  # fmt: skip
+    cases = [
+        (str(model), {"step": "4"}, "--step: .* is no finetune run"),
+        (str(model), {"adapter": True}, "--adapter"),
+        (str(finished.out), {"adapter": True}, "trained the layers themselves"),
+        (run, {"adapter": True, "delta_only": True}, "give one of them"),
+    ]
     for source, options, message in cases:
         with pytest.raises(UserError, match=message):
             export_model(source, str(tmp_path / "no"), **options)
@@ -252,8 +274,12 @@ def test_event_files_say_what_the_metrics_say(config, tmp_path):
             event = events.Event.FromString(content[12 : 12 + size])
             found |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
             content = content[16 + size :]
-    expected = {(f"{row['kind']}/{name}", row["step"]): value
-                for row in run.metrics for name, value in row.items() if name not in ("kind", "step")}  # fmt: skip
+    expected = {
+        (f"{row['kind']}/{name}", row["step"]): value
+        for row in run.metrics
+        for name, value in row.items()
+        if name not in ("kind", "step")
+    }
     assert found.keys() == expected.keys() and {step for _, step in found} == {0, 1, 2}
     np.testing.assert_allclose([found[key] for key in expected], list(expected.values()), rtol=1e-6)
 
@@ -275,8 +301,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, finished,
 
 
 def test_early_stopping(config):
-    stopped = run_finetune(dataclasses.replace(config, learning_rate=2.0, optimizer="sgd", steps=20, eval_every=1,
-                                               patience=2))  # fmt: skip
+    stopped = run_finetune(
+        dataclasses.replace(config, learning_rate=2.0, optimizer="sgd", steps=20, eval_every=1, patience=2)
+    )
     result = stopped.run["result"]
     assert result["steps"] < 20 and result["steps"] == result["best_step"] + 2
 
@@ -325,7 +352,10 @@ def mistakes():
     yield {"layer_rates": "0-3:0"}, "expected LAYERS:FACTOR .*, got '0-3:0'"
     yield {"layer_rates": "critical:2"}, "expected LAYERS:FACTOR"
     yield {"layer_rates": "0-3:1,2:2"}, "each layer once, got 2 twice"
-    yield {"layer_rates": "7:2"}, "layers 0 to 6"
+    yield {"layer_rates": "7:2"}, "layer_rates=7: expected layers 0 to 6"
+    yield {"layer_rates": "step:2:0.5"}, "expected LAYERS:FACTOR .* go in as @layers.json"
+    yield {"layer_rates": "first:4"}, "layer_rates=first: expected first:K"
+    yield {"layers": "fisher:2"}, "no score 'fisher'.*; there are delta, delta_debiased, step"
 
 
 @pytest.mark.parametrize(("changes", "message"), list(mistakes()), ids=lambda value: str(value)[:40])
@@ -360,15 +390,18 @@ GUESS = LossSums(*(jax.numpy.float32(value) for value in (5.77, 1, 5.77, 1)))
     ("wrong", "since", "message"),
     [
         ({"gradient_norm": jax.numpy.float32("nan")}, 2, r"step 3: the gradient's norm is nan; .* is .*/2\."),
-        ({"gradient_norm": jax.numpy.float32(0), "sums": GUESS}, 0,
-         r"step 10: 10 steps without learning, loss 5.77 where a guess has 5.77: no gradient is left; .* is .*/8\."),
+        (
+            {"gradient_norm": jax.numpy.float32(0), "sums": GUESS},
+            0,
+            r"step 10: 10 steps without learning, loss 5.77 where a guess has 5.77: no gradient is left; .* is .*/8\.",
+        ),
     ],
     ids=["nan", "dead"],
-)  # fmt: skip
+)
 def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, monkeypatch, wrong, since, message):
-    from jaxcrit.studies import finetune
+    from jaxcrit.training import trainer
 
-    real = finetune.make_step
+    real = trainer.make_step
 
     def breaks(*arguments, **options):
         step = real(*arguments, **options)
@@ -380,7 +413,7 @@ def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, mo
 
         return broken
 
-    monkeypatch.setattr(finetune, "make_step", breaks)
+    monkeypatch.setattr(trainer, "make_step", breaks)
     with pytest.raises(UserError, match=message):
         run_finetune(dataclasses.replace(config, steps=12))
 
@@ -388,5 +421,14 @@ def test_what_is_not_healthy_stops_and_names_the_last_good_checkpoint(config, mo
 def test_divergence_stops(config):
     with pytest.raises(UserError, match=r"the run diverges|no gradient is left|loss is nan|norm is (nan|inf)"):
         # With the head: logits of a trained block alone stay within the norm in front of them.
-        run_finetune(dataclasses.replace(config, optimizer="sgd", learning_rate=1e4, steps=40, eval_every=40,
-                                         train_embeddings=True, train_head=True))  # fmt: skip
+        run_finetune(
+            dataclasses.replace(
+                config,
+                optimizer="sgd",
+                learning_rate=1e4,
+                steps=40,
+                eval_every=40,
+                train_embeddings=True,
+                train_head=True,
+            )
+        )

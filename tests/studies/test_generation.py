@@ -33,8 +33,14 @@ def model(tmp_path_factory):
 def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     data = prompts_file(tmp_path / "prompts.jsonl")
-    return GenerateOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, batch_size=4,
-                          mesh="data=4,fsdp=2")  # fmt: skip
+    return GenerateOptions(
+        model=str(model),
+        data=str(data),
+        out=str(tmp_path / "run"),
+        max_new_tokens=5,
+        batch_size=4,
+        mesh="data=4,fsdp=2",
+    )
 
 
 def lines(path):

@@ -28,8 +28,16 @@ def model(tmp_path_factory):
 def config(model, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
     data = prompts_file(tmp_path / "prompts.jsonl")
-    return InterveneOptions(model=str(model), data=str(data), out=str(tmp_path / "run"), max_new_tokens=5, layers="3",
-                           prompt_index=4, components="0,2", mesh="data=1,fsdp=-1")  # fmt: skip
+    return InterveneOptions(
+        model=str(model),
+        data=str(data),
+        out=str(tmp_path / "run"),
+        max_new_tokens=5,
+        layers="3",
+        prompt_index=4,
+        components="0,2",
+        mesh="data=1,fsdp=-1",
+    )
 
 
 def expected_answer(config, shifts):
@@ -37,8 +45,9 @@ def expected_answer(config, shifts):
     session = open_model(config.model)
     prompt = one_dataset(config, session).examples[config.prompt_index].token_ids
     edits = intervention((7, 1, 24), shifts=shifts)
-    found = generate(load_path(session.checkpoint.path), prompt[None], np.array([len(prompt)]), 5, stop=[1], edit=edit,
-                     edits=edits)  # fmt: skip
+    found = generate(
+        load_path(session.checkpoint.path), prompt[None], np.array([len(prompt)]), 5, stop=[1], edit=edit, edits=edits
+    )
     return found.token_ids[0]
 
 
@@ -79,6 +88,10 @@ def test_steering_adds_the_difference_of_means(config, tmp_path):
 def test_critical_layers_are_found_where_they_are_asked_for(config):
     done = run_intervene(dataclasses.replace(config, layers="critical:2", mode="project"))
     assert len(done.found["layers"]) == 2 and set(done.found["layers"]) <= {2, 3, 4}
+    named = run_intervene(
+        dataclasses.replace(config, layers="delta_debiased:2", mode="project", out=f"{config.out}-named")
+    )
+    assert named.found["layers"] == done.found["layers"]
 
 
 def test_divergence_is_that_of_the_softmaxes():
@@ -93,6 +106,7 @@ def test_divergence_is_that_of_the_softmaxes():
     [
         ({"prompt_index": 12}, "--prompt_index=12: expected 0 to 11"),
         ({"layers": "7"}, "expected layers 0 to 6, got 7"),
+        ({"layers": "boundary(stpe:2)"}, "no score 'stpe' (did you mean 'step'?)"),
         ({"components": "0,x"}, "--components=0,x: expected different whole numbers"),
         ({"components": "0,0"}, "--components=0,0: expected different whole numbers"),
         ({"components": "11"}, "expected at most component 10 (counted from 0)"),

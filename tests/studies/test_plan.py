@@ -42,9 +42,15 @@ def plan(attention="auto", **asked):
 
 @needs_libtpu
 @pytest.mark.parametrize(
-    ("job", "layers", "most"), [("analyze", "all", 1.4), ("finetune", "10-14", 3.6), ("finetune", "all", 10.5),
-                                ("substitute", "all", 2.6), ("generate", "all", 3.6)]
-)  # fmt: skip
+    ("job", "layers", "most"),
+    [
+        ("analyze", "all", 1.4),
+        ("finetune", "10-14", 3.6),
+        ("finetune", "all", 10.5),
+        ("substitute", "all", 2.6),
+        ("generate", "all", 3.6),
+    ],
+)
 def test_memory_of_a_compiled_job(job, layers, most):
     found = plan(job=job, layers=layers)
     assert found.topology.devices == 16 and found.fits and found.peak / GIB <= most
@@ -127,9 +133,18 @@ def _shapes(tree):
 def tiny(monkeypatch):
     """Programs of a small model, their arguments as arrays of zeros, and what the commands' functions are given."""
     model = ModelConfig.from_hf(
-        {"model_type": "llama", "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 6, "vocab_size": 40,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64, "eos_token_id": 2}
-    )  # fmt: skip
+        {
+            "model_type": "llama",
+            "hidden_size": 16,
+            "intermediate_size": 24,
+            "num_hidden_layers": 6,
+            "vocab_size": 40,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "eos_token_id": 2,
+        }
+    )
     seen = []
 
     def watch(module, name):

@@ -16,8 +16,15 @@ from jaxcrit.studies.interventions import run_intervene
 from jaxcrit.studies.options import InterveneOptions
 from jaxcrit.studies.removal import RemovalOptions, _random_part, parse_sets, run_removal
 
-CONFIG = RemovalOptions(sets="0;0,2;random:0,2", layers="2,4", critical="critical:1", max_new_tokens=5, batch_size=8,
-                       prompt_index=3, mesh="data=1,fsdp=-1")  # fmt: skip
+CONFIG = RemovalOptions(
+    sets="0;0,2;random:0,2",
+    layers="2,4",
+    critical="critical:1",
+    max_new_tokens=5,
+    batch_size=8,
+    prompt_index=3,
+    mesh="data=1,fsdp=-1",
+)
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +47,16 @@ def test_every_cell_is_its_prompts_one_at_a_time(config, found, tmp_path, monkey
     cell = next(cell for cell in found.cells if (cell.layer, cell.name) == (4, "0,2"))
     alone = []
     for index in range(cell.n):
-        case = InterveneOptions(model=config.model, data=config.data, layers="4", components="0,2", prompt_index=index,
-                               max_new_tokens=5, mesh=config.mesh, out=str(tmp_path / f"{index}"))  # fmt: skip
+        case = InterveneOptions(
+            model=config.model,
+            data=config.data,
+            layers="4",
+            components="0,2",
+            prompt_index=index,
+            max_new_tokens=5,
+            mesh=config.mesh,
+            out=str(tmp_path / f"{index}"),
+        )
         alone.append(run_intervene(case).found)
     assert cell.changed == sum(one["before"]["token_ids"] != one["after"]["token_ids"] for one in alone) > 0
     assert cell.ended == sum(one["after"]["stopped"] for one in alone)

@@ -55,8 +55,12 @@ def test_numbers_and_files(analyzed, tmp_path, capsys):
     tops = [np.linalg.svd(x - x.mean(0), full_matrices=False) for x in hidden]
     arrays, meta = read_npz(out / "spectrum.npz")
     assert meta["format"] == "jaxcrit.spectrum" and set(arrays) == {
-        "scores", "singular_values", "sample_ids", "cca_1", "cca_3"
-    }  # fmt: skip
+        "scores",
+        "singular_values",
+        "sample_ids",
+        "cca_1",
+        "cca_3",
+    }
     assert arrays["scores"].shape == (9, 30, 3) and len(set(arrays["sample_ids"])) == 30
     scores = read_scores(out / "scores.json")
     assert set(scores) == {"delta", "delta_debiased", "step", "step_debiased", "cca_1", "cca_3"}
@@ -147,12 +151,14 @@ def broken(analyzed, tmp_path, change):
 
 
 def test_a_fingerprint_that_is_not_the_runs(analyzed, tmp_path):
-    for place, (change, message) in enumerate({
-        "cut": (lambda a, m: a.update(gram=a["gram"][:, :-1]), "expected Grams of"),
-        "bare": (lambda a, m: a.pop("gram"), "has no gram"),
-        "another's": (lambda a, m: m.update(identity="x"), "is not of the run beside it"),
-        "later": (lambda a, m: m.update(format_version=2), "got 2"),
-    }.values()):  # fmt: skip
+    for place, (change, message) in enumerate(
+        {
+            "cut": (lambda a, m: a.update(gram=a["gram"][:, :-1]), "expected Grams of"),
+            "bare": (lambda a, m: a.pop("gram"), "has no gram"),
+            "another's": (lambda a, m: m.update(identity="x"), "is not of the run beside it"),
+            "later": (lambda a, m: m.update(format_version=2), "got 2"),
+        }.values()
+    ):
         (tmp_path / str(place)).mkdir()
         with pytest.raises(UserError, match=message):
             run = broken(analyzed, tmp_path / str(place), change)

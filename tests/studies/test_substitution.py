@@ -41,15 +41,23 @@ def inputs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("inputs")
     base, data = tiny_checkpoint(folder / "base"), pairs_file(folder / "pairs.jsonl")
     tiny_checkpoint(folder / "tuned", seed=1)
-    run_finetune(FinetuneOptions(model=str(base), data=str(data), layers="3", steps=4, learning_rate=2e-2,
-                                out=str(folder / "run")))  # fmt: skip
+    run_finetune(
+        FinetuneOptions(
+            model=str(base), data=str(data), layers="3", steps=4, learning_rate=2e-2, out=str(folder / "run")
+        )
+    )
     return folder
 
 
 @pytest.fixture
 def config(inputs, tmp_path):
-    return SubstituteOptions(base=str(inputs / "base"), tuned=str(inputs / "tuned"), data=str(inputs / "pairs.jsonl"),
-                              window=3, out=str(tmp_path / "out"))  # fmt: skip
+    return SubstituteOptions(
+        base=str(inputs / "base"),
+        tuned=str(inputs / "tuned"),
+        data=str(inputs / "pairs.jsonl"),
+        window=3,
+        out=str(tmp_path / "out"),
+    )
 
 
 def test_a_run(config, inputs, tmp_path):
@@ -66,8 +74,9 @@ def test_a_run(config, inputs, tmp_path):
     assert arrays["losses"].shape == (9, 20) and arrays["random"].sum() == 4
     assert arrays["members"][:, :].sum(axis=1).tolist() == [3] * 9
     np.testing.assert_allclose(arrays["losses"][:5].mean(axis=1), score.values[1:6])
-    np.testing.assert_allclose(np.average(arrays["losses"][0], weights=arrays["tokens"]),
-                               found.scores["substitution_per_token"].values[1])  # fmt: skip
+    np.testing.assert_allclose(
+        np.average(arrays["losses"][0], weights=arrays["tokens"]), found.scores["substitution_per_token"].values[1]
+    )
     np.testing.assert_allclose(arrays["guest"].mean(), found.base_loss)
     deletions = read_deletions(tmp_path / "out", "substitution")
     assert deletions.values.shape == (20, 7) and list(deletions.sample_ids) == arrays["sample_ids"].tolist()
@@ -85,11 +94,14 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
 
     single, named = losses(window=1), losses(sets="0;1;2;3;4;5;6")
     assert named.scores == {} and named.samples is None
-    np.testing.assert_array_equal([entry["samples"] for entry in named.run["result"]["sets"]],
-                                  single.scores["substitution"].values)  # fmt: skip
+    np.testing.assert_array_equal(
+        [entry["samples"] for entry in named.run["result"]["sets"]], single.scores["substitution"].values
+    )
     reverse = losses(reverse=True, window=1)
     assert reverse.scores["substitution_reverse"].direction == "low"
     assert reverse.scores["substitution_reverse"].meta["unchanged"] == reverse.base_loss == single.base_loss
+    ends = losses(sets="boundary(1,4-6)").run["result"]["sets"]
+    assert [entry["layers"] for entry in ends] == [[1, 6]]
     everything = "first:7"
     forth, back = losses(sets=everything), losses(sets=everything, reverse=True)
     # Blocks of one model with the embedding of the other: neither model's own loss.
@@ -185,6 +197,7 @@ def test_bad_input(config, inputs, tmp_path):
     refused("--sites=mpl: expected blocks or attn or mlp .did you mean 'mlp'", sites="mpl")
     refused("--sets=critical:2: needs scores", sets="0-2;critical:2")
     refused("--sets=7: ", sets="7")
+    refused("--sets=step:2: needs scores", sets="step:2")
     refused("--random=-1", random=-1)
     refused("--batch_size=0", batch_size=0)
     shallow = tiny_checkpoint(tmp_path / "shallow", num_hidden_layers=4)
@@ -213,19 +226,35 @@ def test_commands(config, inputs, capsys, tmp_path):
     assert "Use these layers" not in (tmp_path / "out" / "report.html").read_text()
     assert main(["substitute", *flags, "--window=2"]) == 2
     out = tmp_path / "ablated"
-    assert main(["ablate", f"--model={config.base}", f"--data={config.data}", f"--out={out}", "--generate",
-                 "--max_new_tokens=4"]) == 0  # fmt: skip
+    assert (
+        main(
+            [
+                "ablate",
+                f"--model={config.base}",
+                f"--data={config.data}",
+                f"--out={out}",
+                "--generate",
+                "--max_new_tokens=4",
+            ]
+        )
+        == 0
+    )
     shown = capsys.readouterr().out
     assert "Most needed: layer" in shown and "63 block evaluations" in shown
     assert set(read_scores(out / "scores.json")) == {
-        "ablation_skip", "ablation_skip_per_token", "ablation_mean", "ablation_mean_per_token", "ablation_skip_accuracy"
-    }  # fmt: skip
+        "ablation_skip",
+        "ablation_skip_per_token",
+        "ablation_mean",
+        "ablation_mean_per_token",
+        "ablation_skip_accuracy",
+    }
     assert read_json(out / "run.json", "jaxcrit.run")["status"] == "complete"
 
 
 def test_ablation(inputs, tmp_path):
-    config = AblateOptions(model=str(inputs / "base"), data=str(inputs / "pairs.jsonl"), out=str(tmp_path / "out"),
-                            sites="mlp")  # fmt: skip
+    config = AblateOptions(
+        model=str(inputs / "base"), data=str(inputs / "pairs.jsonl"), out=str(tmp_path / "out"), sites="mlp"
+    )
     found = run_ablate(config)
     assert set(found.scores) == {f"ablation_{m}_mlp{s}" for m in ("skip", "mean") for s in ("", "_per_token")}
     again = run_ablate(config)

@@ -52,8 +52,11 @@ class FakeStorage(ThreadingHTTPServer):
     def files(self, prefix: str) -> dict[str, bytes]:
         """Contents below ``BUCKET/DIR/``, by what follows."""
         bucket, _, folder = prefix.partition("/")
-        return {name.removeprefix(folder): content for name, (_, content) in sorted(self.buckets[bucket].items())
-                if name.startswith(folder)}  # fmt: skip
+        return {
+            name.removeprefix(folder): content
+            for name, (_, content) in sorted(self.buckets[bucket].items())
+            if name.startswith(folder)
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -119,9 +122,17 @@ class _Handler(BaseHTTPRequestHandler):
     def about(self, bucket: str, name: str) -> dict:
         generation, content = self.server.buckets[bucket][name]
         digest = base64.b64encode(hashlib.md5(content).digest()).decode()
-        return {"kind": "storage#object", "bucket": bucket, "name": name, "size": str(len(content)),
-                "generation": str(generation), "metageneration": "1", "md5Hash": digest,
-                "timeCreated": "2026-01-01T00:00:00.000Z", "updated": "2026-01-01T00:00:00.000Z"}  # fmt: skip
+        return {
+            "kind": "storage#object",
+            "bucket": bucket,
+            "name": name,
+            "size": str(len(content)),
+            "generation": str(generation),
+            "metageneration": "1",
+            "md5Hash": digest,
+            "timeCreated": "2026-01-01T00:00:00.000Z",
+            "updated": "2026-01-01T00:00:00.000Z",
+        }
 
     def get(self, bucket: str, name: str, asked: dict[str, str]) -> None:
         if name not in self.server.buckets[bucket]:
@@ -140,8 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(content):
                 self.answer(416, "The requested range cannot be satisfied.")
             else:
-                self.answer(206, content[start:stop], x_goog_generation=str(generation),
-                            Content_Range=f"bytes {start}-{stop - 1}/{len(content)}")  # fmt: skip
+                self.answer(
+                    206,
+                    content[start:stop],
+                    x_goog_generation=str(generation),
+                    Content_Range=f"bytes {start}-{stop - 1}/{len(content)}",
+                )
         else:
             self.answer(200, content, x_goog_generation=str(generation))
 

@@ -29,19 +29,37 @@ BLOCKS = Tap(lambda site, before, after, positions: after, ("block",))  # the st
 BOUND = 1e-5  # largest |difference| to the reference, relative to its largest |value|
 
 BASE = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 64, "rms_norm_eps": 1e-5,
-}  # fmt: skip
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0,
-           "high_freq_factor": 4.0, "original_max_position_embeddings": 16}  # fmt: skip
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "rms_norm_eps": 1e-5,
+}
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 500000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 _YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16}
 
 
 def _longrope(pairs: int) -> dict[str, Any]:
     """Factors that differ by dimension and by side of the boundary, which is at 16 tokens."""
-    return {"original_max_position_embeddings": 16, "rope_parameters": {
-        "rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1 + 0.1 * i for i in range(pairs)],
-        "long_factor": [2 + 0.5 * i for i in range(pairs)]}}  # fmt: skip
+    return {
+        "original_max_position_embeddings": 16,
+        "rope_parameters": {
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "short_factor": [1 + 0.1 * i for i in range(pairs)],
+            "long_factor": [2 + 0.5 * i for i in range(pairs)],
+        },
+    }
 
 
 # What each case changes of BASE, as AutoConfig takes it.
@@ -52,39 +70,79 @@ CASES: dict[str, dict[str, Any]] = {
     "llama-tied": {"model_type": "llama", "tie_word_embeddings": True},
     "llama-head_dim": {"model_type": "llama", "head_dim": 12},
     "llama-theta": {"model_type": "llama", "rope_parameters": {"rope_type": "default", "rope_theta": 500.0}},
-    "llama-linear": {"model_type": "llama", "rope_parameters": {
-        "rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0}},
+    "llama-linear": {
+        "model_type": "llama",
+        "rope_parameters": {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    },
     "llama-llama3": {"model_type": "llama", "rope_parameters": _LLAMA3, "tie_word_embeddings": True, "head_dim": 16},
     "llama-yarn": {"model_type": "llama", "rope_parameters": _YARN, "head_dim": 16},
-    "llama-yarn-mscale": {"model_type": "llama", "head_dim": 16, "rope_parameters": {
-        **_YARN, "mscale": 1.2, "mscale_all_dim": 0.7, "truncate": False, "beta_fast": 16, "beta_slow": 2}},
+    "llama-yarn-mscale": {
+        "model_type": "llama",
+        "head_dim": 16,
+        "rope_parameters": {
+            **_YARN,
+            "mscale": 1.2,
+            "mscale_all_dim": 0.7,
+            "truncate": False,
+            "beta_fast": 16,
+            "beta_slow": 2,
+        },
+    },
     "llama-yarn-attention_factor": {"model_type": "llama", "rope_parameters": {**_YARN, "attention_factor": 1.3}},
-    "llama-longrope": {"model_type": "llama", "rope_parameters": {
-        **_longrope(4)["rope_parameters"], "original_max_position_embeddings": 16, "attention_factor": 1.1}},
+    "llama-longrope": {
+        "model_type": "llama",
+        "rope_parameters": {
+            **_longrope(4)["rope_parameters"],
+            "original_max_position_embeddings": 16,
+            "attention_factor": 1.1,
+        },
+    },
     "llama-bias": {"model_type": "llama", "attention_bias": True, "mlp_bias": True},
     "mistral-sliding": {"model_type": "mistral", "sliding_window": 5},
     "mistral-full-tied": {"model_type": "mistral", "sliding_window": None, "tie_word_embeddings": True, "head_dim": 16},
     "mistral-mqa": {"model_type": "mistral", "sliding_window": 5, "num_key_value_heads": 1},
     "qwen2-mha": {"model_type": "qwen2", "num_key_value_heads": 4},
     "qwen2-tied": {"model_type": "qwen2", "tie_word_embeddings": True},
-    "qwen2-mixed-sliding": {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 6,
-                            "max_window_layers": 1},
+    "qwen2-mixed-sliding": {
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 1,
+    },
     "qwen2-yarn": {"model_type": "qwen2", "rope_parameters": _YARN},
     "qwen3-tied": {"model_type": "qwen3", "head_dim": 16, "tie_word_embeddings": True},
     "qwen3-mqa-bias": {"model_type": "qwen3", "head_dim": 8, "num_key_value_heads": 1, "attention_bias": True},
-    "qwen3-mixed-sliding": {"model_type": "qwen3", "head_dim": 12, "num_key_value_heads": 4, "use_sliding_window": True,
-                            "sliding_window": 6, "max_window_layers": 2},
+    "qwen3-mixed-sliding": {
+        "model_type": "qwen3",
+        "head_dim": 12,
+        "num_key_value_heads": 4,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+    },
     "phi3-mha": {"model_type": "phi3", "num_key_value_heads": 4},
     "phi3-gqa-sliding": {"model_type": "phi3", "sliding_window": 7},
     "phi3-longrope": {"model_type": "phi3", **_longrope(4)},
     "phi3-longrope-sliding": {"model_type": "phi3", "sliding_window": 20, "num_key_value_heads": 1, **_longrope(4)},
     "phi4-mini": {"model_type": "phi3", "tie_word_embeddings": True, "partial_rotary_factor": 0.75, **_longrope(3)},
-    "phi4-mini-default": {"model_type": "phi3", "rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}},
-}  # fmt: skip
+    "phi4-mini-default": {
+        "model_type": "phi3",
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    },
+}
 # Those with a golden: every family, every rotary kind, every optional weight.
-GOLDEN_CASES = ("llama-gqa", "llama-llama3", "llama-yarn", "llama-linear", "llama-bias", "mistral-sliding",
-                "qwen2-mixed-sliding", "qwen3-tied", "phi3-longrope", "phi4-mini")  # fmt: skip
+GOLDEN_CASES = (
+    "llama-gqa",
+    "llama-llama3",
+    "llama-yarn",
+    "llama-linear",
+    "llama-bias",
+    "mistral-sliding",
+    "qwen2-mixed-sliding",
+    "qwen3-tied",
+    "phi3-longrope",
+    "phi4-mini",
+)
 
 
 def raw_config(case: str) -> dict[str, Any]:

@@ -11,11 +11,15 @@ from jaxcrit.data.tokenizer import load_tokenizer
 SPECIAL = {
     "llama2": ("<unk>", "<s>", "</s>"),
     "llama3": (
-        "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+        "<|begin_of_text|>",
+        "<|end_of_text|>",
+        "<|start_header_id|>",
+        "<|end_header_id|>",
+        "<|eot_id|>",
         "<|finetune_right_pad_id|>",
     ),
     "phi3": ("<unk>", "<s>", "</s>", "<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>"),
-}  # fmt: skip
+}
 BOS = {"llama2": "<s>", "llama3": "<|begin_of_text|>", "phi3": "<s>"}
 EOS = {"llama2": "</s>", "llama3": "<|eot_id|>", "phi3": "<|endoftext|>"}
 CHAT = {

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.core.layers import LayerScores, LayerSet, LayerSpec, resolve
+from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import delta
 from jaxcrit.selection.confidence import Certainty, SampleSizes
 

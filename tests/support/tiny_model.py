@@ -36,8 +36,10 @@ def tiny_checkpoint(path: Path, *, seed: int = 0, tokenizer: bool = True, **chan
     (path / "config.json").write_text(json.dumps(config))
     rng = np.random.default_rng(seed)
     shapes = hf_shapes(ModelConfig.from_hf(config))
-    save_file({name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()},
-              path / "model.safetensors")  # fmt: skip
+    save_file(
+        {name: rng.normal(0, 0.3, shape).astype(np.float32) for name, shape in shapes.items()},
+        path / "model.safetensors",
+    )
     if tokenizer:
         tiny_tokenizer_dir(path)
     return path

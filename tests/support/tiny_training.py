@@ -21,9 +21,15 @@ from jaxcrit.training.step import (
 )
 
 RAW = {
-    "model_type": "llama", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 7,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
-}  # fmt: skip
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 7,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
 CONFIG = ModelConfig.from_hf(RAW)
 
 
@@ -53,8 +59,22 @@ def random_batch(micro=1, rows=8, length=12, seed=1, vocab=64):
 class Trainer:
     """State, frozen arrays and a compiled step of a partition of the tiny model."""
 
-    def __init__(self, layers=(2, 4), outside=(), *, config=CONFIG, mesh=None, dtype=jnp.float32, optimizer="adamw",
-                 factors=None, lora=None, rate=1e-2, weights=None, seed=0, **options):  # fmt: skip
+    def __init__(
+        self,
+        layers=(2, 4),
+        outside=(),
+        *,
+        config=CONFIG,
+        mesh=None,
+        dtype=jnp.float32,
+        optimizer="adamw",
+        factors=None,
+        lora=None,
+        rate=1e-2,
+        weights=None,
+        seed=0,
+        **options,
+    ):
         settings = {key: options.pop(key) for key in ("weight_decay", "clip") if key in options}
         self.mesh = mesh or one_device()
         self.partition = partition(config, layers, outside, factors, lora)

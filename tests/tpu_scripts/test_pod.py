@@ -83,18 +83,23 @@ def test_run_reaches_every_worker_with_its_arguments_whole(cloud, tmp_path):
     (venv / "jaxcrit").chmod(0o755)
     seen = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=tmp_path, check=True).stdout
     assert [line.split("] ")[1] for line in seen.splitlines()] == [
-        "<analyze>", "<--model=a b>", "<--out=gs://x/y>", "<--distributed=on>"
-    ]  # fmt: skip
+        "<analyze>",
+        "<--model=a b>",
+        "<--out=gs://x/y>",
+        "<--distributed=on>",
+    ]
     assert [path.read_text().strip() for path in (tmp_path / "pod-logs").iterdir()] == ["[w0] done"]
 
 
 def test_survive_makes_the_pod_anew_after_a_preemption(cloud):
     """Ready, then gone while jaxcrit ran; made again, and the second run ends well."""
     code, out, calls = cloud(
-        "survive", "finetune", "--out=gs://x/y",
+        "survive",
+        "finetune",
+        "--out=gs://x/y",
         describe=["1 ", "0 READY", "0 PREEMPTED", "0 PREEMPTED", "0 READY"],
         ssh=["0 installed", "255 gone", "0 installed", "0 done"],
-    )  # fmt: skip
+    )
     assert code == 0 and "try 2 of 20" in out and "done" in out
     assert verbs(calls) == ["create", "scp", "ssh", "ssh", "delete", "create", "scp", "ssh", "ssh"]
 
@@ -102,10 +107,16 @@ def test_survive_makes_the_pod_anew_after_a_preemption(cloud):
 def test_survive_asks_anew_for_a_queued_resource_whose_machines_are_gone(cloud):
     """A preempted queued resource stays, suspended, and keeps its name; what it held is no longer described."""
     code, out, calls = cloud(
-        "--queued", "--spot", "--service_account=me@x", "survive", "finetune", "--out", "gs://x/y",
+        "--queued",
+        "--spot",
+        "--service_account=me@x",
+        "survive",
+        "finetune",
+        "--out",
+        "gs://x/y",
         describe=["1 ", "1 ", "0 READY", "1 ", "1 ", "0 SUSPENDED", "1 ", "0 PROVISIONING", "0 READY"],
         ssh=["0 installed", "255 gone", "0 installed", "0 done"],
-    )  # fmt: skip
+    )
     assert code == 0 and "try 2 of 20" in out
     assert verbs(calls) == ["create", "scp", "ssh", "ssh", "delete", "create", "scp", "ssh", "ssh"]
     first, deleted, second = (call for call in calls if call[3] in ("create", "delete"))
@@ -118,9 +129,12 @@ def test_survive_asks_anew_for_a_queued_resource_whose_machines_are_gone(cloud):
 
 def test_survive_goes_on_after_a_preemption_during_the_installation(cloud):
     code, out, calls = cloud(
-        "survive", "analyze", "--out=gs://x/y", describe=["1 ", "0 READY", "0 PREEMPTED", "0 PREEMPTED", "0 READY"],
+        "survive",
+        "analyze",
+        "--out=gs://x/y",
+        describe=["1 ", "0 READY", "0 PREEMPTED", "0 PREEMPTED", "0 READY"],
         scp=["255 gone", "0 "],
-    )  # fmt: skip
+    )
     assert code == 0 and "try 2 of 20" in out
     assert verbs(calls) == ["create", "scp", "delete", "create", "scp", "ssh", "ssh"]
     installed = next(word for word in calls[-2] if word.startswith("--command="))
@@ -141,9 +155,12 @@ def test_survive_makes_the_pod_anew_when_it_was_preempted_before_it_was_ready(cl
 @pytest.mark.parametrize(("code", "told"), [("2", ""), ("1", "not trying again")])
 def test_survive_does_not_repeat_a_mistake(cloud, code, told):
     found, out, calls = cloud(
-        "survive", "analyze", "--out=gs://x/y", describe=["1 ", "0 READY", "0 READY"],
+        "survive",
+        "analyze",
+        "--out=gs://x/y",
+        describe=["1 ", "0 READY", "0 READY"],
         ssh=["0 installed", f"{code} error"],
-    )  # fmt: skip
+    )
     assert found == int(code) and told in out
     assert verbs(calls).count("create") == 1
 
@@ -161,8 +178,11 @@ def test_dry_run_calls_nothing_and_prints_what_it_would(cloud):
     assert code == 0 and not calls
     printed = [line for line in out.splitlines() if line.startswith("gcloud")]
     assert [line.split()[3:5] for line in printed] == [
-        ["tpu-vm", "create"], ["tpu-vm", "scp"], ["tpu-vm", "ssh"], ["tpu-vm", "ssh"]
-    ]  # fmt: skip
+        ["tpu-vm", "create"],
+        ["tpu-vm", "scp"],
+        ["tpu-vm", "ssh"],
+        ["tpu-vm", "ssh"],
+    ]
 
 
 @pytest.mark.parametrize(

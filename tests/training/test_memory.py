@@ -21,9 +21,16 @@ from jaxcrit.training.step import TokenBatch, abstract_state, batch_loss, make_s
 
 LAYERS, WIDTH, FF, VOCAB, HEADS, BATCH, LENGTH = 32, 320, 864, 4096, 5, 8, 128
 CONFIG = ModelConfig.from_hf(
-    {"model_type": "llama", "vocab_size": VOCAB, "hidden_size": WIDTH, "intermediate_size": FF,
-     "num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "max_position_embeddings": 2048}
-)  # fmt: skip
+    {
+        "model_type": "llama",
+        "vocab_size": VOCAB,
+        "hidden_size": WIDTH,
+        "intermediate_size": FF,
+        "num_hidden_layers": LAYERS,
+        "num_attention_heads": HEADS,
+        "max_position_embeddings": 2048,
+    }
+)
 MIDDLE, SCATTERED = range(20, 25), (3, 9, 15, 21, 27)
 BLOCK_WEIGHTS = 4 * WIDTH**2 + 3 * WIDTH * FF
 TOKENS = BATCH * LENGTH

@@ -140,9 +140,18 @@ def test_forms_agree(layers):
 
 
 def test_sliding_windows_in_both_forms():
-    raw = {"model_type": "mistral", "vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "head_dim": 4,
-           "num_hidden_layers": 5, "num_attention_heads": 4, "num_key_value_heads": 2, "sliding_window": 3,
-           "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"]}  # fmt: skip
+    raw = {
+        "model_type": "mistral",
+        "vocab_size": 64,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "head_dim": 4,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "sliding_window": 3,
+        "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
+    }
     config = ModelConfig.from_hf(raw)
     losses = []
     for layers, form in (((1, 4), "runs"), ((1, 4), "gaps"), (range(5), "runs")):
@@ -216,8 +225,10 @@ def test_tied_embedding_trains_from_both_ends():
 
 
 def test_schedules():
-    rates = {kind: [float(make_schedule(kind, 1.0, 10, 4)(step)) for step in range(10)]
-             for kind in ("constant", "linear", "cosine")}  # fmt: skip
+    rates = {
+        kind: [float(make_schedule(kind, 1.0, 10, 4)(step)) for step in range(10)]
+        for kind in ("constant", "linear", "cosine")
+    }
     for values in rates.values():
         np.testing.assert_allclose(values[:5], [0.25, 0.5, 0.75, 1, 1])
     assert rates["constant"][5:] == [1.0] * 5
@@ -238,7 +249,7 @@ def test_schedules():
         (lambda: partition(CONFIG, ()), "nothing is left to train"),
         (lambda: partition(CONFIG, (7,)), "layers 0 to 6"),
     ],
-)  # fmt: skip
+)
 def test_mistakes(call, message):
     with pytest.raises(UserError, match=message):
         call()
