@@ -12,6 +12,7 @@ from jaxcrit.core.deletions import jackknife_stderr
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.criteria.step import step
+from jaxcrit.evidence.criterion import Criterion
 
 if TYPE_CHECKING:  # jaxcrit.similarity imports jax, which pictures and tables of delta do without
     from jaxcrit.similarity import Bias, Spectrum, Tables
@@ -223,3 +224,18 @@ def component_scores(
         facts = {**meta, "components": k, "window": window, "include_self": False}
         scores[f"cca_{k}"] = LayerScores(f"cca_{k}", values, valid, "low", stderr, facts)
     return scores
+
+
+CRITERIA = {
+    key: Criterion(
+        needs="forward",
+        direction="low",
+        score=delta,
+        command="analyze",
+        formula=f"mean of {cka}(h_r, h_l) over the layers r of a window around l",
+        source="the paper",
+        responds="a change of how samples lie to each other",
+        blind="rotation, scale; in which of two neighbours it happens. False alarm: one outlier sample",
+    )
+    for key, cka in (("delta", "CKA"), ("delta_debiased", "debiased CKA"))
+}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from jaxcrit.evidence.criterion import Measured
+from jaxcrit.evidence.criterion import Criterion, Measured
 from jaxcrit.evidence.weights import Spectra, relative_mean
 
 
@@ -26,3 +26,16 @@ def snr(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     above = np.where(values > threshold[:, None], values, 0).sum(axis=-1)
     with np.errstate(divide="ignore"):
         return above / (values.sum(axis=-1) - above) / values[:, 0]
+
+
+CRITERIA = {
+    "weight_snr": Criterion(
+        needs="weights",
+        direction="high",
+        score=weight_snr,
+        formula="Σ S above t / Σ S below t / max S, S the singular values; mean over matrices",
+        source="Hartford et al. 2024 (Spectrum)",
+        responds="many directions of like strength",
+        blind="rotation. One strong direction *lowers* it; twice the weights halve it",
+    )
+}
