@@ -19,7 +19,7 @@ from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.measures import measure_scores
 from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
-from jaxcrit.data.dataset import Dataset
+from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Swept
@@ -173,7 +173,7 @@ def training_scores(
     Returns:
         Scores by key, the key that selects, and how many layers a selection trims at each end.
     """
-    published = names_published(options.data)
+    published = names_published(text_of(rows, options) or "")
     where = options.analysis or ("" if out is None else str(out / "analysis"))
     asked = AnalyzeOptions(
         model=options.model,
