@@ -31,7 +31,7 @@ import numpy as np
 from absl import app, flags
 from environment import write_result
 
-from jaxcrit.criteria.score import layer_scores
+from jaxcrit.criteria.delta import layer_scores
 from jaxcrit.similarity import cka, sweep
 
 LAYERS = flags.DEFINE_integer("layers", 32, "number of layers, L")

@@ -36,7 +36,7 @@ from absl import app, flags
 from environment import write_result
 from scipy.stats import norm, t
 
-from jaxcrit.criteria.score import deletions, jackknife_stderr, layer_scores, values_without_each
+from jaxcrit.criteria.delta import deletions, jackknife_stderr, layer_scores, values_without_each
 from jaxcrit.selection import confidence_set, sample_sizes
 from jaxcrit.similarity import cka_without_each, from_tables, permutation_null, sweep
 

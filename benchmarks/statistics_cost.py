@@ -19,7 +19,7 @@ import numpy as np
 from absl import app
 from environment import write_result
 
-from jaxcrit.criteria.score import deletions, layer_scores, values_without_each
+from jaxcrit.criteria.delta import deletions, layer_scores, values_without_each
 from jaxcrit.selection import leverage
 from jaxcrit.similarity import participation_ratio, permutation_null, sweep
 from jaxcrit.similarity._grams import _grams, _refuse_degenerate

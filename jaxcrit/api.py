@@ -260,7 +260,7 @@ def score(
 
 
 def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: Any) -> Scores:
-    from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
+    from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, values_without_each
     from jaxcrit.similarity import centred_grams, gram_tables
 
     if window < 3 or window % 2 == 0:
@@ -273,7 +273,7 @@ def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: 
     kept = {}
     for key, one in scores.items():
         left = None
-        if CRITERIA[key].bias in without:
+        if CURVES[key].bias in without:
             values = values_without_each(tables, key, window, include_self, without=without)
             left = Deletions(values, ids if found.units is not None else list(found.sample_ids))
         kept[key] = dataclasses.replace(one, deletions=left)

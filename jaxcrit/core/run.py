@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Protocol
@@ -140,6 +140,7 @@ def running(
     template: Mapping[str, str] | None = None,
     resolved: Mapping[str, Any] | None = None,
     also: Mapping[str, Any] | None = None,
+    further: Sequence[Options] = (),
     keep: bool = True,
     read_back: bool = False,
 ) -> Iterator[Run]:
@@ -155,6 +156,7 @@ def running(
         template: how rows were rendered: ``mode``, ``edition``, and the ``hash`` that tells renderings apart.
         resolved: values that stand for options in what determines the results: the dtype chosen, layers by number.
         also: further JSON values that determine the results.
+        further: further options, of single criteria; they stand beside the others.
         keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
         read_back: whether a complete run is left as it is, for the caller to read back; else it is run again, on what
             it has kept.
@@ -170,7 +172,7 @@ def running(
     data = {one.name: one.describe() for one in datasets}
     determines = {
         "command": command,
-        "config": determining(options) | dict(resolved or {}),
+        "config": _joined(determining, options, further) | dict(resolved or {}),
         **{f"{role}_hash": one["hash"] for role, one in described.items()},
         **({"template_hash": template["hash"]} if template else {}),
         **(also or {}),
@@ -188,7 +190,7 @@ def running(
     record: dict[str, Any] = {
         **kept,
         "command": command,
-        "config": as_json(options),
+        "config": _joined(as_json, options, further),
         "determines": determines,
         **described,
         **({"template": dict(template)} if template else {}),
@@ -215,6 +217,12 @@ def running(
     record["time"] = {**spent, **run.times}
     if directory is not None:
         directory.finish(record)
+
+
+def _joined(
+    values: Callable[[Options], dict[str, Any]], options: Options, further: Sequence[Options]
+) -> dict[str, Any]:
+    return {name: value for one in (options, *further) for name, value in values(one).items()}
 
 
 def versions() -> dict[str, str]:

@@ -24,6 +24,7 @@ from jaxcrit.data import batches as data
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, Variant, enter, planned_evaluations, sweep
@@ -212,3 +213,22 @@ class Ablation:
             if row < len(self.examples)
         ]
         return exact_match([text for text, _ in pairs], [gold for _, gold in pairs])
+
+
+CRITERIA = {
+    f"ablation_{what}": Criterion(
+        needs="variants",
+        direction="low" if what == "skip_accuracy" else "high",
+        score=SampleLosses.score if what == "skip_accuracy" else SampleLosses.scores,
+        command="ablate",
+        formula=formula,
+        source="skipping a layer",
+        responds=responds,
+        blind="what other layers make up for",
+    )
+    for what, formula, responds in (
+        ("skip", "loss with a layer that adds nothing", "loss without the layer"),
+        ("mean", "loss with a layer that adds its mean", "loss without what the layer tells tokens apart by"),
+        ("skip_accuracy", "share of right answers with a layer that adds nothing", "answers lost without the layer"),
+    )
+}

@@ -6,16 +6,25 @@ critical. Sees what angular_distance sees, at every token of the prompt; blind t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit.evidence.measured import Measured, States, mean_over
+from jaxcrit.evidence.criterion import Criterion, Measured, mean_over
+from jaxcrit.evidence.forward import View
 
 
-def block_influence(states: States) -> Measured:
-    """Mean over the tokens of all prompts, ``[L]``."""
-    return mean_over(states.influence / states.tokens[:, None], states.tokens.astype(np.float64))
+def tap(before: jax.Array, after: jax.Array, view: View) -> dict[str, jax.Array]:
+    """`influence` summed over the tokens of each prompt, and their number; ``[B]`` each."""
+    return {"turned": view.sum(influence(before, after)), "tokens": view.lengths}
+
+
+def block_influence(found: Mapping[str, np.ndarray]) -> Measured:
+    """Mean over the tokens of all prompts, ``[L]``, of what `tap` gives by prompt and layer."""
+    tokens = found["tokens"].astype(np.float64)
+    return mean_over(found["turned"] / tokens, tokens[:, 0])
 
 
 def influence(before: jax.Array, after: jax.Array) -> jax.Array:
@@ -30,3 +39,17 @@ def influence(before: jax.Array, after: jax.Array) -> jax.Array:
 def _unit(x: jax.Array) -> jax.Array:
     wide = x.astype(jnp.float32)
     return wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)
+
+
+CRITERIA = {
+    "block_influence": Criterion(
+        needs="forward",
+        direction="high",
+        score=block_influence,
+        tap=tap,
+        formula="1 - mean over tokens of cos(h_{l-1}, h_l)",
+        source="Men et al. 2024 (ShortGPT)",
+        responds="any turn, of all tokens",
+        blind="scale; one outlier sample is one vote",
+    )
+}

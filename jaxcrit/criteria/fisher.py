@@ -8,10 +8,25 @@ whose output is shut off; grows with the length of responses.
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured, mean_over
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Criterion, Measured, mean_over
 
 
 def fisher(gradients: Gradients) -> Measured:
     """Empirical Fisher per weight by layer, ``[L]``."""
     assert gradients.samples is not None
     return mean_over(gradients.samples / gradients.sizes)
+
+
+CRITERIA = {
+    "fisher": Criterion(
+        needs="backward",
+        direction="high",
+        score=fisher,
+        per_sample=True,
+        formula="mean_i ||grad_l log p(response_i | prompt_i)||² / |θ_l|, row by row",
+        source="empirical Fisher",
+        responds="weights that matter to single rows",
+        blind="a block whose output is shut off",
+    )
+}

@@ -7,9 +7,23 @@ the scale of weights: making one matrix of a pair larger and the other smaller l
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Criterion, Measured
 
 
 def gradient_norm(gradients: Gradients) -> Measured:
     """Norm by layer, ``[L]``, nats per unit of weight."""
     return Measured(gradients.total)
+
+
+CRITERIA = {
+    "gradient_norm": Criterion(
+        needs="backward",
+        direction="high",
+        score=gradient_norm,
+        formula="||grad_l|| of the loss per response token",
+        source="",
+        responds="where the loss pulls now",
+        blind="a block whose output is shut off. Follows the scale of weights",
+    )
+}

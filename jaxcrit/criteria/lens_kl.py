@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxcrit.evidence.measured import Measured, States, mean_over
+from jaxcrit.evidence.criterion import Criterion, Measured, mean_over
+from jaxcrit.evidence.forward import last_token
 from jaxcrit.models.decoder import Decoder, logits
 
 
-def lens_kl(states: States) -> Measured:
+def lens_kl(divergences: np.ndarray) -> Measured:
     """Mean over the prompts, ``[L]``, nats."""
-    assert states.lens is not None
-    return mean_over(states.lens)
+    return mean_over(divergences.astype(np.float64))
 
 
 def divergence(decoder: Decoder, states: jax.Array) -> jax.Array:
@@ -37,3 +38,18 @@ def divergence(decoder: Decoder, states: jax.Array) -> jax.Array:
 
     final = read(states[-1])
     return jax.lax.map(lambda state: jnp.sum(jnp.exp(final) * (final - read(state)), axis=-1), states)
+
+
+CRITERIA = {
+    "lens_kl": Criterion(
+        needs="forward",
+        direction="high",
+        score=lens_kl,
+        tap=last_token,
+        finish=divergence,
+        formula="mean_i KL(p_i || softmax F(h_{l,i})), F final norm and head",
+        source="logit lens",
+        responds="the answer not being there yet",
+        blind="scale; what the head does not read",
+    )
+}

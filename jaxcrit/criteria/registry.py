@@ -1,87 +1,118 @@
-"""The table of criteria beside δ and step: what each needs, which way it points, how it is computed."""
+"""The registry of criteria: a word for each. The file of that name holds it, and is imported when it is asked for."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+import importlib
+from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from jaxcrit.core.deletions import jackknife_stderr
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.layers import Direction, LayerScores
-from jaxcrit.criteria.angular_distance import angular_distance
-from jaxcrit.criteria.block_influence import block_influence
-from jaxcrit.criteria.effective_rank import effective_rank
-from jaxcrit.criteria.fisher import fisher
-from jaxcrit.criteria.gradient_norm import gradient_norm
-from jaxcrit.criteria.lens_kl import lens_kl
-from jaxcrit.criteria.rgn import rgn
-from jaxcrit.criteria.stable_rank import stable_rank
-from jaxcrit.criteria.weight_change import weight_change
-from jaxcrit.criteria.weight_snr import weight_snr
-from jaxcrit.evidence.measured import Measured
+from jaxcrit.core.options import Options, options_of
+from jaxcrit.evidence.criterion import Criterion, Needs, Own
 
-Needs = Literal["weights", "two models", "states", "gradients"]
-_ANALYZED = ("delta", "delta_debiased", "step", "step_debiased")
+# FILE, or FILE:KEY where the file holds several criteria, or one under another name.
+_WORDS = (
+    "delta", "delta:delta_debiased", "step", "step:step_debiased", "substitution",
+    "ablation:ablation_skip", "ablation:ablation_mean", "ablation:ablation_skip_accuracy",
+    "weight_snr", "stable_rank", "weight_change",
+    "angular_distance", "block_influence", "effective_rank", "lens_kl",
+    "gradient_norm", "rgn", "fisher",
+)  # fmt: skip
+FILES: Mapping[str, str] = {word.rpartition(":")[2]: word.partition(":")[0] for word in _WORDS}
+WITH_OPTIONS: tuple[str, ...] = ()  # files of criteria with options of their own, which help pages list
 
-
-@dataclasses.dataclass(frozen=True)
-class LayerCriterion:
-    """One criterion.
-
-    Attributes:
-        needs: which evidence; one pass serves all that need the same.
-        direction: which values are critical.
-        function: of that evidence.
-    """
-
-    needs: Needs
-    direction: Direction
-    function: Callable[[Any], Measured]
-
-    def scores(self, key: str, found: Measured, meta: Mapping[str, Any]) -> LayerScores:
-        """As scores; invalid where not finite, with the jackknife's error where there are deletions."""
-        left, facts = found.without_each, {**meta, "needs": self.needs}
-        stderr = None if left is None else jackknife_stderr(left)
-        return LayerScores(key, found.values, np.isfinite(found.values), self.direction, stderr, facts)
-
-
-LAYER_CRITERIA: Mapping[str, LayerCriterion] = {
-    "weight_snr": LayerCriterion("weights", "high", weight_snr),
-    "stable_rank": LayerCriterion("weights", "low", stable_rank),
-    "weight_change": LayerCriterion("two models", "high", weight_change),
-    "angular_distance": LayerCriterion("states", "high", angular_distance),
-    "block_influence": LayerCriterion("states", "high", block_influence),
-    "effective_rank": LayerCriterion("states", "low", effective_rank),
-    "lens_kl": LayerCriterion("states", "high", lens_kl),
-    "gradient_norm": LayerCriterion("gradients", "high", gradient_norm),
-    "rgn": LayerCriterion("gradients", "high", rgn),
-    "fisher": LayerCriterion("gradients", "high", fisher),
+_EVIDENCE: Mapping[Needs, str] = {
+    "weights": "weights",
+    "two models": "base and tuned weights",
+    "forward": "prompts, forward",
+    "backward": "responses, backward",
+    "variants": "responses, changed models",
 }
+BEGIN, END = "<!-- begin: python -m jaxcrit.criteria FILE writes this table -->", "<!-- end -->"
 
 
-def parse_criteria(text: str, *, two_models: bool) -> list[str]:
-    """Keys of a comma list; an empty one is every criterion, without those of two models where there is one.
+def criterion(key: str) -> Criterion:
+    """The criterion of a key of `FILES`."""
+    found: Criterion = importlib.import_module(f"jaxcrit.criteria.{FILES[key]}").CRITERIA[key]
+    return found
+
+
+def scorable() -> dict[str, Criterion]:
+    """By key, the criteria that ``score`` computes: all whose evidence no command of its own makes."""
+    return {key: one for key in FILES if not (one := criterion(key)).command}
+
+
+def own_options() -> list[type[Options]]:
+    """Options that belong to single criteria; lists them without importing jax."""
+    kinds = [
+        one.options
+        for file in WITH_OPTIONS
+        for one in importlib.import_module(f"jaxcrit.criteria.{file}").CRITERIA.values()
+    ]
+    return [kind for kind in dict.fromkeys(kinds) if kind is not None]
+
+
+def parse_criteria(text: str, *, two_models: bool) -> dict[str, Criterion]:
+    """Criteria of a comma list; an empty one is every criterion, without those of two models where there is one.
 
     Raises:
-        UserError: an unknown key, or one of two models where there is one.
+        UserError: an unknown key, one that a command of its own computes, or one of two models where there is one.
     """
+    known = scorable()
     if not text:
-        return [key for key, one in LAYER_CRITERIA.items() if two_models or one.needs != "two models"]
-    keys = list(dict.fromkeys(key.strip() for key in text.split(",")))
-    for key in keys:
-        if key in _ANALYZED:
+        return {key: one for key, one in known.items() if two_models or one.needs != "two models"}
+    found = {}
+    for key in (part.strip() for part in text.split(",")):
+        if key not in FILES:
+            nearest = did_you_mean(key, FILES)
+            raise UserError(f"--criteria={key}: expected some of {', '.join(known)}{nearest}")
+        found[key] = one = criterion(key)
+        if one.command == "analyze":
             raise UserError(f"--criteria={key}: is computed by jaxcrit analyze, from prompts alone")
-        if key not in LAYER_CRITERIA:
-            nearest = did_you_mean(key, LAYER_CRITERIA)
-            raise UserError(f"--criteria={key}: expected some of {', '.join(LAYER_CRITERIA)}{nearest}")
-        if LAYER_CRITERIA[key].needs == "two models" and not two_models:
+        if one.command:
+            raise UserError(f"--criteria={key}: is computed by jaxcrit {one.command}; see jaxcrit {one.command} --help")
+        if one.needs == "two models" and not two_models:
             raise UserError(f"--criteria={key}: compares a tuned model with its base; give --base=DIR too")
-    return keys
+    return found
 
 
-def needed(keys: Iterable[str]) -> set[Needs]:
-    """The kinds of evidence that criteria need."""
-    return {LAYER_CRITERIA[key].needs for key in keys}
+def of_chosen(chosen: Mapping[str, Criterion], given: Sequence[Options]) -> Own:
+    """Options of the chosen criteria by their class: what is given, and defaults.
+
+    Raises:
+        UserError: an option was set whose criterion is not chosen.
+    """
+    wanted = {one.options for one in chosen.values() if one.options is not None}
+    for options in given:
+        changed = [one for one in options_of(type(options)) if getattr(options, one.field) != one.default]
+        if changed and type(options) not in wanted:
+            keys = [key for key, one in scorable().items() if one.options is type(options)]
+            name, value = changed[0].name, getattr(options, changed[0].field)
+            raise UserError(f"--{name}={value}: is an option of {' and '.join(keys)}; name one of them in --criteria")
+    return {kind: next((one for one in given if type(one) is kind), kind()) for kind in wanted}
+
+
+def table() -> str:
+    """All criteria as a table in Markdown: what they need, which values are critical, what they see and what not."""
+    rows = [
+        "| key | needs | critical | formula | source | responds to | blind to |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for key in FILES:
+        one = criterion(key)
+        needs = _EVIDENCE[one.needs] + (f" (`{one.command}`)" if one.command else "")
+        cells = [f"`{key}`", needs, one.direction, one.formula, one.source, one.responds, one.blind]
+        rows.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+    return "\n".join(rows)
+
+
+def updated(text: str) -> str:
+    """A text with the table of criteria in it brought up to date.
+
+    Raises:
+        UserError: the marks between which it belongs are absent.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"expected the lines {BEGIN} and {END}, between which the table of criteria belongs")
+    return f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}"

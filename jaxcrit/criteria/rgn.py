@@ -7,9 +7,23 @@ of the size of the weights would do most; blind as gradient_norm is.
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Gradients, Measured
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import Criterion, Measured
 
 
 def rgn(gradients: Gradients) -> Measured:
     """Relative gradient norm by layer, ``[L]``."""
     return Measured(gradients.total / gradients.weights)
+
+
+CRITERIA = {
+    "rgn": Criterion(
+        needs="backward",
+        direction="high",
+        score=rgn,
+        formula="||grad_l|| / ||θ_l||",
+        source="Lee et al. 2023",
+        responds="where the loss pulls now, relative to the weights",
+        blind="a block whose output is shut off",
+    )
+}

@@ -6,10 +6,23 @@ alone. Sees one strong direction; blind to scale, to rotations, and to what the 
 
 from __future__ import annotations
 
-from jaxcrit.criteria.weight_snr import relative_mean
-from jaxcrit.evidence.measured import Measured, Spectra
+from jaxcrit.evidence.criterion import Criterion, Measured
+from jaxcrit.evidence.weights import Spectra, relative_mean
 
 
 def stable_rank(spectra: Spectra) -> Measured:
     """Stable rank of each layer, `relative_mean` of its matrices; ``[L]``."""
     return relative_mean(spectra, lambda values, shape: (values**2).sum(axis=-1) / values[:, 0] ** 2)
+
+
+CRITERIA = {
+    "stable_rank": Criterion(
+        needs="weights",
+        direction="low",
+        score=stable_rank,
+        formula="||W||_F² / ||W||_2², mean over matrices",
+        source="Rudelson and Vershynin 2007",
+        responds="one strong direction",
+        blind="rotation, scale; what the direction does",
+    )
+}

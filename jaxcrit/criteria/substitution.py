@@ -17,7 +17,9 @@ import numpy as np
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.templates import Example
+from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import sample_losses
+from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, Variant, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
@@ -189,3 +191,17 @@ def substitution_losses(
         "batches": batches,
     }
     return losses, tokens, counts
+
+
+CRITERIA = {
+    "substitution": Criterion(
+        needs="variants",
+        direction="high",
+        score=SampleLosses.scores,
+        command="substitute",
+        formula="loss of the tuned model with a window of layers from its base",
+        source="the paper",
+        responds="loss that tuning a window of layers took away",
+        blind="what other layers make up for",
+    )
+}

@@ -7,9 +7,23 @@ depth (arXiv 2604.17177).
 
 from __future__ import annotations
 
-from jaxcrit.evidence.measured import Measured, WeightChanges
+from jaxcrit.evidence.criterion import Criterion, Measured
+from jaxcrit.evidence.weights import WeightChanges
 
 
 def weight_change(changes: WeightChanges) -> Measured:
     """Relative change of each layer, ``[L]``."""
     return Measured(changes.apart / changes.base)
+
+
+CRITERIA = {
+    "weight_change": Criterion(
+        needs="two models",
+        direction="high",
+        score=weight_change,
+        formula="||tuned - base|| / ||base||",
+        source="",
+        responds="which layers were trained, exactly",
+        blind="whether the change does anything",
+    )
+}

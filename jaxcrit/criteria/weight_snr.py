@@ -8,31 +8,15 @@ and dividing by max S makes one strong new direction *lower* the ratio, and a ma
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
-from jaxcrit.evidence.measured import Measured, Spectra
+from jaxcrit.evidence.criterion import Criterion, Measured
+from jaxcrit.evidence.weights import Spectra, relative_mean
 
 
 def weight_snr(spectra: Spectra) -> Measured:
     """SNR of each layer, `relative_mean` of its matrices; ``[L]``, not finite where a matrix has nothing below t."""
     return relative_mean(spectra, snr)
-
-
-def relative_mean(spectra: Spectra, of: Callable[[np.ndarray, tuple[int, int]], np.ndarray]) -> Measured:
-    """A layer's figure from its matrices': each relative to the mean of its kind over the layers, then their mean.
-
-    Kinds (q, o, down, ...) differ in shape and so in level; Spectrum too compares within a kind. 1 is a layer like the
-    average.
-
-    Args:
-        spectra: of all matrices.
-        of: function of singular values ``[L, r]`` (float64) and shape, giving ``[L]``.
-    """
-    kinds = [of(values.astype(np.float64), spectra.shapes[name]) for name, values in spectra.values.items()]
-    levels = [np.mean(values, where=np.isfinite(values)) if np.isfinite(values).any() else np.nan for values in kinds]
-    return Measured(np.mean([values / level for values, level in zip(kinds, levels, strict=True)], axis=0))
 
 
 def snr(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -42,3 +26,16 @@ def snr(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     above = np.where(values > threshold[:, None], values, 0).sum(axis=-1)
     with np.errstate(divide="ignore"):
         return above / (values.sum(axis=-1) - above) / values[:, 0]
+
+
+CRITERIA = {
+    "weight_snr": Criterion(
+        needs="weights",
+        direction="high",
+        score=weight_snr,
+        formula="Σ S above t / Σ S below t / max S, S the singular values; mean over matrices",
+        source="Hartford et al. 2024 (Spectrum)",
+        responds="many directions of like strength",
+        blind="rotation. One strong direction *lowers* it; twice the weights halve it",
+    )
+}

@@ -17,8 +17,7 @@ from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.criteria.measures import measure_scores
-from jaxcrit.criteria.score import CRITERIA, deletions, layer_scores, values_without_each
+from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
 from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
@@ -205,7 +204,7 @@ def score_keys(measures: str = "") -> list[str]:
     Raises:
         UserError: an unknown measure.
     """
-    return [*CRITERIA, *(f"delta_{name}" for name in parse_measures(measures))]
+    return [*CURVES, *(f"delta_{name}" for name in parse_measures(measures))]
 
 
 def _selecting(options: AnalyzeOptions, spec: LayerSpec) -> str:
@@ -239,7 +238,7 @@ def _score(
     scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
     kept = {
         key: values_without_each(tables, key, *shape, without=without)
-        for key, criterion in CRITERIA.items()
+        for key, criterion in CURVES.items()
         if criterion.bias in without
     }
     if grams is None and config.measures:

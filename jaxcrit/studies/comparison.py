@@ -14,7 +14,7 @@ from jaxcrit.core.files import write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.run import Facts, running
-from jaxcrit.criteria.score import deletions, jackknife_stderr
+from jaxcrit.criteria.delta import deletions, jackknife_stderr
 from jaxcrit.data.templates import check_same_rendering
 from jaxcrit.evidence.fingerprint import Fingerprint, paired, read_fingerprint
 from jaxcrit.models.model import Bars

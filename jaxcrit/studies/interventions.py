@@ -17,7 +17,7 @@ from jaxcrit.core.files import write_json
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.criteria.score import CRITERIA, layer_scores
+from jaxcrit.criteria.delta import CURVES, layer_scores
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
@@ -62,7 +62,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     """
     components = _check(config)
     spec = LayerSpec.parse(config.layers)
-    spec.check_key(CRITERIA)
+    spec.check_key(CURVES)
     session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, session.config.num_layers, model_hash=session.model_hash)

@@ -11,19 +11,22 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.core.options import Options
 from jaxcrit.core.run import running
-from jaxcrit.criteria.registry import LAYER_CRITERIA, Needs, needed, parse_criteria
+from jaxcrit.criteria.registry import of_chosen, parse_criteria
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
-from jaxcrit.evidence.measured import Measured
-from jaxcrit.evidence.passes import prompt_states, response_gradients, weight_changes, weight_spectra
+from jaxcrit.evidence.backward import response_gradients
+from jaxcrit.evidence.criterion import Criterion, Measured, Needs, Own
+from jaxcrit.evidence.forward import forward_pass
+from jaxcrit.evidence.weights import weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.studies.options import ScoreOptions
-
-_OF_MODEL: tuple[Needs, ...] = ("weights", "two models")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,6 +50,7 @@ class Scored:
 
 def run_score(
     options: ScoreOptions,
+    given: Sequence[Options] = (),
     *,
     model: Any = None,
     rows: Any = None,
@@ -58,6 +62,7 @@ def run_score(
 
     Args:
         options: what is asked.
+        given: options of single criteria; those of criteria that are not asked for must stand at their defaults.
         model: model in place of the one that the options name.
         rows: rows in place of those that the options name.
         progress: maker of progress bars (tqdm's signature), or None for silence.
@@ -67,14 +72,13 @@ def run_score(
     Raises:
         UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
     """
-    keys = parse_criteria(options.criteria, two_models=bool(options.base))
-    needs = needed(keys)
+    chosen = parse_criteria(options.criteria, two_models=bool(options.base))
+    own = of_chosen(chosen, given)
+    needs = {one.needs for one in chosen.values()}
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
     base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
-    training = "gradients" in needs
-    datasets = model.read(options, rows, responses=training) if needs - set(_OF_MODEL) else []
+    datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward"} else []
     models = {"model": model} | ({} if base is None else {"base": base})
-    resolved = {"criteria": list(keys), "dtype": model.dtype}
     template = describe_template(model.tokenizer, options)
     with running(
         "score",
@@ -82,14 +86,20 @@ def run_score(
         models=models,
         datasets=datasets,
         template=template,
-        resolved=resolved,
+        resolved={"criteria": list(chosen), "dtype": model.dtype},
+        further=tuple(own.values()),
         keep=keep,
     ) as run:
-        of_model = _of_model(keys, model, base, progress)
-        of_data = _of_data(options, keys, model, datasets, run.path if run.kept else None, progress)
-        joined = {key: mean_rank([scores[key] for scores in of_data.values()]) for key in keys if key not in of_model}
-        scores = {key: {**of_model, **joined}[key] for key in keys}
-        found = Scored(scores, of_data, _warnings(scores), run.record, run.path if run.kept else None)
+        without: dict[str, str] = {}
+        of_model = _of_model(chosen, own, model, base, progress)
+        of_data = _of_data(options, chosen, own, model, datasets, run.path if run.kept else None, without, progress)
+        scores = {
+            key: of_model[key] if key in of_model else mean_rank([one[key] for one in of_data.values()])
+            for key in chosen
+            if key not in without
+        }
+        warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
+        found = Scored(scores, of_data, warnings, run.record, run.path if run.kept else None)
         run.record["warnings"] = found.warnings
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)
@@ -102,38 +112,68 @@ def _meta(session: Model) -> dict[str, Any]:
     return {"model_type": session.config.family, "model_hash": session.model_hash}
 
 
-def _of_model(keys: Sequence[str], session: Model, base: Model | None, progress: Bars | None) -> dict[str, LayerScores]:
+def _needing(needs: Needs, chosen: Mapping[str, Criterion]) -> dict[str, Criterion]:
+    return {key: one for key, one in chosen.items() if one.needs == needs}
+
+
+def _of_model(
+    chosen: Mapping[str, Criterion], own: Own, session: Model, base: Model | None, progress: Bars | None
+) -> dict[str, LayerScores]:
     """Scores that need no data."""
     evidence: dict[str, Any] = {}
-    needs, layers = needed(keys), session.config.num_layers
-    if "weights" in needs:
+    layers = session.config.num_layers
+    if spectral := _needing("weights", chosen):
         with _Bar(progress, layers, "weights") as step:
-            evidence["weights"] = weight_spectra(session, step)
+            evidence |= dict.fromkeys(spectral, weight_spectra(session, step))
     if base is not None:
         with _Bar(progress, layers, "both models") as step:
-            evidence["two models"] = weight_changes(base, session, step)
+            evidence |= dict.fromkeys(_needing("two models", chosen), weight_changes(base, session, step))
     meta = _meta(session) | ({} if base is None else {"base_hash": base.model_hash})
-    return {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in _measured(keys, evidence).items()}
+    results = _measured(chosen, own, evidence)
+    return {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
 
 
-def _measured(keys: Sequence[str], evidence: Mapping[str, Any]) -> dict[str, Measured]:
-    """By key, every criterion whose evidence is there."""
-    there = {key: LAYER_CRITERIA[key] for key in keys if LAYER_CRITERIA[key].needs in evidence}
-    return {key: one.function(evidence[one.needs]) for key, one in there.items()}
+def _measured(
+    chosen: Mapping[str, Criterion], own: Own, evidence: Mapping[str, Any], without: dict[str, str] | None = None
+) -> dict[str, Measured]:
+    """By key, every criterion whose evidence is there.
+
+    A function that serves several keys is called once. A criterion that refuses its evidence goes into ``without``
+    with the reason; where that is None, the refusal is raised.
+    """
+    made: dict[tuple[Any, int], Any] = {}
+    found: dict[str, Measured] = {}
+    for key in (key for key in chosen if key in evidence):
+        call = chosen[key].score, id(evidence[key])
+        try:
+            if call not in made:
+                made[call] = chosen[key].measured(evidence[key], own)
+        except UserError as error:
+            if without is None:
+                raise
+            without[key] = str(error)
+            continue
+        found[key] = made[call][key] if isinstance(made[call], Mapping) else made[call]
+    return found
 
 
 def _of_data(
-    config: ScoreOptions, keys: Sequence[str], session: Model, datasets: Sequence[Dataset], out: Path | None,
+    options: ScoreOptions,
+    chosen: Mapping[str, Criterion],
+    own: Own,
+    session: Model,
+    datasets: Sequence[Dataset],
+    out: Path | None,
+    without: dict[str, str],
     progress: Bars | None,
-) -> dict[str, dict[str, LayerScores]]:  # fmt: skip
+) -> dict[str, dict[str, LayerScores]]:
     """Scores of each dataset, written beside each other with their deletions."""
     found: dict[str, dict[str, LayerScores]] = {}
-    decoder: Decoder | None = None
     for dataset in datasets:
-        decoder = decoder or session.decoder(progress)
-        results = _measured(keys, _evidence(config, keys, session, decoder, dataset, progress))
+        evidence = _evidence(options, chosen, own, session, session.decoder(progress), dataset, progress)
+        results = _measured(chosen, own, evidence, None if options.criteria else without)
         meta = {**_meta(session), "dataset": dataset.name, "num_samples": len(dataset.examples)}
-        found[dataset.name] = {key: LAYER_CRITERIA[key].scores(key, one, meta) for key, one in results.items()}
+        found[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         if out is None:
             continue
         folder = out if len(datasets) == 1 else out / dataset.name
@@ -147,24 +187,41 @@ def _of_data(
 
 
 def _evidence(
-    config: ScoreOptions, keys: Sequence[str], session: Model, decoder: Decoder, dataset: Dataset,
+    options: ScoreOptions,
+    chosen: Mapping[str, Criterion],
+    own: Own,
+    session: Model,
+    decoder: Decoder,
+    dataset: Dataset,
     progress: Bars | None,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
+    """By key, what its pass finds on a dataset."""
     evidence: dict[str, Any] = {}
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
-    rows, count = -(-config.batch_size // split) * split, len(dataset.examples)
-    if "states" in needed(keys):
+    rows, count = batch_rows(options.batch_size, session.mesh), len(dataset.examples)
+    if tapped := _needing("forward", chosen):
         with _Bar(progress, count, f"{dataset.name}, forward") as step:
-            evidence["states"] = prompt_states(
-                session, decoder, dataset.examples, rows,
-                lens="lens_kl" in keys, precision=config.precision, progress=step,
-            )  # fmt: skip
-    if "gradients" in needed(keys):
+            evidence |= forward_pass(
+                session,
+                decoder,
+                dataset.examples,
+                rows,
+                tapped,
+                own=own,
+                precision=options.precision,
+                progress=step,
+            )
+    if trained := _needing("backward", chosen):
         with _Bar(progress, count, f"{dataset.name}, backward") as step:
-            evidence["gradients"] = response_gradients(
-                session, decoder, dataset.examples, rows,
-                per_sample="fisher" in keys, precision=config.precision, progress=step,
-            )  # fmt: skip
+            gradients = response_gradients(
+                session,
+                decoder,
+                dataset.examples,
+                rows,
+                per_sample=any(one.per_sample for one in trained.values()),
+                precision=options.precision,
+                progress=step,
+            )
+            evidence |= dict.fromkeys(trained, gradients)
     return evidence
 
 

@@ -14,8 +14,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, plain, write_json, write_npz
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.run import Facts, Run, running
-from jaxcrit.criteria.measures import component_scores
-from jaxcrit.criteria.score import layer_scores
+from jaxcrit.criteria.delta import component_scores, layer_scores
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures

@@ -1,21 +1,28 @@
 """Criteria against their published formulas in float64, and on planted states and weights: what each sees, and not."""
 
+import importlib
+from pathlib import Path
+
 import numpy as np
 import pytest
+from support.taps import measured
 
+from jaxcrit.commands.main import COMMANDS
 from jaxcrit.core.errors import UserError
-from jaxcrit.criteria.angular_distance import angular_distance
+from jaxcrit.criteria import registry
+from jaxcrit.criteria.__main__ import main as print_table
 from jaxcrit.criteria.block_influence import block_influence, influence
-from jaxcrit.criteria.effective_rank import effective_rank
 from jaxcrit.criteria.fisher import fisher
 from jaxcrit.criteria.gradient_norm import gradient_norm
-from jaxcrit.criteria.registry import LAYER_CRITERIA, needed, parse_criteria
+from jaxcrit.criteria.registry import FILES, criterion, parse_criteria, scorable, updated
 from jaxcrit.criteria.rgn import rgn
 from jaxcrit.criteria.stable_rank import stable_rank
 from jaxcrit.criteria.step import step
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.criteria.weight_snr import weight_snr
-from jaxcrit.evidence.measured import Gradients, Spectra, States, WeightChanges, mean_over
+from jaxcrit.evidence.backward import Gradients
+from jaxcrit.evidence.criterion import mean_over
+from jaxcrit.evidence.weights import Spectra, WeightChanges
 from jaxcrit.similarity import cka
 
 LAYERS, SAMPLES, WIDTH, PLANT = 12, 64, 96, 7
@@ -32,11 +39,6 @@ def chain(plant=None, seed=0):
             x = plant(x, rng)
         found.append(x)
     return np.stack(found).astype(np.float32)
-
-
-def evidence(hidden):
-    """Every sample has one token, so that influence is that of the last."""
-    return States(hidden, np.asarray(influence(hidden[:-1], hidden[1:])).T.astype(float), np.ones(SAMPLES, int), None)
 
 
 def cosines(hidden):
@@ -67,15 +69,16 @@ PLANTS = {"none": None, "rotation": rotation, "scale": scaled, "direction": dire
 
 def test_state_criteria_equal_their_formulas():
     hidden = chain(direction)
-    states, cos = evidence(hidden), cosines(hidden)
-    np.testing.assert_allclose(angular_distance(states).values, (np.arccos(cos) / np.pi).mean(1), atol=1e-5)
-    np.testing.assert_allclose(block_influence(states).values, 1 - cos.mean(1), atol=1e-5)
+    cos = cosines(hidden)
+    np.testing.assert_allclose(measured("angular_distance", hidden).values, (np.arccos(cos) / np.pi).mean(1), atol=1e-5)
+    np.testing.assert_allclose(measured("block_influence", hidden).values, 1 - cos.mean(1), atol=1e-5)
+    ranks = measured("effective_rank", hidden).values
     for layer in range(LAYERS):
         x = hidden[layer + 1].astype(np.float64)
         values = np.linalg.svd(x - x.mean(0), compute_uv=False)
         share = values / values.sum()
         expected = np.exp(-(share * np.log(share)).sum())
-        np.testing.assert_allclose(effective_rank(states).values[layer], expected, rtol=1e-5)
+        np.testing.assert_allclose(ranks[layer], expected, rtol=1e-5)
 
 
 def test_influence_keeps_its_digits_where_little_turns():
@@ -88,7 +91,7 @@ def test_influence_keeps_its_digits_where_little_turns():
 def test_influence_is_a_mean_over_all_tokens():
     """Prompts of 1, 3 and 6 tokens, whose sums are given; deletions leave out a prompt with all its tokens."""
     summed, tokens = np.array([[0.1], [0.9], [1.2]]), np.array([1, 3, 6])
-    found = block_influence(States(np.zeros((2, 3, 4)), summed, tokens, None))
+    found = block_influence({"turned": summed, "tokens": tokens[:, None]})
     np.testing.assert_allclose(found.values, 2.2 / 10)
     np.testing.assert_allclose(found.without_each[:, 0], [2.1 / 9, 1.3 / 7, 1.0 / 4])
 
@@ -98,11 +101,10 @@ def test_planted_states():
     found = {}
     for name, plant in PLANTS.items():
         hidden = chain(plant)
-        states = evidence(hidden)
         found[name] = {
-            "angle": angular_distance(states).values,
-            "influence": block_influence(states).values,
-            "rank": effective_rank(states).values,
+            "angle": measured("angular_distance", hidden).values,
+            "influence": measured("block_influence", hidden).values,
+            "rank": measured("effective_rank", hidden).values,
             "step": step(cka(hidden[1:], bias="debiased"))[0],
         }
     flat = found["none"]
@@ -150,13 +152,13 @@ def test_weight_criteria_equal_their_formulas():
     for layer in layers:  # so that something is below the threshold
         layer["q"] *= np.geomspace(1, 1e-3, 48)
         layer["down"] *= np.geomspace(1, 1e-3, 48)[:, None]
-    for criterion, of in (
+    for score, of in (
         (weight_snr, published_snr),
         (stable_rank, lambda w: np.linalg.norm(w) ** 2 / np.linalg.norm(w, 2) ** 2),
     ):
         kinds = [np.array([of(layer[name]) for layer in layers]) for name in ("q", "down")]
         expected = np.mean([kind / kind.mean() for kind in kinds], axis=0)
-        np.testing.assert_allclose(criterion(spectra_of(layers)).values, expected, rtol=1e-5)
+        np.testing.assert_allclose(score(spectra_of(layers)).values, expected, rtol=1e-5)
 
 
 def test_planted_weights():
@@ -171,9 +173,9 @@ def test_planted_weights():
     larger = [dict(layer) for layer in layers]
     larger[PLANT]["q"] = 2 * larger[PLANT]["q"]
     plain, with_strong, with_turned, with_larger = (spectra_of(one) for one in (layers, strong, turned, larger))
-    for criterion in (weight_snr, stable_rank):
-        assert criterion(with_strong).values.argmin() == PLANT
-        np.testing.assert_allclose(criterion(with_turned).values, criterion(plain).values, rtol=1e-9)
+    for score in (weight_snr, stable_rank):
+        assert score(with_strong).values.argmin() == PLANT
+        np.testing.assert_allclose(score(with_turned).values, score(plain).values, rtol=1e-9)
     np.testing.assert_allclose(stable_rank(with_larger).values, stable_rank(plain).values, rtol=1e-9)
     halved = weight_snr(with_larger).values / weight_snr(plain).values
     np.testing.assert_allclose(halved[PLANT] / np.delete(halved, PLANT), 0.5, rtol=1e-9)
@@ -183,7 +185,7 @@ def test_nothing_below_the_threshold_is_no_snr():
     """Equal singular values leave no noise: the layer is invalid, and others keep theirs."""
     values = np.stack([np.linspace(2, 0.01, 8), np.ones(8)])
     found = weight_snr(Spectra({"q": (8, 8)}, {"q": values}))
-    made = LAYER_CRITERIA["weight_snr"].scores("weight_snr", found, {})
+    made = criterion("weight_snr").scores("weight_snr", found, {})
     assert made.valid.tolist() == [True, False] and np.isfinite(made.values[0])
 
 
@@ -202,14 +204,47 @@ def test_gradient_criteria_equal_their_formulas():
 
 def test_keys():
     everything = parse_criteria("", two_models=True)
-    assert everything == list(LAYER_CRITERIA)
+    assert everything == scorable()
     assert "weight_change" not in parse_criteria("", two_models=False)
-    assert parse_criteria("rgn, fisher,rgn", two_models=False) == ["rgn", "fisher"]
-    assert needed(["rgn", "fisher", "stable_rank"]) == {"gradients", "weights"}
+    chosen = parse_criteria("rgn, fisher,rgn", two_models=False)
+    assert list(chosen) == ["rgn", "fisher"] and chosen["rgn"] is criterion("rgn")
+    needs = {one.needs for one in parse_criteria("rgn,fisher,stable_rank", two_models=False).values()}
+    assert needs == {"backward", "weights"}
     for text, message in (
         ("fishr", "expected some of weight_snr, .*did you mean 'fisher'"),
-        ("step", "computed by jaxcrit analyze"),
+        ("step", "computed by jaxcrit analyze, from prompts alone"),
+        ("substitution", "computed by jaxcrit substitute; see jaxcrit substitute --help"),
+        ("ablation_skip", "computed by jaxcrit ablate; see"),
+        ("substitutoin", "did you mean 'substitution'"),
         ("weight_change", "give --base=DIR too"),
     ):
         with pytest.raises(UserError, match=message):
             parse_criteria(text, two_models=False)
+
+
+def test_every_file_is_a_criterion_and_says_what_it_sees():
+    """One file holds a criterion with all that it says of itself, and nothing else lives there."""
+    folder = Path(registry.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "__main__", "registry"}
+    assert files == set(FILES.values())
+    for file in files:
+        rows = importlib.import_module(f"jaxcrit.criteria.{file}").CRITERIA
+        assert list(rows) == [key for key, name in FILES.items() if name == file]
+        assert any(one.options for one in rows.values()) == (file in registry.WITH_OPTIONS)
+    for key in FILES:
+        one = criterion(key)
+        assert all((one.formula, one.responds, one.blind))
+        assert not one.command or one.command in COMMANDS
+        assert (one.tap is not None) == (one.needs == "forward" and not one.command)
+
+
+def test_the_table_in_the_docs_is_current(tmp_path, capsys):
+    docs = Path(registry.__file__).parents[2] / "docs" / "criteria.md"
+    text = docs.read_text()
+    assert updated(text) == text, "run python -m jaxcrit.criteria docs/criteria.md"
+    old = tmp_path / "criteria.md"
+    old.write_text(text.replace("collapse; one dominating direction", "something else"))
+    assert print_table([str(old)]) == 0 and old.read_text() == text
+    assert print_table([]) == 0 and capsys.readouterr().out.strip() in text
+    old.write_text("no marks")
+    assert print_table([str(old)]) == 2 and "between which the table of criteria belongs" in capsys.readouterr().err

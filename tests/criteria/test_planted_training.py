@@ -16,8 +16,8 @@ from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.demo import generate
 from jaxcrit.data.templates import render
 from jaxcrit.evaluation.losses import response_loss
-from jaxcrit.evidence.passes import weight_changes
 from jaxcrit.evidence.variants import sweep
+from jaxcrit.evidence.weights import weight_changes
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.model import open_model
 from jaxcrit.models.overlays import Overlay

@@ -3,8 +3,7 @@ import pytest
 from support.oracles import states
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.criteria.delta import delta
-from jaxcrit.criteria.score import CRITERIA, layer_scores, values_without_each
+from jaxcrit.criteria.delta import CURVES, delta, layer_scores, values_without_each
 from jaxcrit.criteria.step import step
 from jaxcrit.similarity import from_tables, sweep
 
@@ -12,7 +11,7 @@ from jaxcrit.similarity import from_tables, sweep
 def test_four_scores_of_the_sweep():
     tables = sweep(states())
     scores = layer_scores(tables, window=3, include_self=False, meta={"dataset": "walk"})
-    assert list(scores) == ["delta", "delta_debiased", "step", "step_debiased"] == list(CRITERIA)
+    assert list(scores) == ["delta", "delta_debiased", "step", "step_debiased"] == list(CURVES)
     for bias, suffix in (("biased", ""), ("debiased", "_debiased")):
         matrix = from_tables(tables, bias)
         np.testing.assert_array_equal(scores["delta" + suffix].values, delta(matrix, 3, include_self=False)[0])
@@ -30,7 +29,7 @@ def test_four_scores_of_the_sweep():
     assert scores["delta"].to_json()["stderr"][0] is None
 
 
-@pytest.mark.parametrize("key", list(CRITERIA))
+@pytest.mark.parametrize("key", list(CURVES))
 def test_stderr_is_the_jackknife_by_deletion(key):
     hidden = states(samples=16, layers=6)
     brute = np.array([layer_scores(sweep(np.delete(hidden, m, axis=1)))[key].values for m in range(16)])

@@ -6,7 +6,7 @@ from support.oracles import states
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criteria.score import layer_scores, values_without_each
+from jaxcrit.criteria.delta import layer_scores, values_without_each
 from jaxcrit.selection import choose, mean_rank, selection_probability
 from jaxcrit.selection.choice import jackknife_noise
 from jaxcrit.similarity import sweep

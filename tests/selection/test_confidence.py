@@ -8,7 +8,7 @@ import pytest
 from support.oracles import states
 
 from jaxcrit.core.layers import LayerScores, LayerSet
-from jaxcrit.criteria.score import deletions, layer_scores, values_without_each
+from jaxcrit.criteria.delta import deletions, layer_scores, values_without_each
 from jaxcrit.selection import certainty, confidence_set, leverage, sample_sizes
 from jaxcrit.selection.cautions import cautions
 from jaxcrit.similarity import permutation_null, sweep

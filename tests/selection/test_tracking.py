@@ -10,7 +10,7 @@ from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.criteria.measures import component_scores, measure_scores
+from jaxcrit.criteria.delta import component_scores, measure_scores
 from jaxcrit.selection.tracking import tracking
 from jaxcrit.similarity import cca, centred_grams, decompose
 

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from support import oracles
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.criteria.delta import delta
-from jaxcrit.criteria.score import layer_scores
+from jaxcrit.criteria.delta import delta, layer_scores
 from jaxcrit.criteria.step import step
 from jaxcrit.similarity import (
     DegenerateError,

@@ -17,16 +17,16 @@ from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
-from jaxcrit.criteria.angular_distance import angular_distance
-from jaxcrit.criteria.block_influence import block_influence
 from jaxcrit.criteria.fisher import fisher
 from jaxcrit.criteria.gradient_norm import gradient_norm
-from jaxcrit.criteria.lens_kl import lens_kl
+from jaxcrit.criteria.registry import scorable
 from jaxcrit.criteria.rgn import rgn
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
-from jaxcrit.evidence.passes import layer_tensors, prompt_states, response_gradients, weight_changes
+from jaxcrit.evidence.backward import response_gradients
+from jaxcrit.evidence.forward import all_tokens, forward_pass, last_token, mean_token, with_embedding
+from jaxcrit.evidence.weights import layer_tensors, weight_changes
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.lora import make_lora
 from jaxcrit.models.model import Model, open_model
@@ -81,11 +81,33 @@ def examples(folder, session):
     return render(named.rows, session.tokenizer, "auto", named.source)
 
 
+TAPPED = {key: one for key, one in scorable().items() if one.needs == "forward"}
+# Last states with the embedding in front, and the two other common taps, as criteria whose score is what they tap.
+PROBES = {
+    key: dataclasses.replace(TAPPED["effective_rank"], tap=tap, score=lambda found: found)
+    for key, tap in (
+        ("last", with_embedding(last_token)),
+        ("mean", mean_token),
+        ("tokens", with_embedding(all_tokens(1000))),
+        ("few", all_tokens(4)),
+    )
+}
+
+
+def states_of(session, decoder, examples):
+    """By key what each tap gives, and by ``probe`` the bare ones."""
+    return forward_pass(session, decoder, examples, 2, {**TAPPED, **PROBES})
+
+
+def value(found, key):
+    return TAPPED[key].measured(found[key], {}).values
+
+
 @pytest.fixture(scope="module")
 def found(session, decoder, examples):
     """Both passes, rows of mixed length in batches of 2 with one left over."""
     return (
-        prompt_states(session, decoder, examples, 2, lens=True),
+        states_of(session, decoder, examples),
         response_gradients(session, decoder, examples, 2, per_sample=True),
     )
 
@@ -100,14 +122,16 @@ def changed(decoder, **changes):
 
 def test_states_are_those_of_single_prompts(decoder, examples, found):
     states, _ = found
-    cos, kl, tokens = [], [], []
+    cos, kl, tokens, each = [], [], [], []
     for row, example in enumerate(examples):
         prompt = jnp.asarray(example.token_ids[: example.prompt_length])[None]
         with jax.default_matmul_precision("highest"):
             taps = forward(decoder, prompt, tap=BLOCKS).taps["block"][:, 0]
             read = np.asarray(logits(decoder, taps[:, -1]), np.float64)
         hidden = np.concatenate([np.asarray(embed(decoder, prompt)), taps]).astype(np.float64)
-        np.testing.assert_allclose(states.hidden[:, row], hidden[:, -1], atol=1e-4)
+        np.testing.assert_allclose(states["last"][row], hidden[:, -1], atol=1e-4)
+        np.testing.assert_allclose(states["mean"][row], hidden[1:].mean(1), atol=1e-4)
+        each.append(hidden[:, 1:])
         unit = hidden / np.linalg.norm(hidden, axis=-1, keepdims=True)
         cos.append((unit[1:] * unit[:-1]).sum(-1))
         shifted = read - read.max(-1, keepdims=True)
@@ -115,12 +139,15 @@ def test_states_are_those_of_single_prompts(decoder, examples, found):
         kl.append((np.exp(log[-1]) * (log[-1] - log)).sum(-1))
         tokens.append(len(prompt[0]))
     assert len(set(tokens)) > 1
+    each = np.concatenate(each, axis=1).swapaxes(0, 1)  # every token but the first of each prompt, prompt by prompt
+    np.testing.assert_allclose(states["tokens"], each, atol=1e-4)
+    np.testing.assert_allclose(states["few"], each[:4, 1:], atol=1e-4)
     expected = 1 - np.concatenate(cos, axis=1).mean(axis=1)
-    np.testing.assert_allclose(block_influence(states).values, expected, atol=1e-5)
-    last = np.stack([each[:, -1] for each in cos])
-    np.testing.assert_allclose(angular_distance(states).values, (np.arccos(last) / np.pi).mean(0), atol=1e-5)
-    np.testing.assert_allclose(lens_kl(states).values, np.mean(kl, axis=0), rtol=1e-5, atol=1e-5)
-    assert lens_kl(states).values[-1] == 0
+    np.testing.assert_allclose(value(states, "block_influence"), expected, atol=1e-5)
+    last = np.stack([one[:, -1] for one in cos])
+    np.testing.assert_allclose(value(states, "angular_distance"), (np.arccos(last) / np.pi).mean(0), atol=1e-5)
+    np.testing.assert_allclose(value(states, "lens_kl"), np.mean(kl, axis=0), rtol=1e-5, atol=1e-5)
+    assert value(states, "lens_kl")[-1] == 0
 
 
 def test_gradients_are_those_of_single_rows(session, decoder, examples, found):
@@ -163,13 +190,13 @@ def test_a_block_that_does_nothing(session, decoder, examples):
     def off(layers):
         return lambda value: value.at[jnp.asarray(layers)].set(0)
 
-    states = prompt_states(session, changed(decoder, o=off([plant]), down=off([plant])), examples, 2, lens=True)
-    for criterion in (angular_distance, block_influence):
-        values = criterion(states).values
+    states = states_of(session, changed(decoder, o=off([plant]), down=off([plant])), examples)
+    for key in ("angular_distance", "block_influence"):
+        values = value(states, key)
         assert values[plant] < 1e-7 and np.delete(values, plant).min() > 1e-3
     later = list(range(plant + 1, LAYERS))
-    states = prompt_states(session, changed(decoder, o=off(later), down=off(later)), examples, 2, lens=True)
-    values = lens_kl(states).values
+    states = states_of(session, changed(decoder, o=off(later), down=off(later)), examples)
+    values = value(states, "lens_kl")
     assert values[plant:].max() < 1e-6 < 1e-2 < values[:plant].min()  # the answer settles at the plant
     others = [layer for layer in range(LAYERS) if layer != plant]
     dead = changed(decoder, **{name: off(others) for name in ("o", "down", "attn_norm", "mlp_norm")})
@@ -184,9 +211,9 @@ def test_lens_is_blind_to_the_length_of_the_stream(session, decoder, examples, f
     grown = {path: value * 10 if path in ("blocks.o", "blocks.down") else value for path, value in weights.items()}
     grown |= {"embed": weights["embed"] * 10, "head": weights["embed"]}
     longer = Decoder(dataclasses.replace(decoder.config, tied=False), grown)
-    states = prompt_states(session, longer, examples, 2, lens=True)
-    np.testing.assert_allclose(lens_kl(states).values, lens_kl(found[0]).values, rtol=1e-3, atol=1e-5)
-    np.testing.assert_allclose(block_influence(states).values, block_influence(found[0]).values, rtol=1e-3)
+    states = states_of(session, longer, examples)
+    np.testing.assert_allclose(value(states, "lens_kl"), value(found[0], "lens_kl"), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(value(states, "block_influence"), value(found[0], "block_influence"), rtol=1e-3)
 
 
 def test_gradients_follow_the_scale_of_weights(session, decoder, examples, found):
@@ -270,16 +297,16 @@ def config(folder, session, examples, tmp_path):
 
 def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):
     passes = []
-    for name in ("prompt_states", "response_gradients", "weight_spectra"):
+    for name in ("forward_pass", "response_gradients", "weight_spectra"):
         original = getattr(scoring, name)
         monkeypatch.setattr(
             scoring, name, lambda *a, name=name, original=original, **k: passes.append(name) or original(*a, **k)
         )
     scored = run_score(config)
-    assert sorted(passes) == ["prompt_states", "response_gradients", "weight_spectra"]
+    assert sorted(passes) == ["forward_pass", "response_gradients", "weight_spectra"]
     out = tmp_path / "run"
     kept = read_scores(out / "scores.json")
-    assert list(kept) == [key for key in scoring.LAYER_CRITERIA if key != "weight_change"]
+    assert list(kept) == [key for key in scorable() if key != "weight_change"]
     np.testing.assert_array_equal(kept["fisher"].values, scored.scores["fisher"].values)
     left = read_deletions(out, "angular_distance")
     assert left.values.shape == (5, LAYERS) and read_deletions(out, "rgn") is None

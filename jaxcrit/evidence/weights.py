@@ -1,0 +1,137 @@
+"""Weights streamed from the checkpoint, a layer at a time, for every criterion that looks at weights alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+
+from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
+from jaxcrit.evidence.criterion import Measured
+from jaxcrit.models.model import Model
+from jaxcrit.models.partition import FROZEN
+from jaxcrit.models.weights import offsets, sizes, table
+
+Progress = Callable[[int, int], None]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Spectra:
+    """Singular values of weight matrices; of the weights alone.
+
+    Attributes:
+        shapes: by name of the matrix within its layer.
+        values: ``[L, min(shape)]`` float32, descending, by the same names.
+    """
+
+    shapes: Mapping[str, tuple[int, int]]
+    values: Mapping[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WeightChanges:
+    """Of a tuned model's blocks from its base's.
+
+    Attributes:
+        apart: ``[L]`` float64, norm of the difference over all tensors of the layer.
+        base: ``[L]`` float64, norm of the base's.
+    """
+
+    apart: np.ndarray
+    base: np.ndarray
+
+
+def layer_tensors(session: Model) -> Iterator[dict[str, np.ndarray]]:
+    """Every layer's tensors by weight-table path, float32, two dimensions at most as in the file; no model is built.
+
+    Of a fine-tuning run, what it trained stands in place of the checkpoint's.
+
+    Raises:
+        UserError: a tensor holds NaN or infinity.
+    """
+    config, begin = session.config, offsets(session.config)
+    rows = [row for row in table(config) if row.stacked]
+    for layer in range(config.num_layers):
+        tensors = {}
+        for row in rows:
+            shape = row.hf_shape(config)
+            part = slice(begin[row.path], begin[row.path] + shape[0])
+            name = row.hf.format(layer)
+            tensors[row.path] = session.checkpoint.read(name, part, None).astype(np.float32)
+            if not np.isfinite(tensors[row.path]).all():
+                raise UserError(f"{session.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
+        for tuned in session.overlays:
+            group, lora = tuned.partition.groups[layer], tuned.partition.lora
+            if group == FROZEN:
+                continue
+            slot = tuned.partition.members(group).index(layer)
+            mine = {path: value[slot : slot + 1] for path, value in tuned.params[group].items() if _inside(path)}
+            for path, value in mine.items() if lora is None else lora.changes(config, mine):
+                found = np.asarray(processes.whole(value), np.float32).reshape(tensors[path].shape)
+                tensors[path] = found if lora is None else tensors[path] + found
+        yield tensors
+
+
+def _inside(path: str) -> bool:
+    """Whether a weight is of the blocks."""
+    return path.startswith("blocks.")
+
+
+def weight_spectra(session: Model, progress: Progress | None = None) -> Spectra:
+    """Singular values of every matrix, decomposed in float32; one layer's weights are held at a time."""
+    shapes: dict[str, tuple[int, int]] = {}
+    values: dict[str, list[np.ndarray]] = {}
+    for layer, tensors in enumerate(layer_tensors(session)):
+        for path, matrix in tensors.items():
+            if matrix.ndim == 2:
+                shapes[path] = (matrix.shape[0], matrix.shape[1])
+                values.setdefault(path, []).append(np.linalg.svd(matrix, compute_uv=False))
+        if progress is not None:
+            progress(layer + 1, session.config.num_layers)
+    return Spectra(shapes, {path: np.stack(found) for path, found in values.items()})
+
+
+def weight_changes(base: Model, tuned: Model, progress: Progress | None = None) -> WeightChanges:
+    """How far the tuned model's blocks are from the base's; one layer of each is held at a time.
+
+    Raises:
+        UserError: the two are of different shapes.
+    """
+    if sizes(base.config) != sizes(tuned.config):
+        differ = [name for name, size in sizes(base.config).items() if size != sizes(tuned.config)[name]]
+        raise UserError(
+            f"--base and --model: expected models of one shape, but they differ in {', '.join(differ)}"
+            f" ({', '.join(f'{sizes(base.config)[n]} and {sizes(tuned.config)[n]}' for n in differ)})"
+        )
+    norms = []
+    for layer, (before, after) in enumerate(zip(layer_tensors(base), layer_tensors(tuned), strict=True)):
+        if before.keys() != after.keys():
+            raise UserError(f"--base and --model: expected the same tensors, layer {layer} differs in"
+                            f" {', '.join(sorted(before.keys() ^ after.keys()))}")  # fmt: skip
+        norms.append((_norm(after[path].astype(np.float64) - before[path] for path in before),
+                      _norm(value.astype(np.float64) for value in before.values())))  # fmt: skip
+        if progress is not None:
+            progress(layer + 1, base.config.num_layers)
+    apart, of_base = np.array(norms).T
+    return WeightChanges(apart, of_base)
+
+
+def _norm(arrays: Iterator[np.ndarray]) -> float:
+    return float(np.sqrt(sum(np.vdot(array, array) for array in arrays)))
+
+
+def relative_mean(spectra: Spectra, of: Callable[[np.ndarray, tuple[int, int]], np.ndarray]) -> Measured:
+    """A layer's figure from its matrices': each relative to the mean of its kind over the layers, then their mean.
+
+    Kinds (q, o, down, ...) differ in shape and so in level; Spectrum too compares within a kind. 1 is a layer like the
+    average.
+
+    Args:
+        spectra: of all matrices.
+        of: function of singular values ``[L, r]`` (float64) and shape, giving ``[L]``.
+    """
+    kinds = [of(values.astype(np.float64), spectra.shapes[name]) for name, values in spectra.values.items()]
+    levels = [np.mean(values, where=np.isfinite(values)) if np.isfinite(values).any() else np.nan for values in kinds]
+    return Measured(np.mean([values / level for values, level in zip(kinds, levels, strict=True)], axis=0))
