@@ -21,6 +21,7 @@ from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
+from jaxcrit.core.options import from_values
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.core.selections import LayerSpec, resolve
 
@@ -232,7 +233,8 @@ def score(
         kernel: of states, kernel of CKA.
         out: of a model, run directory; empty writes nothing.
         progress: maker of progress bars (tqdm's signature); None for silence.
-        **options: of a model, fields of `ScoreOptions`.
+        **options: of a model, fields of `ScoreOptions`; and by its name a dict of the options of one criterion, such as
+            ``cluster_nmi={"clusters": 20}``.
 
     Returns:
         Scores by key, with standard errors where they can be had.
@@ -251,11 +253,16 @@ def score(
 
     if isinstance(what, HiddenStates):
         return _score_states(what, window, include_self, kernel)
+    from jaxcrit.criteria.registry import own_options
     from jaxcrit.studies.options import ScoreOptions
     from jaxcrit.studies.scoring import run_score
 
+    own = []
+    for kind in own_options():
+        named = {f"{kind.prefix}.{name}": value for name, value in options.pop(kind.prefix, {}).items()}
+        own.append(from_values(kind, named, "options"))
     asked = options_for(ScoreOptions, out, {**options, "criteria": criteria})
-    found = run_score(asked, model=what, rows=rows, progress=progress, keep=bool(out))
+    found = run_score(asked, own, model=what, rows=rows, progress=progress, keep=bool(out))
     return Scores(found.scores, found.warnings)
 
 

@@ -12,6 +12,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from types import ModuleType
 
 import jaxcrit
 from jaxcrit.core import flags, options, processes
@@ -19,7 +20,8 @@ from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.parallel.preemption import Preempted
 
-# name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit code.
+# name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit code. It may have
+# extra() -> further classes of options, whose instances run is given too.
 COMMANDS = {
     "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
     "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
@@ -88,20 +90,25 @@ def dispatch(arguments: Sequence[str]) -> int:
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
     if "--help" in rest or "-h" in rest:
-        print(options.usage(module.OPTIONS, name, summary, ProcessOptions))
+        print(options.usage(module.OPTIONS, name, summary, ProcessOptions, further(module)))
         return 0
-    asked, ours = flags.read([module.OPTIONS, ProcessOptions], name, rest)
+    asked, ours, *own = flags.read([module.OPTIONS, ProcessOptions, *further(module)], name, rest)
     with contextlib.ExitStack() as stack:
-        _join(name, asked, ours, stack)
+        _join(name, [asked, *own], ours, stack)
         if name in FIRST_ONLY:
-            return int(processes.share(lambda: module.run(asked)))
+            return int(processes.share(lambda: module.run(asked, *own)))
         if not processes.first():
             null = stack.enter_context(open(os.devnull, "w"))
             stack.enter_context(contextlib.redirect_stdout(null))
-        return int(module.run(asked))
+        return int(module.run(asked, *own))
 
 
-def _join(name: str, asked: options.Options, ours: ProcessOptions, stack: contextlib.ExitStack) -> None:
+def further(module: ModuleType) -> list[type[options.Options]]:
+    """Classes of options that a command has beside its own."""
+    return module.extra() if hasattr(module, "extra") else []
+
+
+def _join(name: str, asked: Sequence[options.Options], ours: ProcessOptions, stack: contextlib.ExitStack) -> None:
     """Starts jax as `ProcessOptions` say; the form of attention is asked for until the stack closes."""
     from jaxcrit.parallel.distributed import start
 
@@ -115,7 +122,7 @@ def _join(name: str, asked: options.Options, ours: ProcessOptions, stack: contex
         jax.config.update("jax_compilation_cache_dir", ours.compilation_cache_dir)
     about = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version(), "command": name}
     about |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
-    about |= {f"--{option}": str(value) for option, value in options.as_json(asked).items()}
+    about |= {f"--{option}": str(value) for one in asked for option, value in options.as_json(one).items()}
     start(
         ours.distributed,
         coordinator=ours.coordinator,

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import importlib
 
-from jaxcrit.commands.main import COMMANDS
+from jaxcrit.commands.main import COMMANDS, further
 from jaxcrit.core.groups import ProcessOptions
-from jaxcrit.core.options import table
+from jaxcrit.core.options import Options, table
 
 _HEAD = """# Options
 
@@ -26,14 +26,16 @@ def options_page() -> str:
     """The text of docs/options.md."""
     parts = [_HEAD]
     for name, (module, summary) in COMMANDS.items():
-        parts.append(f"## jaxcrit {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n{table(_options(module))}\n")
+        own, *others = _options(module)
+        parts.append(f"## jaxcrit {name}\n\n{summary[0].upper()}{summary[1:]}.\n\n{table(own)}\n")
+        parts += [f"Of {kind.title} alone:\n\n{table(kind)}\n" for kind in others]
     parts.append(f"## Every command\n\n{table(ProcessOptions)}\n")
     return "\n".join(parts)
 
 
-def _options(module: str) -> type:
-    kind: type = importlib.import_module(module).OPTIONS
-    return kind
+def _options(name: str) -> list[type[Options]]:
+    module = importlib.import_module(name)
+    return [module.OPTIONS, *further(module)]
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 from jaxcrit.core.errors import UserError, did_you_mean
@@ -238,18 +238,26 @@ def _word(one: Option) -> str:
     return "N" if one.kind in (int, float) else one.word
 
 
-def usage(kind: type[Options], command: str, summary: str, extra: type[Options] | None = None) -> str:
+def usage(
+    kind: type[Options],
+    command: str,
+    summary: str,
+    extra: type[Options] | None = None,
+    further: Sequence[type[Options]] = (),
+) -> str:
     """The help page of a command: one line per flag with its default, in groups, at most 100 columns wide.
 
     Args:
         kind: options of the command.
-        command: its name.
+        command: name of the command.
         summary: what it does, in a line.
         extra: options that every command has, below its own.
+        further: options that the command has beside its own.
     """
     words = "".join(f"{name.upper()} " for name in kind.positional)
     lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} {words}[flags]"]
-    groups = groups_of(kind) | (groups_of(extra) if extra else {})
+    own = [group for one in (kind, *further) for group in groups_of(one).items()]
+    groups = dict(sorted(own, key=lambda group: group[0] in _LAST)) | (groups_of(extra) if extra else {})
     for title, group in groups.items():
         lines += ["", f"{title}:"]
         for one in group:

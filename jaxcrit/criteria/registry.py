@@ -10,15 +10,30 @@ from jaxcrit.core.options import Options, options_of
 from jaxcrit.evidence.criterion import Criterion, Needs, Own
 
 # FILE, or FILE:KEY where the file holds several criteria, or one under another name.
-_WORDS = (
-    "delta", "delta:delta_debiased", "step", "step:step_debiased", "substitution",
-    "ablation:ablation_skip", "ablation:ablation_mean", "ablation:ablation_skip_accuracy",
-    "weight_snr", "stable_rank", "weight_change",
-    "angular_distance", "block_influence", "effective_rank", "lens_kl",
-    "gradient_norm", "rgn", "fisher",
-)  # fmt: skip
+_WORDS = [
+    "delta",
+    "delta:delta_debiased",
+    "step",
+    "step:step_debiased",
+    "substitution",
+    "ablation:ablation_skip",
+    "ablation:ablation_mean",
+    "ablation:ablation_skip_accuracy",
+    "weight_snr",
+    "stable_rank",
+    "weight_change",
+    "angular_distance",
+    "block_influence",
+    "effective_rank",
+    "lens_kl",
+    "cluster_nmi",
+    "cluster_nmi:cluster_step",
+    "gradient_norm",
+    "rgn",
+    "fisher",
+]
 FILES: Mapping[str, str] = {word.rpartition(":")[2]: word.partition(":")[0] for word in _WORDS}
-WITH_OPTIONS: tuple[str, ...] = ()  # files of criteria with options of their own, which help pages list
+WITH_OPTIONS: tuple[str, ...] = ("cluster_nmi",)  # files of criteria with options of their own, which help pages list
 
 _EVIDENCE: Mapping[Needs, str] = {
     "weights": "weights",

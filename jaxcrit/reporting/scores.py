@@ -44,4 +44,17 @@ def scores_report(scores: Mapping[str, LayerScores], warnings: Sequence[str]) ->
     size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
     section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
-    return Report(["Layers by " + ", ".join(scores)], warnings, [section], CAVEATS)
+    return Report(["Layers by " + ", ".join(scores), *_beside(scores)], warnings, [section], CAVEATS)
+
+
+def _beside(scores: Mapping[str, LayerScores]) -> list[str]:
+    """What a value has to be read against: what chance would give, and the spread over starts."""
+    told = []
+    for key, score in scores.items():
+        if chance := score.meta.get("chance"):
+            spread = score.meta.get("spread")
+            told.append(
+                f"{key}: by chance {min(chance):.3g} to {max(chance):.3g} (labels permuted)"
+                + (f"; the starts spread by up to {max(spread):.2g}" if spread else "; one start, so no spread")
+            )
+    return told

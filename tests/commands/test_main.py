@@ -70,7 +70,7 @@ def test_help_of_a_command_has_one_line_per_flag_within_100_columns(command, cap
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     module = importlib.import_module(cli.COMMANDS[command][0])
-    for flag in options_of(module.OPTIONS):
+    for flag in [flag for kind in (module.OPTIONS, *cli.further(module)) for flag in options_of(kind)]:
         rows = [line for line in lines if line.strip().startswith((f"--{flag.name}=", f"--[no]{flag.name} "))]
         assert len(rows) == 1
         assert flag.help in rows[0]
@@ -83,7 +83,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"jaxcrit {jaxcrit.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", ["--help", "analyze --help", "data --help", "export --help", "select --help"])
+@pytest.mark.parametrize(
+    "arguments", ["--help", "analyze --help", "data --help", "export --help", "select --help", "score --help"]
+)
 def test_help_imports_nothing_slow(arguments):
     code = (
         "import sys; from jaxcrit.commands.main import main; code = main(sys.argv[1:]);"

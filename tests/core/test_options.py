@@ -7,7 +7,7 @@ import importlib
 
 import pytest
 
-from jaxcrit.commands.main import COMMANDS
+from jaxcrit.commands.main import COMMANDS, further
 from jaxcrit.core.errors import UserError, as_arguments
 from jaxcrit.core.flags import read
 from jaxcrit.core.options import Options, determining, from_values, option, options_of, table, usage
@@ -151,8 +151,9 @@ GIVEN = {"methods": "skip", "band": "4", "target": "no", "eval_data": "x"}
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_option_tells_runs_apart_or_says_why_not(command):
-    kind = importlib.import_module(COMMANDS[command][0]).OPTIONS
-    for one in options_of(kind):
+    module = importlib.import_module(COMMANDS[command][0])
+    found = [(kind, one) for kind in (module.OPTIONS, *further(module)) for one in options_of(kind)]
+    for kind, one in found:
         beside = BESIDE.get(one.field, {})
         before = kind(**beside)
         value = getattr(before, one.field)
