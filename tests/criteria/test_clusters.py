@@ -1,4 +1,4 @@
-"""cluster_nmi and cluster_step: planted labels, planted states, a silenced block, what is refused, what tells runs apart."""
+"""cluster_nmi and cluster_step: planted labels and states, a silenced block, what is refused, what tells runs apart."""
 
 from __future__ import annotations
 
