@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.commands.correlate import plain
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.deletions import read_deletions
@@ -33,7 +34,6 @@ from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.correlation import plain
 
 # PAPER, Table 2: Spearman's correlation of δ and substitution loss.
 DATASETS = ("alpaca", "dolly", "gsm8k", "boolq", "openbookqa")

@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import re
+import sys
+import types
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+from matplotlib.axes import Axes
+from support.family_models import raw_config
+
 import jaxcrit
+from jaxcrit.commands.main import COMMANDS, main
 from jaxcrit.commands.reference import options_page
+from jaxcrit.criteria import registry
+from jaxcrit.models import config, families
+from jaxcrit.reporting import plots
+from jaxcrit.reporting.report import Figure, on_axes
 
 DOCS = Path(__file__).parents[1] / "docs"
 
@@ -27,3 +39,59 @@ def test_links_between_pages_lead_somewhere():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def block(title: str) -> str:
+    """The first block of Python under a heading of the guide for contributors."""
+    page = (DOCS / "contributing.md").read_text(encoding="utf-8")
+    return page.partition(f"\n## {title}\n")[2].partition("```python\n")[2].partition("```")[0]
+
+
+def module_of(monkeypatch, name: str, text: str) -> types.ModuleType:
+    made = types.ModuleType(name)
+    monkeypatch.setitem(sys.modules, name, made)
+    exec(compile(text, name, "exec"), made.__dict__)
+    return made
+
+
+def test_the_criterion_of_the_guide_works(monkeypatch, tmp_path):
+    module_of(monkeypatch, "jaxcrit.criteria.activation_norm", block("A criterion"))
+    monkeypatch.setattr(registry, "FILES", {**registry.FILES, "activation_norm": "activation_norm"})
+    model = jaxcrit.load()
+    rows = {"limit": 6, "criteria": "activation_norm"}
+    found = jaxcrit.score(model, "demo:arithmetic", **rows)["activation_norm"]
+    states = np.asarray(jaxcrit.capture(model, "demo:arithmetic", limit=6).hidden)
+    np.testing.assert_allclose(found.values, np.linalg.norm(states, axis=-1).mean(axis=1), rtol=1e-5)
+    assert found.stderr is not None and found.direction == "high"
+    assert "| growth of the stream | direction |" in registry.table()
+    asked = ["--data=demo:arithmetic", "--limit=6", "--criteria=activation_norm", f"--out={tmp_path / 'run'}"]
+    assert main(["score", *asked]) == 0
+    assert main(["select", f"--scores={tmp_path / 'run' / 'scores.json'}", "--layers=activation_norm:3"]) == 0
+
+
+def test_the_command_of_the_guide_works(monkeypatch, tmp_path, capsys):
+    module_of(monkeypatch, "jaxcrit.commands.lengths", block("A command"))
+    monkeypatch.setitem(COMMANDS, "lengths", ("jaxcrit.commands.lengths", "how long prompts are"))
+    assert main(["lengths", "--help"]) == 0
+    assert "--least=N" in capsys.readouterr().out
+    asked = ["lengths", "--data=demo:arithmetic", "--limit=6", f"--out={tmp_path / 'run'}"]
+    assert main(asked) == 0
+    assert "tokens in 1 datasets" in capsys.readouterr().out and (tmp_path / "run" / "report.html").exists()
+    assert main([*asked, "--least=2"]) == 2, "another run"
+    assert main(["lengths", "--least=0"]) == 2
+
+
+def test_the_family_of_the_guide_works(monkeypatch):
+    monkeypatch.setattr(families, "FAMILIES", dict(families.FAMILIES))
+    exec(block("A family"), {"FAMILIES": families.FAMILIES, "Family": families.Family})
+    monkeypatch.setattr(config, "FAMILIES", families.FAMILIES)
+    raw = {**raw_config("llama-gqa"), "model_type": "mine", "architectures": []}
+    found = config.ModelConfig.from_hf(raw)
+    assert found.family == "mine" and found.qk_norm
+
+
+def test_the_plot_of_the_guide_works():
+    space = {"Sequence": Sequence, "Axes": Axes, "LINES": plots.LINES}
+    exec(compile("from __future__ import annotations\n" + block("A plot"), "plot", "exec"), space)
+    figure = Figure("lengths.png", on_axes(space["length_histogram"], [3, 4, 5]), "Prompts.")
+    assert figure.png().startswith(b"\x89PNG")

@@ -2,19 +2,241 @@
 
 from __future__ import annotations
 
-from jaxcrit.studies.options import CorrelateOptions
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from jaxcrit.commands import shared
+from jaxcrit.core.deletions import Deletions, read_deletions
+from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.files import as_path, plain, write_json
+from jaxcrit.core.groups import BY_HASH, WHERE
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import LayerScores, read_scores
+from jaxcrit.core.options import Options, option
+from jaxcrit.core.run import Facts, running
+from jaxcrit.reporting.tables import WIDTH, aligned
+
+if TYPE_CHECKING:
+    from jaxcrit.reporting.report import Report
+    from jaxcrit.selection.correlation import Correlation
+
+CORRELATION_FORMAT = "jaxcrit.correlation"
+_FIRST_CHOICE = "delta_debiased"
+CAVEATS = (
+    "Neighbouring layers are alike, so that layers are fewer independent observations than they are layers: read the"
+    " circular-shift p, not the naive one.",
+    "Scores that both drift with depth correlate whatever else they measure: read the correlation given depth.",
+    "The interval says how the correlation would change with other prompts of the same kind, not with other layers or"
+    " another model.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CorrelateOptions(Options, title="what"):
+    """What ``jaxcrit correlate`` is asked."""
+
+    scores: tuple[str, ...] = option((), "scores.json to compare; give it twice", word="FILE[:KEY]", free=BY_HASH)
+    all: str = option("", "instead: every score in a folder against every other", word="DIR", free=BY_HASH)
+    out: str = option("", "directory for pictures and report (default: none)", word="DIR", free=WHERE)
+    block: int = option(0, "layers to a block; 0 for twice the wider window", lowest=0, group="tests")
+    seed: int = option(0, "seed of permutations and interval", lowest=0, group="tests")
+
 
 OPTIONS = CorrelateOptions
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Correlated:
+    """What came out.
+
+    Attributes:
+        names: of the M scores, as ``FOLDER:KEY``.
+        scores: the M scores.
+        spearman: ``[M, M]``, scores of direction ``high`` turned round; NaN where a pair has nothing to compare.
+        pair: all about the two; None for a folder.
+        warnings: what would mislead a reader.
+        out: run directory; None where none was asked for.
+    """
+
+    names: list[str]
+    scores: list[LayerScores]
+    spearman: np.ndarray
+    pair: Correlation | None
+    warnings: list[str]
+    out: Path | None
+
+
 def run(options: CorrelateOptions) -> int:
     """Correlates, draws where asked, prints."""
-    from jaxcrit.reporting.correlation import correlation_report
-    from jaxcrit.studies.correlation import run_correlation
+    found = run_correlate(options)
+    return shared.tell(report(found), found.out)
 
-    correlated = run_correlation(options)
-    report = correlation_report(correlated)
-    print(report.text())
-    if correlated.out is not None:
-        print(f"report: {report.write(correlated.out, correlated.run)}")
-    return 0
+
+def run_correlate(options: CorrelateOptions) -> Correlated:
+    """Correlates two scores, or every two of a folder; writes ``correlation.json`` and a report where asked.
+
+    Raises:
+        UserError: not two scores, no such file or key, nothing to compare, or a directory that cannot be written.
+    """
+    from jaxcrit.selection.cautions import correlation_cautions
+    from jaxcrit.selection.correlation import correlate, spearman_matrix
+
+    if bool(options.scores) == bool(options.all):
+        raise UserError("correlate: expected --scores=FILE[:KEY] twice, or --all=DIR, one of them")
+    pair, warnings = None, []
+    if options.all:
+        names, scores = _everything(as_path(options.all))
+    else:
+        if len(options.scores) != 2:
+            raise UserError(f"correlate: expected --scores=FILE[:KEY] twice, got it {len(options.scores)} times")
+        read = [_read(text) for text in options.scores]
+        names, scores = _short([(path.parent, score.name) for path, score in read]), [score for _, score in read]
+        left = [_deletions(path, score) for path, score in read]
+        pair = correlate(*scores, block=options.block or None, without_each=(left[0], left[1]), seed=options.seed)
+        warnings = correlation_cautions(pair, names)
+    matrix = spearman_matrix(scores)
+    datasets = [
+        Facts(name, {"num_samples": score.num_layers, "hash": sha256_json(score.to_json())})
+        for name, score in zip(names, scores, strict=True)
+    ]
+    with running("correlate", options, models={}, datasets=datasets, keep=bool(options.out)) as run:
+        found = Correlated(names, scores, matrix, pair, warnings, run.path if run.kept else None)
+        if found.out is not None:
+            content: dict[str, Any] = {"scores": names, "spearman": plain(matrix.tolist())}
+            if pair is not None:
+                content |= {"pair": plain(dataclasses.asdict(pair)), "warnings": warnings}
+            write_json(found.out / "correlation.json", CORRELATION_FORMAT, content)
+            report(found).write(found.out, run.record)
+    return found
+
+
+def _read(text: str) -> tuple[Path, LayerScores]:
+    """``FILE[:KEY]``, the key being `_FIRST_CHOICE` or else the first in the file."""
+    path, key = as_path(text), ""
+    if not path.exists() and ":" in text:
+        name, _, key = text.rpartition(":")
+        path = as_path(name)
+    path = path / "scores.json" if path.is_dir() else path
+    scores = read_scores(path)
+    key = key or (_FIRST_CHOICE if _FIRST_CHOICE in scores else next(iter(scores)))
+    if key not in scores:
+        raise UserError(f"{path}: no score {key!r}{did_you_mean(key, scores)}; it holds {', '.join(scores)}")
+    return path, scores[key]
+
+
+def _deletions(path: Path, score: LayerScores) -> Deletions | None:
+    left = read_deletions(path.parent, score.name)
+    if left is not None and left.values.shape[1] != score.num_layers:
+        raise UserError(
+            f"{path.parent}: deletions.npz is of {left.values.shape[1]} layers, scores.json of"
+            f" {score.num_layers}; write both again"
+        )
+    return left
+
+
+def _everything(folder: Path) -> tuple[list[str], list[LayerScores]]:
+    """Every score of every scores.json in and below a folder."""
+    if not folder.is_dir():
+        raise UserError(f"--all={folder}: expected a directory")
+    files = sorted(folder.rglob("scores.json"))
+    found = [(path, score) for path in files for score in read_scores(path).values()]
+    if len(found) < 2:
+        raise UserError(f"--all={folder}: expected at least 2 scores in the scores.json below it, got {len(found)}")
+    layers = {score.num_layers: path for path, score in found}
+    if len(layers) > 1:
+        each = listed([f"{count} layers in {path}" for count, path in sorted(layers.items())])
+        raise UserError(f"--all={folder}: expected scores of one model, got {each}")
+    return _short([(path.parent, score.name) for path, score in found]), [score for _, score in found]
+
+
+def _short(places: Sequence[tuple[Path, str]]) -> list[str]:
+    """``FOLDER:KEY``, folders named from where they part; the key alone where all are of one folder."""
+    folders = [folder.resolve().parts for folder, _ in places]
+    common = 0
+    while all(len(parts) > common for parts in folders) and len({parts[common] for parts in folders}) == 1:
+        common += 1
+    named = ["/".join(parts[common:]) for parts in folders]
+    return [f"{folder}:{key}" if folder else key for folder, (_, key) in zip(named, places, strict=True)]
+
+
+def _number(value: float, digits: int = 3) -> str:
+    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+
+
+def _p(value: float) -> str:
+    if not math.isfinite(value):
+        return "-"
+    return f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+
+
+def pair_table(pair: Correlation, names: Sequence[str]) -> str:
+    """One row per statistic: its value, its p, and what the p takes for granted."""
+    interval = "not available" if pair.interval is None else " to ".join(_number(end) for end in pair.interval)
+    rows = [
+        ["Spearman ρ", _number(pair.rho), _p(pair.p_naive), "naive: as if layers were independent"],
+        ["", "", _p(pair.p_shift), f"all circular shifts; never below 1/{pair.num_layers}"],
+        ["", "", _p(pair.p_block), f"permuted blocks of {pair.block} layers"],
+        ["Kendall τ", _number(pair.tau), "", ""],
+        ["ρ given depth", _number(pair.partial), _p(pair.p_partial), "circular shifts of what depth leaves"],
+        *(
+            [f"ρ of {'AB'[index]} with depth", _number(value), "", names[index]]
+            for index, value in enumerate(pair.depth)
+        ),
+        ["smallest ρ", _number(pair.smallest), "0.05", f"significant of {pair.num_layers} independent layers"],
+    ]
+    table = aligned(["", "value", "p", ""], rows, [False] * len(rows))
+    return "\n".join([*table, f"95 % interval of ρ over the samples: {interval}"])
+
+
+def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
+    """Spearman's ρ of every two scores; columns by number, in as many parts as the width takes."""
+    longest = min(40, max(map(len, names)))
+    short = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
+    fit = max(1, (WIDTH - longest - 4) // 7)
+    parts = []
+    for start in range(0, len(names), fit):
+        columns = range(start, min(start + fit, len(names)))
+        header = ["", *(str(column + 1) for column in columns), ""]
+        rows = [
+            [str(row + 1), *(_number(matrix[row, column], 2) for column in columns), name]
+            for row, name in enumerate(short)
+        ]
+        parts.append("\n".join(aligned(header, rows, [False] * len(rows))))
+    return "\n\n".join(parts)
+
+
+def headline(found: Correlated) -> str:
+    """What was compared over which layers."""
+    if found.pair is None:
+        return "Spearman's ρ of every two scores; scores whose high values are critical are turned round."
+    pair, (a, b) = found.pair, found.names
+    layers = f"{pair.num_layers} layers ({pair.first} to {pair.last} of {found.scores[0].num_layers})"
+    return f"A {a} against B {b}, {layers}"
+
+
+def _table(found: Correlated) -> str:
+    if found.pair is None:
+        return matrix_table(found.names, found.spearman)
+    return pair_table(found.pair, found.names)
+
+
+def report(found: Correlated) -> Report:
+    """The statistics of a pair, or the matrix of a folder."""
+    from jaxcrit.reporting import plots
+    from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+
+    figures = []
+    if found.pair is not None:
+        (a, b), names = found.scores, found.names
+        both, each = on_axes(plots.twin_curves, a, b, names), on_axes(plots.score_scatter, a, b, names)
+        figures = [
+            Figure("layers.png", both, "Both scores over the layers, each on its own axis."),
+            Figure("scatter.png", each, "Each layer by both scores; darker is deeper.", (5.6, 5.0)),
+        ]
+    section = Section("Correlation", "", _table(found), figures)
+    return Report([headline(found)], found.warnings, [section], CAVEATS)

@@ -185,19 +185,19 @@ def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> l
     Raises:
         UserError: see `Model.read` and `hold_out`.
     """
-    from jaxcrit.data.dataset import MEMORY, Dataset
-    from jaxcrit.data.published import names_published
+    from jaxcrit.data.dataset import MEMORY, Dataset, text_of
     from jaxcrit.training.data import hold_out
 
-    def read(given: Any, data: str, splits: str, limit: int) -> list[Example]:
-        published = given is None and names_published(data)
-        asked = dataclasses.replace(options, data=data, split=splits if published else options.split, limit=limit)
-        return [example for one in model.read(asked, given, responses=True) for example in one.examples]
+    def read(asked: FinetuneOptions, given: Any, split: str) -> list[Example]:
+        found = model.read(asked, given, responses=True, split=split)
+        return [example for one in found for example in one.examples]
 
-    source = options.data or "demo" if rows is None else MEMORY
-    train = read(rows, options.data, options.split or "train", options.limit)
+    text = text_of(rows, options)
+    source = MEMORY if text is None else text or "demo"
+    train = read(options, rows, "train")
     if options.eval_data:
-        tests = read(None, options.eval_data, options.eval_split or "test", 0)
+        asked = dataclasses.replace(options, data=options.eval_data, split=options.eval_split, limit=0)
+        tests = read(asked, None, "test")
         return [Dataset("train", source, train), Dataset("eval", options.eval_data, tests)]
     train, held = hold_out(train, source)
     return [Dataset("train", source, train), Dataset("eval", source, held)]

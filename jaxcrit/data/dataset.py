@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.groups import RowOptions
+from jaxcrit.core.groups import RowOptions, SourceOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.datasets import NamedRows, check_rows_in_memory, load
+from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import Example, render
 from jaxcrit.data.truncation import truncate
 
@@ -211,24 +213,41 @@ def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRow
     Raises:
         UserError: rows that cannot be read.
     """
-    if rows is None or isinstance(rows, str | Path):
-        spec = options.data if rows is None else str(rows)
-        return list(
-            load(
-                spec,
-                options.limit,
-                split=options.split or split,
-                shuffle_seed=options.shuffle_seed,
-                edition=options.edition,
-            )
+    if (spec := text_of(rows, options)) is not None:
+        loaded = load(
+            spec,
+            options.limit,
+            split=options.split or (split if names_published(spec) else ""),
+            shuffle_seed=options.shuffle_seed,
+            edition=options.edition,
         )
+        return list(loaded)
     if isinstance(rows, Dataset):
         return [rows]
     if isinstance(rows, Mapping):
-        return [_in_memory(str(name), one, options) for name, one in rows.items()]
+        if not rows:
+            raise UserError("rows: expected one dataset or more by name, got none")
+        return [_in_memory(_checked_name(name), one, options) for name, one in rows.items()]
     if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset) for row in rows):
+        names = [row.name for row in rows]
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise UserError(f"rows: expected datasets of different names, got two called {twice[0]!r}; rename one")
         return list(rows)
     return [_in_memory("rows", rows, options)]
+
+
+def text_of(rows: Any, options: SourceOptions) -> str | None:
+    """The text, as ``--data`` has it, that names the rows; None for rows in memory."""
+    if rows is None:
+        return options.data
+    return str(rows) if isinstance(rows, str | Path) else None
+
+
+def _checked_name(name: Any) -> str:
+    """A name of rows in memory; where there are several datasets, each has a directory of that name."""
+    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
+        raise UserError(f"rows: expected names of datasets that can name a directory, got {name!r}")
+    return name
 
 
 def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset:
@@ -236,14 +255,20 @@ def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset
         return dataclasses.replace(rows, name=name)
     if isinstance(rows, str | bytes) or not hasattr(rows, "__iter__"):
         raise UserError(f"{name}: expected rows, prompts or token ids, got {type(rows).__name__}")
-    given = list(rows)
-    if options.shuffle_seed >= 0:
+    if iter(rows) is rows:
+        raise UserError(f"{name}: expected rows that can be read again, got {type(rows).__name__}; give a list of them")
+    shuffled = options.shuffle_seed >= 0
+    # Rows that are streamed may have no end.
+    given = list(itertools.islice(rows, None if shuffled else options.limit or None))
+    if shuffled:
         random.Random(options.shuffle_seed).shuffle(given)
-    given = given[: options.limit or None]
+        given = given[: options.limit or None]
+    if hasattr(rows, "column_names"):  # a table, which has None where a row has no such field
+        given = [{field: value for field, value in dict(row).items() if value is not None} for row in given]
     if not given:
         raise UserError(f"{name}: expected rows, prompts or token ids, got none")
     if all(_are_tokens(row) for row in given):
-        return Dataset(name, MEMORY, [_of_tokens(row) for row in given])
+        return Dataset(name, MEMORY, _of_tokens(given, name))
     whole = [{"prompt": row} if isinstance(row, str) else row for row in given]
     for place, row in enumerate(whole, 1):
         if not isinstance(row, Mapping):
@@ -257,11 +282,21 @@ def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset
 def _are_tokens(row: Any) -> bool:
     if isinstance(row, np.ndarray):
         return row.ndim == 1 and np.issubdtype(row.dtype, np.integer) and len(row) > 0
-    return isinstance(row, list | tuple) and bool(row) and all(isinstance(token, int | np.integer) for token in row)
+    if not isinstance(row, list | tuple) or not row:
+        return False
+    return all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in row)
 
 
-def _of_tokens(row: Any) -> Example:
-    ids = [int(token) for token in row]
-    if min(ids) < 0:
-        raise UserError(f"{MEMORY}: expected token ids of 0 or more, got {min(ids)}")
-    return Example(sample_id({"token_ids": ids}), np.array(ids, np.int32), len(ids), "", None)
+def _of_tokens(rows: Sequence[Any], name: str) -> list[Example]:
+    """Token ids as prompts; no two alike, as of rows from files."""
+    found: dict[str, Example] = {}
+    for place, row in enumerate(rows, 1):
+        ids = [int(token) for token in row]
+        if min(ids) < 0:
+            raise UserError(f"{name}, row {place}: expected token ids of 0 or more, got {min(ids)}")
+        identity = sample_id({"token_ids": ids})
+        if identity in found:
+            first = list(found).index(identity) + 1
+            raise UserError(f"{name}: row {place}: the same row as row {first}; repeats bias the scores, remove one")
+        found[identity] = Example(identity, np.array(ids, np.int32), len(ids), "", None)
+    return list(found.values())

@@ -13,28 +13,9 @@ from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.models.attention import REFERENCE, Attention
+from jaxcrit.models.families import ARCHITECTURES, FAMILIES, Family
 from jaxcrit.models.rope import Rope
 
-# What transformers' own config class assumes where the file is silent, where it is not the default below.
-FAMILIES: dict[str, dict[str, Any]] = {
-    "llama": {"rms_norm_eps": 1e-6, "max_position_embeddings": 2048},
-    "mistral": {
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 131072,
-        "num_key_value_heads": 8,
-        "sliding_window": 4096,
-    },
-    "qwen2": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096},
-    "qwen3": {"rms_norm_eps": 1e-6, "max_position_embeddings": 32768, "sliding_window": 4096, "head_dim": 128},
-    "phi3": {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
-}
-_ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-    "Phi3ForCausalLM": "phi3",
-}
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 _HANDLED = {
     *_REQUIRED,
@@ -111,7 +92,7 @@ class ModelConfig:
     """Shape and arithmetic of one decoder-only model.
 
     Attributes:
-        family: model type: llama, mistral, qwen2, qwen3 or phi3.
+        family: model type, a key of `FAMILIES`.
         vocab_size, num_layers, width, ff_width, num_heads, num_kv_heads, head_dim: sizes.
         norm_eps: epsilon of every RMSNorm.
         max_length: longest context the model was made for, in tokens.
@@ -154,8 +135,9 @@ class ModelConfig:
             UserError: an architecture, key or value that the decoder does not know, named.
         """
         family = _family(raw, where)
+        kind = FAMILIES[family]
         _refuse_unknown(raw, where)
-        given = {**FAMILIES[family], **{key: value for key, value in raw.items() if value is not None}}
+        given = {**kind.defaults, **{key: value for key, value in raw.items() if value is not None}}
         if "sliding_window" in raw:  # null is a value here: Mistral 0.2 and later switch the window off with it
             given["sliding_window"] = raw["sliding_window"]
         sizes = {}
@@ -173,7 +155,7 @@ class ModelConfig:
         eps = given["rms_norm_eps"]
         if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
             raise UserError(f"{where}: expected rms_norm_eps to be a number of 0 or more, got {eps!r}")
-        bias = bool(given.get("attention_bias", False)) and family in ("llama", "qwen3")
+        bias = bool(given.get("attention_bias", False)) and kind.biases
         eos = given.get("eos_token_id")
         return cls(
             family=family,
@@ -187,12 +169,12 @@ class ModelConfig:
             norm_eps=float(eps),
             max_length=sizes["max_position_embeddings"],
             tied=bool(given.get("tie_word_embeddings", False)),
-            qkv_bias=bias or family == "qwen2",
+            qkv_bias=bias or kind.qkv_bias,
             out_bias=bias,
-            mlp_bias=bool(given.get("mlp_bias", False)) and family == "llama",
-            qk_norm=family == "qwen3",
-            windows=_windows(given, family, sizes["num_hidden_layers"], where),
-            rope=Rope.from_hf(given, head_dim, sizes["max_position_embeddings"], family, where),
+            mlp_bias=bool(given.get("mlp_bias", False)) and kind.mlp_bias,
+            qk_norm=kind.qk_norm,
+            windows=_windows(given, kind, sizes["num_hidden_layers"], where),
+            rope=Rope.from_hf(given, head_dim, sizes["max_position_embeddings"], kind.longrope, where),
             bos_token_id=given.get("bos_token_id"),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             hf_json=json.dumps(dict(raw), ensure_ascii=False),
@@ -214,15 +196,15 @@ def _family(raw: Mapping[str, Any], where: str) -> str:
         raise UserError(
             f"{where}: mixture-of-experts model ({named}); expected a dense decoder: {listed(list(FAMILIES))}"
         )
-    family = named or (_ARCHITECTURES.get(architectures[0], "") if architectures else "")
+    family = named or (ARCHITECTURES.get(architectures[0], "") if architectures else "")
     if family not in FAMILIES:
         shown = repr(named) if named else f"architectures {architectures}"
         raise UserError(
             f"{where}: expected model_type {listed(sorted(FAMILIES))}, got {shown}{did_you_mean(family, FAMILIES)}"
         )
-    unknown = [name for name in architectures if _ARCHITECTURES.get(name) != family]
+    unknown = [name for name in architectures if ARCHITECTURES.get(name) != family]
     if unknown:
-        wanted = next(name for name, kind in _ARCHITECTURES.items() if kind == family)
+        wanted = FAMILIES[family].architecture
         raise UserError(f"{where}: expected architecture {wanted} for {family}, got {listed(unknown)}")
     return family
 
@@ -237,9 +219,9 @@ def _refuse_unknown(raw: Mapping[str, Any], where: str) -> None:
             raise UserError(f"{where}: expected {key} to be {allowed[0]!r}, got {raw[key]!r}")
 
 
-def _windows(given: Mapping[str, Any], family: str, num_layers: int, where: str) -> tuple[int | None, ...]:
-    window = given.get("sliding_window") if family != "llama" else None
-    if family in ("qwen2", "qwen3"):
+def _windows(given: Mapping[str, Any], family: Family, num_layers: int, where: str) -> tuple[int | None, ...]:
+    window = given.get("sliding_window") if family.window != "never" else None
+    if family.window == "switch":
         window = window if given.get("use_sliding_window", False) else None
         first = given.get("max_window_layers", 28)
         if not isinstance(first, int):

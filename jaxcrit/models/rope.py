@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -49,13 +49,15 @@ class Rope:
     scale: float = 1.0
 
     @classmethod
-    def from_hf(cls, config: Mapping[str, Any], head_dim: int, max_length: int, family: str, where: str) -> Rope:
+    def from_hf(
+        cls, config: Mapping[str, Any], head_dim: int, max_length: int, longrope: Collection[str], where: str
+    ) -> Rope:
         """Reads both the old keys (``rope_theta``, ``rope_scaling``) and ``rope_parameters`` of transformers 5.
 
         Raises:
             UserError: an unknown kind or key, a missing one, or old and new keys that disagree.
         """
-        given, kind = _parameters(config, family, where)
+        given, kind = _parameters(config, longrope, where)
         theta = float(given.get("rope_theta") or 10000.0)
         rotary = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
         if rotary < 2 or rotary % 2:
@@ -125,12 +127,12 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], axis=-1)
 
 
-def _parameters(config: Mapping[str, Any], family: str, where: str) -> tuple[dict[str, Any], str]:
+def _parameters(config: Mapping[str, Any], longrope: Collection[str], where: str) -> tuple[dict[str, Any], str]:
     old = config.get("rope_scaling") or {}
     new = config.get("rope_parameters") or {}
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         raise UserError(f"{where}: expected rope_scaling and rope_parameters to be objects")
-    old, new = _one_spelling(old, family), _one_spelling(new, family)
+    old, new = _one_spelling(old, longrope), _one_spelling(new, longrope)
     for key in sorted(old.keys() & new.keys()):
         if old[key] != new[key]:
             raise UserError(
@@ -156,11 +158,11 @@ def _parameters(config: Mapping[str, Any], family: str, where: str) -> tuple[dic
     return given, kind
 
 
-def _one_spelling(parameters: Mapping[str, Any], family: str) -> dict[str, Any]:
+def _one_spelling(parameters: Mapping[str, Any], longrope: Collection[str]) -> dict[str, Any]:
     """Parameters with the kind under ``rope_type`` alone, and without nulls, which say nothing."""
     given = {key: value for key, value in parameters.items() if value is not None and key != "type"}
     kind = parameters.get("rope_type") or parameters.get("type")
-    if family == "phi3" and kind in ("su", "yarn"):  # names that early Phi-3 files give longrope
+    if kind in longrope:  # early Phi-3 files have other names for it
         kind = "longrope"
     return given if kind is None else {**given, "rope_type": kind}
 

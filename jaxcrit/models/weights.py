@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.families import FAMILIES
 
 if TYPE_CHECKING:  # the decoder reads this table
     from jaxcrit.models.decoder import Decoder
@@ -80,7 +81,7 @@ _HEADS, _KV = ("heads", "head_dim"), ("kv_heads", "head_dim")
 def table(config: ModelConfig) -> tuple[Weight, ...]:
     """The rows of a model; rows of one file tensor stand in the order they have in it."""
     attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-    fused = config.family == "phi3"
+    tensor = FAMILIES[config.family].tensor
     rows = [
         Weight("embed", "model.embed_tokens.weight", (("vocab",), _EMBED)),
         Weight("blocks.attn_norm", "model.layers.{}.input_layernorm.weight", (_EMBED,), "attn"),
@@ -89,12 +90,12 @@ def table(config: ModelConfig) -> tuple[Weight, ...]:
         Weight("blocks.down", mlp + "down_proj.weight", (_EMBED, _FF), "mlp"),
     ]
     for name, axes in (("q", _HEADS), ("k", _KV), ("v", _KV)):
-        hf = attention + f"{'qkv' if fused else name}_proj.weight"
+        hf = attention + f"{tensor(name)}_proj.weight"
         rows.append(Weight(f"blocks.{name}", hf, (axes, _EMBED), "attn"))
         if config.qkv_bias:
             rows.append(Weight(f"blocks.{name}_bias", attention + f"{name}_proj.bias", (axes,), "attn"))
     for name in ("gate", "up"):
-        hf = mlp + f"{'gate_up' if fused else name}_proj.weight"
+        hf = mlp + f"{tensor(name)}_proj.weight"
         rows.append(Weight(f"blocks.{name}", hf, (_FF, _EMBED), "mlp"))
         if config.mlp_bias:
             rows.append(Weight(f"blocks.{name}_bias", mlp + f"{name}_proj.bias", (_FF,), "mlp"))

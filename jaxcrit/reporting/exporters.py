@@ -12,6 +12,7 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import write_text
 from jaxcrit.core.layers import LayerSet
+from jaxcrit.models.families import FAMILIES
 
 FORMATS = ("json", "peft", "axolotl", "llamafactory", "regex")
 CONFIG_FILES = {
@@ -33,13 +34,14 @@ FUSED_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "
 
 
 def block_linears(model_type: str | None) -> tuple[str, ...]:
-    """Linear layers of one decoder block, by the ``model_type`` of config.json; Phi-3 fuses some of them.
+    """Linear layers of one decoder block, by the ``model_type`` of config.json; some families fuse some of them.
 
     Where the type is not known, both sets: PEFT passes over names that a model does not have.
     """
     if model_type is None:
         return tuple(dict.fromkeys(SPLIT_LINEARS + FUSED_LINEARS))
-    return FUSED_LINEARS if model_type.startswith("phi3") else SPLIT_LINEARS
+    family = FAMILIES.get(model_type)
+    return FUSED_LINEARS if family is not None and family.fused else SPLIT_LINEARS
 
 
 def export_selection(layer_set: LayerSet, fmt: str, model_type: str | None = None) -> str:

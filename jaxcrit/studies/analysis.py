@@ -18,7 +18,7 @@ from jaxcrit.core.layers import LayerScores, LayerSet, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
-from jaxcrit.data.dataset import Dataset
+from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Swept
@@ -172,7 +172,7 @@ def training_scores(
     Returns:
         Scores by key, the key that selects, and how many layers a selection trims at each end.
     """
-    published = names_published(options.data)
+    published = names_published(text_of(rows, options) or "")
     where = options.analysis or ("" if out is None else str(out / "analysis"))
     asked = AnalyzeOptions(
         model=options.model,

@@ -28,8 +28,8 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
-from jaxcrit.models.overlays import FOLDER
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
+from jaxcrit.models.trained import FOLDER
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import score_keys, training_scores
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare

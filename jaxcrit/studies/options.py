@@ -148,17 +148,6 @@ class CompareOptions(Options, title="what", positional=("a", "b")):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CorrelateOptions(Options, title="what"):
-    """What ``jaxcrit correlate`` is asked."""
-
-    scores: tuple[str, ...] = option((), "scores.json to compare; give it twice", word="FILE[:KEY]", free=BY_HASH)
-    all: str = option("", "instead: every score in a folder against every other", word="DIR", free=BY_HASH)
-    out: str = option("", "directory for pictures and report (default: none)", word="DIR", free=WHERE)
-    block: int = option(0, "layers to a block; 0 for twice the wider window", lowest=0, group="tests")
-    seed: int = option(0, "seed of permutations and interval", lowest=0, group="tests")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
     """What ``jaxcrit score`` is asked."""
 

@@ -21,7 +21,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
-from jaxcrit.models.overlays import FOLDER, Manager, reason_of
+from jaxcrit.models.trained import FOLDER, Manager, reason_of
 from jaxcrit.training.step import State
 
 _LOGGER = logging.getLogger("absl")

@@ -260,7 +260,8 @@ def test_a_selection_may_name_its_score(config, model, tmp_path):
     ends = run_analysis(dataclasses.replace(config, layers="boundary(step:3)", out=str(tmp_path / "ends"), **demo))
     assert len(ends.chosen.layers) == 2 and ends.chosen.criterion == ends.consensus.name == "step"
     assert ends.chosen.rule == "boundary(step:3)" and ends.certainty is None
-    assert main(["analyze", f"--model={model}", "--layers=delta:2", "--limit=5", f"--out={tmp_path / 'x'}"]) == 0
+    asked = [f"--model={model}", f"--data={config.data}", "--layers=delta:2", f"--out={tmp_path / 'x'}"]
+    assert main(["analyze", *asked]) == 0
 
 
 def lines(path, *rows):

@@ -12,7 +12,7 @@ import pytest
 from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.models.overlays import FOLDER, trained_parameters
+from jaxcrit.models.trained import FOLDER, trained_parameters
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.step import State, abstract_state, state_shardings

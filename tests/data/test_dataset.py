@@ -1,0 +1,149 @@
+"""Rows in one step: whatever a user has becomes datasets, as rows from a file would."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+
+import numpy as np
+import pytest
+from support.tiny import tiny_tokenizer_dir
+
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import RowOptions
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.data.dataset import Dataset, Limits, read_datasets
+from jaxcrit.data.tokenizer import load_tokenizer
+
+PLAIN = RowOptions(template="none")
+LIMITS = Limits(64, 320, "MODEL")
+PAIRS = [{"prompt": f"{i} cats", "response": "two dogs"} for i in range(6)]
+
+
+class Table:
+    """Rows as the datasets library gives them: every row has every field, None where it had none."""
+
+    column_names = ("prompt", "response", "text")
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter([{name: row.get(name) for name in self.column_names} for row in self.rows])
+
+
+class Endless(Table):
+    def __iter__(self):
+        return ({"prompt": f"{i} cats", "response": None} for i in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer_dir(path)
+    return load_tokenizer(path)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in PAIRS))
+    return file
+
+
+def tokens(dataset):
+    return [example.token_ids.tolist() for example in dataset.examples]
+
+
+@pytest.mark.parametrize("responses", [False, True])
+def test_one_dataset_whatever_it_comes_in(tokenizer, path, responses):
+    def read(rows, options=PLAIN):
+        return read_datasets(rows, tokenizer, options, LIMITS, responses=responses)
+
+    (expected,) = read(None, dataclasses.replace(PLAIN, data=str(path)))
+    assert expected.name == "pairs" and expected.source == str(path)
+    for rows in (path, str(path), PAIRS, tuple(PAIRS), Table(PAIRS), {"mine": PAIRS}, {"mine": Table(PAIRS)}, expected):
+        (found,) = read(rows)
+        assert tokens(found) == tokens(expected) and found.sample_ids == expected.sample_ids
+        assert found.describe()["hash"] == sha256_json(expected.sample_ids) == expected.describe()["hash"]
+    (named,) = read({"mine": PAIRS})
+    assert (named.name, named.source) == ("mine", "memory")
+    assert [one.name for one in read([expected, named])] == ["pairs", "mine"]
+    assert [one.name for one in read({"a": expected, "b": PAIRS})] == ["a", "b"]
+
+
+def test_prompts_and_token_ids(tokenizer):
+    prompts = [row["prompt"] for row in PAIRS]
+    (texts,) = read_datasets(prompts, tokenizer, PLAIN, LIMITS)
+    (bare,) = read_datasets([{"prompt": prompt} for prompt in prompts], tokenizer, PLAIN, LIMITS)
+    assert texts.sample_ids == bare.sample_ids and tokens(texts) == tokens(bare)
+    for ids in (tokens(texts), [np.array(row) for row in tokens(texts)], [tuple(row) for row in tokens(texts)]):
+        (found,) = read_datasets(ids, tokenizer, RowOptions(), LIMITS)
+        assert tokens(found) == tokens(texts), "no template touches them"
+        assert [example.prompt_length for example in found.examples] == [len(row) for row in tokens(texts)]
+    (same,) = read_datasets(np.array([[3, 4], [5, 6]]), tokenizer, PLAIN, LIMITS)
+    assert tokens(same) == [[3, 4], [5, 6]]
+
+
+def test_order_and_number_are_those_of_a_file(tokenizer, path):
+    for changes in ({"limit": 2}, {"shuffle_seed": 3}, {"shuffle_seed": 3, "limit": 2}):
+        options = dataclasses.replace(PLAIN, **changes)
+        (file,) = read_datasets(path, tokenizer, options, LIMITS)
+        (memory,) = read_datasets(PAIRS, tokenizer, options, LIMITS)
+        assert memory.sample_ids == file.sample_ids and len(memory.examples) == changes.get("limit", 6)
+    (streamed,) = read_datasets(Endless([]), tokenizer, dataclasses.replace(PLAIN, limit=3), LIMITS)
+    assert len(streamed.examples) == 3
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([], "rows: expected rows, prompts or token ids, got none"),
+        ({}, "rows: expected one dataset or more by name, got none"),
+        ({"mine": []}, "mine: expected rows, prompts or token ids, got none"),
+        ({"../a": ["one"]}, "that can name a directory, got '../a'"),
+        ({1: ["one"]}, "that can name a directory, got 1"),
+        (7, "rows: expected rows, prompts or token ids, got int"),
+        ({"mine": "one"}, "mine: expected rows, prompts or token ids, got str"),
+        (({"prompt": text} for text in "ab"), "can be read again, got generator; give a list"),
+        (["one", 2], "rows, row 2: expected a dict such as"),
+        (["one", [2]], "rows, row 2: expected a dict such as"),
+        ([[True, False]], "rows, row 1: expected a dict such as"),
+        ([[]], "rows, row 1: expected a dict such as"),
+        ([[3, 4], [3, -4]], "rows, row 2: expected token ids of 0 or more, got -4"),
+        ([[3, 4], [5], np.array([3, 4])], "rows: row 3: the same row as row 1"),
+        (["one", "two", "one"], "rows: row 3: the same row as row 1"),
+        ([{"prmpt": "one"}], "rows: row 1: .*did you mean 'prompt'"),
+        ([{"prompt": " "}], "rows: row 1"),
+        ([[3, 320]], "the tokenizer gives token 320, the model knows 320"),
+        ([[3] * 65], "expected prompts of at most 64 tokens"),
+        ([Dataset("a", "x", []), Dataset("a", "y", [])], "got two called 'a'; rename one"),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_bad_rows_are_one_line(tokenizer, rows, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read_datasets(rows, tokenizer, PLAIN, LIMITS)
+    assert "\n" not in str(caught.value)
+
+
+def test_rows_to_train_on_have_responses(tokenizer):
+    for rows in (["one", "two"], [[3, 4], [5]], [PAIRS[0], {"prompt": "three"}]):
+        with pytest.raises(UserError, match=r"memory: row .* has no response to learn from"):
+            read_datasets(rows, tokenizer, PLAIN, LIMITS, responses=True)
+
+
+def test_a_split_that_is_not_asked_for_is_of_published_datasets_alone(tokenizer, path, tmp_path):
+    published = tmp_path / "alpaca.jsonl"
+    rows = [{"instruction": f"{i} cats", "input": "", "output": "two"} for i in range(520)]
+    published.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = f"alpaca:{published}"
+    (own,) = read_datasets(path, tokenizer, PLAIN, LIMITS, split="train")
+    assert len(own.examples) == 6
+    asked = dataclasses.replace(PLAIN, data=named, split="train")
+    (train,) = read_datasets(None, tokenizer, asked, LIMITS, responses=True)
+    assert len(train.examples) == 20
+    for rows, options in ((named, PLAIN), (None, dataclasses.replace(PLAIN, data=named))):
+        (found,) = read_datasets(rows, tokenizer, options, LIMITS, responses=True, split="train")
+        assert found.sample_ids == train.sample_ids
