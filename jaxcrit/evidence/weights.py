@@ -108,10 +108,16 @@ def weight_changes(base: Model, tuned: Model, progress: Progress | None = None) 
     norms = []
     for layer, (before, after) in enumerate(zip(layer_tensors(base), layer_tensors(tuned), strict=True)):
         if before.keys() != after.keys():
-            raise UserError(f"--base and --model: expected the same tensors, layer {layer} differs in"
-                            f" {', '.join(sorted(before.keys() ^ after.keys()))}")  # fmt: skip
-        norms.append((_norm(after[path].astype(np.float64) - before[path] for path in before),
-                      _norm(value.astype(np.float64) for value in before.values())))  # fmt: skip
+            raise UserError(
+                f"--base and --model: expected the same tensors, layer {layer} differs in"
+                f" {', '.join(sorted(before.keys() ^ after.keys()))}"
+            )
+        norms.append(
+            (
+                _norm(after[path].astype(np.float64) - before[path] for path in before),
+                _norm(value.astype(np.float64) for value in before.values()),
+            )
+        )
         if progress is not None:
             progress(layer + 1, base.config.num_layers)
     apart, of_base = np.array(norms).T
