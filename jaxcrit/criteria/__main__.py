@@ -14,12 +14,12 @@ def main(arguments: list[str]) -> int:
     if not arguments:
         print(table())
         return 0
-    try:
-        for path in map(Path, arguments):
+    for path in map(Path, arguments):
+        try:
             path.write_text(updated(path.read_text(encoding="utf-8")), encoding="utf-8")
-    except (OSError, UserError) as error:
-        print(f"jaxcrit: error: {arguments[0]}: {error}", file=sys.stderr)
-        return 2
+        except (OSError, UserError) as error:
+            print(f"jaxcrit: error: {path}: {error}", file=sys.stderr)
+            return 2
     return 0
 
 

@@ -9,7 +9,8 @@ from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, options_of
 from jaxcrit.evidence.criterion import Criterion, Needs, Own
 
-# FILE, or FILE:KEY where the file holds several criteria, or one under another name.
+# FILE, or FILE:KEY where the file holds several criteria, or one under another name. A + behind it says that the
+# criteria of the file have options of their own; help pages then import the file to list them, and no other.
 _WORDS = [
     "delta",
     "delta:delta_debiased",
@@ -26,14 +27,17 @@ _WORDS = [
     "block_influence",
     "effective_rank",
     "lens_kl",
-    "cluster_nmi",
+    "cluster_nmi+",
     "cluster_nmi:cluster_step",
     "gradient_norm",
     "rgn",
     "fisher",
 ]
-FILES: Mapping[str, str] = {word.rpartition(":")[2]: word.partition(":")[0] for word in _WORDS}
-WITH_OPTIONS: tuple[str, ...] = ("cluster_nmi",)  # files of criteria with options of their own, which help pages list
+_NAMES = [word.removesuffix("+").partition(":") for word in _WORDS]
+FILES: Mapping[str, str] = {key or file: file for file, _, key in _NAMES}
+WITH_OPTIONS: tuple[str, ...] = tuple(
+    file for word, (file, *_) in zip(_WORDS, _NAMES, strict=True) if word.endswith("+")
+)
 
 _EVIDENCE: Mapping[Needs, str] = {
     "weights": "weights",
@@ -79,7 +83,7 @@ def parse_criteria(text: str, *, two_models: bool) -> dict[str, Criterion]:
     for key in (part.strip() for part in text.split(",")):
         if key not in FILES:
             nearest = did_you_mean(key, FILES)
-            raise UserError(f"--criteria={key}: expected some of {', '.join(known)}{nearest}")
+            raise UserError(f"--criteria={key}: expected some of {', '.join(known)}; {_elsewhere()}{nearest}")
         found[key] = one = criterion(key)
         if one.command == "analyze":
             raise UserError(f"--criteria={key}: is computed by jaxcrit analyze, from prompts alone")
@@ -88,6 +92,15 @@ def parse_criteria(text: str, *, two_models: bool) -> dict[str, Criterion]:
         if one.needs == "two models" and not two_models:
             raise UserError(f"--criteria={key}: compares a tuned model with its base; give --base=DIR too")
     return found
+
+
+def _elsewhere() -> str:
+    """The criteria that commands of their own compute, by command."""
+    keys: dict[str, list[str]] = {}
+    for key in FILES:
+        if command := criterion(key).command:
+            keys.setdefault(command, []).append(key)
+    return "; ".join(f"{', '.join(found)} by jaxcrit {command}" for command, found in keys.items())
 
 
 def of_chosen(chosen: Mapping[str, Criterion], given: Sequence[Options]) -> Own:

@@ -183,6 +183,16 @@ def test_the_same_tokens_whatever_the_batches(session, examples):
     np.testing.assert_allclose(found[0], found[1], atol=1e-4)
 
 
+def test_the_same_tokens_on_several_devices(session, examples):
+    several = open_model(str(session.checkpoint.path), mesh=make_mesh({"data": 2, "fsdp": 2}, jax.devices()[:4]))
+    found = [
+        forward_pass(one, one.decoder(), examples, 4, CLUSTERS, own={ClusterOptions: SMALL})["cluster_nmi"]
+        for one in (session, several)
+    ]
+    assert found[1].shape == (60, 8, session.config.width)
+    np.testing.assert_allclose(found[1], found[0], atol=1e-4)
+
+
 def test_command(session, rows, tmp_path, capsys):
     flags = ["score", f"--model={session.checkpoint.path}", f"--data={rows}", f"--out={tmp_path / 'run'}"]
     own = ["--cluster_nmi.clusters=3", "--cluster_nmi.seeds=2"]

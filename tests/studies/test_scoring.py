@@ -25,7 +25,7 @@ from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
 from jaxcrit.evidence.backward import response_gradients
-from jaxcrit.evidence.forward import all_tokens, forward_pass, last_token, mean_token, with_embedding
+from jaxcrit.evidence.forward import all_tokens, compiled_passes, forward_pass, last_token, mean_token, with_embedding
 from jaxcrit.evidence.weights import layer_tensors, weight_changes
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.lora import make_lora
@@ -148,6 +148,24 @@ def test_states_are_those_of_single_prompts(decoder, examples, found):
     np.testing.assert_allclose(value(states, "angular_distance"), (np.arccos(last) / np.pi).mean(0), atol=1e-5)
     np.testing.assert_allclose(value(states, "lens_kl"), np.mean(kl, axis=0), rtol=1e-5, atol=1e-5)
     assert value(states, "lens_kl")[-1] == 0
+
+
+def test_a_tap_that_criteria_share_is_computed_once(session, decoder, examples):
+    """Also where one of them has a ``finish``; and all criteria together compile no more often than one."""
+
+    def calls(*finishes):
+        traced, before = [], compiled_passes()
+
+        def tap(before, after, view):
+            traced.append(after.shape)
+            return view.last(after)
+
+        rows = {str(n): dataclasses.replace(TAPPED["lens_kl"], tap=tap, finish=one) for n, one in enumerate(finishes)}
+        assert forward_pass(session, decoder, examples, 2, rows).keys() == rows.keys()
+        return traced, compiled_passes() - before
+
+    alone, together = calls(None), calls(None, TAPPED["lens_kl"].finish, None)
+    assert together == alone and alone[0]
 
 
 def test_gradients_are_those_of_single_rows(session, decoder, examples, found):
