@@ -159,10 +159,11 @@ class Model:
 
     def _merged(self, weights: dict[str, jax.Array]) -> Decoder:
         """Weights with the overlays in their places; what nobody else holds is given away for it."""
-        alone = self.dtype not in self._held
+        shared = self._held[self.dtype].weights() if self.dtype in self._held else {}
         for overlay in self.overlays:
-            weights = overlay.partition.merge(weights, overlay.params, donate=alone)
-            alone = True
+            # What an overlay below has changed is a copy already; all else is still the array that others hold.
+            held = [path for path, value in weights.items() if value is shared.get(path)]
+            weights = overlay.partition.merge(weights, overlay.params, held=held)
         return Decoder(self.config, weights)
 
     def _read(self, bars: Bars | None) -> Decoder:
