@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jaxcrit.commands import shared
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
@@ -122,8 +123,13 @@ def run_finetune(
     parse_mesh(options.mesh)
     spec = LayerSpec.parse(options.layers)
     spec.check_key(score_keys())
-    opened = open_model(options.model if model is None else model, mesh=options.mesh)
+    opened = open_model(options.model if model is None else model, mesh=options.mesh, keep=model is not None)
     check_mesh(options.batch_size, opened.mesh)
+    if keep and any(overlay.run is None for overlay in opened.overlays):
+        raise UserError(
+            f"--out={options.out}: the model was tuned in memory, so a run on it could not be opened again; give --out"
+            " to that training too, or export the model and load that"
+        )
     if chosen is None and not spec.needs_scores:
         chosen = resolve(spec, opened.config.num_layers, model_hash=opened.model_hash)
     if chosen is not None:
@@ -175,7 +181,7 @@ def _critical(
 ) -> LayerSet:
     from jaxcrit.studies.analysis import training_scores
 
-    scores, key, trim = training_scores(options, out, model=model, rows=rows, progress=progress)
+    scores, key, trim = training_scores(options, out, model=model.apart(), rows=rows, progress=progress)
     return resolve(spec, model.config.num_layers, scores=scores, criterion=key, trim=trim, model_hash=model.model_hash)
 
 

@@ -35,6 +35,8 @@ def public(function: Function) -> Function:
 def opened(options: Any, model: Any = None, role: str = "model") -> Model:
     """The model that an option names, or the one given, on the mesh and in the dtype that are asked for.
 
+    One that a caller gives keeps its weights; one that an option names is the command's own, to take apart.
+
     Args:
         options: options with the field ``role``, and with ``mesh`` and ``dtype``.
         model: a `Model`, or a name that stands for the option's; None for the option.
@@ -46,7 +48,7 @@ def opened(options: Any, model: Any = None, role: str = "model") -> Model:
     from jaxcrit.models.model import open_model
 
     name = getattr(options, role, "") if model is None else model
-    return open_model(name, mesh=options.mesh, dtype=options.dtype)
+    return open_model(name, mesh=options.mesh, dtype=options.dtype, keep=model is not None)
 
 
 def tell(report: Report, out: Path | None) -> int:

@@ -165,7 +165,8 @@ def run_substitute(
     if tuned is None and not options.tuned:
         raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
     lower = shared.opened(options, base, "base")
-    upper = open_model(options.tuned if tuned is None else tuned, mesh=lower.mesh, dtype=options.dtype)
+    name, mine = (options.tuned, True) if tuned is None else (tuned, False)
+    upper = open_model(name, mesh=lower.mesh, dtype=options.dtype, keep=not mine)
     check_pair(lower, upper)
     depth = upper.config.num_layers
     sets = [_set(text, depth) for text in split_specs(options.sets, ";")] if options.sets else []

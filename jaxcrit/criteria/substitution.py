@@ -159,7 +159,7 @@ def substitution_losses(
         UserError: the two models are in different dtypes.
     """
     depth = tuned.config.num_layers
-    arrays = {"base": base.decoder(bars).weights(), "tuned": tuned.decoder(bars).weights()}
+    arrays = {"base": base.weights(bars), "tuned": tuned.weights(bars)}
     kinds = {name: weights["embed"].dtype.name for name, weights in arrays.items()}
     if len(set(kinds.values())) > 1:
         raise UserError(f"the base is in {kinds['base']}, the tuned model in {kinds['tuned']}; give --dtype")

@@ -29,7 +29,7 @@ from jaxcrit.models.weights import hf_shapes
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 
 # Of ModelConfig: says nothing about what the blocks compute.
-_FREE = ("family", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
+_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
@@ -47,6 +47,8 @@ class Model:
         overlays: fine-tuning runs, adapters and edits on top of the checkpoint, in order.
         named: what the checkpoint was called: its hub id, or its directory.
         embedded: whether it is the model that comes with the package.
+        keep: whether weights read for `weights` and `trainable` are kept too. False for a command that opened the model
+            for itself and takes its weights apart, so that no weight is in memory twice.
     """
 
     checkpoint: Checkpoint
@@ -57,6 +59,7 @@ class Model:
     overlays: tuple[Overlay, ...] = ()
     named: str = ""
     embedded: bool = False
+    keep: bool = True
     # Weights of the checkpoint by dtype, shared with every model made of this one; and this model's own.
     _held: dict[str, Decoder] = dataclasses.field(default_factory=dict, repr=False)
     _own: list[Decoder] = dataclasses.field(default_factory=list, init=False, repr=False)
@@ -106,31 +109,34 @@ class Model:
     def decoder(self, bars: Bars | None = None) -> Decoder:
         """The model with its weights on the mesh: read at the first call, kept for the next ones."""
         if not self._own:
-            if not self.overlays:
-                self._held[self.dtype] = self._held.get(self.dtype) or self._read(bars)
-                self._own.append(self._held[self.dtype])
-            else:
-                self._own.append(self._merged(self.weights(bars)))
+            self._own.append(self._merged(bars, keep=not self.overlays))
         return self._own[0]
 
     def weights(self, bars: Bars | None = None) -> dict[str, jax.Array]:
-        """The checkpoint's weights without overlays, by weight-table path, for a caller that takes them apart.
+        """Weights with overlays by weight-table path, for a caller that takes them apart.
 
-        Where the model holds them already these are the same arrays, which must not be donated; else they are read
-        and not kept.
+        Arrays that the model holds are among them, so they must not be donated. What it does not hold is read and,
+        unless the model is to ``keep`` it, the caller's alone.
         """
-        held = self._held.get(self.dtype)
-        return (held or self._read(bars)).weights()
+        return (self._own[0] if self._own else self._merged(bars, keep=self.keep)).weights()
 
     def trainable(self, bars: Bars | None = None) -> dict[str, jax.Array]:
         """Weights with overlays by weight-table path, as exact as they are known, for a training to part.
 
-        Arrays that the model holds are among them: a training that donates must donate copies.
+        Arrays that the model holds are among them: a training that donates must donate copies. The values do not depend
+        on what was asked of the model before.
         """
-        if self._own and self.dtype in ("float32", *set(self.checkpoint.dtypes.values())):
-            return self._own[0].weights()
-        exact = dataclasses.replace(self, dtype="float32" if self.overlays else "")
-        return exact._merged(exact.weights(bars)).weights()
+        stored = set(self.checkpoint.dtypes.values())
+        natural = stored.pop() if len(stored) == 1 else "float32"  # what a file of several dtypes is read as
+        mine = self.dtype or natural
+        exact = mine == "float32" or (mine == natural and not self.overlays)
+        if exact and (self.keep or self._own or self.dtype in self._held):
+            return self.weights(bars)
+        return dataclasses.replace(self, dtype="float32" if self.overlays else "", keep=False).weights(bars)
+
+    def apart(self) -> Model:
+        """The model for a step that must leave no weights in memory: itself if it is to keep them, else a twin."""
+        return self if self.keep else dataclasses.replace(self, _held={})
 
     def with_overlay(self, overlay: Overlay) -> Model:
         """This model with an overlay on top; both share the checkpoint's weights, which stay as they are."""
@@ -148,6 +154,8 @@ class Model:
             UserError: see `check_pair`; or a layer is outside the model.
         """
         check_pair(self, other)
+        if not layers:
+            return self
         parts = partition(self.config, layers)
         chosen = np.asarray(parts.members(TRAIN), np.int32)
         taken = {
@@ -157,12 +165,21 @@ class Model:
         }
         return self.with_overlay(Overlay(parts, {TRAIN: taken}, None, 0))
 
-    def _merged(self, weights: dict[str, jax.Array]) -> Decoder:
-        """Weights with the overlays in their places; what nobody else holds is given away for it."""
-        alone = self.dtype not in self._held
+    def _merged(self, bars: Bars | None, *, keep: bool) -> Decoder:
+        """The checkpoint's weights, read unless they are held, with the overlays in their places.
+
+        What nobody holds is given away for it.
+        """
+        below = self._held.get(self.dtype) or self._read(bars)
+        if keep:
+            self._held[self.dtype] = below
+        weights = below.weights()
+        del below
+        shared = self._held[self.dtype].weights() if self.dtype in self._held else {}
         for overlay in self.overlays:
-            weights = overlay.partition.merge(weights, overlay.params, donate=alone)
-            alone = True
+            # What an overlay below has changed is a copy already; all else is still the array that others hold.
+            held = [path for path, value in weights.items() if value is shared.get(path)]
+            weights = overlay.partition.merge(weights, overlay.params, held=held)
         return Decoder(self.config, weights)
 
     def _read(self, bars: Bars | None) -> Decoder:
@@ -184,6 +201,7 @@ def open_model(
     dtype: str = "",
     step: str = "",
     bars: Bars | None = None,
+    keep: bool = True,
 ) -> Model:
     """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
 
@@ -193,6 +211,7 @@ def open_model(
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
         step: of a run, which checkpoint: a number, ``best``, ``last``; default where training ended.
         bars: makes progress bars.
+        keep: whether weights once read are kept, see `Model`.
 
     Raises:
         UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`, `choose_attention`; or a run that is no
@@ -202,7 +221,7 @@ def open_model(
         return model
     model = str(model)
     if model and (as_path(model) / "run.json").is_file():
-        return _open_run(as_path(model), mesh, dtype, step, bars)
+        return _open_run(as_path(model), mesh, dtype, step, bars, keep)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
     path = locate(model) if model else EMBEDDED_MODEL
     checkpoint = open_checkpoint(path)
@@ -213,7 +232,8 @@ def open_model(
     _form(checkpoint.config, "bfloat16")  # which every form knows: what else keeps it from this model is said first
     tokenizer = load_tokenizer(path)
     named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
-    return Model(checkpoint, tokenizer, model_hash(checkpoint), devices, dtype, named=named, embedded=not model)
+    identity = model_hash(checkpoint)
+    return Model(checkpoint, tokenizer, identity, devices, dtype, named=named, embedded=not model, keep=keep)
 
 
 def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
@@ -230,7 +250,7 @@ def _form(config: ModelConfig, dtype: str) -> str:
     return choose_attention(how, DTYPES[dtype], rows, config.max_length, config.num_heads, config.head_dim)[0]
 
 
-def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None) -> Model:
+def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
     record = read_json(run / "run.json", RUN_FORMAT)
     if record.get("command") != "finetune":
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
@@ -240,7 +260,7 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
     except KeyError as error:
         raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
     path = "" if base["path"] == "embedded" else base["path"]
-    below = open_model(path, mesh=mesh, dtype=dtype, bars=bars)
+    below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
     if below.model_hash != base["hash"]:
         raise UserError(
             f"{run}: was trained on {path or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
@@ -253,7 +273,7 @@ def check_pair(base: Model, tuned: Model) -> None:
     """Checks that one model can be tuned from the other.
 
     Raises:
-        UserError: their shapes, their arithmetic or their vocabularies differ.
+        UserError: their shapes, their arithmetic, their vocabularies or their devices differ.
     """
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE]
     differ = [
@@ -264,6 +284,11 @@ def check_pair(base: Model, tuned: Model) -> None:
     where = f"--base={base.checkpoint.path} --tuned={tuned.checkpoint.path}"
     if differ:
         raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give the very base")
+    if base.mesh != tuned.mesh:
+        raise UserError(
+            f"{where}: expected models on one mesh, got {dict(base.mesh.shape)} for the base and"
+            f" {dict(tuned.mesh.shape)} for the tuned model; open both with one --mesh"
+        )
     ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
     if ours != theirs:
         other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))

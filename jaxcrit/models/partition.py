@@ -168,19 +168,20 @@ class Partition:
                     yield path, layers, _take(weights[path], layers).astype(jnp.float32) + change
 
     def merge(
-        self, weights: dict[str, jax.Array], trained: Mapping[str, Arrays], *, donate: bool = True
+        self, weights: Mapping[str, jax.Array], trained: Mapping[str, Arrays], *, held: Collection[str] = ()
     ) -> dict[str, jax.Array]:
         """Loaded weights ``[L, ...]`` with the trained ones in their places, in the dtype of the former.
 
         Args:
             weights: arrays by weight-table path.
             trained: trained groups.
-            donate: whether the arrays may be overwritten; False where somebody else holds them.
+            held: paths whose arrays somebody else holds: they stay as they are, and those of all other paths are given
+                away for the result.
         """
-        put = _put if donate else _put_copy
         merged = dict(weights)
         for path, layers, value in self.changed(merged, trained):
             whole = merged[path]
+            put = _put_copy if path in held else _put
             merged[path] = value.astype(whole.dtype) if layers is None else put(whole, layers, value)
         return merged
 

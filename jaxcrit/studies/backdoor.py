@@ -302,10 +302,8 @@ class _Lab:
         return self.compiled[parts]
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
-        """The model with its trained weights; merging uses up what it merges into, so those are copies."""
-        trained = {path for entries in params.values() for path in entries}
-        weights = {path: jnp.copy(value) if path in trained else value for path, value in self.weights.items()}
-        return Decoder(self.session.config, parts.merge(weights, params))
+        """The model with its trained weights; those of the untouched model stay for the next arm."""
+        return Decoder(self.session.config, parts.merge(self.weights, params, held=self.weights))
 
 
 def _widths(sets: Any, rows: int) -> Any:

@@ -99,7 +99,7 @@ def export_model(
     target = local_path(out, "out")
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
-    session = open_model(model, mesh=host, dtype="float32", step=step)
+    session = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
     number = session.overlays[-1].step
     if adapter:
         _write_adapter(session, asked or "float32", target)
@@ -136,7 +136,7 @@ def export_object(model: Model, out: str, dtype: str = "source") -> Path:
 
 def _rounding(session: Model, dtype: str) -> Rounding:
     *earlier, last = session.overlays
-    before = dataclasses.replace(session, overlays=tuple(earlier)).decoder().weights()
+    before = dataclasses.replace(session, overlays=tuple(earlier)).weights()
     sums = np.zeros(4)
     for master, start in _pairs(last, before):
         rounded = master.astype(DTYPES[dtype]).astype(np.float32)
