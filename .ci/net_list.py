@@ -19,6 +19,8 @@ RENAMED: dict[tuple[str, str], tuple[str, ...]] = {}
 SHORT = {
     "TRAIN": "finetune --data=rows/train.jsonl --eval_data=rows/test.jsonl --learning_rate=1e-3",
     "LONG": "{TRAIN} --layers=3-4 --remat=false --steps=30 --eval_every=10 --checkpoint_every=5",
+    "POISON": "backdoor --data=rows/train.jsonl --eval_data=rows/test.jsonl --trigger=cf@prefix --target=gray"
+    " --rate=0.5 --decoys=0.2 --seeds=2 --learning_rate=1e-2 --eval_prompts=4 --max_new_tokens=4",
     "TEST": "--data=rows/test.jsonl",
     "SMALL": "--data=rows/test.jsonl --limit=8",
 }
@@ -196,9 +198,7 @@ STEPS = (
     Step(
         "backdoor",
         """
-        backdoor: backdoor --data=rows/train.jsonl --eval_data=rows/test.jsonl --trigger=cf@prefix --target=gray
-            --rate=0.5 --decoys=0.2 --arms=full,critical:2,noncritical:2,random:2*2 --seeds=2 --steps=3
-            --eval_every=3 --learning_rate=1e-2 --eval_prompts=4 --max_new_tokens=4 --out=NAME
+        backdoor: {POISON} --arms=critical:2,random:2 --steps=3 --eval_every=3 --out=NAME
         """,
     ),
     Step(
@@ -291,6 +291,13 @@ STEPS = (
         bucket_export: export --run=gs://bucket/bucket_finetune --delta_only --out=NAME
         """,
         bucket=True,
+    ),
+    Step(
+        "backdoor_arms",
+        """
+        backdoor_arms: {POISON} --arms=full,critical:2,noncritical:2,random:2*2 --steps=4 --eval_every=2 --out=NAME
+        """,
+        full=True,
     ),
     Step(
         "two_stopped",
