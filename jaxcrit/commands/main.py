@@ -20,28 +20,41 @@ from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.parallel.preemption import Preempted
 
-# name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit code. It may have
-# extra() -> further classes of options, whose instances run is given too.
-COMMANDS = {
-    "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
-    "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
-    "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
-    "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
-    "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
-    "intervene": (
-        "jaxcrit.commands.intervene",
-        "remove components, or steer, and see what an answer becomes",
-    ),
-    "compare": ("jaxcrit.commands.compare", "CKA between two models over the same prompts, from their fingerprints"),
-    "backdoor": ("jaxcrit.commands.backdoor", "whether freezing layers keeps poisoned data from planting a backdoor"),
-    "select": ("jaxcrit.commands.select", "choose layers again from scores.json, in the words of another trainer"),
-    "substitute": ("jaxcrit.commands.substitute", "put layers of the base into the tuned model: what each is worth"),
-    "ablate": ("jaxcrit.commands.ablate", "put each layer out of action: loss and right answers without it"),
-    "correlate": ("jaxcrit.commands.correlate", "compare two scores of the layers, or every score in a folder"),
-    "score": ("jaxcrit.commands.score", "score layers by other criteria: weights, states, gradients"),
-    "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
-    "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
+# What it is for: name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit
+# code. It may have extra() -> further classes of options, whose instances run is given too.
+GROUPS = {
+    "find layers": {
+        "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
+        "score": ("jaxcrit.commands.score", "score layers by other criteria: weights, states, gradients"),
+        "correlate": ("jaxcrit.commands.correlate", "compare two scores of the layers, or every score in a folder"),
+        "select": ("jaxcrit.commands.select", "choose layers again from scores.json, in the words of another trainer"),
+    },
+    "look inside": {
+        "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
+        "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
+        "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
+        "compare": (
+            "jaxcrit.commands.compare",
+            "CKA between two models over the same prompts, from their fingerprints",
+        ),
+        "intervene": ("jaxcrit.commands.intervene", "remove components, or steer, and see what an answer becomes"),
+        "ablate": ("jaxcrit.commands.ablate", "put each layer out of action: loss and right answers without it"),
+    },
+    "train and test": {
+        "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
+        "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
+        "substitute": (
+            "jaxcrit.commands.substitute",
+            "put layers of the base into the tuned model: what each is worth",
+        ),
+        "backdoor": (
+            "jaxcrit.commands.backdoor",
+            "whether freezing layers keeps poisoned data from planting a backdoor",
+        ),
+        "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
+    },
 }
+COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
 FIRST_ONLY = ("data", "select", "correlate", "compare", "plan", "export")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
@@ -51,16 +64,16 @@ FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 7
 
 def overview() -> str:
     """The help page of ``jaxcrit`` itself."""
-    rows = [f"  {name:<10} {summary}" for name, (_, summary) in COMMANDS.items()]
+    rows: list[str] = []
+    for title, group in GROUPS.items():
+        rows += [f"{title}:", *(f"  {name:<10} {summary}" for name, (_, summary) in group.items()), ""]
     return "\n".join(
         [
             "jaxcrit: find the critical layers of a language model.",
             "",
             "usage: jaxcrit [--help|--version] COMMAND [flags]",
             "",
-            "commands:",
             *rows,
-            "",
             "jaxcrit COMMAND --help lists the flags of a command. jaxcrit analyze, without any, runs on a small",
             "embedded model.",
         ]

@@ -223,14 +223,15 @@ def from_values(kind: type[Any], values: Mapping[str, Any], where: str) -> Any:
 
 def table(kind: type[Options]) -> str:
     """The options of a class as a table in Markdown, for the docs."""
+    bar = r"\|"  # a bar inside a cell
     rows = ["| option | default | what | changes results |", "| --- | --- | --- | --- |"]
     for one in options_of(kind):
         default = str(one.default)
         if one.kind in (bool, tuple):
             default = {None: "", True: "on", False: "off", (): ""}[one.default]
-        words = ("|".join(one.choices) or _word(one)).replace("|", "\\|")
-        value = "" if one.kind is bool else f"={words}"
-        rows.append(f"| `--{one.name}{value}` | {default} | {one.help} | {'no: ' + one.free if one.free else 'yes'} |")
+        value = "" if one.kind is bool else f"={'|'.join(one.choices) or _word(one)}"
+        cells = [f"`--{one.name}{value}`", default, one.help, f"no: {one.free}" if one.free else "yes"]
+        rows.append(f"| {' | '.join(cell.replace('|', bar) for cell in cells)} |")
     return "\n".join(rows)
 
 
