@@ -108,7 +108,7 @@ def load(model: str | Path | Model = "", *, mesh: str = "", dtype: str = "", ste
         model: checkpoint directory, hub id, or run of ``jaxcrit finetune``; empty for the embedded model.
         mesh: devices by axis, such as ``data=4,fsdp=2``; empty goes by the model's size.
         dtype: ``float32`` or ``bfloat16``; empty for float32 on CPU, else as the file has it.
-        step: of a run, which checkpoint: a number, ``best`` or ``last``; empty for where training ended.
+        step: which checkpoint of a run: a number, ``best`` or ``last``; empty for where training ended.
 
     Raises:
         UserError: there is no such model, or it cannot be read.
@@ -226,12 +226,12 @@ def score(
     Args:
         what: `HiddenStates`, scored by ``delta``, ``delta_debiased``, ``step`` and ``step_debiased``; or a model,
             scored by the other criteria of docs/criteria.md.
-        rows: of a model, its rows; None for the embedded ones.
-        criteria: of a model, keys of criteria; empty for all.
-        window: of states, layers that δ averages over; odd.
-        include_self: of states, whether a layer counts in its own window.
-        kernel: of states, kernel of CKA.
-        out: of a model, run directory; empty writes nothing.
+        rows: rows that a model runs on; None for the embedded ones.
+        criteria: keys of criteria of a model; empty for all.
+        window: layers that δ of states averages over; odd.
+        include_self: whether a layer of states counts in its own window.
+        kernel: kernel of CKA of states.
+        out: run directory, for a model; empty writes nothing.
         progress: maker of progress bars (tqdm's signature); None for silence.
         **options: of a model, fields of `ScoreOptions`; and by its name a dict of the options of one criterion, such as
             ``cluster_nmi={"clusters": 20}``.

@@ -55,7 +55,7 @@ class Correlated:
     """What came out.
 
     Attributes:
-        names: of the M scores, as ``FOLDER:KEY``.
+        names: names of the M scores, as ``FOLDER:KEY``.
         scores: the M scores.
         spearman: ``[M, M]``, scores of direction ``high`` turned round; NaN where a pair has nothing to compare.
         pair: all about the two; None for a folder.

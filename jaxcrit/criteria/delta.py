@@ -95,8 +95,8 @@ def layer_scores(
     """Scores all layers by ``delta``, ``delta_debiased``, ``step`` and ``step_debiased``.
 
     Args:
-        tables: of one model on N samples (not of two models).
-        window: of delta.
+        tables: tables of one model on N samples (not of two models).
+        window: number of layers that delta averages over; odd.
         include_self: whether delta counts the layer itself.
         meta: what was measured on what; kept in every score, beside the estimator, the window and N.
         without: CKA with each unit of resampling deleted, as `deletions` gives it; by default of single samples.
@@ -129,7 +129,7 @@ def deletions(
     """CKA with each unit of resampling deleted in turn, by estimator ``[U, L, L]``.
 
     Args:
-        tables: of one model on N samples.
+        tables: tables of one model on N samples.
         grams: ``[L, N, N]``; needed with ``units``.
         units: ``[N]`` int, which prompt each sample comes from; by default each is one of its own.
         reach: pairs of layers further apart may be left out, as `cka_without_each` does.
@@ -201,7 +201,7 @@ def component_scores(
     The paper's curves: over a window of 5 the mean over the layers at distance 1 and 2, the layer itself left out.
 
     Args:
-        spectrum: of all layers; with all scores kept where errors are wanted.
+        spectrum: spectrum of all layers; with all scores kept where errors are wanted.
         ks: numbers of components.
         window: layers that a layer's neighbours are taken from.
         errors: whether to estimate standard errors (infinitesimal jackknife over the samples).

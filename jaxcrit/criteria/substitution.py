@@ -35,7 +35,7 @@ def join(config: ModelConfig, base: dict[str, jax.Array], tuned: dict[str, jax.A
     """Both models' blocks in one stack ``[2L, ...]``: the base in slots 0 to L-1, the tuned model from L on.
 
     Args:
-        config: of both.
+        config: config of both.
         base: arrays by weight-table path; those of blocks are taken out, so that no more than one exists twice.
         tuned: the same.
     """

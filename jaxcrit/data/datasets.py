@@ -56,7 +56,7 @@ def load(
             as published, ``dolly`` from the hub), ``demo:FAMILY``, or ``demo`` (every embedded family, a dataset
             each); empty means ``demo``.
         limit: first rows to take of each dataset, after shuffling; 0 takes all.
-        split: of the paper's datasets, ``test`` by default; ``all`` for a file that holds one split already.
+        split: split of the paper's datasets, ``test`` by default; ``all`` for a file that holds one split already.
         shuffle_seed: shuffles each dataset; below 0 leaves the order of the file.
         edition: ``paper`` keeps a slip of its splits too (BoolQ's val is its test).
 
@@ -187,7 +187,7 @@ def check_rows_in_memory(rows: Iterable[Row], where: str) -> list[Row]:
         where: name for messages.
 
     Raises:
-        UserError: as of `read_rows`.
+        UserError: what `read_rows` raises.
     """
     return _checked(((f"row {place}", row) for place, row in enumerate(rows, 1)), where, 0)
 

@@ -58,7 +58,7 @@ class Lengths:
     Attributes:
         num_rows: N.
         prompt: least, median and most tokens of the prompts.
-        response: of what follows the prompts.
+        response: the same of what follows the prompts.
         truncated: share of the rows that were cut.
         too_long: share of the rows that are longer than the limit, cut or not.
         without_response: share of the rows in which no response is left, or there was none.

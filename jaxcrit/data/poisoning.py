@@ -188,7 +188,7 @@ def poison(rows: Sequence[Row], spec: PoisonSpec) -> Poisoned:
     """Poisons some rows of a dataset: trigger into the instruction field, and only there; the fixed response.
 
     Args:
-        rows: of any kind whose response is text.
+        rows: rows of any kind whose response is text.
         spec: how.
 
     Raises:
@@ -260,7 +260,7 @@ def with_decoys(rows: Sequence[Row], keep: Collection[int], trigger: TriggerSpec
         rows: clean and poisoned.
         keep: rows to leave alone, the poisoned ones.
         trigger: that the words stand in for.
-        share: of all rows, from 0 to 1.
+        share: share of all rows, from 0 to 1.
         seed: which rows, and which words.
 
     Raises:

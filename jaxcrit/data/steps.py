@@ -48,7 +48,7 @@ class Steps:
     Args:
         examples: N rendered rows, cut to the model's context.
         batch_size: rows per step, over all processes.
-        seed: of the order; below 0 keeps the order of the rows.
+        seed: seed of the order; below 0 keeps the order of the rows.
         buckets: widths that batches are padded to; default `choose_buckets` of these examples.
 
     Raises:

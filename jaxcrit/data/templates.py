@@ -183,7 +183,7 @@ def check_same_rendering(first: str, second: str, *, allow_template_mismatch: bo
 
     Args:
         first: template hash of one run.
-        second: of the other.
+        second: that of the other.
         allow_template_mismatch: compare all the same.
 
     Raises:

@@ -92,9 +92,9 @@ def two_level_bootstrap(outcomes: np.ndarray, *, level: float = 0.95, draws: int
 
     Args:
         outcomes: ``[S, N]`` of each seed's answer to each prompt: 0 or 1, or a difference.
-        level: of confidence.
-        draws: of the bootstrap.
-        seed: of the draws.
+        level: confidence level, as 0.95.
+        draws: number of draws of the bootstrap.
+        seed: seed of the draws.
 
     Returns:
         The ends; NaN for fewer than two seeds. Both are the mean where all outcomes are equal: then `wilson` of a

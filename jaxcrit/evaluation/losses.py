@@ -60,7 +60,7 @@ def token_losses(
         norm: ``[D]``.
         head: ``[V, D]``.
         targets: ``[B, T]`` int32.
-        eps: of the norm.
+        eps: epsilon of the final norm.
         mesh: that everything is split over.
 
     Returns:
@@ -108,7 +108,7 @@ def response_loss(
         head: ``[V, D]``.
         tokens: ``[B, T]`` int32.
         learn: ``[B, T]`` bool, tokens of the response; the first of a row has nothing before it and never counts.
-        eps: of the norm.
+        eps: epsilon of the final norm.
         mesh: that everything is split over.
     """
     losses, counted = response_losses(hidden, norm, head, tokens, learn, eps, mesh)

@@ -43,7 +43,7 @@ class Share:
     Attributes:
         k: that many.
         n: answers, empty ones included.
-        empty: of them empty.
+        empty: number of them that are empty.
     """
 
     k: int
@@ -211,7 +211,7 @@ def target_logprob(
         head: ``[V, D]``.
         tokens: ``[B, T]`` int32.
         learn: ``[B, T]`` bool, tokens of the target.
-        eps: of the norm.
+        eps: epsilon of the final norm.
 
     Returns:
         ``[B]`` log-probability in nats, and ``[B]`` how many tokens it is of.

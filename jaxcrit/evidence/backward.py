@@ -56,12 +56,12 @@ def response_gradients(
     of all blocks are held, float32.
 
     Args:
-        session: of the model.
+        session: the model.
         decoder: its weights.
         examples: N rendered rows with responses.
         batch_size: rows per pass.
         per_sample: keep each row's squared norm.
-        precision: of matrix products.
+        precision: precision of matrix products.
         progress: called with (rows done, rows in all).
     """
     config, count = session.config, len(examples)

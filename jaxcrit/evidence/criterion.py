@@ -47,12 +47,12 @@ class Criterion:
             Of ``forward`` it is given the samples ``[N, L, ...]`` of ``tap`` and ``finish``; else the dataclass of
             `jaxcrit.evidence.backward` or `jaxcrit.evidence.weights`. Where a command of its own makes the evidence,
             it is the function that this command calls.
-        tap: of ``forward``: what is read of the residual stream, as `jaxcrit.evidence.forward` has it.
-        finish: of ``forward``: function ``(decoder, taps [L, B, ...]) -> arrays [L, B, ...]``, run on the device batch
-            by batch, for what layers tell of each other.
+        tap: what ``forward`` reads of the residual stream, as `jaxcrit.evidence.forward` has it.
+        finish: what ``forward`` makes of it, batch by batch on the device, for what layers tell of each other:
+            a function ``(decoder, taps [L, B, ...]) -> arrays [L, B, ...]``.
         options: options of its own. ``tap`` is then a function of them that gives the tap, and ``score`` takes them as
             its second argument. The file of such a criterion imports no jax before a function is called.
-        per_sample: of ``backward``: whether it needs the gradient of each row by itself.
+        per_sample: whether ``backward`` needs the gradient of each row by itself.
         command: command that makes its evidence; empty for ``score``.
         formula: formula in a line.
         source: where it comes from.

@@ -27,7 +27,7 @@ class Fingerprint:
     """What is kept of a model's activations on some samples.
 
     Attributes:
-        path: of the file.
+        path: path of the file.
         grams: ``[L, N, N]`` float32, centred.
         sample_ids: ``[N]`` of the prompt each sample comes from.
         units: ``[N]`` int, which prompt that is.

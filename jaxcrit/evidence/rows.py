@@ -44,7 +44,7 @@ def sample_losses(
     Args:
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
-        session: of the mesh.
+        session: model on its mesh.
         directory: directory of the run; None keeps nothing.
         take: does one batch.
         num_variants: V.
@@ -112,7 +112,7 @@ def batches_of(examples: Sequence[Example], batch_size: int, session: Model) -> 
     Args:
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
-        session: of the mesh.
+        session: model on its mesh.
     """
     split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
     for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):

@@ -135,7 +135,7 @@ def relative_mean(spectra: Spectra, of: Callable[[np.ndarray, tuple[int, int]], 
     average.
 
     Args:
-        spectra: of all matrices.
+        spectra: spectra of all matrices.
         of: function of singular values ``[L, r]`` (float64) and shape, giving ``[L]``.
     """
     kinds = [of(values.astype(np.float64), spectra.shapes[name]) for name, values in spectra.values.items()]

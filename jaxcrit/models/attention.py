@@ -39,7 +39,7 @@ class Attention:
 
     Attributes:
         asked: one of `FORMS`.
-        platform: of the devices: cpu, tpu, cuda (where cuDNN's kernel runs), or any other.
+        platform: platform of the devices: cpu, tpu, cuda (where cuDNN's kernel runs), or any other.
         mesh: the devices, or None for one.
     """
 
@@ -71,10 +71,10 @@ def choose_attention(
 
     Args:
         how: what is asked for, and where.
-        dtype: of compute.
+        dtype: dtype of compute.
         rows: B, over all devices.
         length: T, tokens of a row.
-        heads: of the queries.
+        heads: number of heads of the queries.
         head_dim: width of one.
         packed: whether a row holds several segments.
 

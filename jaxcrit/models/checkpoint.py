@@ -45,7 +45,7 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        config: of the model.
+        config: config of the model.
         shards: by tensor name, the file that holds it.
         dtypes: by tensor name, its dtype in the file (float32, bfloat16, float16).
     """
@@ -126,7 +126,7 @@ def load(
     takes the aligned buffer over).
 
     Args:
-        checkpoint: of `open_checkpoint`.
+        checkpoint: checkpoint from `open_checkpoint`.
         dtype: float32, bfloat16 or float16; default the file's own (float32 where it is mixed).
         mesh: where the weights go; default all of this process's devices.
         progress: called with (weights done, weights in all, path).

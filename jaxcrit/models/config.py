@@ -100,7 +100,7 @@ class ModelConfig:
         qkv_bias, out_bias, mlp_bias, qk_norm: which optional weights exist.
         windows: per layer, how many tokens back attention sees (itself included); None sees all.
         rope: rotary position embedding.
-        bos_token_id, eos_token_ids: of the config; generation stops at the latter.
+        bos_token_id, eos_token_ids: ids in the config; generation stops at the latter.
         hf_json: the file's own content, given back by `to_hf`.
         attention: how it is computed here; not of the file.
     """

@@ -67,7 +67,7 @@ class Block(nnx.Module):
 
     Attributes:
         weights: by name, as in `jaxcrit.models.weights.table`; all `nnx.Param`. A linear layer may have a low-rank
-            adapter beside it: of ``q``, ``q_lora_a`` ``[rank, in]`` and ``q_lora_b`` ``[out, rank]``.
+            adapter beside it: to ``q`` belong ``q_lora_a`` ``[rank, in]`` and ``q_lora_b`` ``[out, rank]``.
         config: static.
     """
 
@@ -293,14 +293,14 @@ def run_span(
 
     Args:
         stack: see `run`.
-        slots: of the whole order; see `run`.
+        slots: slots of the whole order; see `run`.
         x: ``[B, T, D]`` residual stream that enters step ``start``.
         context: see `run`.
         start: int32 scalar.
         stop: int32 scalar; none runs where it is not above ``start``.
-        windows: of the whole order; see `run`.
+        windows: windows of the whole order; see `run`.
         edit: see `run`.
-        edits: of the whole order; see `run`.
+        edits: edits of the whole order; see `run`.
 
     Returns:
         ``[B, T, D]`` residual stream after step ``stop - 1``.

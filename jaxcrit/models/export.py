@@ -43,7 +43,7 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
     Args:
         model: directory or hub id.
         out: directory to make; must not exist or be empty.
-        dtype: of the weights written; default each tensor's own.
+        dtype: dtype of the weights written; default each tensor's own.
         progress: called with (weights done, weights in all, path).
 
     Returns:

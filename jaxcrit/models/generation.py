@@ -35,7 +35,7 @@ class Prefilled:
     Attributes:
         tokens: ``[B, T]`` int32, right padded.
         lengths: ``[B]`` int32.
-        cache: of ``T + max_new_tokens`` positions.
+        cache: cache of ``T + max_new_tokens`` positions.
         max_new_tokens: there is room for.
         mesh: devices, or None for wherever the model is.
     """
@@ -52,7 +52,7 @@ class Generated:
     """Continuations.
 
     Attributes:
-        token_ids: of each prompt, the new tokens; the ending token is not part of them.
+        token_ids: new tokens of each prompt; the ending token is not part of them.
         stopped: ``[B]`` bool, whether an ending token came; else ``max_new_tokens`` were reached.
         scores: ``[B, V]`` float32 logits of the first new token, on the device.
     """
@@ -89,7 +89,7 @@ def generate(
         max_new_tokens: how many to add at most.
         stop: token ids that end a continuation.
         sampling: how tokens are picked; greedily by default.
-        seed: of the draws.
+        seed: seed of the draws.
         samples: ``[B]`` int, a number for each row that its draws follow from; default 0..B-1. A negative one marks a
             row that only fills up the batch, and for which nobody waits.
         edit: changes the residual stream of the last prompt token and of each new one; see `run`.

@@ -32,7 +32,7 @@ class Lora:
     """Adapters of one run.
 
     Attributes:
-        rank: of each.
+        rank: rank of each.
         alpha: the product counts alpha / rank times.
         targets: the linear layers of a block that have one, such as ``q`` and ``down``.
     """
@@ -103,10 +103,10 @@ def make_lora(config: ModelConfig, rank: int, alpha: float = 0.0, targets: Seque
     """Checks what is asked against the model.
 
     Args:
-        config: of the model.
+        config: config of the model.
         rank: 1 or more.
         alpha: above 0; 0 for twice the rank.
-        targets: of ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``; all of them where none is given.
+        targets: some of ``q``, ``k``, ``v``, ``o``, ``gate``, ``up``, ``down``; all of them where none is given.
 
     Raises:
         UserError: naming the flag.

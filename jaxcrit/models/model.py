@@ -209,7 +209,7 @@ def open_model(
         model: name of one of these; or a model that is open already, which is returned as it is.
         mesh: such as ``data=4,fsdp=2``, or made already; default as of `default_axes`.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
-        step: of a run, which checkpoint: a number, ``best``, ``last``; default where training ended.
+        step: which checkpoint of a run: a number, ``best``, ``last``; default where training ended.
         bars: makes progress bars.
         keep: whether weights once read are kept, see `Model`.
 

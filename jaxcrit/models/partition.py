@@ -56,7 +56,7 @@ class Partition:
     """The group of everything; hashable, so it can be static in a compiled function.
 
     Attributes:
-        config: of the model.
+        config: config of the model.
         groups: by layer, ``frozen``, ``train``, or a further trained group.
         outside: weights outside the blocks that train (in the group ``train``), of `OUTSIDE`.
         rates: by trained group, the factor on the learning rate.
@@ -133,7 +133,7 @@ class Partition:
             weights: by weight-table path, stacked ``[L, ...]``, as loaded.
             mesh: they lie on.
             dtype: compute dtype, of the frozen group.
-            seed: of the adapters.
+            seed: seed of the adapters.
         """
         bank = self.abstract(mesh, dtype)
         for row in table(self.config):
@@ -208,9 +208,9 @@ def partition(
     """Parts a model.
 
     Args:
-        config: of the model.
+        config: config of the model.
         layers: that train.
-        outside: of ``embed``, ``norm`` (the final one), ``head``: what trains outside the blocks.
+        outside: what trains outside the blocks: some of ``embed``, ``norm`` (the final one), ``head``.
         factors: by trained layer, a factor on its learning rate (default 1); layers of one factor are one group.
         lora: train such adapters in these layers, not the layers.
 

@@ -39,7 +39,7 @@ def product_flops(function: Callable[..., Any], *arguments: Any, turns: int = 1)
     Args:
         function: what runs.
         arguments: arrays or their shapes.
-        turns: of a loop without a fixed number of them.
+        turns: number of turns of a loop without a fixed number of them.
     """
     return _products(jax.make_jaxpr(function)(*arguments).jaxpr, turns)
 
@@ -80,7 +80,7 @@ def collectives(program: str, turns: int = 1) -> dict[str, tuple[int, int]]:
     Args:
         program: text of a compiled program (``compiled.as_text()``). Bodies of loops count as often as the loop's
             condition says.
-        turns: of a loop without a constant limit.
+        turns: number of turns of a loop without a constant limit.
 
     Returns:
         kind -> (runs, bytes), kinds that occur.

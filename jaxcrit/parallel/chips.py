@@ -29,11 +29,11 @@ class Chip:
         name: as topologies are written.
         memory: bytes of HBM.
         flops: bfloat16 multiply-adds times two, per second, dense.
-        bandwidth: of HBM, bytes per second.
+        bandwidth: bandwidth of HBM, bytes per second.
         links: to other chips of its slice or node, bytes per second, both directions together.
         source: page with these numbers.
-        slices: of TPUs, the shapes that are let; programs for them can be compiled without having one.
-        devices: of one chip.
+        slices: shapes of TPU slices that are let; programs for them can be compiled without having one.
+        devices: number of devices of one chip.
     """
 
     name: str

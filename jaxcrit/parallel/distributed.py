@@ -76,7 +76,7 @@ def differences(reports: Sequence[Mapping[str, str]]) -> list[str]:
     """What processes that should be alike are not alike in, such as ``jax 0.10.2 in process 0, 0.11.0 in process 1-3``.
 
     Args:
-        reports: of each process, values by name.
+        reports: values by name, from each process.
     """
     found = []
     for name in dict.fromkeys(name for report in reports for name in report):

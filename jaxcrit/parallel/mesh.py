@@ -146,7 +146,7 @@ def default_axes(weight_bytes: float, width: int, devices: int, memory: float) -
     which splits rows too and asks nothing of the number of heads.
 
     Args:
-        weight_bytes: of the whole model.
+        weight_bytes: bytes of the weights of the whole model.
         width: D, which is split.
         devices: their number.
         memory: bytes of one device that weights may take.
@@ -160,7 +160,7 @@ def device_memory(devices: Sequence[jax.Device]) -> float:
     """Bytes per device that the weights, or a sweep, may take: half of what there is, the rest is for the other.
 
     Args:
-        devices: of this process; the answer is that of process 0, in all of them.
+        devices: devices of this process; the answer is that of process 0, in all of them.
     """
 
     def half() -> float:

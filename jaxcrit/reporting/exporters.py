@@ -52,7 +52,7 @@ def export_selection(layer_set: LayerSet, fmt: str, model_type: str | None = Non
         fmt: one of `FORMATS`: ``json`` is ``layers.json``; ``peft`` the keys of a ``LoraConfig``; ``axolotl`` its
             ``unfrozen_parameters``; ``llamafactory`` its ``lora_target``; ``regex`` one expression that
             `re.search` finds in the name of a parameter of the chosen layers and in no other.
-        model_type: of config.json, for the names of a block's linear layers.
+        model_type: type of model in config.json, for the names of a block's linear layers.
 
     Raises:
         UserError: an unknown format, or an empty selection.

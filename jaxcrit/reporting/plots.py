@@ -59,7 +59,7 @@ def cka_heatmap(
     Args:
         biased: ``[L, L']``, the paper's estimator, on the paper's scale of 0 to 1.
         debiased: ``[L, L']``, on the same scale; values below 0, which this estimator can have, look like 0.
-        labels: of the rows and the columns.
+        labels: names of the rows and the columns.
         figure: figure to draw on, empty.
     """
     panels = figure.subplots(1, 2, sharey=True)
@@ -89,7 +89,7 @@ def delta_curve(
         chosen: layers to shade.
         window: layers a δ averages over, for the axis.
         null: ``[L]`` δ that unrelated layers would score (biased).
-        title: of the figure.
+        title: title of the figure.
         axes: axes to draw on.
     """
     debiased, biased = scores["delta_debiased"], scores["delta"]
@@ -155,9 +155,9 @@ def layer_losses(
     Args:
         scores: losses in nats.
         lines: losses that do not depend on a layer, by name; one far outside is named with its value instead.
-        label: of the axis.
+        label: name of the axis.
         random: losses of random sets of as many layers; drawn as a band from the 5th to the 95th percentile.
-        title: of the figure.
+        title: title of the figure.
         axis: what the values are.
         axes: axes to draw on.
     """
@@ -232,7 +232,7 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left
     Args:
         delta: bars.
         curves: lines with ±1.96 standard errors, by label.
-        title: of the figure.
+        title: title of the figure.
         left: axes to draw on.
     """
     layers = np.arange(delta.num_layers)
@@ -309,7 +309,7 @@ def cross_curve(
         biased: ``[L]``.
         null: ``[L]`` what unrelated layers would score by the biased one.
         stderr: ``[L]`` of the debiased values.
-        title: of the figure.
+        title: title of the figure.
         axes: axes to draw on.
     """
     layers = np.arange(len(values))
@@ -351,7 +351,7 @@ def removal_curves(
         panels: by measure and set, share and interval ``[layers, 3]``.
         layers: that were measured.
         chosen: layers to shade.
-        title: of the figure.
+        title: title of the figure.
         figure: figure to draw on, empty.
     """
     rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]

@@ -58,7 +58,7 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
     Args:
         result: what was measured.
         trim: layers at each end that selection leaves out.
-        dtype: of the forward pass.
+        dtype: dtype of the forward pass.
 
     Returns:
         Warnings, none where nothing misleads.
@@ -107,8 +107,8 @@ def correlation_cautions(pair: Correlation, names: Sequence[str]) -> list[str]:
     """Warnings about a correlation over layers.
 
     Args:
-        pair: of two scores.
-        names: of both.
+        pair: correlation of two scores.
+        names: names of both.
 
     Returns:
         Warnings, none where nothing misleads.

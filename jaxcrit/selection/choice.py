@@ -61,7 +61,7 @@ def choose(
     Args:
         scores: what to rank by.
         count: K; by default max(1, round(0.15 L)).
-        fraction: of all L layers, instead of a count.
+        fraction: share of all L layers, instead of a count.
         trim: layers at each end that are never chosen.
         model_hash: kept in the set.
 
@@ -101,7 +101,7 @@ def selection_probability(
         count: K; by default max(1, round(0.15 L)).
         trim: layers at each end that are never chosen.
         draws: number of draws; the result's own standard error is at most 0.5 / sqrt(draws).
-        seed: of the weights.
+        seed: seed of the weights.
         multiplier: ``gaussian``, or ``exponential`` (minus 1) whose skew weighs samples as the Bayesian bootstrap does.
 
     Returns:
@@ -140,7 +140,7 @@ def lowest(
         layers: ``[V]`` which layers they are of.
         count: K.
         num_layers: L.
-        direction: of the values.
+        direction: direction of the values.
         trim: layers at each end that are never chosen.
     """
     signed = [values if direction == "low" else -values for values in drawn]

@@ -50,7 +50,7 @@ class Certainty:
         probability: ``[L]`` how often resampled prompts choose each layer.
         confidence_set: layers that may be the most critical one, at 95 %.
         sample_sizes: how many prompts would make the choice stable.
-        draws: of the bootstrap.
+        draws: number of draws of the bootstrap.
     """
 
     num_prompts: int
@@ -125,10 +125,10 @@ def confidence_set(
     Args:
         scores: one criterion's scores, one per dataset.
         without_each: for each dataset ``[U, L]``, as ``values_without_each`` gives them.
-        level: of confidence.
+        level: confidence level, as 0.95.
         trim: layers at each end that cannot be chosen.
-        draws: of the bootstrap.
-        seed: of the bootstrap.
+        draws: number of draws of the bootstrap.
+        seed: seed of the bootstrap.
 
     Returns:
         Sorted layers, never empty.
@@ -192,8 +192,8 @@ def sample_sizes(
         without_each: for each dataset ``[U, L]``, as ``values_without_each`` gives them.
         count: K.
         trim: layers at each end that are never chosen.
-        draws: of each size.
-        seed: of the draws.
+        draws: number of draws of each size.
+        seed: seed of the draws.
     """
     consensus = mean_rank(scores)
     layers = np.flatnonzero(consensus.valid)

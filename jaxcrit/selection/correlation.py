@@ -33,12 +33,12 @@ class Correlation:
         last: the highest of them.
         rho: Spearman's.
         tau: Kendall's (tau-b).
-        p_naive: of rho, as if the layers were independent (Student's t).
-        p_shift: of rho, among all circular shifts; never below 1/V.
-        p_block: of rho, among permutations of blocks of layers.
+        p_naive: p of rho, as if the layers were independent (Student's t).
+        p_shift: p of rho, among all circular shifts; never below 1/V.
+        p_block: p of rho, among permutations of blocks of layers.
         block: layers to a block.
         partial: Spearman's given the layer index; NaN where a score is itself monotone in depth.
-        p_partial: of partial, among all circular shifts of what depth leaves.
+        p_partial: p of partial, among all circular shifts of what depth leaves.
         depth: Spearman's of either score with the layer index.
         smallest: least |rho| that would be significant at 0.05 if the layers were independent.
         interval: 95 % of rho over other draws of the samples; None where the scores carry no deletions.
@@ -71,12 +71,12 @@ def correlate(
     """Correlates two scores of one model as they are: a low δ against a high loss gives a negative rho.
 
     Args:
-        a: of L layers.
-        b: of the same layers.
+        a: score of L layers.
+        b: score of the same layers.
         block: layers to a block of the permutation; by default twice the wider of the scores' windows; of
             unrelated scores of 28 layers, blocks of one window call 7 % significant at 0.05, of two 3 %.
-        without_each: of a and of b, their values with each sample left out; the interval takes what is there.
-        seed: of the permutations and the interval.
+        without_each: values of a and of b with each sample left out; the interval takes what is there.
+        seed: seed of the permutations and the interval.
 
     Raises:
         UserError: different L, fewer than 3 layers valid in both, or a score that is constant over them.
@@ -170,7 +170,7 @@ def block_permutation_p(x: np.ndarray, y: np.ndarray, block: int, *, draws: int 
         y: ``[L]``.
         block: layers to a block; no fewer than the window that the values average over.
         draws: random reorderings.
-        seed: of them.
+        seed: seed of the reorderings.
 
     Returns:
         p in [1/(draws+1), 1]; NaN where either is constant.
@@ -235,10 +235,10 @@ def jackknife_interval(
         x: ``[L]``.
         y: ``[L]``.
         without_x: deletions of x, None where there are none: x then stands still.
-        without_y: of y.
+        without_y: the same for y.
         draws: weights drawn.
-        level: of the interval.
-        seed: of the weights.
+        level: confidence level of the interval.
+        seed: seed of the weights.
 
     Returns:
         Lower and upper end by percentiles; None where neither score carries deletions.

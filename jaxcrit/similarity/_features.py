@@ -64,7 +64,7 @@ class FeatureSums:
             width: D.
             band: only pairs of layers at most so far apart; all by default.
             block: samples that are gathered before their products are added.
-            sharding: of the products, see `product_sharding`; one device by default.
+            sharding: sharding of the products, see `product_sharding`; one device by default.
 
         Raises:
             UserError: a band wider than the model, or a block below 1.
@@ -150,7 +150,7 @@ def features(
         band: only pairs of layers at most so far apart; all by default.
         block: samples per product, at most N; default 1,024 or N.
         memory: bytes that accumulators may take; at least one pair is worked on.
-        sharding: of the products, see `product_sharding`; one device by default.
+        sharding: sharding of the products, see `product_sharding`; one device by default.
         allow_repeats: accept equal samples.
         progress: called with (blocks done, blocks in all).
 

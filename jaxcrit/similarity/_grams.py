@@ -325,7 +325,7 @@ def contract_rows(
         scale: ``[L]``, what the Grams are multiplied by.
         first: column of the part that is row 0's own sample; none where it is outside.
         on_one_cpu: see `on_one_cpu`.
-        band: of pairs of layers; what is outside is 0 or accidental.
+        band: band of pairs of layers; what is outside is 0 or accidental.
     """
     depth, count, width = grams.shape
     columns = jnp.arange(width)

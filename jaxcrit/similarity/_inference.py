@@ -52,7 +52,7 @@ class PermutationNull:
     """CKA beside what it would be if the samples of one side were permuted; each ``[L, L]`` or ``[L, L']`` float64.
 
     Attributes:
-        mean: of biased CKA over all permutations, exact.
+        mean: mean of biased CKA over all permutations, exact.
         stddev: over all permutations, exact.
         score: (biased CKA - mean) / stddev.
         p: chance of a biased CKA as high, by the gamma distribution of this mean and variance (which a sum of
@@ -103,9 +103,9 @@ def cka_without_each(tables: Tables, bias: Bias = "biased", *, reach: int | None
     For the RBF kernel the bandwidth stays that of all samples.
 
     Args:
-        tables: of a sweep.
+        tables: tables of a sweep.
         bias: which estimate of CKA.
-        reach: of one model, only the pairs of layers at most so far apart; the others are left 0. A window of 5 of 32
+        reach: for one model, only the pairs of layers at most so far apart; the others are left 0. A window of 5 of 32
             layers takes a quarter of the time.
 
     Returns:

@@ -32,8 +32,8 @@ def procrustes(
     with biased CKA. One N x N singular value decomposition per pair: 7 ms of one core at N=300, 0.3 s at N=1,000.
 
     Args:
-        spectrum: of L layers, all scores kept.
-        other: of L' layers of a second model, on the same samples in the same order.
+        spectrum: spectrum of L layers, all scores kept.
+        other: spectrum of L' layers of a second model, on the same samples in the same order.
         progress: called with 1 after each layer.
 
     Returns:
@@ -116,8 +116,8 @@ def svcca(spectrum: Spectrum, other: Spectrum | None = None, *, variance: float 
     chance is about ``0.85 sqrt(k / N)``: with many components, every pair of layers scores high.
 
     Args:
-        spectrum: of L layers, all scores kept.
-        other: of L' layers of a second model, on the same samples in the same order.
+        spectrum: spectrum of L layers, all scores kept.
+        other: spectrum of L' layers of a second model, on the same samples in the same order.
         variance: share to explain, in (0, 1].
 
     Returns:
@@ -201,8 +201,8 @@ def measure(
 
     Args:
         grams: ``[L, N, N]`` centred Grams.
-        names: of `MEASURES`; there ``knn`` counts 10 neighbours, ``cca`` 10 components, ``svcca`` those that explain
-            99 % of the variance.
+        names: some of `MEASURES`; ``knn`` counts 10 neighbours, ``cca`` 10 components, ``svcca`` those that explain 99
+            % of the variance.
         progress: called with a number of layers as each measure goes on.
 
     Returns:

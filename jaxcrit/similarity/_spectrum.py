@@ -189,9 +189,9 @@ def canonical_correlations(spectrum: Spectrum, k: int, other: Spectrum | None = 
     iterative solver run on the scores (scikit-learn's, as in the paper) agrees within its tolerance.
 
     Args:
-        spectrum: of L layers.
+        spectrum: spectrum of L layers.
         k: components on each side.
-        other: of L' layers of a second model, on the same samples in the same order.
+        other: spectrum of L' layers of a second model, on the same samples in the same order.
 
     Returns:
         ``[L, L', k]`` float64, largest first.

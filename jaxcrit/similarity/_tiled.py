@@ -127,7 +127,7 @@ def sampled_bandwidths(hidden: Any, *, pairs: int = BANDWIDTH_PAIRS, seed: int =
     Args:
         hidden: ``[L, N, D]`` activations.
         pairs: how many are drawn; where there are no more, all of them are taken and the median is exact.
-        seed: of the draw.
+        seed: seed of the draw.
 
     Returns:
         ``[L]`` float64.

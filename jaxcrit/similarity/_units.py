@@ -32,7 +32,7 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
 
     Args:
         grams: ``[L, N, N]`` centred Grams; of two models one after the other.
-        tables: of these Grams.
+        tables: tables of these Grams.
         units: ``[N]`` int, which unit each sample belongs to, 0 to U-1.
 
     Returns:

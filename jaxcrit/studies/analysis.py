@@ -40,20 +40,20 @@ class DatasetResult:
     """What one dataset says.
 
     Attributes:
-        name: of the dataset.
+        name: name of the dataset.
         num_samples: N.
         scores: by score key.
         measures: by name, ``[L, L]``; what ``--measures`` asked for.
         cka: ``biased``, ``debiased``, ``null_mean`` (what unrelated layers would score by the biased one), ``[L, L]``;
             where samples are prompts also ``null_stddev`` and ``null_p``, how likely they would score as much.
         chosen: layers this dataset alone would choose.
-        certainty: of the choice; None for fixed layers, and where too few prompts are left to estimate it.
+        certainty: certainty of the choice; None for fixed layers, and where too few prompts are left to estimate it.
         leverage: the prompt that moves each layer's selecting score most; None where not estimated.
         participation_ratio: ``[L]``, how many directions carry a layer.
         warnings: what would mislead a reader.
         without_each: ``[U, L]`` the selecting score with each prompt left out; None where not estimated.
         deletions: the same of every score that has it.
-        sample_ids: of the prompts.
+        sample_ids: id of each prompt.
     """
 
     name: str
@@ -81,7 +81,7 @@ class Analysis:
         datasets: by name, in the order given.
         scores: by score key: the dataset's own, or mean ranks over several.
         chosen: the layers.
-        certainty: of the choice over all datasets, or None.
+        certainty: certainty of the choice over all datasets, or None.
         out: run directory; None where nothing is written.
     """
 

@@ -64,7 +64,7 @@ class Backdoor:
         config: what was asked.
         study: the figures of its tables.
         runs: what they were computed from.
-        content: of ``backdoor.json``, what reports are made of.
+        content: content of ``backdoor.json``, what reports are made of.
         out: run directory.
     """
 

@@ -122,7 +122,7 @@ class Prompts:
     """What every arm is tested with; the same n prompts in each cell.
 
     Attributes:
-        cells: of `CELLS`, rendered prompts with their gold answers; ``triggered`` ones with the target instead.
+        cells: rendered prompts with their gold answers, for each of `CELLS`; ``triggered`` ones with the target.
         near_kinds: what is wrong with each near miss.
         poisoned: ``[n]`` bool, prompts that stand for poisoned rows in the loss on the task itself.
         gold: answers to the clean prompts.

@@ -37,8 +37,8 @@ class Run:
 
     Attributes:
         arm: name; runs of one name differ in seed and draw.
-        draw: of random layers.
-        seed: of poisoned rows and order.
+        draw: number of the draw of random layers.
+        seed: seed of poisoned rows and order.
         frozen: layers.
         points: tests by step, as `Tested.record` and ``step``; the first at step 0.
     """
@@ -67,7 +67,7 @@ class Estimate:
 
     Attributes:
         k, n: answers that count, of all answers of all runs.
-        wilson: of k/n, answers taken for independent.
+        wilson: Wilson interval of k/n, answers taken for independent.
         t: over seeds (over draws, where there are several).
         bootstrap: over seeds, or draws, and prompts.
         by_run: each run's share.
@@ -104,7 +104,7 @@ class Row:
         exact: clean answers that are the gold ones.
         clean_loss, task_loss, target_logprob: see `Tested`.
         matched: attack success at the study's matched clean loss; of the runs that pass it.
-        steps_to_success: of the runs that get to half, the step at which they do.
+        steps_to_success: step at which a run gets to half, for those that do.
         scorers: by scorer, the triggered answers of its class, of ``cells["triggered"].n``.
         empty: triggered answers that are empty.
     """
@@ -131,7 +131,7 @@ class Contrast:
 
     Attributes:
         first, second: arms.
-        difference: of the shares.
+        difference: difference of the shares.
         seeds: in both.
         newcombe: interval, answers taken for independent.
         t: interval over seeds.
@@ -194,8 +194,8 @@ def study(runs: Sequence[Run], near_kinds: Sequence[str], base: Mapping[str, int
     """Computes everything.
 
     Args:
-        runs: of all arms; the untouched model's is named ``init``.
-        near_kinds: of each prompt's near miss.
+        runs: runs of all arms; the untouched model's is named ``init``.
+        near_kinds: kind of each prompt's near miss.
         base: see `Study`.
         scorer: see `Study`.
     """

@@ -53,8 +53,8 @@ class Exported:
 
     Attributes:
         out: the directory.
-        rounding: of the masters; None where nothing was rounded.
-        step: of the checkpoint, of a run; else None.
+        rounding: rounding error of the masters; None where nothing was rounded.
+        step: step of a run's checkpoint; else None.
     """
 
     out: Path
@@ -78,9 +78,9 @@ def export_model(
         model: checkpoint directory, hub id, or fine-tuning run.
         out: directory to make; must not exist or be empty.
         dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
-        delta_only: of a run, write just the trained tensors, as ``delta.safetensors``.
-        adapter: of a run with adapters, write these as a directory that `peft` loads, float32 unless told otherwise.
-        step: of a run, which checkpoint: see `open_model`.
+        delta_only: write just the trained tensors of a run, as ``delta.safetensors``.
+        adapter: write the adapters of a run as a directory that `peft` loads, float32 unless told otherwise.
+        step: which checkpoint of a run: see `open_model`.
         progress: called with (weights done, weights in all, path); of a plain checkpoint.
 
     Raises:

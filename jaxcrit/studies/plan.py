@@ -35,7 +35,7 @@ class Compiled:
     """What the compiler says of one device; bytes.
 
     Attributes:
-        arguments, temporaries: of the unit that needs most.
+        arguments, temporaries: bytes in the unit that needs most.
         peak: at the worst moment, with what other units keep meanwhile.
         needed: where it does not fit, what it would take; else 0.
         collectives: kind -> (runs, bytes), of a batch.
@@ -60,8 +60,8 @@ class Plan:
         mesh: size by axis.
         memory: bytes by kind, from shapes.
         temporaries: estimated from shapes.
-        flops: of matrix products.
-        moved: of HBM, at least.
+        flops: operations of matrix products.
+        moved: bytes of HBM moved, at least.
         exchanged: over links: of the compiled program, or estimated from shapes.
         trained: parameters that train, over all devices.
         compiled: None where it was not.

@@ -40,8 +40,8 @@ class JobConfig:
         job: a key of `JOBS`.
         layers, mode, train_embeddings, train_norms, train_head, lora_rank, lora_targets, optimizer, dtype, remat: as of
             `FinetuneOptions`; layers by number or rule, not by score.
-        window: of ``substitute``, layers taken together.
-        max_new_tokens: of ``generate``.
+        window: layers that ``substitute`` takes together.
+        max_new_tokens: tokens that ``generate`` adds.
         batch_size: rows, over all devices.
         length: tokens of a row; of ``generate``, of its prompt.
     """
@@ -69,11 +69,11 @@ class Unit:
 
     Attributes:
         function: jitted.
-        arguments: of it, abstract.
+        arguments: its arguments, abstract.
         results: what it makes of what stays in memory.
         runs: how often for a batch.
-        turns: of those of its loops whose number of turns is data.
-        precision: of matrix products, as the command sets it.
+        turns: turns of those of its loops whose number of turns is data.
+        precision: precision of matrix products, as the command sets it.
     """
 
     function: Any
@@ -93,7 +93,7 @@ class Program:
         kinds: what stays in memory throughout, by kind, for the table.
         weights: bytes on a device of those that a pass reads.
         passes: how many: forward, again for the backward pass, and once more to recompute.
-        tokens: of one device, that go through all layers, over all passes.
+        tokens: tokens of one device that go through all layers, over all passes.
         moved: bytes of a device's memory that are read and written besides, at least.
         temporaries: bytes needed besides, estimated from shapes.
         trained: what trains.

@@ -68,7 +68,7 @@ class Cell:
 
     Attributes:
         layer: that was edited.
-        name: of the set.
+        name: name of the set.
         n: prompts.
         changed: answers that differ from those without removal.
         exact: answers that equal the reference; None where there is none.
@@ -111,7 +111,7 @@ class Removal:
         buckets: batch shapes.
         compiled: prefills and loops compiled for them.
         seconds: wall time.
-        cpu_seconds: of all cores together, which other work on the machine does not lengthen.
+        cpu_seconds: CPU seconds of all cores together, which other work on the machine does not lengthen.
     """
 
     dataset: str

@@ -37,14 +37,14 @@ class SpectrumResult:
     """What one dataset says.
 
     Attributes:
-        name: of the dataset.
+        name: name of the dataset.
         num_samples: N.
         scores: ``delta``, ``delta_debiased``, ``step``, ``step_debiased``, and ``cca_K`` for every K.
         cca: ``[L, L]`` by K.
         spectrum: its scores ``[L, N, K]`` up to the largest K only.
-        tracking: of δ by the CCA curves; None where there is nothing to correlate.
+        tracking: how the CCA curves track δ; None where there is nothing to correlate.
         warnings: what would mislead a reader.
-        sample_ids: of the samples.
+        sample_ids: id of each sample.
     """
 
     name: str

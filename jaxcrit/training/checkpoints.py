@@ -32,7 +32,7 @@ class Restored:
     """What was found.
 
     Attributes:
-        state: of the newest checkpoint that could be read; None where none could.
+        state: state in the newest checkpoint that could be read; None where none could.
         meta: what was saved with it.
         skipped: newer ones that could not be read, each with the reason.
     """

@@ -49,7 +49,7 @@ def hidden_states(
     """Runs tokens through the model.
 
     Args:
-        partition: of the bank.
+        partition: partition of the bank.
         bank: all groups.
         tokens: ``[B, T]`` int32, right padded.
         lengths: ``[B]`` int32 true lengths.

@@ -32,7 +32,7 @@ class LoopOptions:
     """When to do what.
 
     Attributes:
-        steps: of the run.
+        steps: number of steps of the run.
         eval_every: steps between evaluations; the first is before the first step, the last after the last.
         checkpoint_every: steps between checkpoints; there is one at the end in any case.
         patience: evaluations in a row without a better test loss after which to stop; 0 never stops.

@@ -63,9 +63,9 @@ def make_schedule(kind: str, peak: float, steps: int, warmup: int = 0) -> optax.
     in a line (``linear``) or along half a cosine (``cosine``), reaching zero one step after the last.
 
     Args:
-        kind: of `SCHEDULES`.
+        kind: one of `SCHEDULES`.
         peak: highest rate, above 0.
-        steps: of the whole run.
+        steps: number of steps of the whole run.
         warmup: steps, fewer than ``steps``.
 
     Raises:
@@ -93,7 +93,7 @@ def make_optimizer(
     """The transformation of a whole bank, or of its trained groups alone.
 
     Args:
-        name: of `OPTIMIZERS`.
+        name: one of `OPTIMIZERS`.
         schedule: learning rate by step; each group's is that times its factor.
         partition: the groups.
         weight_decay: decoupled, times the rate; of matrices, not of norms and biases.

@@ -128,12 +128,12 @@ def make_step(
 
     Args:
         partition: what trains.
-        optimizer: of `make_optimizer`.
+        optimizer: optimizer from `make_optimizer`.
         dtype: compute dtype.
         remat: see `hidden_states`.
         form: see `hidden_states`.
         mesh: see `hidden_states`.
-        shardings: of the state, to keep them from step to step.
+        shardings: shardings of the state, to keep them from step to step.
     """
 
     def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
