@@ -41,7 +41,7 @@ class Gradients:
 
 
 def response_gradients(
-    session: Model,
+    model: Model,
     decoder: Decoder,
     examples: Sequence[Example],
     batch_size: int,
@@ -56,7 +56,7 @@ def response_gradients(
     of all blocks are held, float32.
 
     Args:
-        session: the model.
+        model: model to differentiate.
         decoder: its weights.
         examples: N rendered rows with responses.
         batch_size: rows per pass.
@@ -64,7 +64,7 @@ def response_gradients(
         precision: precision of matrix products.
         progress: called with (rows done, rows in all).
     """
-    config, count = session.config, len(examples)
+    config, count = model.config, len(examples)
     parts = partition(config, range(config.num_layers))
     weights = decoder.weights()
     blocks = {path: value for path, value in weights.items() if path.startswith("blocks.")}
@@ -75,7 +75,7 @@ def response_gradients(
         rows = TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
         tokens += int(rows.learn[:, 1:].sum())
         with jax.default_matmul_precision(precision):
-            grouped = _grouped(rows, per_sample, session)
+            grouped = _grouped(rows, per_sample, model)
             total, squares = _gradients(parts, {TRAIN: blocks, FROZEN: rest}, total, grouped)
         real = batch.rows < count
         if per_sample:
@@ -92,14 +92,14 @@ def response_gradients(
     )
 
 
-def _grouped(rows: TokenBatch, per_sample: bool, session: Model) -> TokenBatch:
+def _grouped(rows: TokenBatch, per_sample: bool, model: Model) -> TokenBatch:
     """``[groups, rows of a group, T]``; rows of a group are split over the mesh."""
     size = 1 if per_sample else len(rows.tokens)
     cut = jax.tree.map(lambda part: part.reshape(-1, size, *part.shape[1:]), rows)
     if per_sample:
         return cut
-    spec = jax.sharding.PartitionSpec(None, *batch_sharding(session.mesh).spec)
-    return jax.device_put(cut, jax.sharding.NamedSharding(session.mesh, spec))
+    spec = jax.sharding.PartitionSpec(None, *batch_sharding(model.mesh).spec)
+    return jax.device_put(cut, jax.sharding.NamedSharding(model.mesh, spec))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -67,21 +67,21 @@ class Captures:
     def __init__(
         self,
         config: AnalyzeOptions,
-        session: Model,
+        model: Model,
         datasets: Sequence[Dataset],
         directory: RunDirectory | None,
         progress: Bars | None,
     ):
-        self.config, self.session, self.directory, self.progress = config, session, directory, progress
+        self.config, self.model, self.directory, self.progress = config, model, directory, progress
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
         self.taken: dict[str, dict[str, Any]] = {}
         self.forms: dict[str, dict[str, Any]] = {}
         self.began = time.time()
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
-        split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+        split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self.batch_size = -(-config.batch_size // split) * split
-        self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
+        self.buckets = choose_buckets(lengths, self.batch_size, model.config.max_length)
 
     def folder(self, dataset: Dataset) -> Path | None:
         """Where a dataset's files go; None where nothing is kept."""
@@ -142,18 +142,18 @@ class Captures:
         return found
 
     def _form(self, dataset: Dataset) -> Form:
-        config, model = self.config, self.session.config
+        config, sizes = self.config, self.model.config
         prompts = dataset.examples
         count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
         try:
             return choose_form(
                 count,
-                model.width,
-                model.num_layers,
+                sizes.width,
+                sizes.num_layers,
                 band=config.layer_band,
                 kernel=config.kernel,
-                memory=device_memory(self.session.mesh.local_devices),
-                devices=self.session.mesh.size,
+                memory=device_memory(self.model.mesh.local_devices),
+                devices=self.model.mesh.size,
                 stored=config.save_activations,
                 asked=config.form,
             )
@@ -182,7 +182,7 @@ class Captures:
             if config.kernel == "rbf":
                 bandwidths = sampled_bandwidths(hidden, seed=config.seed)
                 self.forms[dataset.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
-            mesh = self.session.mesh
+            mesh = self.model.mesh
             tile = partial(tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress)
             if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
                 tile = partial(sharded, shard(hidden, mesh))
@@ -193,8 +193,8 @@ class Captures:
         """Sums added up batch by batch, without activations ever being stored."""
         if self.config.position != "all":
             refuse_equal_prompts(dataset.examples)
-        model = self.session.config
-        sums = FeatureSums(model.num_layers, model.width, band=form.band, sharding=self._product_sharding())
+        sizes = self.model.config
+        sums = FeatureSums(sizes.num_layers, sizes.width, band=form.band, sharding=self._product_sharding())
 
         def add(*arguments: Any, **options: Any) -> None:
             for states in stream(*arguments, **options):
@@ -207,7 +207,7 @@ class Captures:
         return unit_rows(hidden, samples) if self.config.normalize == "row" else hidden
 
     def _product_sharding(self) -> NamedSharding | None:
-        mesh, width = self.session.mesh, self.session.config.width
+        mesh, width = self.model.mesh, self.model.config.width
         return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
 
     def _fingerprint(self, dataset: Dataset, activations: Activations, packed: np.ndarray, file: Path) -> np.ndarray:
@@ -216,12 +216,12 @@ class Captures:
             "format": "jaxcrit.fingerprint",
             "format_version": 1,
             "identity": self.directory.identity,
-            "model_hash": self.session.model_hash,
-            "template_hash": template_hash(self.session.tokenizer, self.config.template, self.config.edition),
+            "model_hash": self.model.model_hash,
+            "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
             "position": self.config.position,
             "kernel": self.config.kernel,
             "normalize": self.config.normalize,
-            "num_layers": self.session.config.num_layers,
+            "num_layers": self.model.config.num_layers,
         }
         ids = np.array(dataset.sample_ids)[activations.units]
         write_npz(file, {"gram": packed, "sample_ids": ids, "units": activations.units}, meta)
@@ -230,12 +230,12 @@ class Captures:
     def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
         """Gives the model and the batches of a dataset to ``take``, and notes what that took."""
         if self.decoder is None:
-            self.decoder = self.session.decoder(self.progress)
+            self.decoder = self.model.decoder(self.progress)
         batches = make_batches(
             dataset.examples,
             self.batch_size,
             buckets=self.buckets,
-            max_length=self.session.config.max_length,
+            max_length=self.model.config.max_length,
         )
         began, count = time.perf_counter(), len(dataset.examples)
         with self._bar(dataset.name) as progress:
@@ -243,7 +243,7 @@ class Captures:
                 self.decoder,
                 batches,
                 count,
-                mesh=self.session.mesh,
+                mesh=self.model.mesh,
                 position=self.config.position,
                 precision=self.config.precision,
                 progress=progress,

@@ -30,7 +30,7 @@ Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndar
 def sample_losses(
     examples: Sequence[Example],
     batch_size: int,
-    session: Model,
+    model: Model,
     directory: RunDirectory | None,
     take: Take,
     num_variants: int,
@@ -44,7 +44,7 @@ def sample_losses(
     Args:
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
-        session: model on its mesh.
+        model: model, on its mesh.
         directory: directory of the run; None keeps nothing.
         take: does one batch.
         num_variants: V.
@@ -64,7 +64,7 @@ def sample_losses(
         and (kept := processes.share(lambda: _kept(directory.path / _PARTIAL, directory.identity)))
     ):
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
-    batches = list(batches_of(examples, batch_size, session))
+    batches = list(batches_of(examples, batch_size, model))
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
     bar = (
         None
@@ -106,18 +106,18 @@ def sample_losses(
     return losses, tokens, len(batches)
 
 
-def batches_of(examples: Sequence[Example], batch_size: int, session: Model) -> Iterator[tuple[np.ndarray, Batch]]:
+def batches_of(examples: Sequence[Example], batch_size: int, model: Model) -> Iterator[tuple[np.ndarray, Batch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
 
     Args:
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
-        session: model on its mesh.
+        model: model, on its mesh.
     """
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):
         arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
-        yield batch.rows, jax.device_put(arrays, batch_sharding(session.mesh))
+        yield batch.rows, jax.device_put(arrays, batch_sharding(model.mesh))
 
 
 def read_back(out: Path) -> dict[str, LayerScores]:

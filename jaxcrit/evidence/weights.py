@@ -43,7 +43,7 @@ class WeightChanges:
     base: np.ndarray
 
 
-def layer_tensors(session: Model) -> Iterator[dict[str, np.ndarray]]:
+def layer_tensors(model: Model) -> Iterator[dict[str, np.ndarray]]:
     """Every layer's tensors by weight-table path, float32, two dimensions at most as in the file; no model is built.
 
     Of a fine-tuning run, what it trained stands in place of the checkpoint's.
@@ -51,7 +51,7 @@ def layer_tensors(session: Model) -> Iterator[dict[str, np.ndarray]]:
     Raises:
         UserError: a tensor holds NaN or infinity.
     """
-    config, begin = session.config, offsets(session.config)
+    config, begin = model.config, offsets(model.config)
     rows = [row for row in table(config) if row.stacked]
     for layer in range(config.num_layers):
         tensors = {}
@@ -59,10 +59,10 @@ def layer_tensors(session: Model) -> Iterator[dict[str, np.ndarray]]:
             shape = row.hf_shape(config)
             part = slice(begin[row.path], begin[row.path] + shape[0])
             name = row.hf.format(layer)
-            tensors[row.path] = session.checkpoint.read(name, part, None).astype(np.float32)
+            tensors[row.path] = model.checkpoint.read(name, part, None).astype(np.float32)
             if not np.isfinite(tensors[row.path]).all():
-                raise UserError(f"{session.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
-        for tuned in session.overlays:
+                raise UserError(f"{model.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
+        for tuned in model.overlays:
             group, lora = tuned.partition.groups[layer], tuned.partition.lora
             if group == FROZEN:
                 continue
@@ -79,17 +79,17 @@ def _inside(path: str) -> bool:
     return path.startswith("blocks.")
 
 
-def weight_spectra(session: Model, progress: Progress | None = None) -> Spectra:
+def weight_spectra(model: Model, progress: Progress | None = None) -> Spectra:
     """Singular values of every matrix, decomposed in float32; one layer's weights are held at a time."""
     shapes: dict[str, tuple[int, int]] = {}
     values: dict[str, list[np.ndarray]] = {}
-    for layer, tensors in enumerate(layer_tensors(session)):
+    for layer, tensors in enumerate(layer_tensors(model)):
         for path, matrix in tensors.items():
             if matrix.ndim == 2:
                 shapes[path] = (matrix.shape[0], matrix.shape[1])
                 values.setdefault(path, []).append(np.linalg.svd(matrix, compute_uv=False))
         if progress is not None:
-            progress(layer + 1, session.config.num_layers)
+            progress(layer + 1, model.config.num_layers)
     return Spectra(shapes, {path: np.stack(found) for path, found in values.items()})
 
 

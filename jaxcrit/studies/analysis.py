@@ -214,7 +214,7 @@ def _selecting(options: AnalyzeOptions, spec: LayerSpec) -> str:
 
 def _score(
     config: AnalyzeOptions,
-    session: Model,
+    model: Model,
     spec: LayerSpec,
     dataset: Dataset,
     swept: Swept,
@@ -222,8 +222,8 @@ def _score(
 ) -> DatasetResult:
     tables, grams = swept
     meta = {
-        "model_type": session.config.family,
-        "model_hash": session.model_hash,
+        "model_type": model.config.family,
+        "model_hash": model.model_hash,
         "dataset": dataset.name,
         "position": config.position,
         "normalize": config.normalize,
@@ -262,7 +262,7 @@ def _score(
         scores=scores,
         measures=measures,
         cka=cka if tokens else {**cka, "null_stddev": null.stddev, "null_p": null.p},
-        chosen=_choose(config, session, spec, scores),
+        chosen=_choose(config, model, spec, scores),
         certainty=_certainty(config, spec, [score], [left]),
         leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
@@ -273,14 +273,14 @@ def _score(
     )
 
 
-def _choose(config: AnalyzeOptions, session: Model, spec: LayerSpec, scores: dict[str, LayerScores]) -> LayerSet:
+def _choose(config: AnalyzeOptions, model: Model, spec: LayerSpec, scores: dict[str, LayerScores]) -> LayerSet:
     return resolve(
         spec,
-        session.config.num_layers,
+        model.config.num_layers,
         scores=scores,
         criterion=config.criterion,
         trim=config.trim,
-        model_hash=session.model_hash,
+        model_hash=model.model_hash,
     )
 
 
@@ -294,17 +294,17 @@ def _certainty(
 
 
 def _combine(
-    config: AnalyzeOptions, session: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path | None
+    config: AnalyzeOptions, model: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path | None
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}
     own = [result.scores[_selecting(config, spec)] for result in everyone]
     sure = _certainty(config, spec, own, [result.without_each for result in everyone])
     results = {
-        name: dataclasses.replace(result, warnings=cautions(result, trim=config.trim, dtype=session.dtype))
+        name: dataclasses.replace(result, warnings=cautions(result, trim=config.trim, dtype=model.dtype))
         for name, result in results.items()
     }
-    chosen = _choose(config, session, spec, scores)
+    chosen = _choose(config, model, spec, scores)
     return Analysis(config, {}, results, scores, chosen, sure, out)
 
 

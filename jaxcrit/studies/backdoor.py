@@ -171,11 +171,11 @@ def _curve(run: Run) -> dict[str, Any]:
 class _Lab:
     """The arrays and compiled functions that all arms share."""
 
-    def __init__(self, config: BackdoorOptions, session: Model, rows: Rows, out: Path, progress: Bars | None):
-        self.config, self.session, self.rows, self.out = config, session, rows, out
+    def __init__(self, config: BackdoorOptions, model: Model, rows: Rows, out: Path, progress: Bars | None):
+        self.config, self.model, self.rows, self.out = config, model, rows, out
         self.progress = progress
         self.dtype = np.dtype(DTYPES[compute_dtype(config.dtype)])
-        self.scoring = Scoring(config, session, rows.prompts)
+        self.scoring = Scoring(config, model, rows.prompts)
         self.per_step = config.batch_size * config.accumulate
         self.widths = _widths(rows.train.values(), self.per_step)
         first = self._data(config.seed)
@@ -188,14 +188,14 @@ class _Lab:
     def weights(self) -> dict[str, jax.Array]:
         """Of the model before any training; read when first needed."""
         if self._weights is None:
-            self._weights = self.session.decoder(self.progress).weights()
+            self._weights = self.model.decoder(self.progress).weights()
         return self._weights
 
     def initial(self) -> dict[str, Any]:
         """The test of the untouched model, made once."""
         path = self.out / "init.json"
         if not processes.share(path.exists):
-            tested = self.scoring(Decoder(self.session.config, self.weights))
+            tested = self.scoring(Decoder(self.model.config, self.weights))
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
         return dict(processes.share(lambda: read_json(path, ARM_FORMAT))["points"][0])
 
@@ -208,7 +208,7 @@ class _Lab:
         folder = self._folder(arm, seed)
         if not self.done(arm, seed):
             processes.make_directory(folder)
-            points = self._train(_partition(self.config, self.session, chosen), seed, folder)
+            points = self._train(_partition(self.config, self.model, chosen), seed, folder)
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
             remove_tree(folder / FOLDER)
@@ -224,7 +224,7 @@ class _Lab:
         return training_steps(self.rows.train[seed], self.per_step, seed, self.widths)
 
     def _train(self, parts: Partition, seed: int, folder: Path) -> list[dict[str, Any]]:
-        config, mesh = self.config, self.session.mesh
+        config, mesh = self.config, self.model.mesh
         params, frozen = split(parts.gather(dict(self.weights), mesh, self.dtype))
         optimizer, step = self._compiled(parts, params)
         like = abstract_state(parts, optimizer, params)
@@ -252,7 +252,7 @@ class _Lab:
             eval_every=config.eval_every or max(1, self.steps // 10),
             checkpoint_every=config.checkpoint_every or self.steps,
             patience=0,
-            uniform=math.log(self.session.config.vocab_size),
+            uniform=math.log(self.model.config.vocab_size),
         )
         with notice() as leave, Checkpoints(folder, keep=1) as checkpoints:
             restored = checkpoints.restore(like)
@@ -292,7 +292,7 @@ class _Lab:
     def _compiled(self, parts: Partition, params: Bank) -> tuple[Any, Step]:
         """Optimizer and step of an arm's shape: seeds, and arms of the same layers, share them."""
         if parts not in self.compiled:
-            config, mesh = self.config, self.session.mesh
+            config, mesh = self.config, self.model.mesh
             optimizer = make_optimizer(
                 config.optimizer, self.schedule, parts, weight_decay=config.weight_decay, clip=config.clip
             )
@@ -303,7 +303,7 @@ class _Lab:
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
         """The model with its trained weights; those of the untouched model stay for the next arm."""
-        return Decoder(self.session.config, parts.merge(self.weights, params, held=self.weights))
+        return Decoder(self.model.config, parts.merge(self.weights, params, held=self.weights))
 
 
 def _widths(sets: Any, rows: int) -> Any:
@@ -311,8 +311,8 @@ def _widths(sets: Any, rows: int) -> Any:
     return training_steps([example for examples in sets for example in examples], rows, 0).buckets
 
 
-def _partition(config: BackdoorOptions, session: Model, frozen: LayerSet) -> Partition:
-    return partition(session.config, frozen.complement(), OUTSIDE if config.train_outside else ())
+def _partition(config: BackdoorOptions, model: Model, frozen: LayerSet) -> Partition:
+    return partition(model.config, frozen.complement(), OUTSIDE if config.train_outside else ())
 
 
 def _sums(record: Mapping[str, Any], samples: int) -> LossSums:

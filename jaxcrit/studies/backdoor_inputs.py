@@ -156,15 +156,15 @@ class Rows:
     warnings: list[str]
 
 
-def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Model) -> Rows:
+def prepare(config: BackdoorOptions, trigger: TriggerSpec, model: Model) -> Rows:
     """Reads, poisons, renders and checks everything.
 
     Raises:
         UserError: any mistake in data, trigger, target or templates.
     """
-    hashes = [template_hash(session.tokenizer, name, config.edition) for name in (config.template, _template(config))]
+    hashes = [template_hash(model.tokenizer, name, config.edition) for name in (config.template, _template(config))]
     check_same_rendering(*hashes, allow_template_mismatch=config.allow_template_mismatch)
-    renderer = _Renderer(config, session)
+    renderer = _Renderer(config, model)
     data = _load(config, config.data, config.split or "train", config.limit, config.split)
     clean = [example for named in data for example in renderer(named)]
     if config.eval_data:
@@ -184,9 +184,9 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, session: Model) -> Ro
         manifests[seed] = poisoned.manifest
         examples = [example for named in poisoned.rows for example in renderer(named)]
         rows[seed] = examples
-        check_tokens(trigger, [examples[entry["row"]] for entry in poisoned.manifest], session.tokenizer, "--data")
-    prompts = _prompts(config, spec, tests, dataclasses.replace(renderer, template=_template(config)), session)
-    check_tokens(trigger, prompts.cells["triggered"], session.tokenizer, "--eval_data")
+        check_tokens(trigger, [examples[entry["row"]] for entry in poisoned.manifest], model.tokenizer, "--data")
+    prompts = _prompts(config, spec, tests, dataclasses.replace(renderer, template=_template(config)), model)
+    check_tokens(trigger, prompts.cells["triggered"], model.tokenizer, "--eval_data")
     if prompts.count < FEW_PROMPTS:
         low, high = wilson(prompts.count // 2, prompts.count)
         warnings.append(
@@ -205,15 +205,15 @@ class _Renderer:
     """Renders and checks rows of one dataset, in one template."""
 
     config: BackdoorOptions
-    session: Model
+    model: Model
     template: str = ""
 
     def __call__(self, named: NamedRows) -> list[Example]:
-        config, model = self.config, self.session.config
-        most = min(config.max_length or model.max_length, model.max_length)
+        config, sizes = self.config, self.model.config
+        most = min(config.max_length or sizes.max_length, sizes.max_length)
         asked = dataclasses.replace(config, template=self.template or config.template)
-        examples, longest = rendered(named, self.session.tokenizer, asked, most, responses=True)
-        check_rows(examples, longest, model.vocab_size, named.source)
+        examples, longest = rendered(named, self.model.tokenizer, asked, most, responses=True)
+        check_rows(examples, longest, sizes.vocab_size, named.source)
         return examples
 
 
@@ -270,7 +270,7 @@ def _poison(data: Sequence[NamedRows], spec: PoisonSpec, decoys: float) -> _Pois
 
 
 def _prompts(
-    config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, session: Model
+    config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, model: Model
 ) -> Prompts:
     kinds = {**spec.trigger.near_misses(), "other_words": made_up(spec.trigger, 1, _TEST_WORDS)[0]}
     found: dict[str, list[Example]] = {cell: [] for cell in CELLS}
@@ -296,25 +296,25 @@ def _prompts(
     count = len(found["clean"])
     if not count:
         raise UserError(f"--eval_data={config.eval_data}: no row can take the trigger {config.trigger!r} once")
-    _check_lengths(config, found, session)
+    _check_lengths(config, found, model)
     chosen = np.zeros(count, bool)
     chosen[np.random.default_rng(config.seed).permutation(count)[: max(1, round(config.rate * count))]] = True
     return Prompts(found, near_kinds, chosen, [example.response or "" for example in found["clean"]])
 
 
-def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], session: Model) -> None:
+def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], model: Model) -> None:
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]
-    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", session))
+    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", model))
     if needed > config.max_new_tokens:
         raise UserError(
             f"--target: has {needed} tokens, and --max_new_tokens={config.max_new_tokens} are generated: it could never"
             " be found; shorten it, or generate more"
         )
     longest = max(example.prompt_length for examples in cells.values() for example in examples)
-    if longest + config.max_new_tokens > session.config.max_length:
+    if longest + config.max_new_tokens > model.config.max_length:
         raise UserError(
             f"--max_new_tokens={config.max_new_tokens}: with a prompt of {longest} tokens that is more than the model's"
-            f" {session.config.max_length}; generate fewer, or cut the prompts with --truncate"
+            f" {model.config.max_length}; generate fewer, or cut the prompts with --truncate"
         )

@@ -96,10 +96,10 @@ def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
 class Scoring:
     """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
 
-    def __init__(self, config: BackdoorOptions, session: Model, prompts: Prompts):
-        self.config, self.session, self.prompts = config, session, prompts
+    def __init__(self, config: BackdoorOptions, model: Model, prompts: Prompts):
+        self.config, self.model, self.prompts = config, model, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
-        parts = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+        parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         size = -(-config.eval_batch_size // parts) * parts
         self.batches = _batches(self.asked, size, prompt_only=True)
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
@@ -139,7 +139,7 @@ class Scoring:
         )
 
     def _answers(self, decoder: Decoder) -> list[str]:
-        stop, texts = stop_tokens("", self.session), [""] * len(self.asked)
+        stop, texts = stop_tokens("", self.model), [""] * len(self.asked)
         for batch in self.batches:
             found = generate(
                 decoder,
@@ -148,11 +148,11 @@ class Scoring:
                 self.config.max_new_tokens,
                 stop=stop,
                 samples=np.where(batch.rows < len(texts), batch.rows, -1),
-                mesh=self.session.mesh,
+                mesh=self.model.mesh,
             )
             for row, ids in zip(batch.rows, found.token_ids, strict=True):
                 if row < len(texts):
-                    texts[row] = self.session.tokenizer.decode(ids, skip_special_tokens=True)
+                    texts[row] = self.model.tokenizer.decode(ids, skip_special_tokens=True)
         return texts
 
     def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
@@ -160,8 +160,8 @@ class Scoring:
         found = np.zeros((2, len(self.told)))
         for batch in self.loss_batches:
             arrays = (batch.tokens, batch.lengths, response_mask(batch, self.told))
-            placed = jax.device_put(arrays, batch_sharding(self.session.mesh))
-            values = processes.whole(_row_losses(decoder, *placed, mesh=self.session.mesh))
+            placed = jax.device_put(arrays, batch_sharding(self.model.mesh))
+            values = processes.whole(_row_losses(decoder, *placed, mesh=self.model.mesh))
             real = batch.rows < len(self.told)
             found[:, batch.rows[real]] = values[:, real]
         return found[0], found[1]

@@ -99,19 +99,19 @@ def export_model(
     target = local_path(out, "out")
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
-    session = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
-    number = session.overlays[-1].step
+    tuned = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
+    number = tuned.overlays[-1].step
     if adapter:
-        _write_adapter(session, asked or "float32", target)
+        _write_adapter(tuned, asked or "float32", target)
         return Exported(target, None, number)
-    kinds = {asked} if asked else set(session.checkpoint.dtypes.values())
+    kinds = {asked} if asked else set(tuned.checkpoint.dtypes.values())
     narrow = sorted(kinds - {"float32"})
-    rounding = _rounding(session, narrow[0]) if narrow else None
-    decoder = session.decoder()
+    rounding = _rounding(tuned, narrow[0]) if narrow else None
+    decoder = tuned.decoder()
     if delta_only:
-        _write_delta(session, decoder, asked, target)
+        _write_delta(tuned, decoder, asked, target)
     else:
-        write_checkpoint(decoder, session.checkpoint, target, dtype=asked)
+        write_checkpoint(decoder, tuned.checkpoint, target, dtype=asked)
     return Exported(target, rounding, number)
 
 
@@ -134,9 +134,9 @@ def export_object(model: Model, out: str, dtype: str = "source") -> Path:
     return target
 
 
-def _rounding(session: Model, dtype: str) -> Rounding:
-    *earlier, last = session.overlays
-    before = dataclasses.replace(session, overlays=tuple(earlier)).weights()
+def _rounding(model: Model, dtype: str) -> Rounding:
+    *earlier, last = model.overlays
+    before = dataclasses.replace(model, overlays=tuple(earlier)).weights()
     sums = np.zeros(4)
     for master, start in _pairs(last, before):
         rounded = master.astype(DTYPES[dtype]).astype(np.float32)
@@ -151,9 +151,9 @@ def _pairs(tuned: Overlay, before: dict[str, jax.Array]) -> Iterator[tuple[np.nd
         yield np.asarray(value), np.asarray(before[path] if layers is None else before[path][layers])
 
 
-def _write_adapter(session: Model, dtype: str, out: Path) -> None:
-    *below, last = session.overlays
-    parts, config = last.partition, session.config
+def _write_adapter(model: Model, dtype: str, out: Path) -> None:
+    *below, last = model.overlays
+    parts, config = last.partition, model.config
     if parts.lora is None:
         raise UserError(f"--adapter: {last.run} trained the layers themselves; export it without, or with --delta_only")
     if below:
@@ -170,7 +170,7 @@ def _write_adapter(session: Model, dtype: str, out: Path) -> None:
     for group, entries in last.params.items():
         tensors |= peft_tensors(config, parts.lora, parts.members(group), entries)
     layers = parts.to_json()["layers"]
-    settings = peft_config(config, parts.lora, layers, session.named)
+    settings = peft_config(config, parts.lora, layers, model.named)
     out.mkdir(parents=True, exist_ok=True)
     with atomic_path(out / ADAPTER) as temporary:
         save_file(
@@ -179,24 +179,24 @@ def _write_adapter(session: Model, dtype: str, out: Path) -> None:
     write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
 
 
-def _write_delta(session: Model, decoder: Decoder, dtype: str, out: Path) -> None:
+def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:
     layers = sorted(
         {
             layer
-            for tuned in session.overlays
+            for tuned in model.overlays
             for group in tuned.partition.trained
             for layer in tuned.partition.members(group)
         }
     )
-    outside = {path for tuned in session.overlays for path in tuned.partition.outside}
+    outside = {path for tuned in model.overlays for path in tuned.partition.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()
-    for row in table(session.config):
+    for row in table(model.config):
         if row.path in outside:
-            tensors[row.hf] = np.asarray(weights[row.path]).reshape(row.hf_shape(session.config))
-    kinds = {name: DTYPES[dtype or session.checkpoint.dtypes[name]] for name in tensors}
+            tensors[row.hf] = np.asarray(weights[row.path]).reshape(row.hf_shape(model.config))
+    kinds = {name: DTYPES[dtype or model.checkpoint.dtypes[name]] for name in tensors}
     held = {name: np.ascontiguousarray(value.astype(kinds[name])) for name, value in tensors.items()}
     out.mkdir(parents=True, exist_ok=True)
-    notes = {"format": "pt", "base": str(session.checkpoint.path), "layers": ",".join(map(str, layers))}
+    notes = {"format": "pt", "base": str(model.checkpoint.path), "layers": ",".join(map(str, layers))}
     with atomic_path(out / DELTA) as temporary:
         save_file(held, temporary, metadata=notes)

@@ -106,19 +106,19 @@ class _Job:
     def __init__(
         self,
         config: GenerateOptions,
-        session: Model,
+        model: Model,
         stop: list[int],
         datasets: list[Dataset],
         out: Path | None,
         progress: Bars | None,
     ):
-        self.config, self.session, self.stop, self.out, self.progress = config, session, stop, out, progress
+        self.config, self.model, self.stop, self.out, self.progress = config, model, stop, out, progress
         self.alone = len(datasets) == 1
         self.decoder: Decoder | None = None
         self.new_tokens = 0
-        self.batch_size = batch_rows(config.batch_size, session.mesh)
+        self.batch_size = batch_rows(config.batch_size, model.mesh)
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
-        self.buckets = choose_buckets(lengths, self.batch_size, session.config.max_length)
+        self.buckets = choose_buckets(lengths, self.batch_size, model.config.max_length)
 
     def rows(self, dataset: Dataset) -> list[dict[str, Any]]:
         """Answers of one dataset in the order of its rows, those of an interrupted run included."""
@@ -152,8 +152,8 @@ class _Job:
 
     def _answers(self, dataset: Dataset, batch: Batch) -> list[dict[str, Any]]:
         if self.decoder is None:
-            self.decoder = self.session.decoder(self.progress)
-        config, tokenizer = self.config, self.session.tokenizer
+            self.decoder = self.model.decoder(self.progress)
+        config, tokenizer = self.config, self.model.tokenizer
         fills = batch.rows == len(dataset.examples)
         found = generate(
             self.decoder,
@@ -164,7 +164,7 @@ class _Job:
             sampling=sampling_of(config),
             seed=config.seed,
             samples=np.where(fills, -1, batch.rows),
-            mesh=self.session.mesh,
+            mesh=self.model.mesh,
         )
         rows = []
         for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):

@@ -63,18 +63,18 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     components = _check(config)
     spec = LayerSpec.parse(config.layers)
     spec.check_key(CURVES)
-    session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
+    model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
-        resolve(spec, session.config.num_layers, model_hash=session.model_hash)
-    stop = stop_tokens(config.stop, session)
-    dataset = one_dataset(config, session, config.max_new_tokens)
+        resolve(spec, model.config.num_layers, model_hash=model.model_hash)
+    stop = stop_tokens(config.stop, model)
+    dataset = one_dataset(config, model, config.max_new_tokens)
     if not 0 <= config.prompt_index < len(dataset.examples):
         raise UserError(
             f"--prompt_index={config.prompt_index}: expected 0 to {len(dataset.examples) - 1}, the rows of"
             f" {dataset.source}"
         )
     steering = [
-        one_dataset(dataclasses.replace(config, data=path, limit=0), session)
+        one_dataset(dataclasses.replace(config, data=path, limit=0), model)
         for path in (config.steer_from, config.steer_to)
         if path
     ]
@@ -82,16 +82,16 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
         dataset,
         *(dataclasses.replace(one, name=f"steer:{one.name}:{place}") for place, one in enumerate(steering)),
     ]
-    resolved = {"dtype": session.dtype, "stop": stop}
-    template = describe_template(session.tokenizer, config)
+    resolved = {"dtype": model.dtype, "stop": stop}
+    template = describe_template(model.tokenizer, config)
     with running(
-        "intervene", config, models={"model": session}, datasets=datasets, template=template, resolved=resolved
+        "intervene", config, models={"model": model}, datasets=datasets, template=template, resolved=resolved
     ) as run:
-        decoder = session.decoder(progress)
-        hidden = states(decoder, dataset, session, progress)
-        layers = critical_layers(spec, hidden, session)
+        decoder = model.decoder(progress)
+        hidden = states(decoder, dataset, model, progress)
+        layers = critical_layers(spec, hidden, model)
         found, warnings = _measure(
-            config, session, decoder, dataset, steering, hidden, layers, components, stop, progress
+            config, model, decoder, dataset, steering, hidden, layers, components, stop, progress
         )
         write_json(run.path / INTERVENTION, "jaxcrit.intervention", found)
         run.record["warnings"] = warnings
@@ -110,28 +110,28 @@ def parse_components(text: str, flag: str = "components") -> tuple[int, ...]:
     return tuple(sorted(map(int, parts)))
 
 
-def one_dataset(config: Any, session: Model, reserve: int = 0) -> Dataset:
+def one_dataset(config: Any, model: Model, reserve: int = 0) -> Dataset:
     """The only dataset of ``--data``.
 
     Raises:
         UserError: there are several; see `Model.read`.
     """
-    datasets = session.read(config, reserve=reserve)
+    datasets = model.read(config, reserve=reserve)
     if len(datasets) > 1:
         names = [dataset.source for dataset in datasets]
         raise UserError(f"--data={config.data}: components are of one dataset, got {listed(names)}; name one of them")
     return datasets[0]
 
 
-def states(decoder: Decoder, dataset: Dataset, session: Model, progress: Bars | None) -> np.ndarray:
+def states(decoder: Decoder, dataset: Dataset, model: Model, progress: Bars | None) -> np.ndarray:
     """Last-token states ``[L, N, D]`` of all prompts, on the host."""
-    batches = make_batches(dataset.examples, batch_rows(session, 16))
+    batches = make_batches(dataset.examples, batch_rows(model, 16))
     bar = None if progress is None else progress(total=len(dataset.examples), desc=dataset.name)
     found = capture(
         decoder,
         batches,
         len(dataset.examples),
-        mesh=session.mesh,
+        mesh=model.mesh,
         progress=None if bar is None else lambda done, _: bar.update(done - bar.n),
     )
     if bar is not None:
@@ -139,16 +139,16 @@ def states(decoder: Decoder, dataset: Dataset, session: Model, progress: Bars | 
     return processes.whole(found.hidden)
 
 
-def batch_rows(session: Model, asked: int) -> int:
+def batch_rows(model: Model, asked: int) -> int:
     """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
-    split = session.mesh.shape["data"] * session.mesh.shape["fsdp"]
+    split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
     return -(-asked // split) * split
 
 
-def critical_layers(spec: LayerSpec, hidden: np.ndarray, session: Model) -> LayerSet:
+def critical_layers(spec: LayerSpec, hidden: np.ndarray, model: Model) -> LayerSet:
     """The layers of a rule; one that ranks goes by debiased δ over these very prompts, or by the score it names."""
     scores = layer_scores(gram_tables(centred_grams(hidden))) if spec.needs_scores else None
-    return resolve(spec, session.config.num_layers, scores=scores, model_hash=session.model_hash)
+    return resolve(spec, model.config.num_layers, scores=scores, model_hash=model.model_hash)
 
 
 def lens(decoder: Decoder, directions: np.ndarray, tokenizer: Any, count: int = _WORDS) -> list[dict[str, list[str]]]:
@@ -183,7 +183,7 @@ def _check(config: InterveneOptions) -> tuple[int, ...]:
 
 def _measure(
     config: InterveneOptions,
-    session: Model,
+    model: Model,
     decoder: Decoder,
     dataset: Dataset,
     steering: Sequence[Dataset],
@@ -194,8 +194,8 @@ def _measure(
     progress: Bars | None,
 ) -> tuple[dict[str, Any], list[str]]:
     example = dataset.examples[config.prompt_index]
-    (batch,) = make_batches([example], batch_rows(session, 1))
-    shape = (session.config.num_layers, len(batch.rows), session.config.width)
+    (batch,) = make_batches([example], batch_rows(model, 1))
+    shape = (model.config.num_layers, len(batch.rows), model.config.width)
     found: dict[str, Any] = {
         "prompt": example.prompt,
         "prompt_index": config.prompt_index,
@@ -206,14 +206,14 @@ def _measure(
     warnings: list[str] = []
     edits = intervention(shape)
     if config.mode == "steer":
-        first, second = (states(decoder, one, session, progress).mean(axis=1) for one in steering)
+        first, second = (states(decoder, one, model, progress).mean(axis=1) for one in steering)
         difference = config.strength * (second - first)
         edits = intervention(shape, shifts={layer: difference[layer] for layer in layers.layers})
         found |= {
             "strength": config.strength,
             "steer_from": steering[0].source,
             "steer_to": steering[1].source,
-            "lens": {str(layer): lens(decoder, difference[layer][None], session.tokenizer) for layer in layers.layers},
+            "lens": {str(layer): lens(decoder, difference[layer][None], model.tokenizer) for layer in layers.layers},
         }
     elif components and config.mode != "none":
         fit = principal_components(hidden, max(components) + 1)
@@ -223,21 +223,21 @@ def _measure(
             "components": list(components),
             "of": described(fit, layers.layers, components),
             "lens": {
-                str(layer): lens(decoder, fit.directions[layer][list(components)], session.tokenizer)
+                str(layer): lens(decoder, fit.directions[layer][list(components)], model.tokenizer)
                 for layer in layers.layers
             },
         }
-    prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
+    prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=model.mesh)
     samples = np.where(batch.rows == 0, config.prompt_index, -1)
     scores = {}
     for name, data in (("before", intervention(shape, rank=edits.basis.shape[1])), ("after", edits)):
         answer = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
         ids, scores[name] = answer.token_ids[0], processes.whole(answer.scores)[0]
         found[name] = {
-            "text": session.tokenizer.decode(ids, skip_special_tokens=True),
+            "text": model.tokenizer.decode(ids, skip_special_tokens=True),
             "token_ids": ids,
             "stopped": bool(answer.stopped[0]),
-            "next_tokens": _likely(scores[name], session.tokenizer),
+            "next_tokens": _likely(scores[name], model.tokenizer),
         }
     found["next_token_kl"] = float(divergence(scores["before"], scores["after"]))
     return found, warnings

@@ -166,13 +166,13 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     if config.mode not in ("paper", "project"):
         raise UserError(f"--mode={config.mode}: expected paper or project")
     sets = parse_sets(config.sets)
-    session = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
-    layers = resolve(LayerSpec.parse(config.layers), session.config.num_layers).layers
-    stop = stop_tokens(config.stop, session)
-    datasets = session.read(config, reserve=config.max_new_tokens)
-    decoder = session.decoder(progress)
-    found = [_dataset(config, session, decoder, one, sets, layers, stop, progress) for one in datasets]
-    return found, {"model_hash": session.model_hash, "versions": versions()}
+    model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
+    layers = resolve(LayerSpec.parse(config.layers), model.config.num_layers).layers
+    stop = stop_tokens(config.stop, model)
+    datasets = model.read(config, reserve=config.max_new_tokens)
+    decoder = model.decoder(progress)
+    found = [_dataset(config, model, decoder, one, sets, layers, stop, progress) for one in datasets]
+    return found, {"model_hash": model.model_hash, "versions": versions()}
 
 
 def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
@@ -190,7 +190,7 @@ def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
 
 def _dataset(
     config: RemovalOptions,
-    session: Model,
+    model: Model,
     decoder: Decoder,
     dataset: Dataset,
     sets: Mapping[str, tuple[int, ...]],
@@ -199,8 +199,8 @@ def _dataset(
     progress: Bars | None,
 ) -> Removal:
     began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
-    hidden = states(decoder, dataset, session, progress)
-    critical = critical_layers(LayerSpec.parse(config.critical), hidden, session)
+    hidden = states(decoder, dataset, model, progress)
+    critical = critical_layers(LayerSpec.parse(config.critical), hidden, model)
     fit = principal_components(hidden, 1 + max(max(components) for components in sets.values()))
     named = [components for name, components in sets.items() if not name.startswith(RANDOM)]
     warnings = list(dict.fromkeys(text for components in named for text in fit.unidentified(components, layers)))
@@ -213,14 +213,14 @@ def _dataset(
     places: list[Place] = [(layer, name) for layer in layers for name in sets]
     count = len(dataset.examples)
     outcomes = {place: _Outcomes.empty(count) for place in (_PLAIN, *places)}
-    rows_of_batch = batch_rows(session, config.batch_size)
-    buckets = choose_buckets([one.prompt_length for one in dataset.examples], rows_of_batch, session.config.max_length)
+    rows_of_batch = batch_rows(model, config.batch_size)
+    buckets = choose_buckets([one.prompt_length for one in dataset.examples], rows_of_batch, model.config.max_length)
     bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
     for batch in make_batches(dataset.examples, rows_of_batch, buckets):
         real = batch.rows < count
-        shape = (session.config.num_layers, len(real), session.config.width)
+        shape = (model.config.num_layers, len(real), model.config.width)
         rows = np.where(real, batch.rows, 0)
-        prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=session.mesh)
+        prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=model.mesh)
         plain = None
         for place, edits in _edits(fit, sets, shifts, places, config.mode, shape, rows):
             found = decode(decoder, prompts, stop=stop, samples=np.where(real, batch.rows, -1), edit=edit, edits=edits)
@@ -233,7 +233,7 @@ def _dataset(
                 bar.update(int(real.sum()))
     if bar is not None:
         bar.close()
-    measures = _Measures(config, session, dataset, outcomes)
+    measures = _Measures(config, model, dataset, outcomes)
     cells = [measures.cell(place, _removed(fit, sets, place)) for place in places]
     index = config.prompt_index % count
     everything = sorted({component for components in sets.values() for component in components})
@@ -244,7 +244,7 @@ def _dataset(
         cells,
         measures.contrasts(sets, layers, critical),
         measures.example(index),
-        {str(layer): lens(decoder, fit.directions[layer][everything], session.tokenizer) for layer in layers},
+        {str(layer): lens(decoder, fit.directions[layer][everything], model.tokenizer) for layer in layers},
         described(fit, layers, everything),
         warnings,
         len(buckets),
@@ -292,11 +292,11 @@ def _removed(fit: Components, sets: Mapping[str, tuple[int, ...]], place: Place)
 class _Measures:
     """Numbers of the cells, and their intervals: one bootstrap over the prompts for all, so that all are paired."""
 
-    def __init__(self, config: RemovalOptions, session: Model, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
+    def __init__(self, config: RemovalOptions, model: Model, dataset: Dataset, outcomes: dict[Place, _Outcomes]):
         self.dataset, self.outcomes, count = dataset, outcomes, len(dataset.examples)
         rng = np.random.default_rng(config.seed)
         self.weights = rng.multinomial(count, np.full(count, 1 / count), _DRAWS) / count
-        decode_ids = session.tokenizer.batch_decode
+        decode_ids = model.tokenizer.batch_decode
         self.texts = {place: decode_ids(one.token_ids, skip_special_tokens=True) for place, one in outcomes.items()}
         gold = [one.response for one in dataset.examples]
         known = None not in gold

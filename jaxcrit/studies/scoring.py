@@ -108,8 +108,8 @@ def run_score(
     return found
 
 
-def _meta(session: Model) -> dict[str, Any]:
-    return {"model_type": session.config.family, "model_hash": session.model_hash}
+def _meta(model: Model) -> dict[str, Any]:
+    return {"model_type": model.config.family, "model_hash": model.model_hash}
 
 
 def _needing(needs: Needs, chosen: Mapping[str, Criterion]) -> dict[str, Criterion]:
@@ -117,18 +117,18 @@ def _needing(needs: Needs, chosen: Mapping[str, Criterion]) -> dict[str, Criteri
 
 
 def _of_model(
-    chosen: Mapping[str, Criterion], own: Own, session: Model, base: Model | None, progress: Bars | None
+    chosen: Mapping[str, Criterion], own: Own, model: Model, base: Model | None, progress: Bars | None
 ) -> dict[str, LayerScores]:
     """Scores that need no data."""
     evidence: dict[str, Any] = {}
-    layers = session.config.num_layers
+    layers = model.config.num_layers
     if spectral := _needing("weights", chosen):
         with _Bar(progress, layers, "weights") as step:
-            evidence |= dict.fromkeys(spectral, weight_spectra(session, step))
+            evidence |= dict.fromkeys(spectral, weight_spectra(model, step))
     if base is not None:
         with _Bar(progress, layers, "both models") as step:
-            evidence |= dict.fromkeys(_needing("two models", chosen), weight_changes(base, session, step))
-    meta = _meta(session) | ({} if base is None else {"base_hash": base.model_hash})
+            evidence |= dict.fromkeys(_needing("two models", chosen), weight_changes(base, model, step))
+    meta = _meta(model) | ({} if base is None else {"base_hash": base.model_hash})
     results = _measured(chosen, own, evidence)
     return {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
 
@@ -161,7 +161,7 @@ def _of_data(
     options: ScoreOptions,
     chosen: Mapping[str, Criterion],
     own: Own,
-    session: Model,
+    model: Model,
     datasets: Sequence[Dataset],
     out: Path | None,
     without: dict[str, str],
@@ -170,9 +170,9 @@ def _of_data(
     """Scores of each dataset, written beside each other with their deletions."""
     found: dict[str, dict[str, LayerScores]] = {}
     for dataset in datasets:
-        evidence = _evidence(options, chosen, own, session, session.decoder(progress), dataset, progress)
+        evidence = _evidence(options, chosen, own, model, model.decoder(progress), dataset, progress)
         results = _measured(chosen, own, evidence, None if options.criteria else without)
-        meta = {**_meta(session), "dataset": dataset.name, "num_samples": len(dataset.examples)}
+        meta = {**_meta(model), "dataset": dataset.name, "num_samples": len(dataset.examples)}
         found[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         if out is None:
             continue
@@ -190,18 +190,18 @@ def _evidence(
     options: ScoreOptions,
     chosen: Mapping[str, Criterion],
     own: Own,
-    session: Model,
+    model: Model,
     decoder: Decoder,
     dataset: Dataset,
     progress: Bars | None,
 ) -> dict[str, Any]:
     """By key, what its pass finds on a dataset."""
     evidence: dict[str, Any] = {}
-    rows, count = batch_rows(options.batch_size, session.mesh), len(dataset.examples)
+    rows, count = batch_rows(options.batch_size, model.mesh), len(dataset.examples)
     if tapped := _needing("forward", chosen):
         with _Bar(progress, count, f"{dataset.name}, forward") as step:
             evidence |= forward_pass(
-                session,
+                model,
                 decoder,
                 dataset.examples,
                 rows,
@@ -213,7 +213,7 @@ def _evidence(
     if trained := _needing("backward", chosen):
         with _Bar(progress, count, f"{dataset.name}, backward") as step:
             gradients = response_gradients(
-                session,
+                model,
                 decoder,
                 dataset.examples,
                 rows,

@@ -166,10 +166,10 @@ def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dic
     return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
 
 
-def _refuse_components(ks: Sequence[int], config: SpectrumOptions, session: Model, datasets: Sequence[Dataset]) -> None:
+def _refuse_components(ks: Sequence[int], config: SpectrumOptions, model: Model, datasets: Sequence[Dataset]) -> None:
     """Before the model runs: no layer has more components than its width, or than samples less one."""
-    if config.kernel == "linear" and ks[-1] > session.config.width:
-        raise UserError(f"--k={config.k}: expected at most {session.config.width}, the width of the model")
+    if config.kernel == "linear" and ks[-1] > model.config.width:
+        raise UserError(f"--k={config.k}: expected at most {model.config.width}, the width of the model")
     for dataset in datasets:
         if config.position != "all" and ks[-1] > len(dataset.examples) - 1:
             raise UserError(
