@@ -154,13 +154,13 @@ def test_every_option_tells_runs_apart_or_says_why_not(command):
     module = importlib.import_module(COMMANDS[command][0])
     found = [(kind, one) for kind in (module.OPTIONS, *further(module)) for one in options_of(kind)]
     for kind, one in found:
+        if one.free:
+            assert len(one.free) > 10, f"{command} --{one.name} says why results do not depend on it"
+            continue
         beside = BESIDE.get(one.field, {})
         before = kind(**beside)
         value = getattr(before, one.field)
         others = [word for word in one.choices if word != value]
         changed = others[0] if others else GIVEN.get(one.field) or OTHER[one.kind](value)
         after = kind(**{**beside, one.field: changed})
-        if one.free:
-            assert len(one.free) > 10, f"{command} --{one.name} says why results do not depend on it"
-            continue
         assert determining(before) != determining(after), one.name

@@ -67,7 +67,8 @@ def test_longrope_follows_each_samples_own_length(tmp_path):
     hidden, _ = states(decoder, tokens, lengths)
     for row, length in enumerate(lengths):
         alone, _ = states(decoder, tokens[row : row + 1, :length], lengths[row : row + 1])
-        np.testing.assert_allclose(hidden[:, row, :length], alone[:, 0], rtol=0, atol=1e-5)
+        # Another shape, another order of the sums: 2 of 1,536 numbers of size 3 differ by 1.1e-5 on jax 0.12.
+        np.testing.assert_allclose(hidden[:, row, :length], alone[:, 0], rtol=0, atol=2e-5)
     short, _ = states(decoder, tokens[1:2], np.array([16], np.int32))
     long, _ = states(decoder, tokens[1:2], np.array([17], np.int32))
     assert np.abs(short - long)[:, 0, 1:].max() > 1e-2

@@ -111,8 +111,9 @@ def test_rotation_scale_and_order_of_samples(seed):
     turned = (turned * 10.0 ** rng.uniform(-5, 5, (3, 1, 1))).astype(np.float32)[:, rng.permutation(30)]
     before, after = (measure(centred_grams(h), MEASURES) for h in (hidden, turned))
     for name in before:
-        # Components turn by the activations' rounding over their gap; a neighbour at a near-tie may swap.
-        atol = {"cca": 1e-4, "svcca": 1e-4, "knn": 1 / 300 + 1e-9}.get(name, 2e-6)
+        # Components turn by the activations' rounding over their gap; a neighbour at a near-tie may swap,
+        # and so may two of 435 distances: one swap moves Spearman's rho by up to 12 * 434 / (435 * (435**2 - 1)).
+        atol = {"cca": 1e-4, "svcca": 1e-4, "knn": 1 / 300 + 1e-9, "rsa_spearman": 1.3e-4}.get(name, 2e-6)
         np.testing.assert_allclose(after[name], before[name], atol=atol, err_msg=name)
         np.testing.assert_allclose(before[name], before[name].T, atol=1e-9, err_msg=name)
 
