@@ -21,7 +21,7 @@ from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
-from jaxcrit.core.options import from_values
+from jaxcrit.core.options import from_values, options_of
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.core.selections import LayerSpec, resolve
 
@@ -81,9 +81,9 @@ class Scores(Mapping[str, LayerScores]):
 
     def table(self) -> str:
         """One row per layer, a column per score with the direction that is critical under its name."""
-        from jaxcrit.reporting.scores import score_table
+        from jaxcrit.reporting.scores import beside, score_table
 
-        return score_table(self.scores)
+        return "\n".join([score_table(self.scores), *beside(self.scores)])
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table indexed by layer: a column per score, and ``KEY_stderr`` where it has errors. Needs pandas."""
@@ -259,7 +259,11 @@ def score(
 
     own = []
     for kind in own_options():
-        named = {f"{kind.prefix}.{name}": value for name, value in options.pop(kind.prefix, {}).items()}
+        given = options.pop(kind.prefix, {})
+        if not isinstance(given, Mapping):
+            example = next(iter(options_of(kind))).field
+            raise UserError(f"{kind.prefix}={given!r}: expected a dict, such as {kind.prefix}={{{example!r}: ...}}")
+        named = {f"{kind.prefix}.{name}": value for name, value in given.items()}
         own.append(from_values(kind, named, "options"))
     asked = options_for(ScoreOptions, out, {**options, "criteria": criteria})
     found = run_score(asked, own, model=what, rows=rows, progress=progress, keep=bool(out))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import types
@@ -9,12 +10,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from matplotlib.axes import Axes
 from support.family_models import raw_config
 
 import jaxcrit
 from jaxcrit.commands.main import COMMANDS, main
 from jaxcrit.commands.reference import options_page
+from jaxcrit.core.errors import UserError
 from jaxcrit.criteria import registry
 from jaxcrit.models import config, families
 from jaxcrit.reporting import plots
@@ -41,10 +44,11 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def block(title: str) -> str:
-    """The first block of Python under a heading of the guide for contributors."""
+def block(title: str, number: int = 0) -> str:
+    """A block of Python under a heading of the guide for contributors."""
     page = (DOCS / "contributing.md").read_text(encoding="utf-8")
-    return page.partition(f"\n## {title}\n")[2].partition("```python\n")[2].partition("```")[0]
+    section = page.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+    return section.split("```python\n")[1 + number].partition("```")[0]
 
 
 def module_of(monkeypatch, name: str, text: str) -> types.ModuleType:
@@ -67,6 +71,26 @@ def test_the_criterion_of_the_guide_works(monkeypatch, tmp_path):
     asked = ["--data=demo:arithmetic", "--limit=6", "--criteria=activation_norm", f"--out={tmp_path / 'run'}"]
     assert main(["score", *asked]) == 0
     assert main(["select", f"--scores={tmp_path / 'run' / 'scores.json'}", "--layers=activation_norm:3"]) == 0
+
+
+def test_the_criterion_with_options_of_the_guide_works(monkeypatch):
+    made = module_of(monkeypatch, "jaxcrit.criteria.activation_norm", block("A criterion"))
+    exec(compile(block("A criterion", 1), "with options", "exec"), made.__dict__)
+    monkeypatch.setattr(made, "CRITERIA", {"activation_norm": made.with_power})
+    monkeypatch.setattr(registry, "FILES", {**registry.FILES, "activation_norm": "activation_norm"})
+    monkeypatch.setattr(registry, "WITH_OPTIONS", (*registry.WITH_OPTIONS, "activation_norm"))
+    model = jaxcrit.load()
+    asked = {"rows": "demo:arithmetic", "limit": 6, "criteria": "activation_norm"}
+    states = np.asarray(jaxcrit.capture(model, "demo:arithmetic", limit=6).hidden)
+    for power in (1, 2):
+        found = jaxcrit.score(model, **asked, activation_norm={"power": power})["activation_norm"]
+        expected = (np.linalg.norm(states, axis=-1) ** power).mean(axis=1)
+        np.testing.assert_allclose(found.values, expected, rtol=1e-5)
+    with pytest.raises(UserError, match=r"activation_norm=2: expected a dict, such as activation_norm=\{'power'"):
+        jaxcrit.score(model, **asked, activation_norm=2)
+    with pytest.raises(TypeError, match="a function of these that returns the tap"):
+        dataclasses.replace(made.with_power, tap=made.tap)
+    assert made.with_power.tapped({}) is made.with_power.tapped({})
 
 
 def test_the_command_of_the_guide_works(monkeypatch, tmp_path, capsys):

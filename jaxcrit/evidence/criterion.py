@@ -6,6 +6,8 @@ This module imports no jax, so that the options of a criterion can be listed at 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -73,9 +75,15 @@ class Criterion:
     responds: str
     blind: str
 
+    def __post_init__(self) -> None:
+        if self.options is None or self.tap is None:
+            return
+        if len(inspect.signature(self.tap).parameters) != 1:
+            raise TypeError("tap: of a criterion with options it is a function of these that returns the tap")
+
     def tapped(self, own: Own) -> Any:
-        """The tap, made by the criterion's own options where it has some."""
-        return self.tap if self.options is None else self.tap(self.asked(own))
+        """The tap, made by the criterion's own options where it has some; for equal options the same function."""
+        return self.tap if self.options is None else _made(self.tap, self.asked(own))
 
     def measured(self, found: Any, own: Own) -> Any:
         """What ``score`` makes of its evidence."""
@@ -91,6 +99,11 @@ class Criterion:
         stderr = found.stderr if found.without_each is None else jackknife_stderr(found.without_each)
         facts = {**meta, "needs": self.needs, **found.meta}
         return LayerScores(key, found.values, np.isfinite(found.values), self.direction, stderr, facts)
+
+
+@functools.lru_cache(maxsize=64)
+def _made(tap: Callable[[Options], Any], options: Options) -> Any:
+    return tap(options)  # kept, for another function would be another program to compile
 
 
 def mean_over(samples: np.ndarray, weights: np.ndarray | None = None) -> Measured:

@@ -13,7 +13,6 @@ from jaxcrit.reporting.tables import WIDTH, aligned
 CAVEATS = (
     "Each criterion responds to one thing and is blind to others (docs/criteria.md); none of them is criticality.",
     "Many of them rise or fall with depth in any model: compare by jaxcrit correlate, and read what depth leaves.",
-    "Values of several datasets are joined as mean ranks, 0 for the most critical layer.",
 )
 
 
@@ -44,12 +43,18 @@ def scores_report(scores: Mapping[str, LayerScores], warnings: Sequence[str]) ->
     size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
     section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
-    return Report(["Layers by " + ", ".join(scores), *_beside(scores)], warnings, [section], CAVEATS)
+    return Report(["Layers by " + ", ".join(scores), *beside(scores)], warnings, [section], CAVEATS)
 
 
-def _beside(scores: Mapping[str, LayerScores]) -> list[str]:
-    """What a value has to be read against: what chance would give, and the spread over starts."""
+def beside(scores: Mapping[str, LayerScores]) -> list[str]:
+    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts."""
     told = []
+    if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
+        what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)
+        told.append(
+            f"{what}: mean rank over {scores[ranked[0]].meta['of']} datasets, 0 for the most critical layer; values and"
+            " their errors are in scores.json of each dataset"
+        )
     for key, score in scores.items():
         if chance := score.meta.get("chance"):
             spread = score.meta.get("spread")

@@ -232,7 +232,8 @@ def test_every_file_is_a_criterion_and_says_what_it_sees():
     for file in files:
         rows = importlib.import_module(f"jaxcrit.criteria.{file}").CRITERIA
         assert list(rows) == [key for key, name in FILES.items() if name == file]
-        assert any(one.options for one in rows.values()) == (file in registry.WITH_OPTIONS)
+        own = any(one.options for one in rows.values())
+        assert own == (file in registry.WITH_OPTIONS), f"{file}: its word ends in + if, and only if, it has options"
     for key in FILES:
         one = criterion(key)
         assert all((one.formula, one.responds, one.blind))
