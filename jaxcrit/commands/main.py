@@ -18,6 +18,7 @@ import jaxcrit
 from jaxcrit.core import flags, options, processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.groups import ProcessOptions
+from jaxcrit.core.programs import keep_programs
 from jaxcrit.parallel.preemption import Preempted
 
 # What it is for: name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit
@@ -129,10 +130,7 @@ def _join(name: str, asked: Sequence[options.Options], ours: ProcessOptions, sta
         from jaxcrit.models.attention import ASKED
 
         stack.callback(ASKED.reset, ASKED.set(ours.attention))
-    if ours.compilation_cache_dir:
-        import jax
-
-        jax.config.update("jax_compilation_cache_dir", ours.compilation_cache_dir)
+    keep_programs(ours.compilation_cache_dir)
     about = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version(), "command": name}
     about |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
     about |= {f"--{option}": str(value) for one in asked for option, value in options.as_json(one).items()}

@@ -59,6 +59,13 @@ def local_path(text: str | Path, flag: str) -> Path:
     return Path(text).expanduser()
 
 
+def cache_directory() -> Path:
+    """Where jaxcrit keeps what can be made again: ``$JAXCRIT_CACHE``, else the user's cache directory."""
+    named = os.environ.get("JAXCRIT_CACHE")
+    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else base / "jaxcrit"
+
+
 def in_bucket(path: str | Path) -> bool:
     """Whether this is a path in a bucket, given as text or made by `as_path`."""
     return "://" in os.fspath(path)

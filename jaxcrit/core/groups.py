@@ -250,4 +250,6 @@ class ProcessOptions(Options, title="processes"):
     attention: str = option(
         "auto", "attention kernel on accelerators", ("auto", "reference", "cudnn", "splash"), free=SHAPE
     )
-    compilation_cache_dir: str = option("", "directory that keeps compiled programs", word="DIR", free=WHERE)
+    compilation_cache_dir: str = option(
+        "", "where compiled programs are kept, or none (default: the user's cache)", word="DIR|none", free=WHERE
+    )

@@ -8,7 +8,6 @@ import functools
 import hashlib
 import json
 import math
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import local_path, write_text
+from jaxcrit.core.files import cache_directory, local_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
@@ -180,13 +179,6 @@ def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     ignored = ("_name_or_path", "transformers_version")
     settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
     return sha256_json({"config": settings, "tensors": tensors})
-
-
-def cache_directory() -> Path:
-    """Where jaxcrit keeps what can be made again: ``$JAXCRIT_CACHE``, else the user's cache directory."""
-    named = os.environ.get("JAXCRIT_CACHE")
-    base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(named) if named else base / "jaxcrit"
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
