@@ -32,7 +32,7 @@ class Drawing(Figure):
         return buffer.getvalue()
 
 
-def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
+def mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
     """Shades each run of chosen layers and writes its numbers along the upper edge."""
     for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1] - item[0]):
         run = [layer for _, layer in group]
@@ -43,7 +43,8 @@ def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
             axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
 
 
-def _layer_axis(axes: Axes, num_layers: int) -> None:
+def layer_axis(axes: Axes, num_layers: int) -> None:
+    """Labels and limits of an axis of layers, and a light grid."""
     axes.set_xlim(-0.5, num_layers - 0.5)
     axes.set_xlabel("layer ℓ (0-based decoder block)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
@@ -94,7 +95,7 @@ def delta_curve(
     """
     debiased, biased = scores["delta_debiased"], scores["delta"]
     layers = np.arange(chosen.num_layers)
-    _mark(axes, chosen.layers)
+    mark(axes, chosen.layers)
     if debiased.stderr is not None:
         half = 1.96 * debiased.stderr
         axes.fill_between(
@@ -106,7 +107,7 @@ def delta_curve(
         axes.plot(
             layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased δ of unrelated layers (null mean)"
         )
-    _layer_axis(axes, chosen.num_layers)
+    layer_axis(axes, chosen.num_layers)
     axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
@@ -126,17 +127,17 @@ def consensus_figure(
     """
     layers = np.arange(chosen.num_layers)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _mark(above, chosen.layers)
+    mark(above, chosen.layers)
     for index, (name, score) in enumerate(deltas.items()):
         color, dashes = LINES[index % len(LINES)], "-" if index < len(LINES) else "--"
         above.plot(layers, score.values, dashes, marker="o", color=color, markersize=3, linewidth=1.2, label=name)
     above.set_ylabel(next(iter(deltas.values())).name.replace("delta", "δ").replace("_", " "))
     above.legend(frameon=False, fontsize=8, ncols=1 + (len(deltas) > 6), loc="best")
-    _mark(below, chosen.layers, label=False)
+    mark(below, chosen.layers, label=False)
     below.plot(layers, consensus.values, "o-", color=DEBIASED, markersize=4)
     below.set_ylabel("mean rank")
     for axes in (above, below):
-        _layer_axis(axes, chosen.num_layers)
+        layer_axis(axes, chosen.num_layers)
     above.set_xlabel("")
 
 
@@ -177,7 +178,7 @@ def layer_losses(
         axes.plot(
             [0, scores.num_layers - 1] if near else [], [value] * 2 if near else [], "--", color=color, label=text
         )
-    _layer_axis(axes, scores.num_layers)
+    layer_axis(axes, scores.num_layers)
     axes.set_ylabel(axis)
     if title:
         axes.set_title(title, fontsize=11, loc="left")
@@ -194,7 +195,7 @@ def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str], left: Axes
             axes.fill_between(np.arange(score.num_layers), low, high, color=color, alpha=0.18, linewidth=0)
         axes.set_ylabel(name, color=color)
         axes.tick_params(axis="y", labelcolor=color)
-    _layer_axis(left, a.num_layers)
+    layer_axis(left, a.num_layers)
     right.spines["top"].set_visible(False)
 
 
@@ -209,7 +210,7 @@ def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
             low, high = score.values - 1.96 * score.stderr, score.values + 1.96 * score.stderr
             axes.fill_between(layers, low, high, color=LINES[0], alpha=0.2, linewidth=0)
         axes.set_title(f"{name} ({score.direction} is critical)", fontsize=9, loc="left")
-        _layer_axis(axes, score.num_layers)
+        layer_axis(axes, score.num_layers)
         axes.set_xlabel("")
 
 
@@ -249,7 +250,7 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left
             low, high = score.values - 1.96 * score.stderr, np.minimum(score.values + 1.96 * score.stderr, 1)
             right.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
     right.set_ylabel("mean CCA with the neighbours (lines)")
-    _layer_axis(left, delta.num_layers)
+    layer_axis(left, delta.num_layers)
     right.spines["top"].set_visible(False)
     if title:
         left.set_title(title, fontsize=11, loc="left")
@@ -331,40 +332,7 @@ def cross_curve(
     label = f"biased, unrelated layers (null mean{where})"
     axes.plot(layers, null if near else np.full(len(null), np.nan), ".--", color=NULL, markersize=3, label=label)
     axes.ticklabel_format(axis="y", useOffset=False)
-    _layer_axis(axes, len(values))
+    layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
-
-
-def removal_curves(
-    panels: Mapping[str, Mapping[str, np.ndarray]],
-    layers: Sequence[int],
-    chosen: LayerSet,
-    figure: Figure,
-    *,
-    title: str = "",
-) -> None:
-    """Shares over the layers, a panel per measure and a line per set.
-
-    Args:
-        panels: by measure and set, share and interval ``[layers, 3]``.
-        layers: that were measured.
-        chosen: layers to shade.
-        title: title of the figure.
-        figure: figure to draw on, empty.
-    """
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for place, (axes, (measure, curves)) in enumerate(zip(rows, panels.items(), strict=True)):
-        _mark(axes, chosen.layers, label=place == 0)
-        for index, (name, points) in enumerate(curves.items()):
-            color = LINES[index % len(LINES)]
-            axes.fill_between(layers, points[:, 1], points[:, 2], color=color, alpha=0.15, linewidth=0)
-            axes.plot(layers, points[:, 0], "o-", color=color, markersize=3, linewidth=1.4, label=name)
-        _layer_axis(axes, chosen.num_layers)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel(measure)
-        axes.set_xlabel(axes.get_xlabel() if place == len(panels) - 1 else "")
-    rows[0].legend(frameon=False, fontsize=9, title="removed components", title_fontsize=9)
-    if title:
-        rows[0].set_title(title, fontsize=11, loc="left", pad=18)

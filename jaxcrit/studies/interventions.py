@@ -26,6 +26,7 @@ from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
 from jaxcrit.studies.options import InterveneOptions
 
@@ -125,7 +126,7 @@ def one_dataset(config: Any, model: Model, reserve: int = 0) -> Dataset:
 
 def states(decoder: Decoder, dataset: Dataset, model: Model, progress: Bars | None) -> np.ndarray:
     """Last-token states ``[L, N, D]`` of all prompts, on the host."""
-    batches = make_batches(dataset.examples, batch_rows(model, 16))
+    batches = make_batches(dataset.examples, batch_rows(16, model.mesh))
     bar = None if progress is None else progress(total=len(dataset.examples), desc=dataset.name)
     found = capture(
         decoder,
@@ -137,12 +138,6 @@ def states(decoder: Decoder, dataset: Dataset, model: Model, progress: Bars | No
     if bar is not None:
         bar.close()
     return processes.whole(found.hidden)
-
-
-def batch_rows(model: Model, asked: int) -> int:
-    """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
-    split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    return -(-asked // split) * split
 
 
 def critical_layers(spec: LayerSpec, hidden: np.ndarray, model: Model) -> LayerSet:
@@ -194,7 +189,7 @@ def _measure(
     progress: Bars | None,
 ) -> tuple[dict[str, Any], list[str]]:
     example = dataset.examples[config.prompt_index]
-    (batch,) = make_batches([example], batch_rows(model, 1))
+    (batch,) = make_batches([example], batch_rows(1, model.mesh))
     shape = (model.config.num_layers, len(batch.rows), model.config.width)
     found: dict[str, Any] = {
         "prompt": example.prompt,
