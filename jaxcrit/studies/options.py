@@ -16,7 +16,6 @@ from jaxcrit.core.groups import (
     AnalyzeOptions,
     BatchOptions,
     CaptureOptions,
-    FinetuneOptions,
     LayerTrainingOptions,
     MeshOptions,
     ModelOptions,
@@ -113,13 +112,6 @@ class BackdoorOptions(TrainingOptions, title="testing"):
         from jaxcrit.data.poisoning import REFUSAL
 
         return REFUSAL if self.target == "refusal" else self.target
-
-    def training(self) -> FinetuneOptions:
-        """The same in the words of fine-tuning."""
-        names = {field.name for field in dataclasses.fields(FinetuneOptions)}
-        mine = {name: value for name, value in dataclasses.asdict(self).items() if name in names}
-        mine |= dict.fromkeys(("train_embeddings", "train_norms", "train_head"), self.train_outside)
-        return FinetuneOptions(**mine, mode="freeze", layers="all")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
