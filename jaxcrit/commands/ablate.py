@@ -134,21 +134,11 @@ def run_ablate(
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import Ablation
-    from jaxcrit.data.templates import describe_template
     from jaxcrit.evidence.rows import forget_partial, read_back
 
     opened = shared.opened(options, model)
     datasets = opened.read(options, rows, responses=True)
-    with running(
-        "ablate",
-        options,
-        models={"model": opened},
-        datasets=datasets,
-        template=describe_template(opened.tokenizer, options),
-        resolved={"dtype": opened.dtype},
-        keep=keep,
-        read_back=True,
-    ) as run:
+    with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
         examples = [example for dataset in datasets for example in dataset.examples]
@@ -162,7 +152,7 @@ def run_ablate(
         ids = [example.sample_id for example in examples]
         scores = {key: dataclasses.replace(one, deletions=Deletions(left[key], ids)) for key, one in scores.items()}
         run.record["result"] = {"block_evaluations": job.counts}
-        found = Ablated(scores, run.record, run.path if run.kept else None)
+        found = Ablated(scores, run.record, run.out)
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)
             write_deletions(found.out, left, ids)

@@ -105,7 +105,7 @@ def run_correlate(options: CorrelateOptions) -> Correlated:
         for name, score in zip(names, scores, strict=True)
     ]
     with running("correlate", options, models={}, datasets=datasets, keep=bool(options.out)) as run:
-        found = Correlated(names, scores, matrix, pair, warnings, run.path if run.kept else None)
+        found = Correlated(names, scores, matrix, pair, warnings, run.out)
         if found.out is not None:
             content: dict[str, Any] = {"scores": names, "spearman": plain(matrix.tolist())}
             if pair is not None:

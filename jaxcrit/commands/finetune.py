@@ -118,7 +118,6 @@ def run_finetune(
         UserError: see `finetune`; or another run in ``out``.
     """
     from jaxcrit.core.run import running
-    from jaxcrit.data.templates import describe_template
     from jaxcrit.models.model import open_model
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import size
@@ -150,14 +149,13 @@ def run_finetune(
         options,
         models={"model": opened},
         datasets=datasets,
-        template=describe_template(opened.tokenizer, options),
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
         read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
-        out = run.path if run.kept else None
+        out = run.out
         run.record["attention"] = opened.attention(dtype)
         layers = chosen or _critical(options, spec, opened, rows, out, progress)
         parts = partition_of(options, opened.config, layers)

@@ -21,7 +21,6 @@ from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
@@ -91,10 +90,7 @@ def run_backdoor(
     dtype = compute_dtype(options.dtype)
     datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
     datasets += [Dataset(cell, options.eval_data or "held out", found) for cell, found in rows.prompts.cells.items()]
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "backdoor", options, models={"model": model}, datasets=datasets, template=template, resolved={"dtype": dtype}
-    ) as run:
+    with running("backdoor", options, models={"model": model}, datasets=datasets, resolved={"dtype": dtype}) as run:
         run.record["attention"] = model.attention(dtype)
         ranking: tuple[Mapping[str, LayerScores] | None, str, int] = (None, "", 0)
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):

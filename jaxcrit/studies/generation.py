@@ -15,7 +15,6 @@ from jaxcrit.core.files import GrowingText, write_text
 from jaxcrit.core.run import running
 from jaxcrit.data.batches import Batch, choose_buckets, make_batches
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
@@ -74,17 +73,8 @@ def run_generate(
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, "dtype": model.dtype, **dataclasses.asdict(sampling)}
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "generate",
-        options,
-        models={"model": model},
-        datasets=datasets,
-        template=template,
-        resolved=resolved,
-        keep=keep,
-    ) as run:
-        out = run.path if run.kept else None
+    with running("generate", options, models={"model": model}, datasets=datasets, resolved=resolved, keep=keep) as run:
+        out = run.out
         job = _Job(options, model, stop, datasets, out, progress)
         found = {dataset.name: job.rows(dataset) for dataset in datasets}
         run.times["new_tokens"] = job.new_tokens

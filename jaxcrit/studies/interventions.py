@@ -20,7 +20,6 @@ from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import CURVES, layer_scores
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
@@ -84,10 +83,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
         *(dataclasses.replace(one, name=f"steer:{one.name}:{place}") for place, one in enumerate(steering)),
     ]
     resolved = {"dtype": model.dtype, "stop": stop}
-    template = describe_template(model.tokenizer, config)
-    with running(
-        "intervene", config, models={"model": model}, datasets=datasets, template=template, resolved=resolved
-    ) as run:
+    with running("intervene", config, models={"model": model}, datasets=datasets, resolved=resolved) as run:
         decoder = model.decoder(progress)
         hidden = states(decoder, dataset, model, progress)
         layers = critical_layers(spec, hidden, model)

@@ -17,7 +17,6 @@ from jaxcrit.core.options import Options
 from jaxcrit.core.run import running
 from jaxcrit.criteria.registry import of_chosen, parse_criteria
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.backward import response_gradients
 from jaxcrit.evidence.criterion import Criterion, Measured, Needs, Own
 from jaxcrit.evidence.forward import forward_pass
@@ -79,27 +78,25 @@ def run_score(
     base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
     datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward"} else []
     models = {"model": model} | ({} if base is None else {"base": base})
-    template = describe_template(model.tokenizer, options)
     with running(
         "score",
         options,
         models=models,
         datasets=datasets,
-        template=template,
         resolved={"criteria": list(chosen), "dtype": model.dtype},
         further=tuple(own.values()),
         keep=keep,
     ) as run:
         without: dict[str, str] = {}
         of_model = _of_model(chosen, own, model, base, progress)
-        of_data = _of_data(options, chosen, own, model, datasets, run.path if run.kept else None, without, progress)
+        of_data = _of_data(options, chosen, own, model, datasets, run.out, without, progress)
         scores = {
             key: of_model[key] if key in of_model else mean_rank([one[key] for one in of_data.values()])
             for key in chosen
             if key not in without
         }
         warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
-        found = Scored(scores, of_data, warnings, run.record, run.path if run.kept else None)
+        found = Scored(scores, of_data, warnings, run.record, run.out)
         run.record["warnings"] = found.warnings
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)

@@ -16,7 +16,6 @@ from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.core.run import Facts, Run, running
 from jaxcrit.criteria.delta import component_scores, layer_scores
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures
 from jaxcrit.evidence.fingerprint import read_own, read_run
 from jaxcrit.models.model import Bars, Model, open_model
@@ -144,10 +143,7 @@ def _of_model(
     datasets = model.read(asked)
     _refuse_components(ks, options, model, datasets)
     resolved = {"k": list(ks), "dtype": model.dtype}
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "spectrum", options, models={"model": model}, datasets=datasets, template=template, resolved=resolved
-    ) as run:
+    with running("spectrum", options, models={"model": model}, datasets=datasets, resolved=resolved) as run:
         captures = Captures(asked, model, datasets, run.directory, progress)
         results = {}
         for dataset in datasets:
