@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxcrit.commands.ablate import ablate
 from jaxcrit.commands.finetune import finetune
+from jaxcrit.commands.generate import generate
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
 from jaxcrit.core.deletions import Deletions, read_deletions
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from jaxcrit.evidence.states import HiddenStates
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.selection.correlation import Correlation
-    from jaxcrit.studies.generation import Generations
 
 __all__ = [
     "FinishedRun",
@@ -444,37 +444,6 @@ def inspect(model: str | Path | Model = "", rows: Any = None, *, shown: int = 3,
     from jaxcrit.commands.data import DataOptions, inspected
 
     return inspected(options_for(DataOptions, "", options), model, rows, shown)
-
-
-@public
-def generate(
-    model: str | Path | Model = "",
-    rows: Any = None,
-    *,
-    out: str | Path = "",
-    progress: Bars | None = None,
-    **options: Any,
-) -> Generations:
-    """Lets a model answer prompts.
-
-    Args:
-        model: a `Model`, or the name of one, as `load` takes it.
-        rows: prompts, as `Model.read` takes them.
-        out: run directory; empty writes nothing.
-        progress: maker of progress bars (tqdm's signature); None for silence.
-        **options: fields of `GenerateOptions`: ``max_new_tokens``, ``temperature``, ...
-
-    Returns:
-        Answers by dataset, in the order of the prompts; ``.texts`` are those of the only dataset.
-
-    Raises:
-        UserError: a mistake in options, checkpoint or rows.
-    """
-    from jaxcrit.studies.generation import run_generate
-    from jaxcrit.studies.options import GenerateOptions
-
-    asked = options_for(GenerateOptions, out, options)
-    return run_generate(asked, model=model, rows=rows, progress=progress, keep=bool(out))
 
 
 @public

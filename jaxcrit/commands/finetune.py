@@ -326,9 +326,10 @@ def _finished(run: dict[str, Any], out: Path) -> Finetuned:
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
     from jaxcrit.core import processes
-    from jaxcrit.training.loop import METRICS, read_metrics
+    from jaxcrit.core.files import read_lines
+    from jaxcrit.training.loop import METRICS
 
-    return list(processes.share(lambda: read_metrics(out / METRICS)))
+    return list(processes.share(lambda: read_lines(out / METRICS)))
 
 
 def evaluations(metrics: Sequence[Row]) -> list[Row]:

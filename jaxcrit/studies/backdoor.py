@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
+from jaxcrit.core.files import read_json, read_lines, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
@@ -33,7 +33,7 @@ from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import training_steps
-from jaxcrit.training.loop import METRICS, MetricsLog, read_metrics
+from jaxcrit.training.loop import METRICS, MetricsLog
 from jaxcrit.training.optimizer import make_schedule
 from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype
 
@@ -229,7 +229,7 @@ class _Lab:
             bars=self.progress,
             name=folder.name,
         )
-        found = processes.share(lambda: read_metrics(folder / METRICS))
+        found = processes.share(lambda: read_lines(folder / METRICS))
         rows = [row for row in found if row["kind"] == "backdoor"]
         return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
 

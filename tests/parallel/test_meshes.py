@@ -6,6 +6,7 @@ import pytest
 from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions
@@ -13,8 +14,7 @@ from jaxcrit.models import model as session
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.generation import run_generate
-from jaxcrit.studies.options import GenerateOptions, ScoreOptions
+from jaxcrit.studies.options import ScoreOptions
 from jaxcrit.studies.scoring import run_score
 
 

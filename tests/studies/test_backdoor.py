@@ -13,6 +13,7 @@ from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
@@ -25,7 +26,6 @@ from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training import trainer
-from jaxcrit.training.loop import read_metrics
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
 
