@@ -38,7 +38,7 @@ def removal_text(found: Removal) -> str:
         for layer in layers:
             shown = [value(cells[layer, name]) for name in sets]
             rows.append([str(layer), *shown, "◀ critical" if layer in found.critical.layers else ""])
-        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows, [False] * len(rows))]
+        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows)]
     lines += ["", *contrast_lines(found), "", *example_lines(found)]
     lines.append(
         f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s ({found.cpu_seconds} s of CPU);"
@@ -56,7 +56,7 @@ def contrast_lines(found: Removal) -> list[str]:
             cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*measures[measure]) for measure in shown]
             rows.append([*cells, f"{name}: {kind}"])
     title = "differences of means over the layers, paired by prompt, 95 % intervals:"
-    return [title, *aligned([*shown, "set"], rows, [False] * len(rows))]
+    return [title, *aligned([*shown, "set"], rows)]
 
 
 def example_lines(found: Removal) -> list[str]:

@@ -66,7 +66,7 @@ def table(everything: Mapping[str, Mapping[str, Tracking]], ks: Sequence[int], k
     if key == "delta":
         paper = [f"{PAPER[k][0]:+.2f} ({PAPER[k][1]:.2f})" if k in PAPER else "" for k in ks]
         rows.append([*paper, "3", "0.07", "the paper's figure (Llama-2-7B-chat, Dolly)"])
-    return "\n".join(aligned([*(f"top {k}" for k in ks), "best", "p(best)", ""], rows, [False] * len(rows)))
+    return "\n".join(aligned([*(f"top {k}" for k in ks), "best", "p(best)", ""], rows))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -212,7 +212,7 @@ def _table(scores: Mapping[str, LayerScores], style: bool = False) -> str:
         ]
         marks = [key.removeprefix("ablation_") for key, place in worst.items() if place == layer]
         rows.append([str(layer), *cells, f"◀ most needed: {', '.join(marks)}" if marks else ""])
-    return "\n".join(tables.aligned(header, rows, [style and layer in worst.values() for layer in range(len(rows))]))
+    return tables.table(header, rows, [style and layer in worst.values() for layer in range(len(rows))])
 
 
 def _sentences(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> list[str]:

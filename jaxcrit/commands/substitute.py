@@ -370,7 +370,7 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
                 ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
             ]
         )
-    return "\n".join(tables.aligned(header, rows, [style and place == most for place in range(len(rows))]))
+    return tables.table(header, rows, [style and place == most for place in range(len(rows))])
 
 
 def _sentences(run: Mapping[str, Any]) -> list[str]:

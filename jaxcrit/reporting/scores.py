@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Report, Section
-from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.reporting.tables import WIDTH, table
 
 CAVEATS = (
     "Each criterion responds to one thing and is blind to others (docs/criteria.md); none of them is criticality.",
@@ -29,7 +29,7 @@ def score_table(scores: Mapping[str, LayerScores]) -> str:
         layers = range(next(iter(scores.values())).num_layers)
         rows = [["", *(f"({scores[key].direction})" for key in part), ""]]
         rows += [[str(layer), *(_value(scores[key], layer) for key in part), ""] for layer in layers]
-        lines.append("\n".join(aligned(["layer", *part, ""], rows, [False] * len(rows))))
+        lines.append(table(["layer", *part, ""], rows))
     return "\n\n".join(lines)
 
 

@@ -6,11 +6,9 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, Report, Section, on_axes
-from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.reporting.tables import WIDTH, aligned, number, table
 from jaxcrit.selection.tracking import Tracking
 
 if TYPE_CHECKING:
@@ -56,16 +54,16 @@ def tracking_table(found: Tracking) -> str:
         [
             name.removeprefix("cca_"),
             _signed(one.rho),
-            _number(one.p_shift, 3),
+            number(one.p_shift, 3),
             _signed(one.partial),
-            _number(one.p_partial, 3),
+            number(one.p_partial, 3),
             _signed(one.depth[1]),
             "◀ best" if name == found.best else "",
         ]
         for name, one in found.correlations.items()
     ]
     header = ["k", f"ρ with {_shown(found.reference)}", "p (shifts)", "ρ given depth", "p (shifts)", "ρ with depth", ""]
-    return "\n".join(aligned(header, rows, [False] * len(rows)))
+    return table(header, rows)
 
 
 def layer_table(dataset: SpectrumResult, ks: Sequence[int], reference: str) -> str:
@@ -91,23 +89,23 @@ def _layer_lines(dataset: SpectrumResult, ks: Sequence[int], reference: str, err
     for layer in range(delta.num_layers):
         cells = []
         for k, curve in zip(ks, curves, strict=True):
-            cell = _number(curve.values[layer])
+            cell = number(curve.values[layer])
             if errors and curve.stderr is not None and curve.valid[layer]:
-                cell += f" ±{_number(curve.stderr[layer])}"
+                cell += f" ±{number(curve.stderr[layer])}"
             cells.append(cell + ("~" if spectrum.gaps[layer, k - 1] < spectrum.sampling_gap else " "))
         facts = [explained[layer], spectrum.participation_ratio[layer], spectrum.effective_rank[layer]]
         rows.append(
             [
                 str(layer),
-                _number(delta.values[layer]),
+                number(delta.values[layer]),
                 *cells,
-                _number(facts[0], 2),
-                _number(facts[1], 1),
-                _number(facts[2], 1),
+                number(facts[0], 2),
+                number(facts[1], 1),
+                number(facts[2], 1),
                 "",
             ]
         )
-    return aligned(header, rows, [False] * len(rows))
+    return aligned(header, rows)
 
 
 def warnings(analysis: SpectralAnalysis) -> list[str]:
@@ -155,7 +153,3 @@ def _components(key: str) -> str:
 
 def _signed(value: float) -> str:
     return f"{value:+.2f}" if math.isfinite(value) else "-"
-
-
-def _number(value: float | np.floating, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"

@@ -11,7 +11,6 @@ from jaxcrit.core.groups import (
     RESUMES,
     SELECTION,
     TEMPLATES,
-    WHERE,
     AnalyzeOptions,
     BatchOptions,
     CaptureOptions,
@@ -23,7 +22,7 @@ from jaxcrit.core.groups import (
     RowOptions,
     TrainingOptions,
 )
-from jaxcrit.core.options import Options, option
+from jaxcrit.core.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,17 +110,6 @@ class BackdoorOptions(TrainingOptions, title="testing"):
         from jaxcrit.data.poisoning import REFUSAL
 
         return REFUSAL if self.target == "refusal" else self.target
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CompareOptions(Options, title="what", positional=("a", "b")):
-    """What ``jaxcrit compare`` is asked."""
-
-    a: str = option("", "fingerprint.npz, or the run directory with it: the base, say", word="RUN", free=BY_HASH)
-    b: str = option("", "the other: the tuned model, say", word="RUN", free=BY_HASH)
-    out: str = option("", "run directory to write (default: a new one here)", word="DIR", free=WHERE)
-    common: bool = option(False, "leave out samples that only one of them has", group="pairing")
-    allow_template_mismatch: bool = option(False, "compare prompts that were rendered otherwise", group="pairing")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
