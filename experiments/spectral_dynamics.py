@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxcrit.commands.spectrum import SpectrumOptions, run_spectrum
+from jaxcrit.commands.spectrum import report as spectrum_report
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.progress import bars
-from jaxcrit.reporting.spectrum import spectrum_report
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.tracking import Tracking, tracking
-from jaxcrit.studies.options import SpectrumOptions
-from jaxcrit.studies.spectrum import run_spectrum
 
 # PAPER: Llama-2-7B-chat on Dolly, layers 2 to 29, read off its figure: Spearman's ρ with biased δ, and the p of all
 # circular shifts of the one curve against the other, which the paper does not give.

@@ -11,9 +11,7 @@ from jaxcrit.core.groups import (
     RESUMES,
     SELECTION,
     TEMPLATES,
-    AnalyzeOptions,
     BatchOptions,
-    CaptureOptions,
     LayerTrainingOptions,
     MeshOptions,
     ModelOptions,
@@ -23,19 +21,6 @@ from jaxcrit.core.groups import (
     TrainingOptions,
 )
 from jaxcrit.core.options import option
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SpectrumOptions(CaptureOptions, title="scores"):
-    """What ``jaxcrit spectrum`` is asked."""
-
-    run: str = option("", "an earlier analyze run, instead of model and data", word="DIR", group="model and data")
-    k: str = option("1,3,10", "numbers of principal components, with commas", word="LIST")
-
-    def analysis(self) -> AnalyzeOptions:
-        """The same as far as it is about capturing and δ."""
-        shared = {field.name for field in dataclasses.fields(AnalyzeOptions)}
-        return AnalyzeOptions(**{key: value for key, value in dataclasses.asdict(self).items() if key in shared})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
