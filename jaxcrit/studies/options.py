@@ -11,12 +11,10 @@ from jaxcrit.core.groups import (
     RESUMES,
     SELECTION,
     TEMPLATES,
-    BatchOptions,
     LayerTrainingOptions,
     MeshOptions,
     ModelOptions,
     OutOptions,
-    PrecisionOptions,
     RowOptions,
     TrainingOptions,
 )
@@ -95,11 +93,3 @@ class BackdoorOptions(TrainingOptions, title="testing"):
         from jaxcrit.data.poisoning import REFUSAL
 
         return REFUSAL if self.target == "refusal" else self.target
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
-    """What ``jaxcrit score`` is asked."""
-
-    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
-    base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)

@@ -7,6 +7,7 @@ from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.generate import GenerateOptions, run_generate
+from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions
@@ -14,8 +15,6 @@ from jaxcrit.models import model as session
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.options import ScoreOptions
-from jaxcrit.studies.scoring import run_score
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
@@ -29,7 +30,6 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.exporting import export_model
 from jaxcrit.training.trainer import partition_of, rate_factors
 
 
