@@ -14,6 +14,14 @@ from typing import Any
 import numpy as np
 from rationale import BEFORE, rationale
 
+from jaxcrit.commands.intervene import (
+    critical_layers,
+    described,
+    lens,
+    parse_components,
+    removal,
+    states,
+)
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
@@ -23,6 +31,7 @@ from jaxcrit.core.run import versions
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.dataset import Dataset
+from jaxcrit.evaluation.losses import divergence
 from jaxcrit.evaluation.scorers import exact_match
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
@@ -30,15 +39,6 @@ from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
 from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.similarity import Components, principal_components
-from jaxcrit.studies.interventions import (
-    critical_layers,
-    described,
-    divergence,
-    lens,
-    parse_components,
-    removal,
-    states,
-)
 
 RANDOM = "random:"
 _DRAWS = 2000  # of the bootstrap
@@ -163,8 +163,6 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     Raises:
         UserError: any mistake in flags, checkpoint or data.
     """
-    if config.mode not in ("paper", "project"):
-        raise UserError(f"--mode={config.mode}: expected paper or project")
     sets = parse_sets(config.sets)
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     layers = resolve(LayerSpec.parse(config.layers), model.config.num_layers).layers

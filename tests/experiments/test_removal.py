@@ -12,9 +12,8 @@ from removal import RemovalOptions, _random_part, parse_sets, run_removal
 from removal_report import removal_figure, removal_text
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.intervene import InterveneOptions, run_intervene
 from jaxcrit.core.errors import UserError
-from jaxcrit.studies.interventions import run_intervene
-from jaxcrit.studies.options import InterveneOptions
 
 CONFIG = RemovalOptions(
     sets="0;0,2;random:0,2",
