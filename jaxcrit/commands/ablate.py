@@ -133,7 +133,7 @@ def run_ablate(
     from jaxcrit.core.deletions import Deletions, write_deletions
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
-    from jaxcrit.criteria.ablation import Ablation
+    from jaxcrit.criteria.ablation import ablation_losses, accuracies
     from jaxcrit.evidence.rows import forget_partial, read_back
 
     opened = shared.opened(options, model)
@@ -142,16 +142,16 @@ def run_ablate(
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
         examples = [example for dataset in datasets for example in dataset.examples]
-        job = Ablation(
-            opened, examples, options.sites, batch_size=options.batch_size, directory=run.directory, bars=progress
+        how: dict[str, Any] = {"batch_size": options.batch_size, "bars": progress}
+        samples, counts = ablation_losses(
+            opened, examples, options.sites, options.chosen_methods, directory=run.directory, **how
         )
-        samples = job.losses(options.chosen_methods)
         if options.generate:
-            samples["skip_accuracy"] = job.accuracies(options.max_new_tokens)
+            samples["skip_accuracy"] = accuracies(opened, examples, options.sites, options.max_new_tokens, **how)
         scores, left = _scores(options, opened, samples)
         ids = [example.sample_id for example in examples]
         scores = {key: dataclasses.replace(one, deletions=Deletions(left[key], ids)) for key, one in scores.items()}
-        run.record["result"] = {"block_evaluations": job.counts}
+        run.record["result"] = {"block_evaluations": counts}
         found = Ablated(scores, run.record, run.out)
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ from jaxcrit.reporting.tables import shortened
 if TYPE_CHECKING:
     from jaxcrit.data.batches import Batch
     from jaxcrit.data.dataset import Dataset
-    from jaxcrit.models.model import Bars, Model
+    from jaxcrit.models.model import Bars
 
 GENERATIONS = "generations.jsonl"
 _SHOWN = 3
@@ -108,6 +108,7 @@ def run_generate(
     """
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import choose_buckets
+    from jaxcrit.evidence.answers import answers
     from jaxcrit.models.model import open_model, stop_tokens
     from jaxcrit.models.sampling import Sampling
     from jaxcrit.parallel.mesh import batch_rows
@@ -123,12 +124,16 @@ def run_generate(
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
         buckets = choose_buckets(lengths, size, model.config.max_length)
         run.times["new_tokens"] = 0
-        found = {}
+        found, how = {}, {"sampling": sampling, "seed": options.seed}
         for dataset in datasets:
 
             def answer(batch: Batch, dataset: Dataset = dataset) -> list[Row]:
-                made = list(_answers(options, model, sampling, stop, dataset, batch, progress))
-                run.times["new_tokens"] += sum(len(row["token_ids"]) for row in made)
+                made, count, decoder = [], len(dataset.examples), model.decoder(progress)
+                for one in answers(model, decoder, batch, count, options.max_new_tokens, stop=stop, **how):
+                    example = dataset.examples[one.row]
+                    which = {"sample_id": example.sample_id, "row": one.row, "prompt": example.prompt}
+                    made.append({**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped})
+                    run.times["new_tokens"] += len(one.token_ids)
                 return made
 
             folder = None if run.out is None else run.folder(dataset.name, len(datasets) == 1)
@@ -173,39 +178,6 @@ def _rows(
         if processes.first():
             part.unlink(missing_ok=True)
     return rows
-
-
-def _answers(
-    options: GenerateOptions,
-    model: Model,
-    sampling: Any,
-    stop: list[int],
-    dataset: Dataset,
-    batch: Batch,
-    progress: Bars | None,
-) -> Iterator[Row]:
-    """Rows of ``generations.jsonl`` of one batch."""
-    import numpy as np
-
-    from jaxcrit.models import generation
-
-    count = len(dataset.examples)
-    found = generation.generate(
-        model.decoder(progress),
-        batch.tokens,
-        batch.lengths,
-        options.max_new_tokens,
-        stop=stop,
-        sampling=sampling,
-        seed=options.seed,
-        samples=np.where(batch.rows == count, -1, batch.rows),
-        mesh=model.mesh,
-    )
-    for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
-        if row < count:
-            example, answer = dataset.examples[row], model.tokenizer.decode(ids, skip_special_tokens=True)
-            which = {"sample_id": example.sample_id, "row": row, "prompt": example.prompt}
-            yield {**which, "token_ids": ids, "text": answer, "stopped": stopped}
 
 
 def text(found: Generations) -> str:

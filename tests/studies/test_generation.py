@@ -17,7 +17,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
-from jaxcrit.models import generation
+from jaxcrit.evidence import answers
 from jaxcrit.models.generation import generate
 from jaxcrit.models.model import open_model, stop_tokens
 from jaxcrit.parallel.preemption import Preempted
@@ -71,7 +71,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypa
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(generation, "generate", twice)
+    monkeypatch.setattr(answers, "generate", twice)
     with pytest.raises(KeyboardInterrupt):
         run_generate(config)
     part = tmp_path / "run" / "generations.jsonl.part"
@@ -94,7 +94,7 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
         return generate(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"with \d+ of 12 prompts answered"):
-        patch.setattr(generation, "generate", told)
+        patch.setattr(answers, "generate", told)
         run_generate(config)
     kept = (tmp_path / "run/generations.jsonl.part").read_text().splitlines()
     assert 4 <= len(kept) <= 8
