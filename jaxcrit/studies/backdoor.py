@@ -7,8 +7,7 @@ not whether a backdoor that is there can be removed.
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json, read_lines, remove_tree, write_json, write_text
+from jaxcrit.core.files import json_lines, read_json, read_lines, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
@@ -100,10 +99,15 @@ def run_backdoor(
             _partition(options, model, chosen)
         run.precious = True
         for seed, manifest in rows.manifests.items():
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in manifest)
-            write_text(run.path / f"poison-{seed}.jsonl", lines)
+            write_text(run.path / f"poison-{seed}.jsonl", json_lines(manifest))
         lab = _Lab(options, model, rows, run.path, progress)
-        runs = _runs(options, model, arms, frozen, rows, lab, say)
+        none = LayerSet((), "manual", "init", model.config.num_layers)
+        runs = [Run("init", 0, options.seed, none, [lab.initial()])]
+        for arm, chosen in zip(arms, frozen, strict=True):
+            for seed in rows.train:
+                if say is not None and not lab.done(arm, seed):
+                    say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
+                runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
         base = base_rates(rows.prompts, options.response)
         found = study(runs, rows.prompts.near_kinds, base, primary_scorer(options))
         content = {
@@ -117,26 +121,6 @@ def run_backdoor(
         if finish is not None:
             finish(result)
     return result
-
-
-def _runs(
-    options: BackdoorOptions,
-    model: Model,
-    arms: Sequence[Arm],
-    frozen: Sequence[LayerSet],
-    rows: Rows,
-    lab: _Lab,
-    say: Say | None,
-) -> list[Run]:
-    """The untouched model, then every arm with every seed, trained or read."""
-    none = LayerSet((), "manual", "init", model.config.num_layers)
-    runs = [Run("init", 0, options.seed, none, [lab.initial()])]
-    for arm, chosen in zip(arms, frozen, strict=True):
-        for seed in rows.train:
-            if say is not None and not lab.done(arm, seed):
-                say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
-            runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
-    return runs
 
 
 def _curve(run: Run) -> dict[str, Any]:
@@ -158,19 +142,18 @@ class _Lab:
         self.progress = progress
         self.scoring = Scoring(config, model, rows.prompts)
         self.per_step = config.batch_size * config.accumulate
-        self.widths = _widths(rows.train.values(), self.per_step)
+        # Widths of batches for all seeds alike, so that a seed compiles nothing anew.
+        everything = [example for examples in rows.train.values() for example in examples]
+        self.widths = training_steps(everything, self.per_step, 0).buckets
         first = self._data(config.seed)
         self.steps = config.steps or (config.epochs or 1) * first.per_epoch
         make_schedule(config.schedule, config.learning_rate, self.steps, config.warmup)  # refused before any test
         self.trainers: dict[Partition, Trainer] = {}
-        self._weights: dict[str, jax.Array] | None = None
 
     @property
     def weights(self) -> dict[str, jax.Array]:
-        """Of the model before any training; read when first needed."""
-        if self._weights is None:
-            self._weights = self.model.decoder(self.progress).weights()
-        return self._weights
+        """Of the model before any training, which keeps them."""
+        return self.model.decoder(self.progress).weights()
 
     def initial(self) -> dict[str, Any]:
         """The test of the untouched model, made once."""
@@ -236,11 +219,6 @@ class _Lab:
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
         """The model with its trained weights; those of the untouched model stay for the next arm."""
         return Decoder(self.model.config, parts.merge(self.weights, params, held=self.weights))
-
-
-def _widths(sets: Any, rows: int) -> Any:
-    """Widths of batches for all seeds alike, so that a seed compiles nothing anew."""
-    return training_steps([example for examples in sets for example in examples], rows, 0).buckets
 
 
 def _partition(config: BackdoorOptions, model: Model, frozen: LayerSet) -> Partition:
