@@ -223,7 +223,6 @@ def _train(
 ) -> tuple[State, Standing, list[str], list[dict[str, Any]]]:
     """Trains; gives the last state and standing, warnings, and the rows of ``metrics.jsonl`` in process 0."""
     from jaxcrit.core import processes
-    from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
     from jaxcrit.training.data import evaluation_batches
     from jaxcrit.training.loop import METRICS, MetricsLog
     from jaxcrit.training.step import make_evaluation, place
@@ -257,7 +256,8 @@ def _train(
         saves=10,
         patience=options.patience,
         log=log,
-        kept=NoCheckpoints() if out is None else Checkpoints(out, keep=options.keep),
+        out=out,
+        keep=options.keep,
         meta=meta,
         bars=bars,
         name="training",

@@ -30,7 +30,6 @@ from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.options import BackdoorOptions
-from jaxcrit.training.checkpoints import Checkpoints
 from jaxcrit.training.data import training_steps
 from jaxcrit.training.loop import METRICS, MetricsLog
 from jaxcrit.training.optimizer import make_schedule
@@ -207,7 +206,8 @@ class _Lab:
             tests=10,
             saves=1,
             log=log,
-            kept=Checkpoints(folder, keep=1),
+            out=folder,
+            keep=1,
             meta={},
             bars=self.progress,
             name=folder.name,

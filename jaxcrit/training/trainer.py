@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -63,7 +64,8 @@ class Trainer:
         saves: int,
         patience: int = 0,
         log: MetricsLog,
-        kept: Checkpoints | NoCheckpoints,
+        out: Path | None,
+        keep: int,
         meta: dict[str, Any],
         bars: Bars | None,
         name: str,
@@ -79,8 +81,9 @@ class Trainer:
             saves: checkpoints over the run, where ``--checkpoint_every`` does not say.
             patience: tests without improvement before it stops; 0 for never.
             log: where metrics go.
-            kept: where states go.
-            meta: JSON values that are saved with each of them.
+            out: directory whose checkpoints the states are; None keeps none.
+            keep: newest checkpoints kept, besides the best.
+            meta: JSON values that are saved with each state.
             bars: maker of progress bars.
             name: name of the bar.
             listen: makes of the first state what is told every metric.
@@ -114,6 +117,7 @@ class Trainer:
             patience=patience,
             uniform=math.log(self.model.config.vocab_size),
         )
+        kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
         with notice() as leave, kept as checkpoints:
             found = checkpoints.restore(like)
             if found and found.state is not None:
