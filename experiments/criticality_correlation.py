@@ -191,7 +191,7 @@ def table(rows: Sequence[Row], published: str) -> str:
         f"p shift and p: circular shifts, of {first.num_layers} layers never below {1 / first.num_layers:.3f}",
         f"paper: {published}, on the dataset or the one it is shaped like",
     ]
-    return "\n".join([*aligned(header, body, [False] * len(body)), "", *losses, *notes])
+    return "\n".join([*aligned(header, body), "", *losses, *notes])
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

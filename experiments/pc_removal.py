@@ -16,12 +16,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from removal import RemovalOptions, run_removal
+from removal_report import removal_figure, removal_text
+
 from jaxcrit.core import flags, options
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_bytes, write_json
 from jaxcrit.core.progress import bars
-from jaxcrit.reporting.removal import removal_figure, removal_text
-from jaxcrit.studies.removal import RemovalOptions, run_removal
 
 
 def main(arguments: Sequence[str]) -> None:

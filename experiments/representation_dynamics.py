@@ -42,7 +42,7 @@ PRINTED = np.array(
 def table(title: str, names: Sequence[str], matrix: np.ndarray) -> str:
     """A square matrix with its names."""
     rows = [[*(f"{value:.2f}" for value in row), name] for row, name in zip(matrix, names, strict=True)]
-    return "\n".join([title, *aligned([*names, ""], rows, [False] * len(rows))])
+    return "\n".join([title, *aligned([*names, ""], rows)])
 
 
 def mean_off_diagonal(matrix: np.ndarray) -> float:

@@ -17,16 +17,15 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jaxcrit.commands.spectrum import SpectrumOptions, run_spectrum
+from jaxcrit.commands.spectrum import report as spectrum_report
 from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.progress import bars
-from jaxcrit.reporting.spectrum import spectrum_report
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.tracking import Tracking, tracking
-from jaxcrit.studies.options import SpectrumOptions
-from jaxcrit.studies.spectrum import run_spectrum
 
 # PAPER: Llama-2-7B-chat on Dolly, layers 2 to 29, read off its figure: Spearman's ρ with biased δ, and the p of all
 # circular shifts of the one curve against the other, which the paper does not give.
@@ -66,7 +65,7 @@ def table(everything: Mapping[str, Mapping[str, Tracking]], ks: Sequence[int], k
     if key == "delta":
         paper = [f"{PAPER[k][0]:+.2f} ({PAPER[k][1]:.2f})" if k in PAPER else "" for k in ks]
         rows.append([*paper, "3", "0.07", "the paper's figure (Llama-2-7B-chat, Dolly)"])
-    return "\n".join(aligned([*(f"top {k}" for k in ks), "best", "p(best)", ""], rows, [False] * len(rows)))
+    return "\n".join(aligned([*(f"top {k}" for k in ks), "best", "p(best)", ""], rows))
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxcrit.commands.ablate import ablate
+from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
+from jaxcrit.commands.generate import generate
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
 from jaxcrit.core.deletions import Deletions, read_deletions
@@ -32,7 +34,6 @@ if TYPE_CHECKING:
     from jaxcrit.evidence.states import HiddenStates
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.selection.correlation import Correlation
-    from jaxcrit.studies.generation import Generations
 
 __all__ = [
     "FinishedRun",
@@ -81,7 +82,7 @@ class Scores(Mapping[str, LayerScores]):
 
     def table(self) -> str:
         """One row per layer, a column per score with the direction that is critical under its name."""
-        from jaxcrit.reporting.scores import beside, score_table
+        from jaxcrit.commands.score import beside, score_table
 
         return "\n".join([score_table(self.scores), *beside(self.scores)])
 
@@ -253,9 +254,8 @@ def score(
 
     if isinstance(what, HiddenStates):
         return _score_states(what, window, include_self, kernel)
+    from jaxcrit.commands.score import ScoreOptions, run_score
     from jaxcrit.criteria.registry import own_options
-    from jaxcrit.studies.options import ScoreOptions
-    from jaxcrit.studies.scoring import run_score
 
     own = []
     for kind in own_options():
@@ -447,37 +447,6 @@ def inspect(model: str | Path | Model = "", rows: Any = None, *, shown: int = 3,
 
 
 @public
-def generate(
-    model: str | Path | Model = "",
-    rows: Any = None,
-    *,
-    out: str | Path = "",
-    progress: Bars | None = None,
-    **options: Any,
-) -> Generations:
-    """Lets a model answer prompts.
-
-    Args:
-        model: a `Model`, or the name of one, as `load` takes it.
-        rows: prompts, as `Model.read` takes them.
-        out: run directory; empty writes nothing.
-        progress: maker of progress bars (tqdm's signature); None for silence.
-        **options: fields of `GenerateOptions`: ``max_new_tokens``, ``temperature``, ...
-
-    Returns:
-        Answers by dataset, in the order of the prompts; ``.texts`` are those of the only dataset.
-
-    Raises:
-        UserError: a mistake in options, checkpoint or rows.
-    """
-    from jaxcrit.studies.generation import run_generate
-    from jaxcrit.studies.options import GenerateOptions
-
-    asked = options_for(GenerateOptions, out, options)
-    return run_generate(asked, model=model, rows=rows, progress=progress, keep=bool(out))
-
-
-@public
 def compare(a: HiddenStates, b: HiddenStates) -> np.ndarray:
     """Debiased CKA between the layers of two models over the same samples.
 
@@ -494,29 +463,6 @@ def compare(a: HiddenStates, b: HiddenStates) -> np.ndarray:
     if list(a.sample_ids) != list(b.sample_ids):
         raise UserError("expected states of the same samples in the same order; capture both models on the same rows")
     return cka(a, other=b)
-
-
-@public
-def export(model: str | Path | Model, out: str | Path, *, dtype: str = "source") -> Path:
-    """Writes a checkpoint directory that transformers loads.
-
-    Args:
-        model: a `Model`, tuned ones among them, or the name of one.
-        out: directory to make; it must not exist yet or be empty.
-        dtype: dtype of the weights; ``source``, as the checkpoint has it.
-
-    Returns:
-        The directory.
-
-    Raises:
-        UserError: the model cannot be read, or the directory not be written.
-    """
-    from jaxcrit.models.model import Model
-    from jaxcrit.studies.exporting import export_model, export_object
-
-    if isinstance(model, Model):
-        return export_object(model, str(out), dtype)
-    return export_model(str(model), str(out), dtype=dtype).out
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -133,36 +133,26 @@ def run_ablate(
     from jaxcrit.core.deletions import Deletions, write_deletions
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
-    from jaxcrit.criteria.ablation import Ablation
-    from jaxcrit.data.templates import describe_template
+    from jaxcrit.criteria.ablation import ablation_losses, accuracies
     from jaxcrit.evidence.rows import forget_partial, read_back
 
     opened = shared.opened(options, model)
     datasets = opened.read(options, rows, responses=True)
-    with running(
-        "ablate",
-        options,
-        models={"model": opened},
-        datasets=datasets,
-        template=describe_template(opened.tokenizer, options),
-        resolved={"dtype": opened.dtype},
-        keep=keep,
-        read_back=True,
-    ) as run:
+    with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
         examples = [example for dataset in datasets for example in dataset.examples]
-        job = Ablation(
-            opened, examples, options.sites, batch_size=options.batch_size, directory=run.directory, bars=progress
+        how: dict[str, Any] = {"batch_size": options.batch_size, "bars": progress}
+        samples, counts = ablation_losses(
+            opened, examples, options.sites, options.chosen_methods, directory=run.directory, **how
         )
-        samples = job.losses(options.chosen_methods)
         if options.generate:
-            samples["skip_accuracy"] = job.accuracies(options.max_new_tokens)
+            samples["skip_accuracy"] = accuracies(opened, examples, options.sites, options.max_new_tokens, **how)
         scores, left = _scores(options, opened, samples)
         ids = [example.sample_id for example in examples]
         scores = {key: dataclasses.replace(one, deletions=Deletions(left[key], ids)) for key, one in scores.items()}
-        run.record["result"] = {"block_evaluations": job.counts}
-        found = Ablated(scores, run.record, run.path if run.kept else None)
+        run.record["result"] = {"block_evaluations": counts}
+        found = Ablated(scores, run.record, run.out)
         if found.out is not None:
             write_scores(found.out / "scores.json", scores)
             write_deletions(found.out, left, ids)
@@ -222,7 +212,7 @@ def _table(scores: Mapping[str, LayerScores], style: bool = False) -> str:
         ]
         marks = [key.removeprefix("ablation_") for key, place in worst.items() if place == layer]
         rows.append([str(layer), *cells, f"◀ most needed: {', '.join(marks)}" if marks else ""])
-    return "\n".join(tables.aligned(header, rows, [style and layer in worst.values() for layer in range(len(rows))]))
+    return tables.table(header, rows, [style and layer in worst.values() for layer in range(len(rows))])
 
 
 def _sentences(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> list[str]:

@@ -19,7 +19,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.run import Facts, running
-from jaxcrit.reporting.tables import WIDTH, aligned
+from jaxcrit.reporting.tables import WIDTH, aligned, number, table
 
 if TYPE_CHECKING:
     from jaxcrit.reporting.report import Report
@@ -105,7 +105,7 @@ def run_correlate(options: CorrelateOptions) -> Correlated:
         for name, score in zip(names, scores, strict=True)
     ]
     with running("correlate", options, models={}, datasets=datasets, keep=bool(options.out)) as run:
-        found = Correlated(names, scores, matrix, pair, warnings, run.path if run.kept else None)
+        found = Correlated(names, scores, matrix, pair, warnings, run.out)
         if found.out is not None:
             content: dict[str, Any] = {"scores": names, "spearman": plain(matrix.tolist())}
             if pair is not None:
@@ -164,10 +164,6 @@ def _short(places: Sequence[tuple[Path, str]]) -> list[str]:
     return [f"{folder}:{key}" if folder else key for folder, (_, key) in zip(named, places, strict=True)]
 
 
-def _number(value: float, digits: int = 3) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
-
-
 def _p(value: float) -> str:
     if not math.isfinite(value):
         return "-"
@@ -176,21 +172,21 @@ def _p(value: float) -> str:
 
 def pair_table(pair: Correlation, names: Sequence[str]) -> str:
     """One row per statistic: its value, its p, and what the p takes for granted."""
-    interval = "not available" if pair.interval is None else " to ".join(_number(end) for end in pair.interval)
+    interval = "not available" if pair.interval is None else " to ".join(number(end, 3) for end in pair.interval)
     rows = [
-        ["Spearman ρ", _number(pair.rho), _p(pair.p_naive), "naive: as if layers were independent"],
+        ["Spearman ρ", number(pair.rho, 3), _p(pair.p_naive), "naive: as if layers were independent"],
         ["", "", _p(pair.p_shift), f"all circular shifts; never below 1/{pair.num_layers}"],
         ["", "", _p(pair.p_block), f"permuted blocks of {pair.block} layers"],
-        ["Kendall τ", _number(pair.tau), "", ""],
-        ["ρ given depth", _number(pair.partial), _p(pair.p_partial), "circular shifts of what depth leaves"],
+        ["Kendall τ", number(pair.tau, 3), "", ""],
+        ["ρ given depth", number(pair.partial, 3), _p(pair.p_partial), "circular shifts of what depth leaves"],
         *(
-            [f"ρ of {'AB'[index]} with depth", _number(value), "", names[index]]
+            [f"ρ of {'AB'[index]} with depth", number(value, 3), "", names[index]]
             for index, value in enumerate(pair.depth)
         ),
-        ["smallest ρ", _number(pair.smallest), "0.05", f"significant of {pair.num_layers} independent layers"],
+        ["smallest ρ", number(pair.smallest, 3), "0.05", f"significant of {pair.num_layers} independent layers"],
     ]
-    table = aligned(["", "value", "p", ""], rows, [False] * len(rows))
-    return "\n".join([*table, f"95 % interval of ρ over the samples: {interval}"])
+    lines = aligned(["", "value", "p", ""], rows)
+    return "\n".join([*lines, f"95 % interval of ρ over the samples: {interval}"])
 
 
 def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
@@ -203,10 +199,10 @@ def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
         columns = range(start, min(start + fit, len(names)))
         header = ["", *(str(column + 1) for column in columns), ""]
         rows = [
-            [str(row + 1), *(_number(matrix[row, column], 2) for column in columns), name]
+            [str(row + 1), *(number(matrix[row, column], 2) for column in columns), name]
             for row, name in enumerate(short)
         ]
-        parts.append("\n".join(aligned(header, rows, [False] * len(rows))))
+        parts.append(table(header, rows))
     return "\n\n".join(parts)
 
 

@@ -12,7 +12,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import WHERE, LengthOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.options import option
-from jaxcrit.reporting.tables import aligned
+from jaxcrit.reporting.tables import table
 
 if TYPE_CHECKING:
     from jaxcrit.data.dataset import Dataset
@@ -160,7 +160,7 @@ def length_table(lengths: Mapping[str, Lengths], limit: Mapping[str, int]) -> st
         ]
         for name, one in lengths.items()
     ]
-    return "\n".join(aligned(header, rows, [False] * len(rows)))
+    return table(header, rows)
 
 
 def data_text(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
@@ -16,9 +19,13 @@ from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
     from jaxcrit.data.dataset import Dataset
+    from jaxcrit.data.steps import Steps
     from jaxcrit.data.templates import Example
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.reporting.report import Figure
+    from jaxcrit.training.loop import Standing
+    from jaxcrit.training.step import State
+    from jaxcrit.training.trainer import Trainer
 
 OPTIONS = FinetuneOptions
 Row = Mapping[str, Any]
@@ -111,11 +118,12 @@ def run_finetune(
         UserError: see `finetune`; or another run in ``out``.
     """
     from jaxcrit.core.run import running
-    from jaxcrit.data.templates import describe_template
     from jaxcrit.models.model import open_model
     from jaxcrit.models.overlays import Overlay
+    from jaxcrit.models.partition import size
     from jaxcrit.parallel.mesh import parse_mesh
     from jaxcrit.studies.analysis import score_keys
+    from jaxcrit.training.data import training_steps
     from jaxcrit.training.optimizer import make_schedule
     from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
 
@@ -141,19 +149,19 @@ def run_finetune(
         options,
         models={"model": opened},
         datasets=datasets,
-        template=describe_template(opened.tokenizer, options),
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
         read_back=True,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
-        out = run.path if run.kept else None
+        out = run.out
         run.record["attention"] = opened.attention(dtype)
         layers = chosen or _critical(options, spec, opened, rows, out, progress)
         parts = partition_of(options, opened.config, layers)
         train, held = (dataset.examples for dataset in datasets)
-        trainer = Trainer(options, opened, parts, train, held, out)
+        data = training_steps(train, options.batch_size * options.accumulate, options.seed)
+        trainer = Trainer(options, opened, parts, options.steps or (options.epochs or 1) * data.per_epoch)
         run.precious = True
         if out is not None:
             layers.save(out / "layers.json")
@@ -161,19 +169,120 @@ def run_finetune(
         run.record["trained"] = parts.to_json()
         run.save()
         if say is not None:
-            say(trainer.summary(layers))
+            say(summary(options, trainer, layers, data.batch_size))
         began = time.perf_counter()
-        trained = trainer.run(progress)
-        run.record["result"] = trained.result
+        state, best, warnings, rows = _train(options, trainer, data, held, out, progress)
+        step = int(state.step)
+        run.record["result"] = {
+            "steps": step,
+            "best_step": best.best_step,
+            "best_loss": best.best_loss,
+            "model_step": step,
+            "trained_bytes": size(state.params),
+            "optimizer_bytes": size(state.optimizer),
+        }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
         run.record["time"] = run.times
-        step = trained.result["model_step"]
-        tuned = opened.with_overlay(Overlay(parts, trained.params, None if out is None else out.resolve(), step))
-        metrics = trained.metrics if out is None else _metrics(out)
-        found = Finetuned(tuned, run.record, metrics, layers, trained.warnings, out)
+        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step))
+        found = Finetuned(tuned, run.record, rows if out is None else _metrics(out), layers, warnings, out)
         if out is not None:
-            write_curve(out, {"test loss": metrics})
+            write_curve(out, {"test loss": found.metrics})
     return found
+
+
+def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: int) -> str:
+    """What trains and what does not, in words."""
+    parts, config = trainer.parts, trainer.model.config
+    told = [
+        f"{name}{' and tied head' if config.tied and path == 'embed' else ''}"
+        f" {'trained' if path in parts.outside else 'frozen'}"
+        for path, name in {"embed": "embeddings", "norm": "final norm", "head": "head"}.items()
+        if not (config.tied and path == "head")
+    ]
+    lora = parts.lora
+    adapters = ""
+    if lora is not None:
+        adapters = f"; adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
+    bank = parts.abstract(trainer.model.mesh, np.float32)
+    counts = {group: sum(leaf.size for leaf in entries.values()) for group, entries in bank.items()}
+    trained = sum(count for group, count in counts.items() if group in parts.trained)
+    return (
+        f"{'freezing' if options.mode == 'freeze' else 'training'} {chosen}{adapters}; {', '.join(told)}: {trained:,}"
+        f" of {sum(counts.values()):,} parameters ({100 * trained / sum(counts.values()):.1f} %) train, for"
+        f" {trainer.steps} steps of {rows} rows"
+    )
+
+
+def _train(
+    options: FinetuneOptions,
+    trainer: Trainer,
+    data: Steps,
+    held: Sequence[Example],
+    out: Path | None,
+    bars: Bars | None,
+) -> tuple[State, Standing, list[str], list[dict[str, Any]]]:
+    """Trains; gives the last state and standing, warnings, and the rows of ``metrics.jsonl`` in process 0."""
+    from jaxcrit.core import processes
+    from jaxcrit.training.data import evaluation_batches
+    from jaxcrit.training.loop import METRICS, MetricsLog
+    from jaxcrit.training.step import make_evaluation, place
+
+    mesh, parts = trainer.model.mesh, trainer.parts
+    weights = trainer.model.trainable(bars)
+    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=mesh)
+    tests = [place(batch, mesh) for batch in evaluation_batches(held, options.batch_size)]
+
+    def evaluate(params: Any, frozen: Any, _: int) -> Any:
+        sums = [losses(params, frozen, batch) for batch in tests]
+        return sum(sums[1:], sums[0])
+
+    def listen(state: State) -> contextlib.AbstractContextManager[Any]:
+        if out is None or not (options.tensorboard and processes.first()):
+            return contextlib.nullcontext()
+        return _events(out / "tensorboard", int(state.step))
+
+    log = MetricsLog(None if out is None else out / METRICS)
+    meta = {
+        "config": dataclasses.asdict(options),
+        "groups": list(parts.groups),
+        "seed": options.seed,
+        "rows_per_step": data.batch_size,
+    }
+    found = trainer.run(
+        weights,
+        data,
+        evaluate,
+        tests=20,
+        saves=10,
+        patience=options.patience,
+        log=log,
+        out=out,
+        keep=options.keep,
+        meta=meta,
+        bars=bars,
+        name="training",
+        listen=listen,
+    )
+    return *found, log.rows
+
+
+@contextlib.contextmanager
+def _events(folder: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes metrics as event files; TensorBoard is told to forget those of an earlier start beyond this step."""
+    from tensorboardX import SummaryWriter
+
+    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+
+    def listen(row: dict[str, Any]) -> None:
+        for name, value in row.items():
+            if name not in ("kind", "step"):
+                writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+        writer.flush()
+
+    try:
+        yield listen
+    finally:
+        writer.close()
 
 
 def _critical(
@@ -217,9 +326,10 @@ def _finished(run: dict[str, Any], out: Path) -> Finetuned:
 
 def _metrics(out: Path) -> list[dict[str, Any]]:
     from jaxcrit.core import processes
-    from jaxcrit.training.loop import METRICS, read_metrics
+    from jaxcrit.core.files import read_lines
+    from jaxcrit.training.loop import METRICS
 
-    return list(processes.share(lambda: read_metrics(out / METRICS)))
+    return list(processes.share(lambda: read_lines(out / METRICS)))
 
 
 def evaluations(metrics: Sequence[Row]) -> list[Row]:

@@ -1,17 +1,196 @@
-"""``jaxcrit generate``: a model's answers to every prompt."""
+"""``jaxcrit generate``: a model's answers to every prompt, in ``generations.jsonl``."""
 
 from __future__ import annotations
 
-from jaxcrit.studies.options import GenerateOptions
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from jaxcrit.commands import shared
+from jaxcrit.core.groups import SHAPE, BatchOptions, MeshOptions, ModelOptions, OutOptions, RowOptions
+from jaxcrit.core.options import option
+from jaxcrit.reporting.tables import shortened
+
+if TYPE_CHECKING:
+    from jaxcrit.data.batches import Batch
+    from jaxcrit.data.dataset import Dataset
+    from jaxcrit.models.model import Bars
+
+GENERATIONS = "generations.jsonl"
+_SHOWN = 3
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOptions, title="generation"):
+    """What ``jaxcrit generate`` is asked."""
+
+    batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
+    max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
+    stop: str = option("", "more tokens that end an answer, ids or texts, with commas", word="TOKENS")
+    temperature: float = option(0.0, "temperature of the draws; 0 takes the most likely token")
+    top_k: int = option(0, "draws from the k most likely tokens; 0 from all", lowest=0)
+    top_p: float = option(1.0, "draws from the likeliest tokens of this share together")
+    repetition_penalty: float = option(1.0, "above 1 avoids tokens that have been used")
+    seed: int = option(0, "seed of the draws", lowest=0)
+
 
 OPTIONS = GenerateOptions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Generations:
+    """A finished run.
+
+    Attributes:
+        run: what ``run.json`` holds.
+        rows: by dataset, the rows of its ``generations.jsonl``.
+        out: run directory; None where nothing is written.
+    """
+
+    run: dict[str, Any]
+    rows: dict[str, list[Row]]
+    out: Path | None
+
+    @property
+    def texts(self) -> list[str]:
+        """Answers of the only dataset, in the order of its prompts."""
+        (rows,) = self.rows.values()
+        return [row["text"] for row in rows]
 
 
 def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.generation import generations_text
-    from jaxcrit.studies.generation import run_generate
 
-    print(generations_text(run_generate(options, progress=bars)))
+    print(text(run_generate(options, progress=bars)))
     return 0
+
+
+@shared.public
+def generate(
+    model: Any = "", rows: Any = None, *, out: str | Path = "", progress: Bars | None = None, **options: Any
+) -> Generations:
+    """Lets a model answer prompts.
+
+    Args:
+        model: a `Model`, or the name of one, as `load` takes it.
+        rows: prompts, as `Model.read` takes them.
+        out: run directory; empty writes nothing.
+        progress: maker of progress bars (tqdm's signature); None for silence.
+        **options: fields of `GenerateOptions`: ``max_new_tokens``, ``temperature``, ...
+
+    Returns:
+        Answers by dataset, in the order of the prompts; ``.texts`` are those of the only dataset.
+
+    Raises:
+        UserError: a mistake in options, checkpoint or rows.
+    """
+    asked = shared.options_for(GenerateOptions, out, options)
+    return run_generate(asked, model=model, rows=rows, progress=progress, keep=bool(out))
+
+
+def run_generate(
+    options: GenerateOptions, *, model: Any = None, rows: Any = None, progress: Bars | None = None, keep: bool = True
+) -> Generations:
+    """Answers every prompt; goes on where an interrupted run of the same options stopped.
+
+    Args:
+        options: what is asked.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        keep: whether a run directory is written.
+
+    Raises:
+        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    """
+    from jaxcrit.core.run import running
+    from jaxcrit.data.batches import choose_buckets
+    from jaxcrit.evidence.answers import answers
+    from jaxcrit.models.model import open_model, stop_tokens
+    from jaxcrit.models.sampling import Sampling
+    from jaxcrit.parallel.mesh import batch_rows
+
+    sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
+    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    stop = stop_tokens(options.stop, model)
+    datasets = model.read(options, rows, reserve=options.max_new_tokens)
+    # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
+    resolved = {"stop": stop, **dataclasses.asdict(sampling)}
+    with running("generate", options, models={"model": model}, datasets=datasets, resolved=resolved, keep=keep) as run:
+        size = batch_rows(options.batch_size, model.mesh)
+        lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
+        buckets = choose_buckets(lengths, size, model.config.max_length)
+        run.times["new_tokens"] = 0
+        found, how = {}, {"sampling": sampling, "seed": options.seed}
+        for dataset in datasets:
+
+            def answer(batch: Batch, dataset: Dataset = dataset) -> list[Row]:
+                made, count, decoder = [], len(dataset.examples), model.decoder(progress)
+                for one in answers(model, decoder, batch, count, options.max_new_tokens, stop=stop, **how):
+                    example = dataset.examples[one.row]
+                    which = {"sample_id": example.sample_id, "row": one.row, "prompt": example.prompt}
+                    made.append({**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped})
+                    run.times["new_tokens"] += len(one.token_ids)
+                return made
+
+            folder = None if run.out is None else run.folder(dataset.name, len(datasets) == 1)
+            found[dataset.name] = _rows(dataset, size, buckets, folder, answer, progress)
+    return Generations(run.record, found, run.out)
+
+
+def _rows(
+    dataset: Dataset, size: int, buckets: Sequence[int], folder: Path | None, answer: Any, progress: Bars | None
+) -> list[Row]:
+    """Answers of one dataset in the order of its rows; those of an interrupted run are in a part that grows."""
+    from jaxcrit.core import processes
+    from jaxcrit.core.files import GrowingText, json_lines, read_lines, write_text
+    from jaxcrit.core.progress import bar
+    from jaxcrit.data.batches import make_batches
+    from jaxcrit.parallel.preemption import Preempted, notice
+
+    done: dict[int, Row] = {}
+    if folder is not None:
+        file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
+        growing = GrowingText(part)
+        done = {row["row"]: row for row in processes.share(lambda: [*read_lines(part), *read_lines(file)])}
+        if done:  # whole lines only, whatever an interruption left
+            growing.start(json_lines(done.values()))
+    count = len(dataset.examples)
+    batches = make_batches(dataset.examples, size, buckets)
+    left = [batch for batch in batches if not all(row in done or row == count for row in batch.rows.tolist())]
+    with notice() as leave, bar(progress, total=count, desc=dataset.name, initial=len(done)) as shown:
+        for number, batch in enumerate(left, 1):
+            made = answer(batch)
+            done |= {row["row"]: row for row in made}
+            if folder is not None:
+                growing.append(json_lines(made))
+            shown.update(len(made))
+            if leave(number) and number < len(left):
+                if folder is not None:
+                    growing.flush()
+                raise Preempted(f"told to leave with {len(done)} of {count} prompts answered; the same command goes on")
+    rows = [done[row] for row in sorted(done)]
+    if folder is not None:
+        write_text(file, json_lines(rows))
+        if processes.first():
+            part.unlink(missing_ok=True)
+    return rows
+
+
+def text(found: Generations) -> str:
+    """The first answers of every dataset, one line each, how many came to an end, and where all are."""
+    lines = []
+    for name, rows in found.rows.items():
+        lines += [shortened(f"{name} {row['row'] + 1}: {row['text']!r}") for row in rows[:_SHOWN]]
+        stopped, tokens = sum(row["stopped"] for row in rows), sum(len(row["token_ids"]) for row in rows)
+        lines.append(
+            f"{name}: {len(rows)} answers of {tokens / max(len(rows), 1):.1f} tokens on average, {stopped} came to an"
+            f" end by themselves, {len(rows) - stopped} at --max_new_tokens"
+        )
+    if found.out is not None:
+        where = found.out if len(found.rows) == 1 else found.out / "*"
+        lines.append(f"generations: {where / GENERATIONS}")
+    return "\n".join(lines)

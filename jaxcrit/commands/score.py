@@ -1,12 +1,70 @@
-"""``jaxcrit score``: layers by other criteria: weights, states, gradients."""
+"""``jaxcrit score``: layers by other criteria than δ: one pass for all that need the same, one scores.json for all."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
 from jaxcrit.commands import shared
-from jaxcrit.core.options import Options
-from jaxcrit.studies.options import ScoreOptions
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import (
+    BY_HASH,
+    BatchOptions,
+    MeshOptions,
+    ModelOptions,
+    OutOptions,
+    PrecisionOptions,
+    RowOptions,
+)
+from jaxcrit.core.layers import LayerScores
+from jaxcrit.core.options import Options, option
+from jaxcrit.reporting.tables import WIDTH, table
+
+if TYPE_CHECKING:
+    from jaxcrit.data.dataset import Dataset
+    from jaxcrit.evidence.criterion import Criterion, Measured, Needs, Own
+    from jaxcrit.models.model import Bars, Model
+    from jaxcrit.reporting.report import Report
+
+CAVEATS = (
+    "Each criterion responds to one thing and is blind to others (docs/criteria.md); none of them is criticality.",
+    "Many of them rise or fall with depth in any model: compare by jaxcrit correlate, and read what depth leaves.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
+    """What ``jaxcrit score`` is asked."""
+
+    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
+    base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
+
 
 OPTIONS = ScoreOptions
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scored:
+    """A finished run.
+
+    Attributes:
+        scores: by key; of several datasets their mean ranks, for criteria that need data.
+        datasets: by dataset, what needs its data.
+        warnings: what would mislead a reader.
+        run: what ``run.json`` holds.
+        out: run directory; None where nothing is written.
+    """
+
+    scores: dict[str, LayerScores]
+    datasets: dict[str, dict[str, LayerScores]]
+    warnings: list[str]
+    run: dict[str, Any]
+    out: Path | None
 
 
 def extra() -> list[type[Options]]:
@@ -19,16 +77,215 @@ def extra() -> list[type[Options]]:
 def run(options: ScoreOptions, *own: Options) -> int:
     """Scores, writes, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.report import Report
-    from jaxcrit.reporting.scores import scores_report
-    from jaxcrit.studies.scoring import Scored, run_score
 
-    def report(scored: Scored) -> Report:
-        return scores_report(scored.scores, scored.warnings)
+    found = run_score(options, own, progress=bars)
+    return shared.tell(report(found), found.out)
 
-    def finish(scored: Scored) -> None:
-        if scored.out is not None:
-            report(scored).write(scored.out, scored.run)
 
-    scored = run_score(options, own, progress=bars, finish=finish)
-    return shared.tell(report(scored), scored.out)
+def run_score(
+    options: ScoreOptions,
+    given: Sequence[Options] = (),
+    *,
+    model: Any = None,
+    rows: Any = None,
+    progress: Bars | None = None,
+    keep: bool = True,
+) -> Scored:
+    """Scores, and writes the run directory.
+
+    Args:
+        options: what is asked.
+        given: options of single criteria; those of criteria that are not asked for must stand at their defaults.
+        model: model in place of the one that the options name.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars (tqdm's signature), or None for silence.
+        keep: whether a run directory is written.
+
+    Raises:
+        UserError: any mistake in flags, checkpoints or data; then nothing is left in the run directory.
+    """
+    from jaxcrit.core.deletions import write_deletions
+    from jaxcrit.core.layers import write_scores
+    from jaxcrit.core.run import running
+    from jaxcrit.criteria.registry import of_chosen, parse_criteria
+    from jaxcrit.models.model import open_model
+    from jaxcrit.selection.choice import mean_rank
+
+    chosen = parse_criteria(options.criteria, two_models=bool(options.base))
+    own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
+    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
+    datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward"} else []
+    models = {"model": model} | ({} if base is None else {"base": base})
+    resolved, further = {"criteria": list(chosen)}, tuple(own.values())
+    with running(
+        "score", options, models=models, datasets=datasets, resolved=resolved, further=further, keep=keep
+    ) as run:
+        without: dict[str, str] = {}
+        facts = {"model_type": model.config.family, "model_hash": model.model_hash}
+        meta = facts | ({} if base is None else {"base_hash": base.model_hash})
+        results = _measured(chosen, own, _of_weights(chosen, model, base, progress))
+        of_model = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
+        of_data: dict[str, dict[str, LayerScores]] = {}
+        for dataset in datasets:
+            evidence = _of_rows(options, chosen, own, model, dataset, progress)
+            results = _measured(chosen, own, evidence, None if options.criteria else without)
+            meta = {**facts, "dataset": dataset.name, "num_samples": len(dataset.examples)}
+            of_data[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
+            if run.out is None:
+                continue
+            folder = run.folder(dataset.name, len(datasets) == 1)
+            if len(datasets) > 1:
+                write_scores(folder / "scores.json", of_data[dataset.name])
+            if left := {key: one.without_each for key, one in results.items() if one.without_each is not None}:
+                write_deletions(folder, left, dataset.sample_ids)
+        scores = {
+            key: of_model[key] if key in of_model else mean_rank([one[key] for one in of_data.values()])
+            for key in chosen
+            if key not in without
+        }
+        warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
+        run.record["warnings"] = warnings
+        found = Scored(scores, of_data, warnings, run.record, run.out)
+        if found.out is not None:
+            write_scores(found.out / "scores.json", scores)
+            report(found).write(found.out, found.run)
+    return found
+
+
+def _measured(
+    chosen: Mapping[str, Criterion], own: Own, evidence: Mapping[str, Any], without: dict[str, str] | None = None
+) -> dict[str, Measured]:
+    """By key, every criterion whose evidence is there.
+
+    A function that serves several keys is called once. A criterion that refuses its evidence goes into ``without``
+    with the reason; where that is None, the refusal is raised.
+    """
+    made: dict[tuple[Any, int], Any] = {}
+    found: dict[str, Measured] = {}
+    for key in (key for key in chosen if key in evidence):
+        call = chosen[key].score, id(evidence[key])
+        try:
+            if call not in made:
+                made[call] = chosen[key].measured(evidence[key], own)
+        except UserError as error:
+            if without is None:
+                raise
+            without[key] = str(error)
+            continue
+        found[key] = made[call][key] if isinstance(made[call], Mapping) else made[call]
+    return found
+
+
+def _of_weights(chosen: Mapping[str, Criterion], model: Model, base: Model | None, bars: Bars | None) -> dict[str, Any]:
+    """By key, evidence that takes no data."""
+    from jaxcrit.evidence.weights import weight_changes, weight_spectra
+
+    layers = model.config.num_layers
+    found = _pass("weights", chosen, bars, layers, "weights", lambda _, step: weight_spectra(model, step))
+    if base is not None:
+        taken = _pass(
+            "two models", chosen, bars, layers, "both models", lambda _, step: weight_changes(base, model, step)
+        )
+        found |= taken
+    return found
+
+
+def _of_rows(
+    options: ScoreOptions, chosen: Mapping[str, Criterion], own: Own, model: Model, dataset: Dataset, bars: Bars | None
+) -> dict[str, Any]:
+    """By key, evidence from the rows of a dataset."""
+    from jaxcrit.evidence.backward import response_gradients
+    from jaxcrit.evidence.forward import forward_pass
+    from jaxcrit.parallel.mesh import batch_rows
+
+    given = (model, model.decoder(bars), dataset.examples, batch_rows(options.batch_size, model.mesh))
+    count, precision = len(dataset.examples), options.precision
+
+    def forward(wanted: Mapping[str, Criterion], step: Any) -> Any:
+        return forward_pass(*given, wanted, own=own, precision=precision, progress=step)
+
+    def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
+        each = any(one.per_sample for one in wanted.values())
+        return response_gradients(*given, per_sample=each, precision=precision, progress=step)
+
+    return _pass("forward", chosen, bars, count, f"{dataset.name}, forward", forward) | _pass(
+        "backward", chosen, bars, count, f"{dataset.name}, backward", backward
+    )
+
+
+def _pass(
+    needs: Needs, chosen: Mapping[str, Criterion], bars: Bars | None, total: int, name: str, take: Callable[..., Any]
+) -> dict[str, Any]:
+    """By key of the criteria with these needs, what one pass finds for all of them; nothing where there are none."""
+    from jaxcrit.core.progress import bar, moved
+
+    wanted = {key: one for key, one in chosen.items() if one.needs == needs}
+    if not wanted:
+        return {}
+    with bar(bars, total=total, desc=name) as shown:
+        found = take(wanted, moved(shown))
+    return found if needs == "forward" else dict.fromkeys(wanted, found)
+
+
+def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
+    found = []
+    for key, score in scores.items():
+        invalid = np.flatnonzero(~score.valid)
+        if len(invalid):
+            found.append(f"{key}: has no finite value in layers {', '.join(map(str, invalid))}; they are left out")
+        elif np.ptp(score.values) == 0:
+            found.append(f"{key}: is the same in every layer, and chooses none")
+    return found
+
+
+def score_table(scores: Mapping[str, LayerScores]) -> str:
+    """One row per layer, a column per score with its direction under the name; as many parts as the width takes."""
+    parts: list[list[str]] = [[]]
+    for key in scores:
+        if parts[-1] and 5 + sum(max(len(other), 9) + 2 for other in (*parts[-1], key)) > WIDTH:
+            parts.append([])
+        parts[-1].append(key)
+    lines = []
+    for part in parts:
+        rows = [["", *(f"({scores[key].direction})" for key in part), ""]]
+        for layer in range(scores[part[0]].num_layers):
+            rows.append([str(layer), *(_value(scores[key], layer) for key in part), ""])
+        lines.append(table(["layer", *part, ""], rows))
+    return "\n\n".join(lines)
+
+
+def _value(score: LayerScores, layer: int) -> str:
+    value = score.values[layer]
+    return f"{value:.4g}" if score.valid[layer] and math.isfinite(value) else "-"
+
+
+def report(found: Scored) -> Report:
+    """A column per score, a picture of all."""
+    from jaxcrit.reporting import plots
+    from jaxcrit.reporting.report import Figure, Report, Section
+
+    scores = found.scores
+    size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
+    figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
+    section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
+    return Report(["Layers by " + ", ".join(scores), *beside(scores)], found.warnings, [section], CAVEATS)
+
+
+def beside(scores: Mapping[str, LayerScores]) -> list[str]:
+    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts."""
+    told = []
+    if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
+        what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)
+        told.append(
+            f"{what}: mean rank over {scores[ranked[0]].meta['of']} datasets, 0 for the most critical layer; values and"
+            " their errors are in scores.json of each dataset"
+        )
+    for key, score in scores.items():
+        if chance := score.meta.get("chance"):
+            spread = score.meta.get("spread")
+            told.append(
+                f"{key}: by chance {min(chance):.3g} to {max(chance):.3g} (labels permuted)"
+                + (f"; the starts spread by up to {max(spread):.2g}" if spread else "; one start, so no spread")
+            )
+    return told

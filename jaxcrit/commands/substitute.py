@@ -158,7 +158,6 @@ def run_substitute(
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
-    from jaxcrit.data.templates import describe_template
     from jaxcrit.evidence.rows import forget_partial
     from jaxcrit.models.model import check_pair, open_model
 
@@ -177,7 +176,6 @@ def run_substitute(
         options,
         models={"model": upper, "base": lower},
         datasets=datasets,
-        template=describe_template(upper.tokenizer, options),
         resolved={"sets": [list(layers) for layers in plan.sets], "dtype": upper.dtype},
         keep=keep,
         read_back=True,
@@ -207,7 +205,7 @@ def run_substitute(
                 scores[key] = dataclasses.replace(one, deletions=left[key])
         warnings = _warnings(result, lower, upper)
         run.record |= {"result": result, "warnings": warnings}
-        found = Substituted(scores, samples, warnings, run.record, run.path if run.kept else None)
+        found = Substituted(scores, samples, warnings, run.record, run.out)
         if found.out is not None:
             _write_losses(found.out, plan, depth, losses, tokens, examples)
             if scores:
@@ -372,7 +370,7 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
                 ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
             ]
         )
-    return "\n".join(tables.aligned(header, rows, [style and place == most for place in range(len(rows))]))
+    return tables.table(header, rows, [style and place == most for place in range(len(rows))])
 
 
 def _sentences(run: Mapping[str, Any]) -> list[str]:

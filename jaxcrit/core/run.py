@@ -53,6 +53,9 @@ class DescribedModel(Protocol):
     def machine(self) -> dict[str, Any]:
         """JSON values: devices, mesh, form of attention."""
 
+    def settled(self, options: Any) -> dict[str, Any]:
+        """What options come to with this model: ``template``, how it renders rows; ``dtype`` of weights and compute."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Facts:
@@ -79,6 +82,10 @@ class Facts:
         """Nothing: no devices have been at work."""
         return {}
 
+    def settled(self, options: Any) -> dict[str, Any]:
+        """Nothing: no weights are at hand."""
+        return {}
+
 
 @dataclasses.dataclass(eq=False)
 class Run:
@@ -103,7 +110,7 @@ class Run:
         """The run directory.
 
         Raises:
-            AssertionError: nothing is to be written; see `kept`.
+            AssertionError: nothing is to be written; see `out`.
         """
         assert self.directory is not None
         return self.directory.path
@@ -112,6 +119,11 @@ class Run:
     def kept(self) -> bool:
         """Whether the run writes anything."""
         return self.directory is not None
+
+    @property
+    def out(self) -> Path | None:
+        """The run directory; None where nothing is to be written."""
+        return None if self.directory is None else self.directory.path
 
     @property
     def complete(self) -> bool:
@@ -137,7 +149,7 @@ def running(
     *,
     models: Mapping[str, DescribedModel],
     datasets: Sequence[Described] = (),
-    template: Mapping[str, str] | None = None,
+    template: Any = None,
     resolved: Mapping[str, Any] | None = None,
     also: Mapping[str, Any] | None = None,
     further: Sequence[Options] = (),
@@ -153,8 +165,8 @@ def running(
         options: what is asked; the options that are not free determine the results.
         models: models by role, ``model`` first; the first names the directory.
         datasets: rendered datasets.
-        template: how rows were rendered: ``mode``, ``edition``, and the ``hash`` that tells renderings apart.
-        resolved: values that stand for options in what determines the results: the dtype chosen, layers by number.
+        resolved: values that stand for options in what determines the results, such as layers by number; the dtype of
+            the first model does so without being named.
         also: further JSON values that determine the results.
         further: further options, of single criteria; they stand beside the others.
         keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
@@ -170,16 +182,18 @@ def running(
     """
     described = {role: model.describe() for role, model in models.items()}
     data = {one.name: one.describe() for one in datasets}
+    first = next(iter(models.values()), None)
+    settled = first.settled(options) if first else {}
+    template = settled.pop("template", None) or template
     determines = {
         "command": command,
-        "config": _joined(determining, options, further) | dict(resolved or {}),
+        "config": _joined(determining, options, further) | settled | dict(resolved or {}),
         **{f"{role}_hash": one["hash"] for role, one in described.items()},
         **({"template_hash": template["hash"]} if template else {}),
         **(also or {}),
         "data": {name: one["hash"] for name, one in data.items()},
         "jaxcrit": __version__,
     }
-    first = next(iter(models.values()), None)
     name = f"{command}-{first.short_name if first else ''}-{sha256_json(determines)[:8]}".replace("--", "-")
     out = as_path(given) if (given := getattr(options, "out", "")) else Path(RUNS) / name
     directory = RunDirectory.open(out, determines) if keep else None
@@ -193,7 +207,7 @@ def running(
         "config": _joined(as_json, options, further),
         "determines": determines,
         **described,
-        **({"template": dict(template)} if template else {}),
+        **({"template": template} if template else {}),
         "data": data,
         **(first.machine() if first else {}),
         "versions": versions(),

@@ -18,18 +18,18 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcrit.core import processes
+from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.criteria.substitution import Sites
-from jaxcrit.data import batches as data
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.scorers import exact_match
+from jaxcrit.evidence.answers import answers
 from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, Variant, enter, planned_evaluations, sweep
 from jaxcrit.models.decoder import Block, Decoder, layer_windows, run
-from jaxcrit.models.generation import generate
 from jaxcrit.models.model import Bars, Model, stop_tokens
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.parallel.mesh import batch_rows
@@ -116,103 +116,78 @@ def _order(num_layers: int) -> np.ndarray:
     return np.stack([layers, layers], axis=1)
 
 
-class Ablation:
-    """Losses and right answers of a model without each of its layers, over rows with responses."""
+def ablation_losses(
+    model: Model,
+    examples: Sequence[Example],
+    sites: Sites,
+    methods: Sequence[str],
+    *,
+    batch_size: int,
+    directory: RunDirectory | None,
+    bars: Bars | None,
+) -> tuple[dict[str, SampleLosses], dict[str, Any]]:
+    """Losses of each row without each layer.
 
-    def __init__(
-        self,
-        model: Model,
-        examples: Sequence[Example],
-        sites: Sites,
-        *,
-        batch_size: int,
-        directory: RunDirectory | None,
-        bars: Bars | None,
-    ):
-        self.model, self.examples, self.sites, self.batch_size = model, examples, sites, batch_size
-        self.directory, self.bars = directory, bars
-        self.depth = model.config.num_layers
-        self.weights = model.decoder(bars).weights()
-        self.counts: dict[str, Any] = {}
+    Args:
+        model: model whose layers are put out of action.
+        examples: N rendered rows with responses.
+        sites: whole blocks, or their attention or MLP alone.
+        methods: ``skip`` and ``mean``.
+        batch_size: rows per forward pass.
+        directory: directory of the run, where what is done survives an interruption; None keeps nothing.
+        bars: maker of progress bars.
 
-    def losses(self, methods: Sequence[str]) -> dict[str, SampleLosses]:
-        """By method, losses of each sample without each layer."""
-        inside = {path: value for path, value in self.weights.items() if path.startswith("blocks.")}
-        blocks = Block(self.model.config, {path.removeprefix("blocks."): value for path, value in inside.items()})
-        width, extra = self.model.config.width, 0
-        made = []
-        for method in methods:
-            shift = jnp.zeros((self.depth, width))
-            if method == "mean":
-                shift, extra = self._mean_updates(blocks), self.depth
-            made += variants(self.depth, shift)
-        whole = intact(self.depth, width)
-        made.append(whole)
+    Returns:
+        Losses by method, and counts of block evaluations.
+    """
+    depth, width, weights = model.config.num_layers, model.config.width, model.decoder(bars).weights()
+    inside = {path: value for path, value in weights.items() if path.startswith("blocks.")}
+    blocks = Block(model.config, {path.removeprefix("blocks."): value for path, value in inside.items()})
+    made = []
+    for method in methods:
+        shift = jnp.zeros((depth, width))
+        if method == "mean":
+            total, count = np.zeros((depth, width)), 0
+            for _, placed in batches_of(examples, batch_size, model):
+                sums, tokens, _ = update_sums(blocks, weights, placed, sites)
+                total, count = total + sums, count + tokens
+            shift = jnp.asarray(total / count, jnp.float32)
+        made += variants(depth, shift)
+    whole = intact(depth, width)
+    made.append(whole)
 
-        def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
-            found = sweep(blocks, self.weights, whole, made, batch, edit=ablate(self.sites), progress=step)
-            return found.losses, found.tokens
+    def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+        found = sweep(blocks, weights, whole, made, batch, edit=ablate(sites), progress=step)
+        return found.losses, found.tokens
 
-        planned = planned_evaluations(made, self.depth)
-        losses, tokens, batches = sample_losses(
-            self.examples, self.batch_size, self.model, self.directory, take, len(made), planned, self.bars
-        )
-        self.counts = {
-            "sweep": planned,
-            "forward_passes": planned / self.depth,
-            "a_pass_each": len(made) * self.depth,
-            "means": extra,
-            "batches": batches,
-        }
-        layers = np.arange(self.depth)
-        return {
-            method: SampleLosses(layers, losses[place * self.depth :][: self.depth], losses[-1], tokens)
-            for place, method in enumerate(methods)
-        }
+    planned = planned_evaluations(made, depth)
+    losses, counted, batches = sample_losses(examples, batch_size, model, directory, take, len(made), planned, bars)
+    counts = {
+        "sweep": planned,
+        "forward_passes": planned / depth,
+        "a_pass_each": len(made) * depth,
+        "means": depth if "mean" in methods else 0,
+        "batches": batches,
+    }
+    each = {method: losses[place * depth :][:depth] for place, method in enumerate(methods)}
+    return {method: SampleLosses(np.arange(depth), mine, losses[-1], counted) for method, mine in each.items()}, counts
 
-    def _mean_updates(self, blocks: Block) -> Any:
-        """``[L, D]`` what each layer's site adds to the stream, mean over all real tokens of all rows."""
-        total, count = np.zeros((self.depth, self.model.config.width)), 0
-        for _, placed in batches_of(self.examples, self.batch_size, self.model):
-            sums, tokens, _ = update_sums(blocks, self.weights, placed, self.sites)
-            total, count = total + sums, count + tokens
-        return jnp.asarray(total / count, jnp.float32)
 
-    def accuracies(self, max_new_tokens: int) -> SampleLosses:
-        """Whether each answer is the row's response word for word, with each layer skipped and with none."""
-        batches = make_batches(self.examples, batch_rows(self.batch_size, self.model.mesh))
-        right = np.zeros((self.depth + 1, len(self.examples)))
-        bar = None if self.bars is None else self.bars(total=right.size, desc="answers", unit=" answers")
-        for layer in range(self.depth + 1):
-            weights = self.weights if layer == self.depth else silenced(self.weights, layer, self.sites)
-            decoder = Decoder(self.model.config, weights)
+def accuracies(
+    model: Model, examples: Sequence[Example], sites: Sites, max_new_tokens: int, *, batch_size: int, bars: Bars | None
+) -> SampleLosses:
+    """Whether each answer is the row's response word for word, with each layer skipped and with none."""
+    depth, weights, stop = model.config.num_layers, model.decoder(bars).weights(), stop_tokens("", model)
+    batches = make_batches(examples, batch_rows(batch_size, model.mesh))
+    right = np.zeros((depth + 1, len(examples)))
+    with bar(bars, total=right.size, desc="answers", unit=" answers") as shown:
+        for layer in range(depth + 1):
+            decoder = Decoder(model.config, weights if layer == depth else silenced(weights, layer, sites))
             for batch in batches:
-                rows = batch.rows[batch.rows < len(self.examples)]
-                right[layer, rows] = self._right(decoder, batch, max_new_tokens)
-                if bar is not None:
-                    bar.update(len(rows))
-        if bar is not None:
-            bar.close()
-        return SampleLosses(np.arange(self.depth), right[:-1], right[-1], np.ones(len(self.examples), np.int64))
-
-    def _right(self, decoder: Decoder, batch: data.Batch, max_new_tokens: int) -> np.ndarray:
-        fills = batch.rows == len(self.examples)
-        found = generate(
-            decoder,
-            batch.tokens,
-            batch.lengths,
-            max_new_tokens,
-            stop=stop_tokens("", self.model),
-            samples=np.where(fills, -1, batch.rows),
-            mesh=self.model.mesh,
-        )
-        texts = [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found.token_ids]
-        pairs = [
-            (text, self.examples[row].response or "")
-            for text, row in zip(texts, batch.rows, strict=True)
-            if row < len(self.examples)
-        ]
-        return exact_match([text for text, _ in pairs], [gold for _, gold in pairs])
+                for one in answers(model, decoder, batch, len(examples), max_new_tokens, stop=stop):
+                    right[layer, one.row] = exact_match([one.text], [examples[one.row].response or ""])[0]
+                    shown.update(1)
+    return SampleLosses(np.arange(depth), right[:-1], right[-1], np.ones(len(examples), np.int64))
 
 
 CRITERIA = {

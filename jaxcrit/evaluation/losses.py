@@ -133,3 +133,10 @@ def response_losses(
     targets = jnp.roll(tokens, -1, axis=1)
     counted = jnp.roll(learn, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
     return token_losses(hidden, norm, head, targets, eps, mesh) * counted, counted
+
+
+@jax.jit
+def divergence(scores: jax.Array, other: jax.Array) -> jax.Array:
+    """KL(softmax(scores) || softmax(other)) in nats: ``[..., V]`` both, ``[...]``."""
+    log_p, log_q = jax.nn.log_softmax(scores), jax.nn.log_softmax(other)
+    return jnp.maximum(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), 0)  # rounding may take it below

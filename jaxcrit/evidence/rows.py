@@ -13,12 +13,13 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.files import read_npz, write_npz
 from jaxcrit.core.layers import LayerScores, read_scores
+from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.variants import Batch
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import batch_rows, batch_sharding
 from jaxcrit.parallel.preemption import Preempted, notice
 
 _PARTIAL = "partial.npz"
@@ -66,16 +67,6 @@ def sample_losses(
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
     batches = list(batches_of(examples, batch_size, model))
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
-    bar = (
-        None
-        if progress is None
-        else progress(
-            total=len(batches) * evaluations,
-            desc="layers",
-            unit=" block evaluations",
-            initial=(len(batches) - len(left)) * evaluations,
-        )
-    )
     saved = time.monotonic()
 
     def save() -> None:
@@ -84,10 +75,11 @@ def sample_losses(
         meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
         write_npz(directory.path / _PARTIAL, {"losses": losses, "tokens": tokens}, meta)
 
+    whole = {"total": len(batches) * evaluations, "initial": (len(batches) - len(left)) * evaluations}
     try:
-        with notice() as leave:
+        with notice() as leave, bar(progress, **whole, desc="layers", unit=" block evaluations") as shown:
             for number, (rows, batch) in enumerate(left, 1):
-                sums, counts = take(batch, None if bar is None else bar.update)
+                sums, counts = take(batch, shown.update)
                 real = rows < len(examples)
                 losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
                 tokens[rows[real]] = counts[real]
@@ -101,8 +93,6 @@ def sample_losses(
     finally:
         if np.isfinite(losses).any():
             save()
-        if bar is not None:
-            bar.close()
     return losses, tokens, len(batches)
 
 
@@ -114,8 +104,7 @@ def batches_of(examples: Sequence[Example], batch_size: int, model: Model) -> It
         batch_size: rows per batch; rounded up to what divides over the mesh.
         model: model, on its mesh.
     """
-    split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-    for batch in make_batches(examples, -(-batch_size // split) * split, prompt_only=False):
+    for batch in make_batches(examples, batch_rows(batch_size, model.mesh), prompt_only=False):
         arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
         yield batch.rows, jax.device_put(arrays, batch_sharding(model.mesh))
 

@@ -18,6 +18,7 @@ from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.dataset import Dataset, Limits, read_datasets
+from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
@@ -93,6 +94,10 @@ class Model:
         device = jax.devices()[0]
         devices = {"kind": device.device_kind, "platform": device.platform, "mesh": dict(self.mesh.shape)}
         return {"devices": devices, "attention": self.attention()}
+
+    def settled(self, options: Any) -> dict[str, Any]:
+        """What options come to with this model: how it renders rows, the dtype of its weights and compute."""
+        return {"template": describe_template(self.tokenizer, options), "dtype": self.dtype}
 
     def attention(self, dtype: str = "") -> str:
         """The form that attention takes for the longest rows, in this dtype of compute; default the model's."""

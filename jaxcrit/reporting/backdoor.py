@@ -70,7 +70,7 @@ def _arms(study: Json) -> list[str]:
     ]
     notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are gold ones;"]
     notes += ["clean loss: nats per token, ± 95 % over seeds; half: success 0.5 (runs that get there)"]
-    return [*aligned(head, rows, [False] * len(rows)), *notes]
+    return [*aligned(head, rows), *notes]
 
 
 def _contrasts(study: Json) -> list[str]:
@@ -120,7 +120,7 @@ def _scorers(study: Json) -> list[str]:
     notes = ["answers to triggered prompts; exact, contains: the target; refusal, paper's: refusals by the clean"]
     notes += ["and the paper's rule; logp: of the target, per token; task loss: of poisoned and clean rows; equal"]
     notes += ["loss: attack success at one clean loss (runs that pass it)"]
-    return [*aligned(head, rows, [False] * len(rows)), *notes]
+    return [*aligned(head, rows), *notes]
 
 
 def _share(one: Json) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from jaxcrit.reporting.plots import LINES
+from jaxcrit.reporting.plots import LINES, clean
 
 
 def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]], axes: Axes) -> None:
@@ -53,6 +53,5 @@ def _attack_axes(axes: Axes, xlabel: str) -> None:
     axes.set_xlabel(xlabel)
     axes.set_ylabel("attack success with the trigger")
     axes.set_ylim(-0.03, 1.03)
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     axes.legend(frameon=False, fontsize=9)

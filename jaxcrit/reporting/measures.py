@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
-import numpy as np
-
 from jaxcrit.core.layers import LayerScores
-from jaxcrit.reporting.tables import aligned
+from jaxcrit.reporting.tables import number, table
 from jaxcrit.selection.correlation import spearman
 
 
@@ -26,13 +23,9 @@ def measures_table(scores: Mapping[str, LayerScores]) -> str:
         return ""
     columns = {"δ debiased": scores["delta_debiased"], **others}
     rows = [
-        [str(layer), *(_number(score.values[layer]) for score in columns.values()), ""]
+        [str(layer), *(number(score.values[layer]) for score in columns.values()), ""]
         for layer in range(scores["delta_debiased"].num_layers)
     ]
     rhos = [spearman(scores["delta_debiased"].values, score.values) for score in columns.values()]
-    rows.append(["ρ", *(_number(rho, 2) for rho in rhos), "Spearman's with δ debiased"])
-    return "\n".join(aligned(["layer", *columns, ""], rows, [False] * len(rows)))
-
-
-def _number(value: float | np.floating, digits: int = 4) -> str:
-    return f"{value:.{digits}f}" if math.isfinite(value) else "-"
+    rows.append(["ρ", *(number(rho, 2) for rho in rhos), "Spearman's with δ debiased"])
+    return table(["layer", *columns, ""], rows)

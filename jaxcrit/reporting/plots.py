@@ -32,7 +32,7 @@ class Drawing(Figure):
         return buffer.getvalue()
 
 
-def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
+def mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
     """Shades each run of chosen layers and writes its numbers along the upper edge."""
     for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1] - item[0]):
         run = [layer for _, layer in group]
@@ -43,12 +43,25 @@ def _mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
             axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
 
 
-def _layer_axis(axes: Axes, num_layers: int) -> None:
+def clean(axes: Axes) -> None:
+    """A light grid, and no frame above and on the right."""
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _band(axes: Axes, score: LayerScores, color: str, alpha: float, most: float = np.inf) -> None:
+    """A score ±1.96 standard errors, where it has them, cut at the most that it can be."""
+    if score.stderr is not None:
+        low, high = score.values - 1.96 * score.stderr, np.minimum(score.values + 1.96 * score.stderr, most)
+        axes.fill_between(np.arange(score.num_layers), low, high, color=color, alpha=alpha, linewidth=0)
+
+
+def layer_axis(axes: Axes, num_layers: int) -> None:
+    """Labels and limits of an axis of layers, and a light grid."""
     axes.set_xlim(-0.5, num_layers - 0.5)
     axes.set_xlabel("layer ℓ (0-based decoder block)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
 
 
 def cka_heatmap(
@@ -94,19 +107,15 @@ def delta_curve(
     """
     debiased, biased = scores["delta_debiased"], scores["delta"]
     layers = np.arange(chosen.num_layers)
-    _mark(axes, chosen.layers)
-    if debiased.stderr is not None:
-        half = 1.96 * debiased.stderr
-        axes.fill_between(
-            layers, debiased.values - half, debiased.values + half, color=DEBIASED, alpha=0.22, linewidth=0
-        )
+    mark(axes, chosen.layers)
+    _band(axes, debiased, DEBIASED, 0.22)
     axes.plot(layers, debiased.values, "o-", color=DEBIASED, markersize=4, label="debiased, ±1.96 s.e.")
     axes.plot(layers, biased.values, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased (the paper's)")
     if null is not None:
         axes.plot(
             layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased δ of unrelated layers (null mean)"
         )
-    _layer_axis(axes, chosen.num_layers)
+    layer_axis(axes, chosen.num_layers)
     axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
     if title:
         axes.set_title(title, fontsize=11, loc="left", pad=18)
@@ -126,17 +135,17 @@ def consensus_figure(
     """
     layers = np.arange(chosen.num_layers)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    _mark(above, chosen.layers)
+    mark(above, chosen.layers)
     for index, (name, score) in enumerate(deltas.items()):
         color, dashes = LINES[index % len(LINES)], "-" if index < len(LINES) else "--"
         above.plot(layers, score.values, dashes, marker="o", color=color, markersize=3, linewidth=1.2, label=name)
     above.set_ylabel(next(iter(deltas.values())).name.replace("delta", "δ").replace("_", " "))
     above.legend(frameon=False, fontsize=8, ncols=1 + (len(deltas) > 6), loc="best")
-    _mark(below, chosen.layers, label=False)
+    mark(below, chosen.layers, label=False)
     below.plot(layers, consensus.values, "o-", color=DEBIASED, markersize=4)
     below.set_ylabel("mean rank")
     for axes in (above, below):
-        _layer_axis(axes, chosen.num_layers)
+        layer_axis(axes, chosen.num_layers)
     above.set_xlabel("")
 
 
@@ -165,9 +174,7 @@ def layer_losses(
     if len(random):
         low, high = np.percentile(random, (5, 95))
         axes.axhspan(low, high, color=NULL, alpha=0.18, linewidth=0, label=f"{len(random)} random sets, 5-95 %")
-    if scores.stderr is not None:
-        half = 1.96 * scores.stderr
-        axes.fill_between(layers, values - half, values + half, color=DEBIASED, alpha=0.22, linewidth=0)
+    _band(axes, scores, DEBIASED, 0.22)
     axes.plot(layers, values, "o-", color=DEBIASED, markersize=4, label=f"{label}, ±1.96 s.e.")
     low, high = np.nanmin(values), np.nanmax(values)
     reach = max(high - low, 1e-12)
@@ -177,7 +184,7 @@ def layer_losses(
         axes.plot(
             [0, scores.num_layers - 1] if near else [], [value] * 2 if near else [], "--", color=color, label=text
         )
-    _layer_axis(axes, scores.num_layers)
+    layer_axis(axes, scores.num_layers)
     axes.set_ylabel(axis)
     if title:
         axes.set_title(title, fontsize=11, loc="left")
@@ -189,12 +196,10 @@ def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str], left: Axes
     right = left.twinx()
     for axes, score, name, color, marker in ((left, a, names[0], LINES[0], "o"), (right, b, names[1], LINES[1], "s")):
         axes.plot(np.arange(score.num_layers), score.values, f"{marker}-", color=color, markersize=4)
-        if score.stderr is not None:
-            low, high = score.values - 1.96 * score.stderr, score.values + 1.96 * score.stderr
-            axes.fill_between(np.arange(score.num_layers), low, high, color=color, alpha=0.18, linewidth=0)
+        _band(axes, score, color, 0.18)
         axes.set_ylabel(name, color=color)
         axes.tick_params(axis="y", labelcolor=color)
-    _layer_axis(left, a.num_layers)
+    layer_axis(left, a.num_layers)
     right.spines["top"].set_visible(False)
 
 
@@ -203,13 +208,10 @@ def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
     rows = -(-len(scores) // 2)
     for place, (name, score) in enumerate(scores.items(), 1):
         axes = figure.add_subplot(rows, 2, place)
-        layers = np.arange(score.num_layers)
-        axes.plot(layers, score.values, "o-", color=LINES[0], markersize=3, linewidth=1.2)
-        if score.stderr is not None:
-            low, high = score.values - 1.96 * score.stderr, score.values + 1.96 * score.stderr
-            axes.fill_between(layers, low, high, color=LINES[0], alpha=0.2, linewidth=0)
+        axes.plot(np.arange(score.num_layers), score.values, "o-", color=LINES[0], markersize=3, linewidth=1.2)
+        _band(axes, score, LINES[0], 0.2)
         axes.set_title(f"{name} ({score.direction} is critical)", fontsize=9, loc="left")
-        _layer_axis(axes, score.num_layers)
+        layer_axis(axes, score.num_layers)
         axes.set_xlabel("")
 
 
@@ -222,8 +224,7 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Ax
         axes.annotate(str(layer), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
 
 
 def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left: Axes, *, title: str = "") -> None:
@@ -245,11 +246,9 @@ def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left
     for index, (label, score) in enumerate(curves.items()):
         color = LINES[index % len(LINES)]
         right.plot(layers, score.values, "o-", color=color, markersize=3.5, linewidth=1.4, label=label)
-        if score.stderr is not None:
-            low, high = score.values - 1.96 * score.stderr, np.minimum(score.values + 1.96 * score.stderr, 1)
-            right.fill_between(layers, low, high, color=color, alpha=0.18, linewidth=0)
+        _band(right, score, color, 0.18, most=1)
     right.set_ylabel("mean CCA with the neighbours (lines)")
-    _layer_axis(left, delta.num_layers)
+    layer_axis(left, delta.num_layers)
     right.spines["top"].set_visible(False)
     if title:
         left.set_title(title, fontsize=11, loc="left")
@@ -269,8 +268,7 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("test loss (nats per response token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     axes.legend(frameon=False, fontsize=9)
 
 
@@ -294,35 +292,22 @@ def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:
     axes.set_ylim(-0.03, 1.03)
     axes.set_xlabel(f"prompts (dotted: the {num_prompts:,} of this run)")
     axes.set_ylabel("how often")
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
+    clean(axes)
     axes.legend(frameon=False, fontsize=9, loc="lower right")
 
 
-def cross_curve(
-    values: np.ndarray, axes: Axes, *, biased: np.ndarray, null: np.ndarray, stderr: np.ndarray | None, title: str
-) -> None:
+def cross_curve(cka: Mapping[str, np.ndarray], axes: Axes, *, title: str) -> None:
     """CKA of each layer of one model with its partner in another: debiased with errors, biased and null beside it.
 
     Args:
-        values: ``[L]`` debiased.
-        biased: ``[L]``.
-        null: ``[L]`` what unrelated layers would score by the biased one.
-        stderr: ``[L]`` of the debiased values.
-        title: title of the figure.
+        cka: ``debiased``, ``biased``, ``null_mean``, and ``stderr`` of the debiased where it is known, each ``[L]``.
         axes: axes to draw on.
+        title: title of the figure.
     """
-    layers = np.arange(len(values))
-    axes.errorbar(
-        layers,
-        values,
-        None if stderr is None else 1.96 * stderr,
-        fmt="o-",
-        color=DEBIASED,
-        markersize=4,
-        capsize=2,
-        label="debiased, ±1.96 s.e.",
-    )
+    values, biased, null = cka["debiased"], cka["biased"], cka["null_mean"]
+    layers, half = np.arange(len(values)), 1.96 * cka["stderr"] if "stderr" in cka else None
+    style = {"fmt": "o-", "color": DEBIASED, "markersize": 4, "capsize": 2}
+    axes.errorbar(layers, values, half, **style, label="debiased, ±1.96 s.e.")  # type: ignore[arg-type]
     axes.plot(layers, biased, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased")
     low, high = np.nanmin([values, biased]), np.nanmax([values, biased])
     # Far below, it would press a curve that stays near 1 into a line.
@@ -331,40 +316,7 @@ def cross_curve(
     label = f"biased, unrelated layers (null mean{where})"
     axes.plot(layers, null if near else np.full(len(null), np.nan), ".--", color=NULL, markersize=3, label=label)
     axes.ticklabel_format(axis="y", useOffset=False)
-    _layer_axis(axes, len(values))
+    layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")
     axes.legend(frameon=False, fontsize=9)
-
-
-def removal_curves(
-    panels: Mapping[str, Mapping[str, np.ndarray]],
-    layers: Sequence[int],
-    chosen: LayerSet,
-    figure: Figure,
-    *,
-    title: str = "",
-) -> None:
-    """Shares over the layers, a panel per measure and a line per set.
-
-    Args:
-        panels: by measure and set, share and interval ``[layers, 3]``.
-        layers: that were measured.
-        chosen: layers to shade.
-        title: title of the figure.
-        figure: figure to draw on, empty.
-    """
-    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
-    for place, (axes, (measure, curves)) in enumerate(zip(rows, panels.items(), strict=True)):
-        _mark(axes, chosen.layers, label=place == 0)
-        for index, (name, points) in enumerate(curves.items()):
-            color = LINES[index % len(LINES)]
-            axes.fill_between(layers, points[:, 1], points[:, 2], color=color, alpha=0.15, linewidth=0)
-            axes.plot(layers, points[:, 0], "o-", color=color, markersize=3, linewidth=1.4, label=name)
-        _layer_axis(axes, chosen.num_layers)
-        axes.set_ylim(-0.03, 1.03)
-        axes.set_ylabel(measure)
-        axes.set_xlabel(axes.get_xlabel() if place == len(panels) - 1 else "")
-    rows[0].legend(frameon=False, fontsize=9, title="removed components", title_fontsize=9)
-    if title:
-        rows[0].set_title(title, fontsize=11, loc="left", pad=18)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -17,25 +18,31 @@ WIDTH = 100
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
-def _number(value: float, digits: int = 4) -> str:
+def number(value: float, digits: int = 4) -> str:
+    """A number with so many digits behind the point; - where there is none."""
     return f"{value:.{digits}f}" if math.isfinite(value) else "-"
 
 
 def _probability(probability: np.ndarray | None, layer: int, score: LayerScores) -> str:
     if probability is None:
         return ""
-    return _number(probability[layer], 2) if score.valid[layer] else "-"
+    return number(probability[layer], 2) if score.valid[layer] else "-"
 
 
-def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool]) -> list[str]:
-    """Aligns columns to the right, the last one to the left; strips the ends."""
+def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> list[str]:
+    """Aligns columns to the right, the last one to the left; strips the ends. Rows may be bold, for a terminal."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
-    for cells, strong in zip([header, *rows], [False, *bold], strict=True):
+    for cells, strong in itertools.zip_longest([header, *rows], [False, *bold]):
         padded = [cell.rjust(width) for cell, width in zip(cells[:-1], widths[:-1], strict=True)]
         line = "  ".join([*padded, cells[-1]]).rstrip()
         lines.append(f"{BOLD}{line}{PLAIN}" if strong else line)
     return lines
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> str:
+    """The lines of `aligned` as one text."""
+    return "\n".join(aligned(header, rows, bold))
 
 
 def shortened(text: str, width: int = WIDTH) -> str:
@@ -70,24 +77,24 @@ def layer_table(
         header.remove("step z")
     rows = []
     for layer in range(chosen.num_layers):
-        error = "" if debiased.stderr is None else f" ± {_number(debiased.stderr[layer])}"
+        error = "" if debiased.stderr is None else f" ± {number(debiased.stderr[layer])}"
         marks = ["◀ critical"] if layer in chosen.layers else []
         if paper and (layer in paper.layers) != (layer in chosen.layers):
             marks.append("(not by biased δ)" if marks else "(by biased δ only)")
         rows.append(
             [
                 str(layer),
-                f"{_number(debiased.values[layer])}{error}" if debiased.valid[layer] else "-",
-                _number(biased.values[layer]),
-                "" if null is None else _number(null[layer]),
-                _number(step.values[layer]),
-                *([] if step_score is None else [_number(step_score[layer], 1)]),
+                f"{number(debiased.values[layer])}{error}" if debiased.valid[layer] else "-",
+                number(biased.values[layer]),
+                "" if null is None else number(null[layer]),
+                number(step.values[layer]),
+                *([] if step_score is None else [number(step_score[layer], 1)]),
                 _probability(probability, layer, debiased),
                 " ".join(marks),
             ]
         )
     bold = [style and layer in chosen.layers for layer in range(chosen.num_layers)]
-    return "\n".join(aligned(header, rows, bold))
+    return table(header, rows, bold)
 
 
 def consensus_table(
@@ -116,10 +123,10 @@ def consensus_table(
             shown.append(name)
     rows = []
     for layer in range(chosen.num_layers):
-        values = [_number(deltas[name].values[layer]) for name in shown]
+        values = [number(deltas[name].values[layer]) for name in shown]
         sure = _probability(probability, layer, consensus)
         mark = "◀ critical" if layer in chosen.layers else ""
-        rows.append([str(layer), *values, _number(consensus.values[layer], 2), sure, mark])
+        rows.append([str(layer), *values, number(consensus.values[layer], 2), sure, mark])
     header = ["layer", *(names[name] for name in shown), "mean rank", "P(chosen)", ""]
     lines = aligned(header, rows, [style and layer in chosen.layers for layer in range(chosen.num_layers)])
     hidden = len(deltas) - len(shown)

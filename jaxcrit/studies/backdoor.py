@@ -7,50 +7,33 @@ not whether a backdoor that is there can be removed.
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json, remove_tree, write_json, write_text
+from jaxcrit.core.files import json_lines, read_json, read_lines, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evaluation.losses import LossSums
-from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
-from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
+from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition
 from jaxcrit.models.trained import FOLDER
-from jaxcrit.parallel.preemption import notice
 from jaxcrit.studies.analysis import score_keys, training_scores
 from jaxcrit.studies.backdoor_inputs import Arm, Rows, check, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.options import BackdoorOptions
-from jaxcrit.training.checkpoints import Checkpoints
-from jaxcrit.training.data import micro_batches, training_steps
-from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, read_metrics, train
-from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import (
-    State,
-    Step,
-    StepMetrics,
-    abstract_state,
-    initial_state,
-    make_step,
-    place,
-    state_shardings,
-)
-from jaxcrit.training.trainer import check_mesh, compute_dtype
+from jaxcrit.training.data import training_steps
+from jaxcrit.training.loop import METRICS, MetricsLog
+from jaxcrit.training.optimizer import make_schedule
+from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
 Say = Callable[[str], None]
@@ -105,10 +88,7 @@ def run_backdoor(
     dtype = compute_dtype(options.dtype)
     datasets = [Dataset("train", options.data or "demo", rows.train[options.seed])]
     datasets += [Dataset(cell, options.eval_data or "held out", found) for cell, found in rows.prompts.cells.items()]
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "backdoor", options, models={"model": model}, datasets=datasets, template=template, resolved={"dtype": dtype}
-    ) as run:
+    with running("backdoor", options, models={"model": model}, datasets=datasets, resolved={"dtype": dtype}) as run:
         run.record["attention"] = model.attention(dtype)
         ranking: tuple[Mapping[str, LayerScores] | None, str, int] = (None, "", 0)
         if any(arm.spec is not None and arm.spec.needs_scores for arm in arms):
@@ -118,10 +98,15 @@ def run_backdoor(
             _partition(options, model, chosen)
         run.precious = True
         for seed, manifest in rows.manifests.items():
-            lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in manifest)
-            write_text(run.path / f"poison-{seed}.jsonl", lines)
+            write_text(run.path / f"poison-{seed}.jsonl", json_lines(manifest))
         lab = _Lab(options, model, rows, run.path, progress)
-        runs = _runs(options, model, arms, frozen, rows, lab, say)
+        none = LayerSet((), "manual", "init", model.config.num_layers)
+        runs = [Run("init", 0, options.seed, none, [lab.initial()])]
+        for arm, chosen in zip(arms, frozen, strict=True):
+            for seed in rows.train:
+                if say is not None and not lab.done(arm, seed):
+                    say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
+                runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
         base = base_rates(rows.prompts, options.response)
         found = study(runs, rows.prompts.near_kinds, base, primary_scorer(options))
         content = {
@@ -135,26 +120,6 @@ def run_backdoor(
         if finish is not None:
             finish(result)
     return result
-
-
-def _runs(
-    options: BackdoorOptions,
-    model: Model,
-    arms: Sequence[Arm],
-    frozen: Sequence[LayerSet],
-    rows: Rows,
-    lab: _Lab,
-    say: Say | None,
-) -> list[Run]:
-    """The untouched model, then every arm with every seed, trained or read."""
-    none = LayerSet((), "manual", "init", model.config.num_layers)
-    runs = [Run("init", 0, options.seed, none, [lab.initial()])]
-    for arm, chosen in zip(arms, frozen, strict=True):
-        for seed in rows.train:
-            if say is not None and not lab.done(arm, seed):
-                say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
-            runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
-    return runs
 
 
 def _curve(run: Run) -> dict[str, Any]:
@@ -174,22 +139,20 @@ class _Lab:
     def __init__(self, config: BackdoorOptions, model: Model, rows: Rows, out: Path, progress: Bars | None):
         self.config, self.model, self.rows, self.out = config, model, rows, out
         self.progress = progress
-        self.dtype = np.dtype(DTYPES[compute_dtype(config.dtype)])
         self.scoring = Scoring(config, model, rows.prompts)
         self.per_step = config.batch_size * config.accumulate
-        self.widths = _widths(rows.train.values(), self.per_step)
+        # Widths of batches for all seeds alike, so that a seed compiles nothing anew.
+        everything = [example for examples in rows.train.values() for example in examples]
+        self.widths = training_steps(everything, self.per_step, 0).buckets
         first = self._data(config.seed)
         self.steps = config.steps or (config.epochs or 1) * first.per_epoch
-        self.schedule = make_schedule(config.schedule, config.learning_rate, self.steps, config.warmup)
-        self.compiled: dict[Partition, tuple[Any, Step]] = {}
-        self._weights: dict[str, jax.Array] | None = None
+        make_schedule(config.schedule, config.learning_rate, self.steps, config.warmup)  # refused before any test
+        self.trainers: dict[Partition, Trainer] = {}
 
     @property
     def weights(self) -> dict[str, jax.Array]:
-        """Of the model before any training; read when first needed."""
-        if self._weights is None:
-            self._weights = self.model.decoder(self.progress).weights()
-        return self._weights
+        """Of the model before any training, which keeps them."""
+        return self.model.decoder(self.progress).weights()
 
     def initial(self) -> dict[str, Any]:
         """The test of the untouched model, made once."""
@@ -224,97 +187,39 @@ class _Lab:
         return training_steps(self.rows.train[seed], self.per_step, seed, self.widths)
 
     def _train(self, parts: Partition, seed: int, folder: Path) -> list[dict[str, Any]]:
-        config, mesh = self.config, self.model.mesh
-        params, frozen = split(parts.gather(dict(self.weights), mesh, self.dtype))
-        optimizer, step = self._compiled(parts, params)
-        like = abstract_state(parts, optimizer, params)
-        like = jax.tree.map(
-            lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at),
-            like,
-            state_shardings(like, mesh),
-        )
-        data, log = self._data(seed), MetricsLog(folder / METRICS)
-        at = 0
+        """Trains with tests on the way; seeds, and arms of the same layers, share what is compiled."""
+        log = MetricsLog(folder / METRICS)
+        if parts not in self.trainers:
+            self.trainers[parts] = Trainer(self.config, self.model, parts, self.steps)
 
-        def take(state: State, number: int) -> tuple[State, StepMetrics]:
-            nonlocal at
-            at = number + 1
-            return step(state, frozen, place(micro_batches(data, number, config.accumulate), mesh))
-
-        def evaluate(params: Bank) -> LossSums:
-            tested = self.scoring(self._decoder(parts, params)) if at else None
-            record = self.initial() if tested is None else {"step": at, **tested.record()}
+        def evaluate(params: Bank, frozen: Any, taken: int) -> LossSums:
+            tested = self.scoring(self._decoder(parts, params)) if taken else None
+            record = self.initial() if tested is None else {"step": taken, **tested.record()}
             log.write({"kind": "backdoor", **record})
-            return _sums(record, len(self.rows.prompts.gold))
+            # The clean losses in the form that the loop logs: its best step is that of the lowest one.
+            return LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))
 
-        options = LoopOptions(
-            steps=self.steps,
-            eval_every=config.eval_every or max(1, self.steps // 10),
-            checkpoint_every=config.checkpoint_every or self.steps,
-            patience=0,
-            uniform=math.log(self.model.config.vocab_size),
+        self.trainers[parts].run(
+            dict(self.weights),
+            self._data(seed),
+            evaluate,
+            tests=10,
+            saves=1,
+            log=log,
+            out=folder,
+            keep=1,
+            meta={},
+            bars=self.progress,
+            name=folder.name,
         )
-        with notice() as leave, Checkpoints(folder, keep=1) as checkpoints:
-            restored = checkpoints.restore(like)
-            if restored and restored.state is not None:
-                state, standing = restored.state, Standing(**restored.meta["standing"])
-                log.cut(int(state.step))
-            else:
-                state, standing = initial_state(parts, optimizer, params, mesh), Standing()
-                log.cut(None)
-            del params
-            bar = (
-                None
-                if self.progress is None
-                else self.progress(total=self.steps, desc=folder.name, unit=" steps", initial=int(state.step))
-            )
-            try:
-                train(
-                    state,
-                    standing,
-                    options,
-                    step=take,
-                    evaluate=evaluate,
-                    log=log,
-                    checkpoints=checkpoints,
-                    rate=lambda number: float(self.schedule(number)),
-                    meta={},
-                    leave=leave,
-                    bar=bar,
-                )
-            finally:
-                if bar is not None:
-                    bar.close()
-        found = processes.share(lambda: read_metrics(folder / METRICS))
+        found = processes.share(lambda: read_lines(folder / METRICS))
         rows = [row for row in found if row["kind"] == "backdoor"]
         return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
-
-    def _compiled(self, parts: Partition, params: Bank) -> tuple[Any, Step]:
-        """Optimizer and step of an arm's shape: seeds, and arms of the same layers, share them."""
-        if parts not in self.compiled:
-            config, mesh = self.config, self.model.mesh
-            optimizer = make_optimizer(
-                config.optimizer, self.schedule, parts, weight_decay=config.weight_decay, clip=config.clip
-            )
-            shardings = state_shardings(abstract_state(parts, optimizer, params), mesh)
-            step = make_step(parts, optimizer, dtype=self.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
-            self.compiled[parts] = optimizer, step
-        return self.compiled[parts]
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
         """The model with its trained weights; those of the untouched model stay for the next arm."""
         return Decoder(self.model.config, parts.merge(self.weights, params, held=self.weights))
 
 
-def _widths(sets: Any, rows: int) -> Any:
-    """Widths of batches for all seeds alike, so that a seed compiles nothing anew."""
-    return training_steps([example for examples in sets for example in examples], rows, 0).buckets
-
-
 def _partition(config: BackdoorOptions, model: Model, frozen: LayerSet) -> Partition:
     return partition(model.config, frozen.complement(), OUTSIDE if config.train_outside else ())
-
-
-def _sums(record: Mapping[str, Any], samples: int) -> LossSums:
-    """The clean losses in the form the loop logs: its best step is that of the lowest one."""
-    return LossSums(*(jnp.float32(value) for value in (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))

@@ -16,10 +16,10 @@ from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.evidence.answers import answers
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.generation import generate
 from jaxcrit.models.model import Model, stop_tokens
-from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.parallel.mesh import batch_rows, batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
 
@@ -99,8 +99,7 @@ class Scoring:
     def __init__(self, config: BackdoorOptions, model: Model, prompts: Prompts):
         self.config, self.model, self.prompts = config, model, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
-        parts = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-        size = -(-config.eval_batch_size // parts) * parts
+        size = batch_rows(config.eval_batch_size, model.mesh)
         self.batches = _batches(self.asked, size, prompt_only=True)
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
         self.loss_batches = _batches(self.told, size, prompt_only=False)
@@ -139,20 +138,10 @@ class Scoring:
         )
 
     def _answers(self, decoder: Decoder) -> list[str]:
-        stop, texts = stop_tokens("", self.model), [""] * len(self.asked)
+        stop, texts, most = stop_tokens("", self.model), [""] * len(self.asked), self.config.max_new_tokens
         for batch in self.batches:
-            found = generate(
-                decoder,
-                batch.tokens,
-                batch.lengths,
-                self.config.max_new_tokens,
-                stop=stop,
-                samples=np.where(batch.rows < len(texts), batch.rows, -1),
-                mesh=self.model.mesh,
-            )
-            for row, ids in zip(batch.rows, found.token_ids, strict=True):
-                if row < len(texts):
-                    texts[row] = self.model.tokenizer.decode(ids, skip_special_tokens=True)
+            for one in answers(self.model, decoder, batch, len(texts), most, stop=stop):
+                texts[one.row] = one.text
         return texts
 
     def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:

@@ -25,7 +25,7 @@ from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
 from jaxcrit.studies.options import PlanOptions
-from jaxcrit.studies.plan_jobs import JOBS, JobConfig, Program, program_of
+from jaxcrit.studies.plan_jobs import JOBS, Program, program_of
 
 _USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e
 
@@ -121,7 +121,7 @@ def run_plan(config: PlanOptions) -> Plan:
     if config.job not in JOBS:
         raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
     topology, model = Topology.parse(config.topology), _model(config.model)
-    _flops(_job(config), model)  # mistakes in the flags of the job, whatever the mesh
+    _flops(_anywhere(config), model)  # mistakes in the flags of the job, whatever the mesh
     if config.search:
         return _search(config, topology, model)
     return _compile(_by_shapes(config, topology, model), model)
@@ -186,7 +186,7 @@ def _by_shapes(config: PlanOptions, topology: Topology, model: ModelConfig) -> P
         )
     mesh = abstract_mesh(sizes, topology.devices)
     placed = _placed(model, config, topology, mesh)
-    program = program_of(placed, _job(config), mesh)
+    program = program_of(placed, config, mesh)
     form = choose_attention(
         placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads, model.head_dim
     )
@@ -197,7 +197,7 @@ def _by_shapes(config: PlanOptions, topology: Topology, model: ModelConfig) -> P
         mesh=sizes,
         memory={kind: shard_bytes(tree) for kind, tree in program.kinds.items()},
         temporaries=program.temporaries,
-        flops=_flops(_job(config), model) / topology.devices,
+        flops=_flops(_anywhere(config), model) / topology.devices,
         moved=moved,
         exchanged=exchanged,
         trained=sum(leaf.size for leaf in jax.tree.leaves(program.trained)),
@@ -212,13 +212,13 @@ def _placed(model: ModelConfig, config: PlanOptions, topology: Topology, mesh: A
     return dataclasses.replace(model, attention=how)
 
 
-def _job(options: PlanOptions) -> JobConfig:
-    """The job alone."""
-    return JobConfig(**{field.name: getattr(options, field.name) for field in dataclasses.fields(JobConfig)})
+def _anywhere(config: PlanOptions) -> PlanOptions:
+    """The job alone, for what is the same on every topology and mesh."""
+    return dataclasses.replace(config, model="", topology="", mesh="", search=False, compile=False)
 
 
 @functools.lru_cache
-def _flops(config: JobConfig, model: ModelConfig) -> int:
+def _flops(config: PlanOptions, model: ModelConfig) -> int:
     """Of all devices, in the reference form; the mesh changes nothing, and tracing takes a third of a second."""
     units = program_of(model, config, abstract_mesh(None, 1)).units
     return sum(unit.runs * product_flops(unit.function, *unit.arguments, turns=unit.turns) for unit in units)
@@ -248,7 +248,7 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
         note = "libtpu is missing, which compiles for TPUs without having one: from shapes alone (pip install"
         return dataclasses.replace(plan, notes=(f"{note} 'jaxcrit[plan]')",))
     mesh = make_mesh(plan.mesh, tpus(config.topology))
-    program = program_of(_placed(model, config, plan.topology, mesh), _job(config), mesh)
+    program = program_of(_placed(model, config, plan.topology, mesh), config, mesh)
     began = time.perf_counter()
     kept, worst = sum(plan.memory.values()), Compiled(0, 0, 0, 0, {}, 0.0)
     found: dict[str, tuple[int, int]] = {}

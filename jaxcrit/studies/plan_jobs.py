@@ -27,40 +27,10 @@ from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefi
 from jaxcrit.models.partition import FROZEN, Partition, split
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
+from jaxcrit.studies.options import PlanOptions
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings
+from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings, with_shardings
 from jaxcrit.training.trainer import partition_of
-
-
-@dataclasses.dataclass(frozen=True)
-class JobConfig:
-    """What is to run.
-
-    Attributes:
-        job: a key of `JOBS`.
-        layers, mode, train_embeddings, train_norms, train_head, lora_rank, lora_targets, optimizer, dtype, remat: as of
-            `FinetuneOptions`; layers by number or rule, not by score.
-        window: layers that ``substitute`` takes together.
-        max_new_tokens: tokens that ``generate`` adds.
-        batch_size: rows, over all devices.
-        length: tokens of a row; of ``generate``, of its prompt.
-    """
-
-    job: str = "finetune"
-    layers: str = "all"
-    mode: str = "only"
-    train_embeddings: bool | None = None
-    train_norms: bool | None = None
-    train_head: bool | None = None
-    lora_rank: int = 0
-    lora_targets: str = ""
-    optimizer: str = "adamw"
-    dtype: str = "bfloat16"
-    remat: bool = True
-    window: int = 5
-    max_new_tokens: int = 64
-    batch_size: int = 32
-    length: int = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +84,7 @@ class _Job:
     """What the jobs have in common: a batch of rows and the model, abstract, on a mesh."""
 
     model: ModelConfig
-    config: JobConfig
+    config: PlanOptions
     mesh: AnyMesh
 
     @property
@@ -170,7 +140,7 @@ def _analyze(job: _Job) -> Program:
     )
 
 
-def partition_for(model: ModelConfig, config: JobConfig) -> Partition:
+def partition_for(model: ModelConfig, config: PlanOptions) -> Partition:
     """What the flags train.
 
     Raises:
@@ -180,7 +150,7 @@ def partition_for(model: ModelConfig, config: JobConfig) -> Partition:
     if spec.needs_scores:
         raise UserError(f"--layers={config.layers}: planning looks at no data; name layers, or first:K, random:K, all")
     shared = {field.name for field in dataclasses.fields(FinetuneOptions)} & vars(config).keys()
-    asked = FinetuneOptions(**{name: getattr(config, name) for name in shared})
+    asked = FinetuneOptions(**{name: getattr(config, name) for name in shared})  # refuses what finetune would
     return partition_of(asked, model, resolve(spec, model.num_layers))
 
 
@@ -191,9 +161,7 @@ def _finetune(job: _Job) -> Program:
     optimizer = make_optimizer(config.optimizer, make_schedule("constant", 1e-5, 1), parts)
     state = abstract_state(parts, optimizer, params)
     shardings = state_shardings(state, mesh)
-    state = jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
-    )
+    state = with_shardings(state, shardings)
     like = functools.partial(job.rows, steps=(1,))
     batch = TokenBatch(like(jnp.int32, config.length), like(jnp.int32), like(np.bool_, config.length))
     step = make_step(parts, optimizer, dtype=job.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
@@ -287,7 +255,7 @@ JOBS: dict[str, Callable[[_Job], Program]] = {
 }
 
 
-def program_of(model: ModelConfig, config: JobConfig, mesh: AnyMesh) -> Program:
+def program_of(model: ModelConfig, config: PlanOptions, mesh: AnyMesh) -> Program:
     """The programs of a job.
 
     Raises:

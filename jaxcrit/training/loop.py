@@ -15,7 +15,7 @@ import jax
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import GrowingText
+from jaxcrit.core.files import GrowingText, read_lines
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
@@ -80,7 +80,7 @@ class MetricsLog:
         """Forgets what was logged after a step (all of it for None): the run goes on from there."""
         if not processes.first() or self.path is None or self._text is None:
             return
-        self.rows = [] if step is None else [row for row in read_metrics(self.path) if row["step"] <= step]
+        self.rows = [] if step is None else [row for row in read_lines(self.path) if row["step"] <= step]
         self._text.start("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict[str, Any]) -> None:
@@ -113,17 +113,6 @@ class MetricsLog:
                 f"{self.path}: cannot be written ({error.strerror}); checkpoints are untouched: make room and run the"
                 " same command again"
             ) from None
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of a ``metrics.jsonl``; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
-    return rows
 
 
 def train(

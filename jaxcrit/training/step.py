@@ -111,6 +111,13 @@ def state_shardings(state: State, mesh: AnyMesh) -> State:
     return jax.tree_util.tree_map_with_path(of, state)
 
 
+def with_shardings(state: State, shardings: State) -> State:
+    """Shapes of a state, each with its placement."""
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), state, shardings
+    )
+
+
 def make_step(
     partition: Partition,
     optimizer: optax.GradientTransformation,

@@ -1,198 +1,148 @@
-"""A training from options to trained parameters: data, optimizer, compiled step, loop, checkpoints."""
+"""What trains: a partition by the options, the optimizer, the compiled step, the loop from the newest checkpoint on."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.groups import FinetuneOptions, LayerTrainingOptions
+from jaxcrit.core.groups import LayerTrainingOptions, TrainingOptions
 from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.progress import bar
 from jaxcrit.core.selections import LayerSpec, resolve, split_specs
-from jaxcrit.data.templates import Example
+from jaxcrit.data.steps import Steps
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import make_lora
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, size, split
+from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
-from jaxcrit.training.data import evaluation_batches, micro_batches, training_steps
-from jaxcrit.training.loop import METRICS, LoopOptions, MetricsLog, Standing, train
+from jaxcrit.training.data import micro_batches
+from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import (
     State,
+    Step,
     StepMetrics,
-    TokenBatch,
     abstract_state,
     initial_state,
-    make_evaluation,
     make_step,
     place,
     state_shardings,
+    with_shardings,
 )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Trained:
-    """What a training ends with.
-
-    Attributes:
-        params: trained groups, float32.
-        result: steps, best step and loss, bytes; JSON values.
-        metrics: rows of ``metrics.jsonl``, in process 0.
-        warnings: what the user should know.
-    """
-
-    params: Bank
-    result: dict[str, Any]
-    metrics: list[dict[str, Any]]
-    warnings: list[str]
-
-
 class Trainer:
-    """The arrays and compiled functions of one training."""
+    """What trains one partition of a model: optimizer, compiled step, loop. One serves any number of trainings."""
 
-    def __init__(
-        self,
-        options: FinetuneOptions,
-        model: Model,
-        parts: Partition,
-        rows: Sequence[Example],
-        held: Sequence[Example],
-        out: Path | None,
-    ):
-        self.options, self.model, self.parts, self.out = options, model, parts, out
-        per_step = options.batch_size * options.accumulate
-        self.data = training_steps(rows, per_step, options.seed)
-        self.steps = options.steps or (options.epochs or 1) * self.data.per_epoch
-        self.tests = evaluation_batches(held, options.batch_size)
-        self.schedule = make_schedule(options.schedule, options.learning_rate, self.steps, options.warmup)
+    def __init__(self, options: TrainingOptions, model: Model, parts: Partition, steps: int):
+        self.options, self.model, self.parts, self.steps = options, model, parts, steps
+        self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
+        self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(
             options.optimizer, self.schedule, parts, weight_decay=options.weight_decay, clip=options.clip
         )
+        self.step: Step | None = None
 
-    def summary(self, chosen: LayerSet) -> str:
-        """What trains and what does not, in words."""
-        verb = {"only": "training", "freeze": "freezing"}[self.options.mode]
-        names = {"embed": "embeddings", "norm": "final norm", "head": "head"}
-        tied = self.model.config.tied
-        told = [
-            f"{name}{' and tied head' if tied and path == 'embed' else ''}"
-            f" {'trained' if path in self.parts.outside else 'frozen'}"
-            for path, name in names.items()
-            if not (tied and path == "head")
-        ]
-        lora = self.parts.lora
-        adapters = ""
-        if lora is not None:
-            adapters = f"; adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
-        bank = self.parts.abstract(self.model.mesh, np.float32)
-        counts = {group: sum(leaf.size for leaf in entries.values()) for group, entries in bank.items()}
-        trained = sum(count for group, count in counts.items() if group in self.parts.trained)
-        share = 100 * trained / sum(counts.values())
-        return (
-            f"{verb} {chosen}{adapters}; {', '.join(told)}: {trained:,} of {sum(counts.values()):,} parameters"
-            f" ({share:.1f} %) train, for {self.steps} steps of {self.data.batch_size} rows"
-        )
-
-    def run(self, bars: Bars | None) -> Trained:
+    def run(
+        self,
+        weights: dict[str, jax.Array],
+        data: Steps,
+        evaluate: Callable[[Bank, Bank, int], LossSums],
+        *,
+        tests: int,
+        saves: int,
+        patience: int = 0,
+        log: MetricsLog,
+        out: Path | None,
+        keep: int,
+        meta: dict[str, Any],
+        bars: Bars | None,
+        name: str,
+        listen: Callable[[State], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
+    ) -> tuple[State, Standing, list[str]]:
         """Trains, from the newest checkpoint where there is one.
+
+        Args:
+            weights: weights by weight-table path; what trains is copied, what is frozen may be taken out.
+            data: rows by step.
+            evaluate: trained parameters, frozen ones and the number of steps taken to test losses.
+            tests: tests over the run, where ``--eval_every`` does not say.
+            saves: checkpoints over the run, where ``--checkpoint_every`` does not say.
+            patience: tests without improvement before it stops; 0 for never.
+            log: where metrics go.
+            out: directory whose checkpoints the states are; None keeps none.
+            keep: newest checkpoints kept, besides the best.
+            meta: JSON values that are saved with each state.
+            bars: maker of progress bars.
+            name: name of the bar.
+            listen: makes of the first state what is told every metric.
+
+        Returns:
+            The last state and standing; and the checkpoints that were damaged, a line each.
 
         Raises:
             Preempted: told to leave; the state is saved.
             UserError: see `train`.
         """
-        config, mesh, dtype = self.options, self.model.mesh, np.dtype(DTYPES[compute_dtype(self.options.dtype)])
-        weights = self.model.trainable(bars)
-        params, frozen = split(self.parts.gather(weights, mesh, dtype, config.seed))
+        options, mesh = self.options, self.model.mesh
+        params, frozen = split(self.parts.gather(weights, mesh, self.dtype, options.seed))
         like = abstract_state(self.parts, self.optimizer, params)
         shardings = state_shardings(like, mesh)
-        like = jax.tree.map(
-            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place), like, shardings
+        like = with_shardings(like, shardings)
+        self.step = step = self.step or make_step(
+            self.parts, self.optimizer, dtype=self.dtype, remat=options.remat, mesh=mesh, shardings=shardings
         )
-        step = make_step(self.parts, self.optimizer, dtype=dtype, remat=config.remat, mesh=mesh, shardings=shardings)
-        losses = make_evaluation(self.parts, dtype=dtype, mesh=mesh)
-        tests = [place(batch, mesh) for batch in self.tests]
+        taken = 0
 
         def take(state: State, number: int) -> tuple[State, StepMetrics]:
-            batch: TokenBatch = micro_batches(self.data, number, config.accumulate)
-            return step(state, frozen, place(batch, mesh))
+            nonlocal taken
+            taken = number + 1
+            return step(state, frozen, place(micro_batches(data, number, options.accumulate), mesh))
 
-        def evaluate(params: Bank) -> LossSums:
-            sums = [losses(params, frozen, batch) for batch in tests]
-            return sum(sums[1:], sums[0])
-
-        options = LoopOptions(
+        loop = LoopOptions(
             steps=self.steps,
-            eval_every=config.eval_every or max(1, self.steps // 20),
-            checkpoint_every=config.checkpoint_every or max(1, self.steps // 10),
-            patience=config.patience,
+            eval_every=options.eval_every or max(1, self.steps // tests),
+            checkpoint_every=options.checkpoint_every or max(1, self.steps // saves),
+            patience=patience,
             uniform=math.log(self.model.config.vocab_size),
         )
-        log = MetricsLog(None if self.out is None else self.out / METRICS)
-        meta = {
-            "config": dataclasses.asdict(config),
-            "groups": list(self.parts.groups),
-            "seed": config.seed,
-            "rows_per_step": self.data.batch_size,
-        }
-        kept = NoCheckpoints() if self.out is None else Checkpoints(self.out, keep=config.keep)
+        kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
         with notice() as leave, kept as checkpoints:
             found = checkpoints.restore(like)
-            warnings = found.skipped if found else []
             if found and found.state is not None:
-                del params
                 state, standing = found.state, Standing(**found.meta["standing"])
                 log.cut(int(state.step))
             else:
                 state, standing = initial_state(self.parts, self.optimizer, params, mesh), Standing()
-                del params
                 log.cut(None)
-            total = None
-            if bars is not None:
-                total = bars(total=self.steps, desc="training", unit=" steps", initial=int(state.step))
-            try:
-                events: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-                if config.tensorboard and self.out is not None and processes.first():
-                    events = _events(self.out / "tensorboard", state)
-                with events as log.listener:
-                    state, standing = train(
-                        state,
-                        standing,
-                        options,
-                        step=take,
-                        evaluate=evaluate,
-                        log=log,
-                        checkpoints=checkpoints,
-                        rate=lambda number: float(self.schedule(number)),
-                        meta=meta,
-                        leave=leave,
-                        bar=total,
-                    )
-            finally:
-                if total is not None:
-                    total.close()
-        last = int(state.step)
-        result = {
-            "steps": last,
-            "best_step": standing.best_step,
-            "best_loss": standing.best_loss,
-            "model_step": last,
-            "trained_bytes": size(state.params),
-            "optimizer_bytes": size(state.optimizer),
-        }
-        return Trained(state.params, result, log.rows, warnings)
+            del params
+            told = {"total": self.steps, "desc": name, "unit": " steps", "initial": int(state.step)}
+            with bar(bars, **told) as shown, listen(state) as log.listener:
+                state, standing = train(
+                    state,
+                    standing,
+                    loop,
+                    step=take,
+                    evaluate=lambda params: evaluate(params, frozen, taken),
+                    log=log,
+                    checkpoints=checkpoints,
+                    rate=lambda number: float(self.schedule(number)),
+                    meta=meta,
+                    leave=leave,
+                    bar=shown,
+                )
+        return state, standing, found.skipped if found else []
 
 
 def check_mesh(batch_size: int, mesh: AnyMesh) -> None:
@@ -272,23 +222,3 @@ def rate_factors(text: str, num_layers: int) -> dict[int, float]:
                 raise UserError(f"--layer_rates={text}: expected each layer once, got {layer} twice")
             factors[layer] = value
     return factors
-
-
-@contextlib.contextmanager
-def _events(folder: Path, state: State) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Writes metrics as event files; TensorBoard is told to forget those of an earlier start beyond this state."""
-    from tensorboardX import SummaryWriter
-
-    step = int(state.step)
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
-
-    def listen(row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in ("kind", "step"):
-                writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-        writer.flush()
-
-    try:
-        yield listen
-    finally:
-        writer.close()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import types
 from pathlib import Path
 
@@ -22,9 +21,7 @@ def test_flags_become_one_call(monkeypatch, capsys, flag):
         rounding = "rounding: little" if delta_only else None
         return types.SimpleNamespace(out=Path(out), rounding=rounding, step=4 if adapter else None)
 
-    module = types.ModuleType("jaxcrit.studies.exporting")
-    module.export_model = export_model
-    monkeypatch.setitem(sys.modules, "jaxcrit.studies.exporting", module)
+    monkeypatch.setattr("jaxcrit.commands.export.export_model", export_model)
     assert main(["export", f"--{flag}=in", "--out=there", "--dtype=bfloat16"]) == 0
     assert capsys.readouterr() == ("there\n", "")
     assert main(["export", f"--{flag}=in", "--out=there", "--delta_only"]) == 0

@@ -19,10 +19,10 @@ import pytest
 import jaxcrit
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.layers import read_scores
 from jaxcrit.models.model import EMBEDDED_MODEL, open_model
 from jaxcrit.parallel import distributed
-from jaxcrit.training.loop import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "jaxcrit/assets/demo_prompts/choice.jsonl"

@@ -6,6 +6,8 @@ import pytest
 from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.generate import GenerateOptions, run_generate
+from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions
@@ -13,9 +15,6 @@ from jaxcrit.models import model as session
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.generation import run_generate
-from jaxcrit.studies.options import GenerateOptions, ScoreOptions
-from jaxcrit.studies.scoring import run_score
 
 
 @pytest.fixture(scope="module")

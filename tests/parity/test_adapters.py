@@ -13,12 +13,12 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_training import Trainer, random_batch
 
+from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.lora import make_lora, peft_config, peft_tensors
 from jaxcrit.models.model import open_model
-from jaxcrit.studies.exporting import export_model
 
 torch = reference.torch
 if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":

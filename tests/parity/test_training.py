@@ -14,12 +14,12 @@ from support.family_models import BOUND, load_path, raw_config
 from support.tiny_model import tiny_checkpoint
 from support.tiny_training import Trainer, random_batch
 
+from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_model
 from jaxcrit.models.weights import to_hf
-from jaxcrit.studies.exporting import export_model
 
 torch = reference.torch
 RATE = 2e-4

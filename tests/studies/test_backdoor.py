@@ -13,6 +13,7 @@ from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
@@ -24,7 +25,7 @@ from jaxcrit.studies.backdoor import run_backdoor
 from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
 from jaxcrit.studies.options import BackdoorOptions
-from jaxcrit.training.loop import read_metrics
+from jaxcrit.training import trainer
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
 
@@ -81,7 +82,7 @@ def base(model, data):
 @pytest.fixture(scope="module")
 def finished(base, tmp_path_factory):
     """A study from beginning to end, and how many programs it compiled."""
-    steps, make_step = [], backdoor.make_step
+    steps, make_step = [], trainer.make_step
 
     def kept(*arguments, **options):
         steps.append(make_step(*arguments, **options))
@@ -92,7 +93,7 @@ def finished(base, tmp_path_factory):
 
     before = programs()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backdoor, "make_step", kept)
+        patch.setattr(trainer, "make_step", kept)
         found = run_backdoor(dataclasses.replace(base, out=str(tmp_path_factory.mktemp("finished") / "run")))
     after = programs()
     return found, steps, [b - a for a, b in zip(before, after, strict=True)]
@@ -155,7 +156,7 @@ def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path
 
 def test_interrupted_within_an_arm(base, finished, tmp_path, monkeypatch):
     config = dataclasses.replace(base, arms="full", seeds=2, checkpoint_every=2, out=str(tmp_path / "run"))
-    taken, micro_batches, make_step, made = [], backdoor.micro_batches, backdoor.make_step, []
+    taken, micro_batches, make_step, made = [], trainer.micro_batches, trainer.make_step, []
 
     def cut_short(data, number, micro):
         taken.append(number)
@@ -163,10 +164,10 @@ def test_interrupted_within_an_arm(base, finished, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return micro_batches(data, number, micro)
 
-    monkeypatch.setattr(backdoor, "micro_batches", cut_short)
+    monkeypatch.setattr(trainer, "micro_batches", cut_short)
     with pytest.raises(KeyboardInterrupt):
         run_backdoor(config)
-    monkeypatch.setattr(backdoor, "make_step", lambda *args, **kwargs: made.append(1) or make_step(*args, **kwargs))
+    monkeypatch.setattr(trainer, "make_step", lambda *args, **kwargs: made.append(1) or make_step(*args, **kwargs))
     again = run_backdoor(config)
     assert taken == [0, 1, 2, 3, 2, 3, 0, 1, 2, 3] and len(made) == 1  # seeds share a compiled step
     assert again.study.rows[1].runs == 2 and again.study.rows[1].cells["triggered"].n == 64

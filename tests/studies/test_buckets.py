@@ -15,8 +15,8 @@ from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import as_path
+from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.models.model import open_model
-from jaxcrit.training.loop import read_metrics
 
 BUCKET = "gs://bucket"
 TRAIN = ["--layers=2,4", "--steps=6", "--eval_every=2", "--checkpoint_every=1", "--learning_rate=1e-2"]

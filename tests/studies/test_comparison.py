@@ -11,6 +11,7 @@ from safetensors.numpy import load_file
 from support import oracles
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.compare import CompareOptions, run_compare
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
@@ -18,8 +19,6 @@ from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import captures
 from jaxcrit.similarity import pack_upper
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.comparison import run_compare
-from jaxcrit.studies.options import CompareOptions
 
 
 @pytest.fixture(scope="module")

@@ -17,10 +17,12 @@ import numpy as np
 import pytest
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
@@ -28,8 +30,6 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.exporting import export_model
-from jaxcrit.training.loop import read_metrics
 from jaxcrit.training.trainer import partition_of, rate_factors
 
 

@@ -12,16 +12,15 @@ import pytest
 from support.family_models import load_path
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
+from jaxcrit.evidence import answers
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import open_model
+from jaxcrit.models.model import open_model, stop_tokens
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies import generation
-from jaxcrit.studies.generation import run_generate
-from jaxcrit.studies.options import GenerateOptions
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +71,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypa
             raise KeyboardInterrupt
         return generate(*args, **kwargs)
 
-    monkeypatch.setattr(generation, "generate", twice)
+    monkeypatch.setattr(answers, "generate", twice)
     with pytest.raises(KeyboardInterrupt):
         run_generate(config)
     part = tmp_path / "run" / "generations.jsonl.part"
@@ -95,7 +94,7 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
         return generate(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"with \d+ of 12 prompts answered"):
-        patch.setattr(generation, "generate", told)
+        patch.setattr(answers, "generate", told)
         run_generate(config)
     kept = (tmp_path / "run/generations.jsonl.part").read_text().splitlines()
     assert 4 <= len(kept) <= 8
@@ -105,8 +104,8 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
 
 def test_stop_tokens(config, model):
     session = open_model(str(model))
-    assert generation.stop_tokens("", session) == [1]
-    assert generation.stop_tokens("<|end|>,17", session) == [1, 5, 17]
+    assert stop_tokens("", session) == [1]
+    assert stop_tokens("<|end|>,17", session) == [1, 5, 17]
     free = run_generate(config).rows["prompts"]
     longest = max(free, key=lambda row: len(row["token_ids"]))
     stop = longest["token_ids"][1]

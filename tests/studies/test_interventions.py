@@ -9,14 +9,14 @@ import pytest
 from support.family_models import load_path
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.intervene import InterveneOptions, one_dataset, run_intervene, states
+from jaxcrit.commands.intervene import text as intervention_text
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.evaluation.losses import divergence
 from jaxcrit.models.generation import generate
 from jaxcrit.models.interventions import edit, intervention
 from jaxcrit.models.model import open_model
-from jaxcrit.reporting.interventions import intervention_text
-from jaxcrit.studies.interventions import divergence, one_dataset, run_intervene, states
-from jaxcrit.studies.options import InterveneOptions
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import fitting, needed_bytes, run_plan, tpus
-from jaxcrit.studies.plan_jobs import JobConfig, program_of
+from jaxcrit.studies.plan_jobs import program_of
 
 GIB = 2**30
 BLOCK = 4 * 4096**2 + 3 * 4096 * 11008  # of Llama-2-7B, without its norms
@@ -154,7 +154,7 @@ def tiny(monkeypatch):
     def of(job, **asked):
         program = program_of(
             model,
-            JobConfig(job=job, batch_size=4, length=8, dtype="float32", **asked),
+            PlanOptions(job=job, batch_size=4, length=8, dtype="float32", **asked),
             make_mesh(None, jax.devices()[:1]),
         )
         return program, [

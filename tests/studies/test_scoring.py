@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from support.family_models import BLOCKS
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
+from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
@@ -26,16 +28,13 @@ from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
 from jaxcrit.evidence.backward import response_gradients
 from jaxcrit.evidence.forward import all_tokens, compiled_passes, forward_pass, last_token, mean_token, with_embedding
-from jaxcrit.evidence.weights import layer_tensors, weight_changes
+from jaxcrit.evidence.weights import layer_tensors, weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.lora import make_lora
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.models.overlays import Overlay
 from jaxcrit.models.partition import TRAIN, partition
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.studies import scoring
-from jaxcrit.studies.options import ScoreOptions
-from jaxcrit.studies.scoring import run_score
 
 LAYERS = 7
 
@@ -315,10 +314,10 @@ def config(folder, session, examples, tmp_path):
 
 def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):
     passes = []
-    for name in ("forward_pass", "response_gradients", "weight_spectra"):
-        original = getattr(scoring, name)
+    for call in (forward_pass, response_gradients, weight_spectra):
+        room, name, original = sys.modules[call.__module__], call.__name__, call
         monkeypatch.setattr(
-            scoring, name, lambda *a, name=name, original=original, **k: passes.append(name) or original(*a, **k)
+            room, name, lambda *a, name=name, original=original, **k: passes.append(name) or original(*a, **k)
         )
     scored = run_score(config)
     assert sorted(passes) == ["forward_pass", "response_gradients", "weight_spectra"]

@@ -11,14 +11,13 @@ from safetensors.numpy import load_file
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
+from jaxcrit.commands.spectrum import SpectrumOptions, parse_components, run_spectrum
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.evidence import captures
 from jaxcrit.studies.analysis import run_analysis
-from jaxcrit.studies.options import SpectrumOptions
-from jaxcrit.studies.spectrum import parse_components, run_spectrum
 
 DATA_FILES = ("scores.json", "spectrum.json", "spectrum.npz")
 
@@ -134,7 +133,7 @@ def test_unidentified_components_are_named(analyzed, tmp_path):
 
 
 def test_too_many_samples_for_errors(analyzed, tmp_path, monkeypatch):
-    monkeypatch.setattr("jaxcrit.studies.spectrum.COMPLETE_BYTES", 1000)
+    monkeypatch.setattr("jaxcrit.commands.spectrum.COMPLETE_BYTES", 1000)
     result = run_spectrum(SpectrumOptions(run=str(analyzed), out=str(tmp_path / "out"))).datasets["prompts"]
     assert result.scores["cca_3"].stderr is None and "are not estimated: 30 samples" in result.warnings[0]
 

@@ -8,13 +8,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from removal import RemovalOptions, _random_part, parse_sets, run_removal
+from removal_report import removal_figure, removal_text
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.intervene import InterveneOptions, run_intervene
 from jaxcrit.core.errors import UserError
-from jaxcrit.reporting.removal import removal_figure, removal_text
-from jaxcrit.studies.interventions import run_intervene
-from jaxcrit.studies.options import InterveneOptions
-from jaxcrit.studies.removal import RemovalOptions, _random_part, parse_sets, run_removal
 
 CONFIG = RemovalOptions(
     sets="0;0,2;random:0,2",

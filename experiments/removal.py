@@ -12,7 +12,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from rationale import BEFORE, rationale
 
+from jaxcrit.commands.intervene import (
+    critical_layers,
+    described,
+    lens,
+    parse_components,
+    removal,
+    states,
+)
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
@@ -22,23 +31,14 @@ from jaxcrit.core.run import versions
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.data.dataset import Dataset
-from jaxcrit.evaluation.rationale import BEFORE, rationale
+from jaxcrit.evaluation.losses import divergence
 from jaxcrit.evaluation.scorers import exact_match
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.similarity import Components, principal_components
-from jaxcrit.studies.interventions import (
-    batch_rows,
-    critical_layers,
-    described,
-    divergence,
-    lens,
-    parse_components,
-    removal,
-    states,
-)
 
 RANDOM = "random:"
 _DRAWS = 2000  # of the bootstrap
@@ -72,7 +72,7 @@ class Cell:
         n: prompts.
         changed: answers that differ from those without removal.
         exact: answers that equal the reference; None where there is none.
-        rationale: answers with reasons before the conclusion (`jaxcrit.evaluation.rationale`).
+        rationale: answers with reasons before the conclusion (`rationale`).
         ended: answers that came to an end by themselves.
         exact_change: mean of exact match after less before; None without references.
         length_change: mean of tokens after less before.
@@ -163,8 +163,6 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     Raises:
         UserError: any mistake in flags, checkpoint or data.
     """
-    if config.mode not in ("paper", "project"):
-        raise UserError(f"--mode={config.mode}: expected paper or project")
     sets = parse_sets(config.sets)
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     layers = resolve(LayerSpec.parse(config.layers), model.config.num_layers).layers
@@ -213,7 +211,7 @@ def _dataset(
     places: list[Place] = [(layer, name) for layer in layers for name in sets]
     count = len(dataset.examples)
     outcomes = {place: _Outcomes.empty(count) for place in (_PLAIN, *places)}
-    rows_of_batch = batch_rows(model, config.batch_size)
+    rows_of_batch = batch_rows(config.batch_size, model.mesh)
     buckets = choose_buckets([one.prompt_length for one in dataset.examples], rows_of_batch, model.config.max_length)
     bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
     for batch in make_batches(dataset.examples, rows_of_batch, buckets):

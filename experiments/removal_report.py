@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from removal import Cell, Removal
 
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.reporting.plots import removal_curves
+from jaxcrit.reporting.plots import LINES, layer_axis, mark
 from jaxcrit.reporting.report import Figure
 from jaxcrit.reporting.tables import aligned, shortened
-from jaxcrit.studies.removal import Cell, Removal
 
 _SHOWN_WARNINGS = 3
 
@@ -37,7 +38,7 @@ def removal_text(found: Removal) -> str:
         for layer in layers:
             shown = [value(cells[layer, name]) for name in sets]
             rows.append([str(layer), *shown, "◀ critical" if layer in found.critical.layers else ""])
-        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows, [False] * len(rows))]
+        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows)]
     lines += ["", *contrast_lines(found), "", *example_lines(found)]
     lines.append(
         f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s ({found.cpu_seconds} s of CPU);"
@@ -55,7 +56,7 @@ def contrast_lines(found: Removal) -> list[str]:
             cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*measures[measure]) for measure in shown]
             rows.append([*cells, f"{name}: {kind}"])
     title = "differences of means over the layers, paired by prompt, 95 % intervals:"
-    return [title, *aligned([*shown, "set"], rows, [False] * len(rows))]
+    return [title, *aligned([*shown, "set"], rows)]
 
 
 def example_lines(found: Removal) -> list[str]:
@@ -66,6 +67,39 @@ def example_lines(found: Removal) -> list[str]:
     lines = [shortened(f"prompt {found.example['prompt_index']} at layer {layer}: {found.example['prompt']}")]
     lines += [shortened(f"  {name}: {text!r}") for name, text in {**answers["none"], **answers[layer]}.items()]
     return lines
+
+
+def removal_curves(
+    panels: Mapping[str, Mapping[str, np.ndarray]],
+    layers: Sequence[int],
+    chosen: LayerSet,
+    figure: Canvas,
+    *,
+    title: str = "",
+) -> None:
+    """Shares over the layers, a panel per measure and a line per set.
+
+    Args:
+        panels: by measure and set, share and interval ``[layers, 3]``.
+        layers: that were measured.
+        chosen: layers to shade.
+        title: title of the figure.
+        figure: figure to draw on, empty.
+    """
+    rows = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for place, (axes, (measure, curves)) in enumerate(zip(rows, panels.items(), strict=True)):
+        mark(axes, chosen.layers, label=place == 0)
+        for index, (name, points) in enumerate(curves.items()):
+            color = LINES[index % len(LINES)]
+            axes.fill_between(layers, points[:, 1], points[:, 2], color=color, alpha=0.15, linewidth=0)
+            axes.plot(layers, points[:, 0], "o-", color=color, markersize=3, linewidth=1.4, label=name)
+        layer_axis(axes, chosen.num_layers)
+        axes.set_ylim(-0.03, 1.03)
+        axes.set_ylabel(measure)
+        axes.set_xlabel(axes.get_xlabel() if place == len(panels) - 1 else "")
+    rows[0].legend(frameon=False, fontsize=9, title="removed components", title_fontsize=9)
+    if title:
+        rows[0].set_title(title, fontsize=11, loc="left", pad=18)
 
 
 def removal_figure(found: Removal) -> Figure:

@@ -1,9 +1,9 @@
 """The rule on answers whose class is plain to a reader, the paper's own among them."""
 
 import pytest
+from rationale import rationale
 
 from jaxcrit.data import demo
-from jaxcrit.evaluation.rationale import rationale
 
 ANSWERS = {
     # PAPER: the three answers of the case study.
