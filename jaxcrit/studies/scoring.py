@@ -24,6 +24,7 @@ from jaxcrit.evidence.weights import weight_changes, weight_spectra
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.parallel.mesh import batch_rows
+from jaxcrit.selection.cautions import training_caution
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.studies.options import ScoreOptions
 
@@ -96,6 +97,7 @@ def run_score(
             if key not in without
         }
         warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
+        warnings += training_caution(model.facts)
         found = Scored(scores, of_data, warnings, run.record, run.out)
         run.record["warnings"] = found.warnings
         if found.out is not None:
@@ -103,10 +105,6 @@ def run_score(
         if finish is not None:
             finish(found)
     return found
-
-
-def _meta(model: Model) -> dict[str, Any]:
-    return {"model_type": model.config.family, "model_hash": model.model_hash}
 
 
 def _needing(needs: Needs, chosen: Mapping[str, Criterion]) -> dict[str, Criterion]:
@@ -125,7 +123,7 @@ def _of_model(
     if base is not None:
         with _Bar(progress, layers, "both models") as step:
             evidence |= dict.fromkeys(_needing("two models", chosen), weight_changes(base, model, step))
-    meta = _meta(model) | ({} if base is None else {"base_hash": base.model_hash})
+    meta = model.facts | ({} if base is None else {"base_hash": base.model_hash})
     results = _measured(chosen, own, evidence)
     return {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
 
@@ -169,7 +167,7 @@ def _of_data(
     for dataset in datasets:
         evidence = _evidence(options, chosen, own, model, model.decoder(progress), dataset, progress)
         results = _measured(chosen, own, evidence, None if options.criteria else without)
-        meta = {**_meta(model), "dataset": dataset.name, "num_samples": len(dataset.examples)}
+        meta = {**model.facts, "dataset": dataset.name, "num_samples": len(dataset.examples)}
         found[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         if out is None:
             continue

@@ -19,6 +19,7 @@ from jaxcrit.data.dataset import Dataset
 from jaxcrit.evidence.captures import Captures
 from jaxcrit.evidence.fingerprint import read_own, read_run
 from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.selection.cautions import training_caution
 from jaxcrit.selection.choice import mean_rank
 from jaxcrit.selection.tracking import Tracking, tracking
 from jaxcrit.similarity import Spectrum, cca, decompose, gram_tables
@@ -159,7 +160,8 @@ def _of_model(
 
 def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dict[str, Any]:
     model = run["model"]
-    return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
+    partly = {"trained": model["trained"]} if "trained" in model else {}
+    return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **partly, **captured}
 
 
 def _refuse_components(ks: Sequence[int], config: SpectrumOptions, model: Model, datasets: Sequence[Dataset]) -> None:
@@ -185,7 +187,7 @@ def _decomposed(
     tables = gram_tables(grams)
     num_layers, num_samples = grams.shape[:2]
     scores = layer_scores(tables, window=config.window, include_self=config.include_self, meta=meta)
-    warnings = []
+    warnings = training_caution(meta)
     independent = meta["position"] != "all"  # the tokens of a prompt are not: errors over them would be too small
     if not independent:
         scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}
