@@ -177,8 +177,7 @@ def capture(
         precision=precision,
     )
     meta = {
-        "model_type": of.config.family,
-        "model_hash": of.model_hash,
+        **of.facts,
         "dataset": dataset.name,
         "position": position,
     }
@@ -328,7 +327,7 @@ def select(
 
 
 @public
-def correlate(a: Any, b: Any, *, block: int = 0, seed: int = 0) -> Correlation:
+def correlate(a: Any, b: Any, *, block: int = 0, seed: int = 0, circular: bool = False) -> Correlation:
     """Correlates two scores of one model over its layers, honestly: see `jaxcrit.selection.correlation.Correlation`.
 
     Args:
@@ -336,15 +335,16 @@ def correlate(a: Any, b: Any, *, block: int = 0, seed: int = 0) -> Correlation:
         b: likewise.
         block: layers to a block of the permutation; 0 for twice the wider window.
         seed: seed of the permutations and the interval.
+        circular: accept scores of which one chose the layers whose training the other measures.
 
     Raises:
-        UserError: scores of different models, or nothing to rank.
+        UserError: scores of different models, nothing to rank, or a circle.
     """
     from jaxcrit.selection.correlation import correlate as correlated
 
     first, second = _one_score(a), _one_score(b)
     left = (first.deletions, second.deletions)
-    return correlated(first, second, block=block or None, without_each=left, seed=seed)
+    return correlated(first, second, block=block or None, without_each=left, seed=seed, circular=circular)
 
 
 def _one_score(given: Any) -> LayerScores:

@@ -15,6 +15,7 @@ from jaxcrit.core.groups import MeshOptions, ModelOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
 from jaxcrit.reporting import tables
+from jaxcrit.selection.cautions import training_caution
 
 if TYPE_CHECKING:
     from jaxcrit.evidence.sample_scores import SampleLosses
@@ -167,7 +168,7 @@ def _scores(
 ) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
     """Scores by key, and the same with each row left out, ``[N, L]``."""
     depth = model.config.num_layers
-    meta = {"model_type": model.config.family, "model_hash": model.model_hash, "sites": options.sites}
+    meta = {**model.facts, "sites": options.sites}
     scores: dict[str, LayerScores] = {}
     left: dict[str, np.ndarray] = {}
     for name, one in samples.items():
@@ -193,7 +194,8 @@ def report(found: Ablated) -> Report:
         draw = on_axes(plots.layer_losses, score, lines, label=key, title=rows_title(found.run), axis=axis)
         figures.append(Figure(f"{key}.png", draw, f"{key} of each layer."))
     section = Section("Without each layer", "", lambda style: _table(found.scores, style), figures)
-    return Report(_sentences(found.run, found.scores), sections=[section], caveats=CAVEATS)
+    warnings = training_caution(next(iter(found.scores.values())).meta)
+    return Report(_sentences(found.run, found.scores), warnings, [section], CAVEATS)
 
 
 def _shown(scores: Mapping[str, LayerScores]) -> dict[str, LayerScores]:

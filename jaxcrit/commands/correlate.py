@@ -45,6 +45,7 @@ class CorrelateOptions(Options, title="what"):
     out: str = option("", "directory for pictures and report (default: none)", word="DIR", free=WHERE)
     block: int = option(0, "layers to a block; 0 for twice the wider window", lowest=0, group="tests")
     seed: int = option(0, "seed of permutations and interval", lowest=0, group="tests")
+    circular: bool = option(False, "even if one score chose what was trained for the other", group="tests")
 
 
 OPTIONS = CorrelateOptions
@@ -84,7 +85,7 @@ def run_correlate(options: CorrelateOptions) -> Correlated:
         UserError: not two scores, no such file or key, nothing to compare, or a directory that cannot be written.
     """
     from jaxcrit.selection.cautions import correlation_cautions
-    from jaxcrit.selection.correlation import correlate, spearman_matrix
+    from jaxcrit.selection.correlation import circle, correlate, spearman_matrix
 
     if bool(options.scores) == bool(options.all):
         raise UserError("correlate: expected --scores=FILE[:KEY] twice, or --all=DIR, one of them")
@@ -97,9 +98,24 @@ def run_correlate(options: CorrelateOptions) -> Correlated:
         read = [_read(text) for text in options.scores]
         names, scores = _short([(path.parent, score.name) for path, score in read]), [score for _, score in read]
         left = [_deletions(path, score) for path, score in read]
-        pair = correlate(*scores, block=options.block or None, without_each=(left[0], left[1]), seed=options.seed)
-        warnings = correlation_cautions(pair, names)
+        pair = correlate(
+            *scores,
+            block=options.block or None,
+            without_each=(left[0], left[1]),
+            seed=options.seed,
+            circular=options.circular,
+        )
+        warnings = correlation_cautions(pair, names, scores)
     matrix = spearman_matrix(scores)
+    if options.all and not options.circular:
+        circles = [(i, j) for i, a in enumerate(scores) for j, b in enumerate(scores) if circle(a, b)]
+        for pair_of in circles:
+            matrix[pair_of] = np.nan
+        if circles:
+            warnings.append(
+                f"{len(circles) // 2} pairs are left out: one score chose the layers whose training the other measures"
+                " (--circular shows them)"
+            )
     datasets = [
         Facts(name, {"num_samples": score.num_layers, "hash": sha256_json(score.to_json())})
         for name, score in zip(names, scores, strict=True)
@@ -225,6 +241,7 @@ def report(found: Correlated) -> Report:
     """The statistics of a pair, or the matrix of a folder."""
     from jaxcrit.reporting import plots
     from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+    from jaxcrit.selection.correlation import meaning
 
     figures = []
     if found.pair is not None:
@@ -235,4 +252,7 @@ def report(found: Correlated) -> Report:
             Figure("scatter.png", each, "Each layer by both scores; darker is deeper.", (5.6, 5.0)),
         ]
     section = Section("Correlation", "", _table(found), figures)
-    return Report([headline(found)], found.warnings, [section], CAVEATS)
+    told = [headline(found)]
+    if found.pair is not None:
+        told.append(meaning(found.pair, found.scores, found.names))
+    return Report(told, found.warnings, [section], CAVEATS)

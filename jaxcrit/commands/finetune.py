@@ -183,7 +183,7 @@ def run_finetune(
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
         run.record["time"] = run.times
-        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step))
+        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step, layers))
         found = Finetuned(tuned, run.record, rows if out is None else _metrics(out), layers, warnings, out)
         if out is not None:
             write_curve(out, {"test loss": found.metrics})

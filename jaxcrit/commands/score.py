@@ -109,6 +109,7 @@ def run_score(
     from jaxcrit.core.run import running
     from jaxcrit.criteria.registry import of_chosen, parse_criteria
     from jaxcrit.models.model import open_model
+    from jaxcrit.selection.cautions import training_caution
     from jaxcrit.selection.choice import mean_rank
 
     chosen = parse_criteria(options.criteria, two_models=bool(options.base))
@@ -122,15 +123,14 @@ def run_score(
         "score", options, models=models, datasets=datasets, resolved=resolved, further=further, keep=keep
     ) as run:
         without: dict[str, str] = {}
-        facts = {"model_type": model.config.family, "model_hash": model.model_hash}
-        meta = facts | ({} if base is None else {"base_hash": base.model_hash})
+        meta = model.facts | ({} if base is None else {"base_hash": base.model_hash})
         results = _measured(chosen, own, _of_weights(chosen, model, base, progress))
         of_model = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         of_data: dict[str, dict[str, LayerScores]] = {}
         for dataset in datasets:
             evidence = _of_rows(options, chosen, own, model, dataset, progress)
             results = _measured(chosen, own, evidence, None if options.criteria else without)
-            meta = {**facts, "dataset": dataset.name, "num_samples": len(dataset.examples)}
+            meta = {**model.facts, "dataset": dataset.name, "num_samples": len(dataset.examples)}
             of_data[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
             if run.out is None:
                 continue
@@ -145,6 +145,7 @@ def run_score(
             if key not in without
         }
         warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
+        warnings += training_caution(model.facts)
         run.record["warnings"] = warnings
         found = Scored(scores, of_data, warnings, run.record, run.out)
         if found.out is not None:

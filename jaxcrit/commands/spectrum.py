@@ -206,6 +206,8 @@ def _finished(
     model, results = run.record["model"], {}
     for name, captured, grams, ids in taken:
         meta = {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
+        if "trained" in model:
+            meta["trained"] = model["trained"]
         results[name] = _decomposed(options, ks, meta, grams, ids, progress)
     for name, result in results.items():
         _write(run.folder(name, len(results) == 1), result)
@@ -229,12 +231,13 @@ def _decomposed(
 ) -> SpectrumResult:
     from jaxcrit.core.progress import bar
     from jaxcrit.criteria.delta import component_scores, layer_scores
+    from jaxcrit.selection.cautions import training_caution
     from jaxcrit.selection.tracking import tracking
     from jaxcrit.similarity import cca, decompose, gram_tables
 
     num_layers, num_samples = grams.shape[:2]
     scores = layer_scores(gram_tables(grams), window=options.window, include_self=options.include_self, meta=meta)
-    warnings = []
+    warnings = training_caution(meta)
     independent = meta["position"] != "all"  # the tokens of a prompt are not: errors over them would be too small
     if not independent:
         scores = {key: dataclasses.replace(score, stderr=None) for key, score in scores.items()}

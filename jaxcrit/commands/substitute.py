@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxcrit.commands import shared
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
@@ -159,7 +159,7 @@ def run_substitute(
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
     from jaxcrit.evidence.rows import forget_partial
-    from jaxcrit.models.model import check_pair, open_model
+    from jaxcrit.models.model import changed_layers, check_pair, open_model
 
     if tuned is None and not options.tuned:
         raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
@@ -194,16 +194,17 @@ def run_substitute(
             directory=run.directory,
             bars=progress,
         )
-        result = _result(plan, losses, tokens, reverse=options.reverse) | {"block_evaluations": counts}
-        samples = _samples(plan, losses, tokens) if plan.centres else None
-        scores = {} if samples is None else _scores(options, lower, upper, samples)
+        changed = changed_layers(lower, upper)
+        result = _result(plan, losses, tokens, changed, reverse=options.reverse) | {"block_evaluations": counts}
+        samples = _samples(result, losses, tokens) if plan.centres else None
+        scores = {} if samples is None else _scores(options, lower, upper, samples, changed)
         ids = [example.sample_id for example in examples]
         left = {}
         if samples is not None:
             for key, one in scores.items():
                 left[key] = Deletions(samples.without_each(depth, per_token=key.endswith("_per_token")), ids)
                 scores[key] = dataclasses.replace(one, deletions=left[key])
-        warnings = _warnings(result, lower, upper)
+        warnings = _warnings(result, lower, upper, scores)
         run.record |= {"result": result, "warnings": warnings}
         found = Substituted(scores, samples, warnings, run.record, run.out)
         if found.out is not None:
@@ -224,9 +225,14 @@ def _set(text: str, num_layers: int) -> Layers:
     return resolve(spec, num_layers, flag="sets").layers
 
 
-def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
+def _scores(
+    options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses, changed: Sequence[int]
+) -> dict[str, LayerScores]:
+    partly = 0 < len(changed) < tuned.config.num_layers
+    trained = {"criteria": [], "rules": [], **tuned.trained, "layers": list(changed)}
     meta = {
-        "model_type": tuned.config.family,
+        **tuned.facts,
+        **({"trained": trained} if partly else {}),
         "model_hash": base.model_hash,
         "tuned_hash": tuned.model_hash,
         "window": options.window,
@@ -236,14 +242,28 @@ def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: Samp
     return samples.scores(options.score, tuned.config.num_layers, meta, "low" if options.reverse else "high")
 
 
-def _samples(plan: Plan, losses: np.ndarray, tokens: np.ndarray) -> SampleLosses:
+def _samples(result: Mapping[str, Any], losses: np.ndarray, tokens: np.ndarray) -> SampleLosses:
+    """Losses of the windows that hold a layer in which the two models differ; the others say nothing of theirs."""
     from jaxcrit.evidence.sample_scores import SampleLosses
 
-    return SampleLosses(np.array(plan.centres), losses[: len(plan.sets)], losses[-2], tokens)
+    centres, differs = np.array(result["centres"]), [_differs(entry) for entry in result["sets"]]
+    if not any(differs):  # the models are the same, as a warning says
+        differs = [True] * len(differs)
+    return SampleLosses(centres[differs], losses[: len(centres)][differs], losses[-2], tokens)
 
 
-def _result(plan: Plan, losses: np.ndarray, tokens: np.ndarray, *, reverse: bool) -> dict[str, Any]:
-    """Losses of every model in both averages, and of every set the error of its difference from the host."""
+def _differs(entry: Entry) -> bool:
+    """Whether the models differ in a layer of a set; runs of earlier versions do not say, and count as if they did."""
+    return entry.get("changed", 1) > 0
+
+
+def _result(
+    plan: Plan, losses: np.ndarray, tokens: np.ndarray, changed: Sequence[int], *, reverse: bool
+) -> dict[str, Any]:
+    """Losses of every model in both averages, and of every set the error of its difference from the host.
+
+    A set's ``changed`` is the number of its layers in which the models differ.
+    """
     from jaxcrit.evidence.sample_scores import mean
 
     host, guest = losses[-2], losses[-1]
@@ -254,11 +274,13 @@ def _result(plan: Plan, losses: np.ndarray, tokens: np.ndarray, *, reverse: bool
 
     def entry(layers: Layers, row: np.ndarray) -> dict[str, Any]:
         error = float(np.std(row - host, ddof=1) / np.sqrt(len(row))) if len(row) > 1 else None
-        return {"layers": list(layers), **averages(row), "stderr": error}
+        differ = len(set(layers) & set(changed))
+        return {"layers": list(layers), **averages(row), "stderr": error, "changed": differ}
 
     everything = [entry(layers, row) for layers, row in zip((*plan.sets, *plan.random), losses, strict=False)]
     return {
         "loss": {name: averages(row) for name, row in zip(names, (host, guest), strict=True)},
+        "changed": list(changed),
         "centres": list(plan.centres),
         "sets": everything[: len(plan.sets)],
         "random": everything[len(plan.sets) :],
@@ -291,7 +313,6 @@ def _finished(run: dict[str, Any], out: Path) -> Substituted:
     from jaxcrit.core import processes
     from jaxcrit.core.files import read_npz
     from jaxcrit.evidence.rows import read_back
-    from jaxcrit.evidence.sample_scores import SampleLosses
 
     centres = run["result"]["centres"]
     if not centres:
@@ -299,15 +320,26 @@ def _finished(run: dict[str, Any], out: Path) -> Substituted:
 
     def look() -> dict[str, Any]:
         arrays, _ = read_npz(out / "substitution.npz")
-        return {name: arrays[name].tolist() for name in ("losses", "host", "tokens")}
+        found = {name: arrays[name].tolist() for name in ("losses", "host", "guest", "tokens")}
+        return {**found, "losses": [*found["losses"], found["host"], found["guest"]]}
 
     kept = {name: np.array(values) for name, values in processes.share(look).items()}
-    samples = SampleLosses(np.array(centres), kept["losses"][: len(centres)], kept["host"], kept["tokens"])
+    samples = _samples(run["result"], kept["losses"], kept["tokens"])
     return Substituted(read_back(out), samples, run["warnings"], run, out)
 
 
-def _warnings(result: Mapping[str, Any], base: Model, tuned: Model) -> list[str]:
+def _warnings(result: Mapping[str, Any], base: Model, tuned: Model, scores: Mapping[str, LayerScores]) -> list[str]:
     found = []
+    sets = result["sets"]
+    empty = sum(entry["changed"] == 0 for entry in sets)
+    if 0 < len(result["changed"]) < tuned.config.num_layers:
+        chosen = tuned.trained.get("criteria")
+        found.append(
+            f"the models differ in layers {span(result['changed'])} alone"
+            + (f", which were trained, chosen by {listed(chosen)}" if chosen else "")
+            + f": {empty} of {len(sets)} {'windows' if scores else 'sets'} hold none of them and have no value. What is"
+            " lost elsewhere says nothing of layers that were not trained; train every layer to compare them"
+        )
     before, after = (result["loss"][name]["samples"] for name in ("base", "tuned"))
     if base.model_hash == tuned.model_hash:
         found.append("base and tuned model are the same: nothing was tuned")
@@ -353,21 +385,25 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
     host, guest = (result["loss"][name]["samples"] for name in _names(run))
     windows = bool(result["centres"])
     header = ["layer" if windows else "", "layers", "loss", "− unchanged ± s.e.", "per token", "of the way", ""]
-    values = [entry["samples"] for entry in result["sets"]]
-    most = int(np.argmin(values) if run["config"]["reverse"] else np.argmax(values))
+    most = result["sets"].index(_extreme(run))
     rows = []
     for place, entry in enumerate(result["sets"]):
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         share = (entry["samples"] - host) / (guest - host) if guest != host else np.nan
+        where = [str(result["centres"][place]) if windows else "", _short(span(entry["layers"]))]
+        if not _differs(entry):
+            rows.append([*where, "-", "-", "-", "-", "untrained"])
+            continue
         rows.append(
             [
-                str(result["centres"][place]) if windows else "",
-                _short(span(entry["layers"])),
+                *where,
                 f"{entry['samples']:.4f}",
                 f"{entry['samples'] - host:+.4f}{error}",
                 f"{entry['tokens']:.4f}",
                 f"{share:.1%}" if np.isfinite(share) else "-",
-                ("◀ lowest" if run["config"]["reverse"] else "◀ highest") if place == most and len(values) > 1 else "",
+                ("◀ lowest" if run["config"]["reverse"] else "◀ highest")
+                if place == most and len(result["sets"]) > 1
+                else "",
             ]
         )
     return tables.table(header, rows, [style and place == most for place in range(len(rows))])
@@ -380,7 +416,7 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
     host, guest = _names(run)
     losses = {name: result["loss"][name] for name in (host, guest)}
     depth = run["model"]["num_layers"]
-    extreme = (min if run["config"]["reverse"] else max)(result["sets"], key=lambda entry: entry["samples"])
+    extreme = _extreme(run)
     difference = extreme["samples"] - losses[host]["samples"]
     error = "" if extreme["stderr"] is None else f" ± {extreme['stderr']:.4f}"
     told = [
@@ -408,6 +444,13 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
         + (f", {counts['random']} for random sets" if counts["random"] else "")
     )
     return told
+
+
+def _extreme(run: Mapping[str, Any]) -> Entry:
+    """The set of highest loss (of lowest, in the other direction), of those in which the models differ."""
+    sets = run["result"]["sets"]
+    differing = [entry for entry in sets if _differs(entry)] or sets
+    return (min if run["config"]["reverse"] else max)(differing, key=lambda entry: entry["samples"])
 
 
 def _names(run: Mapping[str, Any]) -> tuple[str, str]:

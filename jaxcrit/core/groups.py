@@ -251,5 +251,5 @@ class ProcessOptions(Options, title="processes"):
         "auto", "attention kernel on accelerators", ("auto", "reference", "cudnn", "splash"), free=SHAPE
     )
     compilation_cache_dir: str = option(
-        "", "where compiled programs are kept, or none (default: the user's cache)", word="DIR|none", free=WHERE
+        "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )

@@ -164,21 +164,34 @@ def load(
 def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     """Identity of a model: sha256 of its config and of every tensor's name, dtype, shape and digest.
 
-    Digests are kept in the cache directory by path, size and time of each shard, so a checkpoint is read
-    for this once; of several processes, each reads its share.
+    Args:
+        checkpoint: checkpoint from `open_checkpoint`.
+        progress: see `tensor_digests`.
     """
-    config = checkpoint.config
-    wanted = hf_shapes(config)
+    config, digests = checkpoint.config, tensor_digests(checkpoint, progress)
+    tensors = [[name, *digests[name]] for name in sorted(hf_shapes(config))]
+    ignored = ("_name_or_path", "transformers_version")
+    settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
+    return sha256_json({"config": settings, "tensors": tensors})
+
+
+def tensor_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, list[Any]]:
+    """``[dtype, shape, sha256]`` of every tensor by name.
+
+    They are kept in the cache directory by path, size and time of each shard, so a checkpoint is read for this once; of
+    several processes, each reads its share.
+
+    Args:
+        checkpoint: checkpoint from `open_checkpoint`.
+        progress: called with (shards done, shards in all, shard).
+    """
     digests: dict[str, list[Any]] = {}
     files = sorted(set(checkpoint.shards.values()))
     for done, file in enumerate(files):
         if progress is not None:
             progress(done, len(files), file.name)
         digests |= _digests(file)
-    tensors = [[name, *digests[name]] for name in sorted(wanted)]
-    ignored = ("_name_or_path", "transformers_version")
-    settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
-    return sha256_json({"config": settings, "tensors": tensors})
+    return digests
 
 
 @functools.partial(jax.jit, static_argnames="stacked")

@@ -21,12 +21,12 @@ from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
-from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint
+from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint, tensor_digests
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.overlays import Overlay, read_overlay
 from jaxcrit.models.partition import TRAIN, partition
-from jaxcrit.models.weights import hf_shapes
+from jaxcrit.models.weights import hf_shapes, table
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 
 # Of ModelConfig: says nothing about what the blocks compute.
@@ -87,6 +87,30 @@ class Model:
             "num_layers": self.config.num_layers,
             "width": self.config.width,
             "dtype": self.dtype,
+            **({"trained": self.trained} if self.partly_trained else {}),
+        }
+
+    @property
+    def partly_trained(self) -> bool:
+        """Whether some layers were trained, and not all."""
+        return 0 < len(self.trained.get("layers", ())) < self.config.num_layers
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """JSON values for the meta of scores: which model, and what was trained in it where not every layer was."""
+        told = {"trained": self.trained} if self.partly_trained else {}
+        return {"model_type": self.config.family, "model_hash": self.model_hash, **told}
+
+    @property
+    def trained(self) -> dict[str, Any]:
+        """JSON values of what was trained: layers, and what they were chosen by; empty for a checkpoint."""
+        if not self.overlays:
+            return {}
+        chosen = [overlay.chosen for overlay in self.overlays if overlay.chosen is not None]
+        return {
+            "layers": sorted({layer for overlay in self.overlays for layer in overlay.partition.layers}),
+            "criteria": sorted({one.criterion for one in chosen}),
+            "rules": [one.rule for one in chosen],
         }
 
     def machine(self) -> dict[str, Any]:
@@ -260,7 +284,7 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
     if record.get("command") != "finetune":
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
     try:
-        base, trained = record["model"], record["trained"]
+        base, _, _ = record["model"], record["trained"], record["layers"]
         step = step or str(record.get("result", {}).get("model_step", "last"))
     except KeyError as error:
         raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
@@ -271,7 +295,30 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
             f"{run}: was trained on {path or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
             f" {below.model_hash[:12]}; put the original back"
         )
-    return below.with_overlay(read_overlay(run, below.config, below.mesh, trained, step))
+    return below.with_overlay(read_overlay(run, below.config, below.mesh, record, step))
+
+
+def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
+    """Layers in which two models of one shape differ: what their overlays train, and what differs in their files.
+
+    Weights are compared by their digests, so layers of another dtype differ too.
+    """
+    below = 0  # overlays that both have
+    for one, other in zip(base.overlays, tuned.overlays, strict=False):
+        if one is not other and (one.run is None or (one.run, one.step) != (other.run, other.step)):
+            break
+        below += 1
+    own = (*base.overlays[below:], *tuned.overlays[below:])
+    changed = {layer for overlay in own for layer in overlay.partition.layers}
+    if base.checkpoint.path != tuned.checkpoint.path:
+        ours, theirs = tensor_digests(base.checkpoint), tensor_digests(tuned.checkpoint)
+        names = [row.hf for row in table(base.config) if row.stacked]
+        changed |= {
+            layer
+            for layer in range(base.config.num_layers)
+            if any(ours[name.format(layer)] != theirs[name.format(layer)] for name in names)
+        }
+    return tuple(sorted(changed))
 
 
 def check_pair(base: Model, tuned: Model) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core import processes
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.partition import Bank, Partition, partition_of_json, split
 from jaxcrit.parallel.mesh import AnyMesh
@@ -25,12 +26,14 @@ class Overlay:
         params: by group and weight-table path the new values (or adapters), float32.
         run: directory of the run that made it; None where it was made in memory.
         step: optimizer step of the checkpoint read; 0 where there is none.
+        chosen: layers that were asked for, and what they were chosen by; None where nobody chose.
     """
 
     partition: Partition
     params: Bank
     run: Path | None
     step: int
+    chosen: LayerSet | None = None
 
     def identity(self) -> dict[str, Any]:
         """JSON values that tell it apart: what changes, and a digest of every array."""
@@ -42,14 +45,14 @@ class Overlay:
         return {"trained": self.partition.to_json(), "params": digests}
 
 
-def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, trained: Mapping[str, Any], step: str) -> Overlay:
+def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[str, Any], step: str) -> Overlay:
     """Reads what a fine-tuning run changed.
 
     Args:
         run: run directory.
         config: configuration of the model below.
         mesh: devices that the arrays are placed on.
-        trained: ``trained`` of its ``run.json``.
+        record: content of its ``run.json``.
         step: which checkpoint, see `trained_parameters`.
 
     Raises:
@@ -57,7 +60,8 @@ def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, trained: Mapping
     """
     from jaxcrit.models.trained import trained_parameters  # orbax takes 25 MB, and plans do without
 
-    parts = partition_of_json(config, trained)
+    parts = partition_of_json(config, record["trained"])
     like, _ = split(parts.abstract(mesh, np.float32))
     params, found = trained_parameters(run, like, step)
-    return Overlay(parts, params, run.resolve(), found)
+    chosen = LayerSet(**{**record["layers"], "layers": tuple(record["layers"]["layers"])})
+    return Overlay(parts, params, run.resolve(), found, chosen)

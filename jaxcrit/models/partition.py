@@ -74,6 +74,11 @@ class Partition:
         """The groups that train."""
         return tuple(name for name, _ in self.rates)
 
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers in which something trains."""
+        return tuple(layer for layer, group in enumerate(self.groups) if group != FROZEN)
+
     def members(self, group: str) -> tuple[int, ...]:
         """Layers of a group, ascending: the layer of each slot."""
         return tuple(layer for layer, name in enumerate(self.groups) if name == group)

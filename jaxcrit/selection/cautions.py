@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+from jaxcrit.core.errors import listed
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import span
 from jaxcrit.selection.confidence import Certainty
-from jaxcrit.selection.correlation import FEW_LAYERS, Correlation
+from jaxcrit.selection.correlation import FEW_LAYERS, Correlation, circle, tied
 from jaxcrit.selection.leverage import Leverage
 
 # Unrelated layers that score this much leave biased CKA little room to say anything.
@@ -22,6 +24,7 @@ _UNSURE = 0.5
 _LEVERAGE = 0.5
 _CONTESTED = 0.01
 _UNRELATED = 0.05
+_TIED = 0.25
 
 
 class Measured(Protocol):
@@ -100,20 +103,42 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
         found += _heavy_prompts(result.leverage, result.sample_ids, _in_question(result, trim))
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
-    return found
+    return found + training_caution(debiased.meta)
 
 
-def correlation_cautions(pair: Correlation, names: Sequence[str]) -> list[str]:
+def training_caution(meta: Mapping[str, Any]) -> list[str]:
+    """A warning where scores are of a model of which only some layers were trained.
+
+    Args:
+        meta: that of a score, or `jaxcrit.models.model.Model.facts`.
+    """
+    trained = meta.get("trained")
+    if not trained:
+        return []
+    return [
+        f"only layers {span(trained['layers'])} of this model were trained, chosen by {listed(trained['criteria'])}:"
+        " its scores show that choice too, and are no evidence for it"
+    ]
+
+
+def correlation_cautions(pair: Correlation, names: Sequence[str], scores: Sequence[LayerScores]) -> list[str]:
     """Warnings about a correlation over layers.
 
     Args:
         pair: correlation of two scores.
         names: names of both.
+        scores: both.
 
     Returns:
         Warnings, none where nothing misleads.
     """
-    found = []
+    found = [f"a circle, as asked: {why}"] if (why := circle(*scores)) else []
+    for name, score in zip(names, scores, strict=True):
+        if not why:
+            found += [f"{name}: {line}" for line in training_caution(score.meta)]
+        shared = tied(score.values[scores[0].valid & scores[1].valid])
+        if shared >= _TIED:
+            found.append(f"{name}: {shared:.0%} of its layers share their value with others; ties carry no order")
     if pair.num_layers < FEW_LAYERS:
         found.append(
             f"{pair.num_layers} layers say little: even if they were independent, only |ρ| of {pair.smallest:.3f} and"

@@ -18,8 +18,10 @@ import numpy as np
 from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import span
 
 FEW_LAYERS = 8
+SIGNIFICANT = 0.05
 _ROUNDING = 1e-12  # two orders of equal correlation differ by this much
 
 
@@ -67,6 +69,7 @@ def correlate(
     block: int | None = None,
     without_each: tuple[Deletions | None, Deletions | None] = (None, None),
     seed: int = 0,
+    circular: bool = False,
 ) -> Correlation:
     """Correlates two scores of one model as they are: a low δ against a high loss gives a negative rho.
 
@@ -77,13 +80,19 @@ def correlate(
             unrelated scores of 28 layers, blocks of one window call 7 % significant at 0.05, of two 3 %.
         without_each: values of a and of b with each sample left out; the interval takes what is there.
         seed: seed of the permutations and the interval.
+        circular: accept a `circle`.
 
     Raises:
-        UserError: different L, fewer than 3 layers valid in both, or a score that is constant over them.
+        UserError: a circle, different L, fewer than 3 layers valid in both, or a score that is constant over them.
     """
     if a.num_layers != b.num_layers:
         raise UserError(
             f"expected scores of one model, got {a.name} of {a.num_layers} layers and {b.name} of {b.num_layers}"
+        )
+    if not circular and (why := circle(a, b)):
+        raise UserError(
+            f"{why}; train every layer (finetune --layers=all) and test it on rows it has not seen, or give --circular"
+            " to see the numbers all the same"
         )
     both = a.valid & b.valid
     layers, x, y = np.flatnonzero(both), a.values[both], b.values[both]
@@ -113,6 +122,57 @@ def correlate(
         depth=(spearman(x, layers), spearman(y, layers)),
         smallest=smallest_significant(len(layers)),
         interval=jackknife_interval(x, y, left[0], left[1], seed=seed),
+    )
+
+
+def circle(a: LayerScores, b: LayerScores) -> str:
+    """Why two scores cannot be evidence for each other, or nothing.
+
+    A score of a model of which only some layers were trained is high there because they were trained. Correlated with
+    the score that chose these layers it shows the choice, whatever the layers are worth.
+    """
+    for one, other in ((a, b), (b, a)):
+        trained = one.meta.get("trained") or {}
+        mine = [key for key in trained.get("criteria", ()) if _stem(key) == _stem(other.name)]
+        if mine:
+            return (
+                f"{one.name} and {other.name}: only layers {span(trained['layers'])} of the tuned model were trained,"
+                f" chosen by {mine[0]} ({', '.join(trained['rules'])}), so the two agree whatever layers are worth"
+            )
+    return ""
+
+
+def _stem(key: str) -> str:
+    """What a score measures, by whichever estimator."""
+    return key.removesuffix("_debiased").removesuffix("_per_token")
+
+
+def tied(values: np.ndarray) -> float:
+    """Share of values that others equal, ``[V]``."""
+    return float(np.mean((values[:, None] == values[None, :]).sum(axis=1) > 1)) if len(values) else 0.0
+
+
+def meaning(pair: Correlation, scores: Sequence[LayerScores], names: Sequence[str]) -> str:
+    """What sign and p say of the claim that the layers critical by one score are critical by the other.
+
+    Args:
+        pair: correlation of the two.
+        scores: both.
+        names: names of both.
+    """
+    (a, b), (first, second) = scores, names
+    agree = (pair.rho < 0) == (a.direction != b.direction)
+    said = (
+        f"ρ {pair.rho:+.2f}: layers that are critical by {first} ({a.direction} values) tend to be"
+        f" {'critical' if agree else 'uncritical'} by {second} ({b.direction} values)"
+    )
+    if not pair.p_shift < SIGNIFICANT:
+        return f"{said}, but {pair.p_shift:.0%} of the circular shifts correlate as strongly: no evidence of it here."
+    if not pair.p_partial < SIGNIFICANT:
+        return f"{said}, but given depth ({pair.partial:+.2f}, p {pair.p_partial:.2f}) there is no evidence of it here."
+    return (
+        f"{said}; {pair.p_shift:.1%} of the circular shifts correlate as strongly, and given depth"
+        f" {pair.partial:+.2f} is left (p {pair.p_partial:.3f}): evidence of it, in this model."
     )
 
 

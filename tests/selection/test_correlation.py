@@ -15,12 +15,15 @@ from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.selection import correlate, overlap_matrix, spearman_matrix
 from jaxcrit.selection.correlation import (
     block_permutation_p,
+    circle,
     circular_shift_p,
     jackknife_interval,
+    meaning,
     naive_p,
     partial_given_depth,
     smallest_significant,
     spearman,
+    tied,
 )
 
 
@@ -189,3 +192,38 @@ def test_refuses():
 def test_overlap():
     sets = [LayerSet((1, 2, 3), 9, "delta", "critical:3"), LayerSet((3, 4), 9, "delta", "critical:2")]
     np.testing.assert_allclose(overlap_matrix(sets), [[1, 0.5], [0.5, 1]])
+
+
+def test_a_circle_is_refused_by_what_chose_and_what_was_trained():
+    rng = np.random.default_rng(0)
+    trained = {"layers": [2, 3], "criteria": ["delta_debiased"], "rules": ["critical:2"]}
+    loss = scores(averaged(rng, 20), "high", "substitution", trained=trained)
+    for name in ("delta", "delta_debiased"):
+        chose = scores(averaged(rng, 20), name=name)
+        for pair in ((chose, loss), (loss, chose)):
+            assert "layers 2-3 of the tuned model" in circle(*pair)
+            with pytest.raises(UserError, match="chosen by delta_debiased"):
+                correlate(*pair)
+            assert np.isfinite(correlate(*pair, circular=True).rho)
+    assert not circle(scores(averaged(rng, 20), name="step"), loss)
+    assert not circle(scores(averaged(rng, 20)), scores(averaged(rng, 20), "high", "substitution"))
+
+
+def test_what_sign_and_p_mean():
+    x = averaged(np.random.default_rng(0), 40)
+    noise = averaged(np.random.default_rng(1), 40)
+    depth = np.arange(40.0)
+
+    def told(a, b, directions=("low", "high")):
+        both = scores(a, directions[0], "A"), scores(b, directions[1], "B")
+        return meaning(correlate(*both), both, ("A", "B"))
+
+    assert "by A (low values) tend to be critical by B (high values)" in told(x, -x) and "evidence of it" in told(x, -x)
+    assert "tend to be uncritical by B (low values)" in told(x, -x, ("low", "low"))
+    assert "of the circular shifts correlate as strongly: no evidence" in told(x, noise)
+    assert "but given depth" in told(depth + 0.2 * x, depth + 0.2 * noise, ("high", "high"))
+
+
+def test_ties_are_counted():
+    assert tied(np.array([1.0, 1, 2, 3])) == 0.5
+    assert tied(np.array([1.0, 2, 3])) == 0

@@ -87,6 +87,50 @@ def test_a_run(config, inputs, tmp_path):
     assert again.run["identity"] and np.array_equal(again.samples.losses, found.samples.losses), "read, not run"
 
 
+def test_windows_without_a_trained_layer_have_no_value(config, inputs, tmp_path, capsys):
+    found = run_substitute(dataclasses.replace(config, tuned=str(inputs / "run")))
+    score = found.scores["substitution"]
+    assert score.valid.tolist() == [False, False, True, True, True, False, False]
+    assert score.meta["trained"] == {"layers": [3], "criteria": ["manual"], "rules": ["3"]}
+    assert [entry["changed"] for entry in found.run["result"]["sets"]] == [0, 1, 1, 1, 0]
+    assert "2 of 5 windows hold none of them" in found.warnings[0]
+    assert np.isnan(read_deletions(tmp_path / "out", "substitution").values[:, 1]).all()
+    again = run_substitute(dataclasses.replace(config, tuned=str(inputs / "run")))
+    np.testing.assert_array_equal(again.scores["substitution"].values, score.values)
+    np.testing.assert_array_equal(again.samples.losses, found.samples.losses)
+    # A checkpoint does not say what was trained, but it shows.
+    assert main(["export", f"--run={inputs / 'run'}", f"--out={tmp_path / 'exported'}"]) == 0
+    flags = ["substitute", f"--base={inputs / 'base'}", f"--tuned={tmp_path / 'exported'}", "--window=3"]
+    assert main([*flags, f"--data={inputs / 'pairs.jsonl'}", f"--out={tmp_path / 'sub'}"]) == 0
+    text = capsys.readouterr().out
+    assert text.count("untrained") == 2 and "differ in layers 3 alone: 2 of 5 windows" in text
+    stored = read_scores(tmp_path / "sub" / "scores.json")["substitution"]
+    np.testing.assert_allclose(stored.values, score.values, rtol=1e-6)
+
+
+def test_a_score_is_not_read_against_the_training_it_chose(inputs, tmp_path, capsys):
+    base, data = f"{inputs / 'base'}", f"--data={inputs / 'pairs.jsonl'}"
+    an, tuned, sub = (tmp_path / name for name in ("an", "tuned", "sub"))
+    assert main(["analyze", f"--model={base}", data, f"--out={an}", "--window=3", "--layers=critical:2"]) == 0
+    train = ["finetune", f"--model={base}", data, "--steps=2", "--learning_rate=2e-2"]
+    assert main([*train, f"--layers=@{an / 'layers.json'}", f"--out={tuned}"]) == 0
+    again = ["substitute", f"--base={base}", f"--tuned={tuned}", data, "--window=3", f"--out={sub}"]
+    assert main(again) == 0
+    pair = ["correlate", f"--scores={an}:delta", f"--scores={sub}"]
+    assert main(pair) == 2
+    said = capsys.readouterr().err
+    assert "chosen by delta_debiased (critical:2), so the two agree whatever layers" in said and "--layers=all" in said
+    assert main(["correlate", f"--all={tmp_path}"]) == 0
+    assert "pairs are left out" in capsys.readouterr().out
+    assert main(["score", f"--model={tuned}", data, "--criteria=block_influence", f"--out={tmp_path / 'sc'}"]) == 0
+    assert "chosen by delta_debiased: its scores show that" in " ".join(capsys.readouterr().out.split())
+    assert main([*train, "--layers=all", f"--out={tmp_path / 'all'}"]) == 0
+    again[2], again[-1] = f"--tuned={tmp_path / 'all'}", f"--out={tmp_path / 'sub_all'}"
+    assert main(again) == 0
+    assert main([pair[0], pair[1], f"--scores={tmp_path / 'sub_all'}"]) == 0
+    assert "ρ " in capsys.readouterr().out
+
+
 def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_path):
     def losses(**changes):
         name = "-".join(map(str, changes.values()))
@@ -130,8 +174,10 @@ def test_base_into_base_is_bit_identical(config, inputs):
 def test_a_finetuning_run_names_the_layer_that_trained(config, inputs):
     found = run_substitute(dataclasses.replace(config, tuned=str(inputs / "run"), window=1))
     values = found.scores["substitution"].values
-    assert found.tuned_loss < found.base_loss and int(values.argmax()) == 3
-    assert values[3] == found.base_loss and (np.delete(values, 3) == found.tuned_loss).all()
+    assert found.tuned_loss < found.base_loss and values[3] == found.base_loss
+    assert np.isnan(np.delete(values, 3)).all()
+    losses = np.array([entry["samples"] for entry in found.run["result"]["sets"]])
+    assert (np.delete(losses, 3) == found.tuned_loss).all()
 
 
 def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
