@@ -29,7 +29,7 @@ from jaxcrit.models.weights import hf_shapes
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 
 # Of ModelConfig: says nothing about what the blocks compute.
-_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
+_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
@@ -86,6 +86,8 @@ class Model:
             "num_layers": self.config.num_layers,
             "width": self.config.width,
             "dtype": self.dtype,
+            "ignored_keys": list(self.config.ignored),
+            "notes": list(self.checkpoint.notes),
         }
 
     def machine(self) -> dict[str, Any]:
