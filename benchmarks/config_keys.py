@@ -16,6 +16,7 @@ Needs torch and the transformers of the extra ``parity``; the version is written
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import json
 import logging
@@ -169,7 +170,9 @@ def same(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
 def begin(folder: Path, raw: dict[str, Any]) -> tuple[tuple[Any, ...], set[str]]:
     """Writes a checkpoint of random weights, runs it, and names the attributes that were read of its config."""
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**raw))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**copy.deepcopy(raw))
+    )  # it writes into what it is given
     with torch.no_grad():
         for tensor in model.parameters():
             tensor.add_(torch.randn_like(tensor) * 0.3)
@@ -183,7 +186,7 @@ def begin(folder: Path, raw: dict[str, Any]) -> tuple[tuple[Any, ...], set[str]]
 def record(family: str, further: set[str]) -> dict[str, Any]:
     """Lists of one family: ``changes`` with the value where the file is silent, and ``inert``."""
     raw = {"model_type": family, **BASE, **MORE.get(family, {})}
-    config = AutoConfig.for_model(**raw)
+    config = AutoConfig.for_model(**copy.deepcopy(raw))
     silent = type(config)()
     fields = {field.name for field in dataclasses.fields(config)}
     changes: dict[str, Any] = {}

@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
-    if not any((path / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(path):
         raise UserError(
             f"{path}: expected a tokenizer ({', '.join(_VOCABULARIES)}), found none;"
             " copy the tokenizer files of the model there"
@@ -48,6 +48,11 @@ def load_tokenizer(path: str | Path) -> Any:
             raise UserError(
                 f"{path}: the tokenizer cannot be loaded (code shipped with a checkpoint is never run): {first}"
             ) from None
+
+
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds a vocabulary."""
+    return any((path / name).is_file() for name in _VOCABULARIES)
 
 
 @contextlib.contextmanager

@@ -48,6 +48,7 @@ class Checkpoint:
         dtypes: by tensor name, its dtype in the file (float32, bfloat16, float16).
         names: by tensor name, its name in the file.
         notes: what was decided when the files were chosen, in sentences.
+        tokenizer: the directory that its tokenizer is read from; None for ``path``.
     """
 
     path: Path
@@ -56,6 +57,7 @@ class Checkpoint:
     dtypes: dict[str, str]
     names: dict[str, str]
     notes: tuple[str, ...] = ()
+    tokenizer: Path | None = None
 
     def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
         """Reads part of a tensor; other bytes of the file are not touched."""

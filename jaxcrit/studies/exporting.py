@@ -13,17 +13,18 @@ from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, atomic_path, local_path, write_text
+from jaxcrit.models.adapters import WEIGHTS, place_of
 from jaxcrit.models.checkpoint import DTYPES, Progress
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.export import check_free, export, write_checkpoint
 from jaxcrit.models.lora import peft_config, peft_tensors
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.models.overlays import Overlay
+from jaxcrit.models.shards import ADAPTER
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
 
 DELTA = "delta.safetensors"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft looks for them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +76,7 @@ def export_model(
     """Writes a checkpoint directory that transformers loads.
 
     Args:
-        model: checkpoint directory, hub id, or fine-tuning run.
+        model: checkpoint directory, hub id, adapter (it is merged), or fine-tuning run.
         out: directory to make; must not exist or be empty.
         dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
         delta_only: write just the trained tensors of a run, as ``delta.safetensors``.
@@ -89,7 +90,8 @@ def export_model(
     if dtype != "source" and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
     asked = "" if dtype == "source" else dtype
-    if not (as_path(model) / "run.json").is_file():
+    is_run = (as_path(model) / "run.json").is_file()
+    if not is_run and place_of(model).adapter is None:
         for flag, given in (("delta_only", delta_only), ("adapter", adapter), ("step", step)):
             if given:
                 raise UserError(f"--{flag}: {model} is no finetune run, and has no such thing; give --run=RUN")
@@ -100,7 +102,7 @@ def export_model(
     check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
     tuned = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
-    number = tuned.overlays[-1].step
+    number = tuned.overlays[-1].step if is_run else None
     if adapter:
         _write_adapter(tuned, asked or "float32", target)
         return Exported(target, None, number)
@@ -172,11 +174,11 @@ def _write_adapter(model: Model, dtype: str, out: Path) -> None:
     layers = parts.to_json()["layers"]
     settings = peft_config(config, parts.lora, layers, model.named)
     out.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out / ADAPTER) as temporary:
+    with atomic_path(out / WEIGHTS) as temporary:
         save_file(
             {name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, temporary, metadata={"format": "pt"}
         )
-    write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
+    write_text(out / ADAPTER, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:

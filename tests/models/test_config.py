@@ -3,9 +3,9 @@
 import csv
 import dataclasses
 import json
-from pathlib import Path
 
 import pytest
+from conftest import SHARED
 from support.family_models import BASE, CASES, raw_config
 
 from jaxcrit.core.errors import UserError
@@ -253,7 +253,7 @@ def test_every_family_is_recorded():
         assert "initializer_range" in recorded()[family]["inert"]
 
 
-CORPUS = Path(__file__).parents[3] / "shared" / "configs"
+CORPUS = SHARED / "configs"
 
 
 @pytest.mark.skipif(not CORPUS.is_dir(), reason="needs ../shared/configs")
