@@ -32,7 +32,7 @@ def load_tokenizer(path: str | Path) -> Any:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
-    if not has_tokenizer(path):
+    if not any((path / name).is_file() for name in _VOCABULARIES):
         raise UserError(
             f"{path}: expected a tokenizer ({', '.join(_VOCABULARIES)}), found none;"
             " copy the tokenizer files of the model there"
