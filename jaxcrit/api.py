@@ -427,20 +427,26 @@ def cka(
 
 @public
 def inspect(model: str | Path | Model = "", rows: Any = None, *, shown: int = 3, **options: Any) -> str:
-    """Shows what a model is given of rows: rendered text, what is masked, lengths.
+    """Shows what is read of a model; with rows, what it is given of them: rendered text, what is masked, lengths.
 
     Args:
         model: a `Model`, or the name of one, as `load` takes it.
-        rows: rows, as `Model.read` takes them; None for the embedded ones.
+        rows: rows, as `Model.read` takes them; None for the model itself.
         shown: rows to show of each dataset.
-        **options: fields of `DataOptions`.
+        **options: with rows, fields of `DataOptions`; without, those of `InspectOptions`.
 
     Returns:
-        The text that ``jaxcrit data`` prints.
+        The text that ``jaxcrit inspect`` prints; with rows, that of ``jaxcrit data``.
 
     Raises:
-        UserError: rows that cannot be read or rendered.
+        UserError: a model or rows that cannot be read or rendered.
     """
+    if rows is None and "data" not in options:
+        from jaxcrit.commands.inspect import InspectOptions, model_text
+        from jaxcrit.core.options import from_values
+
+        asked = from_values(InspectOptions, options, "options")
+        return model_text(load(model, step=asked.step), asked.template)
     from jaxcrit.commands.data import DataOptions, inspected
 
     return inspected(options_for(DataOptions, "", options), model, rows, shown)

@@ -84,6 +84,7 @@ def test_the_flow_reads_once_writes_nothing_and_leaves_the_base_alone(checkpoint
     assert set(jc.score(model, rows(8), criteria="lens_kl,stable_rank")) == {"lens_kl", "stable_rank"}
     assert jc.compare(states, jc.capture(tuned, prompts)).shape == (7, 7)
     assert "masked" in jc.inspect(model, rows(2))
+    assert jc.inspect(model).startswith(f"model:\n  {model.describe()['path']} (")
 
     assert len(loads) == 1, "the checkpoint is read once"
     assert sorted(tmp_path.rglob("*")) == kept, "nothing is written"

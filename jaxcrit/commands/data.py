@@ -81,15 +81,16 @@ def run_data(options: DataOptions, *, model: Any = None, rows: Any = None, shown
     from jaxcrit.data.inspection import measure, show
     from jaxcrit.data.templates import template_hash
     from jaxcrit.data.tokenizer import load_tokenizer
-    from jaxcrit.models.checkpoint import locate, open_checkpoint
+    from jaxcrit.models.adapters import place_of
+    from jaxcrit.models.checkpoint import open_checkpoint
     from jaxcrit.models.model import EMBEDDED_MODEL, Model
 
     if isinstance(model, Model):
         context, tokenizer = model.config.max_length, model.tokenizer
     else:
         name = options.model if model is None else str(model)
-        path = locate(name) if name else EMBEDDED_MODEL
-        context, tokenizer = open_checkpoint(path).config.max_length, load_tokenizer(path)
+        place = place_of(name or str(EMBEDDED_MODEL))
+        context, tokenizer = open_checkpoint(place.checkpoint).config.max_length, load_tokenizer(place.tokenizer)
     room = min(options.max_length or context, context)
     lengths, limits, sets = {}, {}, []
     for named in named_rows(rows, options):

@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from jaxcrit.models.model import Model
 
 DELTA = "delta.safetensors"
-ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"  # as peft looks for them
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -125,8 +124,8 @@ def export_model(
     """Writes a checkpoint directory that transformers loads.
 
     Args:
-        model: checkpoint directory, hub id, or fine-tuning run; or a model in memory, overlays included, whose weights
-            may be in float32 where the checkpoint's are not.
+        model: checkpoint directory, hub id, adapter (it is merged), or fine-tuning run; or a model in memory, overlays
+            included, whose weights may be in float32 where the checkpoint's are not.
         out: directory to make; must not exist or be empty.
         dtype: ``source``, as each tensor has it in the checkpoint, or a float type for all.
         delta_only: write just the trained tensors of a run, as ``delta.safetensors``.
@@ -141,6 +140,7 @@ def export_model(
 
     from jaxcrit.core.files import as_path, local_path
     from jaxcrit.models import export as writing
+    from jaxcrit.models.adapters import place_of
     from jaxcrit.models.checkpoint import DTYPES
     from jaxcrit.models.model import Model, open_model
     from jaxcrit.parallel.mesh import make_mesh
@@ -153,7 +153,8 @@ def export_model(
         writing.check_free(target)
         return Exported(writing.write_checkpoint(model.decoder(), model.checkpoint, target, dtype=asked))
     model = str(model)
-    if not (as_path(model) / "run.json").is_file():
+    is_run = (as_path(model) / "run.json").is_file()
+    if not is_run and place_of(model).adapter is None:
         for flag, given in (("delta_only", delta_only), ("adapter", adapter), ("step", step)):
             if given:
                 raise UserError(f"--{flag}: {model} is no finetune run, and has no such thing; give --run=RUN")
@@ -164,7 +165,7 @@ def export_model(
     writing.check_free(target)
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
     tuned = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
-    number = tuned.overlays[-1].step
+    number = tuned.overlays[-1].step if is_run else None
     if adapter:
         _write_adapter(tuned, asked or "float32", target)
         return Exported(target, None, number)
@@ -196,8 +197,10 @@ def _rounding(model: Model, dtype: str) -> Rounding:
 
 def _write_adapter(model: Model, dtype: str, out: Path) -> None:
     from jaxcrit.core.files import write_text
+    from jaxcrit.models.adapters import WEIGHTS
     from jaxcrit.models.checkpoint import DTYPES
     from jaxcrit.models.lora import peft_config, peft_tensors
+    from jaxcrit.models.shards import ADAPTER
 
     *below, last = model.overlays
     parts, config = last.partition, model.config
@@ -218,8 +221,8 @@ def _write_adapter(model: Model, dtype: str, out: Path) -> None:
         tensors |= peft_tensors(config, parts.lora, parts.members(group), entries)
     layers = parts.to_json()["layers"]
     settings = peft_config(config, parts.lora, layers, model.named)
-    _save({name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, out / ADAPTER)
-    write_text(out / ADAPTER_CONFIG, json.dumps(settings, indent=2) + "\n")
+    _save({name: value.astype(DTYPES[dtype]) for name, value in tensors.items()}, out / WEIGHTS)
+    write_text(out / ADAPTER, json.dumps(settings, indent=2) + "\n")
 
 
 def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:

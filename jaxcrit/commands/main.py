@@ -31,6 +31,10 @@ GROUPS = {
         "select": ("jaxcrit.commands.select", "choose layers again from scores.json, in the words of another trainer"),
     },
     "look inside": {
+        "inspect": (
+            "jaxcrit.commands.inspect",
+            "what would be read of a model: files, keys, stops, what is trained on",
+        ),
         "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
         "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
         "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
@@ -57,7 +61,7 @@ GROUPS = {
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
-FIRST_ONLY = ("data", "select", "correlate", "compare", "plan", "export")
+FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "plan", "export")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again

@@ -50,6 +50,11 @@ def load_tokenizer(path: str | Path) -> Any:
             ) from None
 
 
+def has_tokenizer(path: Path) -> bool:
+    """Whether a directory holds a vocabulary."""
+    return any((path / name).is_file() for name in _VOCABULARIES)
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Holds back log lines up to warnings: transformers greets a machine without torch with one."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import hashlib
@@ -18,7 +17,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
@@ -26,6 +25,7 @@ from jaxcrit.core.files import cache_directory, local_path, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.shards import Tensors, find_tensors, read_json_object, same_values
 from jaxcrit.models.weights import Weight, hf_shapes, offsets, table
 from jaxcrit.parallel.mesh import make_mesh, spec_for
 
@@ -33,9 +33,7 @@ Progress = Callable[[int, int, str], None]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
 _FILE_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _READ_BYTES = 2**25
-_INDEX = "model.safetensors.index.json"
-# Buffers that old checkpoints carry and that the config determines.
-_COMPUTED = re.compile(r".*rotary_emb\.inv_freq$")
+_EMBED, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,17 +45,23 @@ class Checkpoint:
         config: config of the model.
         shards: by tensor name, the file that holds it.
         dtypes: by tensor name, its dtype in the file (float32, bfloat16, float16).
+        names: by tensor name, its name in the file.
+        notes: what was decided when the files were chosen, in sentences.
+        tokenizer: the directory that its tokenizer is read from; None for ``path``.
     """
 
     path: Path
     config: ModelConfig
     shards: dict[str, Path]
     dtypes: dict[str, str]
+    names: dict[str, str]
+    notes: tuple[str, ...] = ()
+    tokenizer: Path | None = None
 
     def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
         """Reads part of a tensor; other bytes of the file are not touched."""
         with safe_open(self.shards[name], framework="numpy") as file:
-            part = file.get_slice(name)
+            part = file.get_slice(self.names[name])
             return part[rows] if columns is None else part[rows, columns]
 
 
@@ -93,26 +97,42 @@ def open_checkpoint(path: Path) -> Checkpoint:
             missing, unexpected, misshapen or of a dtype that is not floating point.
     """
     config_path = path / "config.json"
-    config = ModelConfig.from_hf(_json_object(config_path), str(config_path))
-    shards, shapes, dtypes = _headers(_shard_files(path))
+    raw = read_json_object(config_path)
+    config = ModelConfig.from_hf(raw, str(config_path))
+    tensors = find_tensors(path)
+    names, notes = tensors.named({**hf_shapes(config), _HEAD: ()})
+    if config.tied and _HEAD in names and _EMBED in names and not _same(tensors, names[_HEAD], names[_EMBED]):
+        # As in transformers: the file has the last word. Exported, the config says what the file holds.
+        config = ModelConfig.from_hf({**raw, "tie_word_embeddings": False}, str(config_path))
+        notes += (f"config.json says that the head is the embedding; {_HEAD} in the file is another, and is used",)
     expected = hf_shapes(config)
-    if config.tied:  # some exporters write the tied head a second time
-        shapes.pop("lm_head.weight", None)
+    if config.tied and _EMBED not in names and _HEAD in names:
+        names[_EMBED] = names[_HEAD]
+        notes += (f"{_HEAD} stands for the embedding too, which the file leaves out",)
+    actual = {name: names.get(name, "") for name in expected}
     problems = []
-    missing, extra = sorted(expected.keys() - shapes.keys()), sorted(shapes.keys() - expected.keys())
-    if missing:
+    missing = sorted(name for name in expected if not actual[name])
+    allowed = {*actual.values(), *([names[_HEAD]] if config.tied and _HEAD in names else [])}
+    extra = sorted(tensors.files.keys() - allowed)
+    if missing == [_HEAD] and not config.tied:
+        problems.append(f"missing {_HEAD}: a backbone saved without its head; save it with AutoModelForCausalLM")
+    elif missing:
         problems.append(f"missing {listed(missing, 4)}")
     if extra:
         problems.append(f"unexpected {listed(extra, 4)}")
-    wrong = sorted(name for name in expected.keys() & shapes.keys() if expected[name] != shapes[name])
+    there = [name for name in sorted(expected) if actual[name]]
+    shapes, dtypes = ({name: held[actual[name]] for name in there} for held in (tensors.shapes, tensors.dtypes))
+    wrong = [name for name in there if expected[name] != shapes[name]]
     if wrong:
         problems.append("wrong shape " + listed([f"{n} {shapes[n]} (expected {expected[n]})" for n in wrong], 4))
-    strange = sorted(name for name in expected.keys() & shapes.keys() if dtypes[name] not in _FILE_DTYPES)
+    strange = [name for name in there if dtypes[name] not in _FILE_DTYPES]
     if strange:
         problems.append("not float weights " + listed([f"{name} {dtypes[name]}" for name in strange], 4))
     if problems:
         raise UserError(f"{path}: tensors do not match config.json ({config.family}): {'; '.join(problems)}")
-    return Checkpoint(path, config, shards, {name: _FILE_DTYPES[dtypes[name]] for name in expected})
+    shards = {name: tensors.files[actual[name]] for name in expected}
+    kinds = {name: _FILE_DTYPES[str(dtypes[name])] for name in expected}
+    return Checkpoint(path, config, shards, kinds, actual, (*tensors.notes, *notes))
 
 
 def load(
@@ -176,7 +196,7 @@ def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
 
 def tensor_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, list[Any]]:
-    """``[dtype, shape, sha256]`` of every tensor by name.
+    """``[dtype, shape, sha256]`` of every tensor by the name that the weight table has for it.
 
     They are kept in the cache directory by path, size and time of each shard, so a checkpoint is read for this once; of
     several processes, each reads its share.
@@ -185,13 +205,28 @@ def tensor_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> 
         checkpoint: checkpoint from `open_checkpoint`.
         progress: called with (shards done, shards in all, shard).
     """
-    digests: dict[str, list[Any]] = {}
+    digests: dict[Path, dict[str, list[Any]]] = {}
     files = sorted(set(checkpoint.shards.values()))
     for done, file in enumerate(files):
         if progress is not None:
             progress(done, len(files), file.name)
-        digests |= _digests(file)
-    return digests
+        digests[file] = _digests(file)
+    return {name: digests[file][checkpoint.names[name]] for name, file in checkpoint.shards.items()}
+
+
+def _same(tensors: Tensors, one: str, other: str) -> bool:
+    """Whether two tensors of the files agree, compared in pieces."""
+    if tensors.shapes[one] != tensors.shapes[other] or tensors.dtypes[one] != tensors.dtypes[other]:
+        return False
+    rows, columns = tensors.shapes[one]
+    step = max(1, _READ_BYTES // (4 * columns))
+    with (
+        safe_open(tensors.files[one], framework="numpy") as first,
+        safe_open(tensors.files[other], framework="numpy") as second,
+    ):
+        parts = first.get_slice(one), second.get_slice(other)
+        places = (slice(start, min(start + step, rows)) for start in range(0, rows, step))
+        return all(same_values(parts[0][place], parts[1][place]) for place in places)
 
 
 @functools.partial(jax.jit, static_argnames="stacked")
@@ -250,96 +285,6 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     raw = np.empty(count + 64, np.uint8)
     start = -raw.ctypes.data % 64
     return raw[start : start + count].view(dtype).reshape(shape)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        content = _parse(path.read_text(encoding="utf-8"), path)
-    except FileNotFoundError:
-        raise UserError(f"{path.parent}: no {path.name}; expected a Hugging Face checkpoint directory") from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON object, got something else ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def _parse(text: str, where: Path) -> Any:
-    """JSON in which every object names each key once (Python's own parser keeps the last of several)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        count = collections.Counter(name for name, _ in pairs)
-        twice = sorted(name for name, times in count.items() if times > 1)
-        if twice:
-            raise UserError(f"{where}: {listed(twice, 4)} named twice; which one holds cannot be known")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def _shard_files(path: Path) -> dict[Path, set[str] | None]:
-    """Files to read, each with the tensors the index says it holds (None: all of them)."""
-    index, single = path / _INDEX, path / "model.safetensors"
-    if index.exists():
-        named = _json_object(index).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-            raise UserError(f"{index}: expected a weight_map of tensor names to files")
-        files: dict[Path, set[str] | None] = {}
-        for tensor, file in named.items():
-            if file in ("", ".", "..") or Path(file).name != file or "\\" in file:
-                raise UserError(f"{index}: {tensor} is said to be in {file!r}; expected a file name in {path}, no path")
-            holds = files.setdefault(path / file, set())
-            assert holds is not None
-            holds.add(tensor)
-        absent = sorted(file.name for file in files if not file.is_file())
-        if absent:
-            raise UserError(f"{index}: names shards that are not in {path}: {listed(absent, 4)}; fetch them again")
-        return files
-    if single.is_file():
-        return {single: None}
-    others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth", "*.gguf") for file in path.glob(pattern))
-    if others:
-        raise UserError(
-            f"{path}: only {listed(others, 3)}; expected safetensors (pickled weights can run code and are not"
-            " read): convert with transformers' save_pretrained"
-        )
-    raise UserError(f"{path}: expected model.safetensors or {_INDEX}, found neither")
-
-
-def _headers(
-    files: dict[Path, set[str] | None],
-) -> tuple[dict[str, Path], dict[str, tuple[int, ...]], dict[str, str]]:
-    shards: dict[str, Path] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    for file, said in files.items():
-        try:
-            with safe_open(file, framework="numpy") as opened:
-                names = list(opened.keys())
-                _parse(_header(file), file)  # safe_open would keep one of two tensors of a name
-                for name in names:
-                    if name in shards:
-                        raise UserError(f"{file}: tensor {name} is also in {shards[name].name}; expected each once")
-                    if _COMPUTED.match(name):
-                        continue
-                    part = opened.get_slice(name)
-                    shards[name], shapes[name], dtypes[name] = file, tuple(part.get_shape()), part.get_dtype()
-        except SafetensorError as error:
-            raise UserError(f"{file}: truncated or damaged safetensors ({error}); fetch the file again") from None
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None
-        if said is not None and said - set(names):
-            lost = sorted(said - set(names))
-            raise UserError(f"{file}: the index says it holds {listed(lost, 4)}, but it does not")
-    return shards, shapes, dtypes
-
-
-def _header(file: Path) -> str:
-    """The JSON at the start of a safetensors file: 8 bytes of its length, little endian, then itself."""
-    with file.open("rb") as opened:
-        return opened.read(int.from_bytes(opened.read(8), "little")).decode("utf-8")
 
 
 def _digests(file: Path) -> dict[str, list[Any]]:

@@ -93,8 +93,9 @@ def write_checkpoint(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
         for name in _CARRIED:
-            if (source.path / name).is_file():
-                shutil.copyfile(source.path / name, temporary / name)
+            folder = source.path if name == "generation_config.json" else source.tokenizer or source.path
+            if (folder / name).is_file():
+                shutil.copyfile(folder / name, temporary / name)
         temporary.chmod(0o755)
         temporary.replace(out)
     finally:

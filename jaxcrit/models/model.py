@@ -20,8 +20,9 @@ from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
+from jaxcrit.models.adapters import place_of, read_adapter
 from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
-from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, locate, model_hash, open_checkpoint, tensor_digests
+from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, model_hash, open_checkpoint, tensor_digests
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.overlays import Overlay, read_overlay
@@ -30,7 +31,7 @@ from jaxcrit.models.weights import hf_shapes, table
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 
 # Of ModelConfig: says nothing about what the blocks compute.
-_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json")
+_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
@@ -87,6 +88,8 @@ class Model:
             "num_layers": self.config.num_layers,
             "width": self.config.width,
             "dtype": self.dtype,
+            "ignored_keys": list(self.config.ignored),
+            "notes": list(self.checkpoint.notes),
             **({"trained": self.trained} if self.partly_trained else {}),
         }
 
@@ -232,10 +235,11 @@ def open_model(
     bars: Bars | None = None,
     keep: bool = True,
 ) -> Model:
-    """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
+    """Opens a checkpoint directory, a hub id, an adapter, a fine-tuning run, or (for an empty name) the embedded one.
 
     Args:
-        model: name of one of these; or a model that is open already, which is returned as it is.
+        model: name of one of these; or a model that is open already, which is returned as it is. An adapter of PEFT
+            finds its base as `place_of` says.
         mesh: such as ``data=4,fsdp=2``, or made already; default as of `default_axes`.
         dtype: default float32 on CPU, where bfloat16 is slower, and the file's own elsewhere.
         step: which checkpoint of a run: a number, ``best``, ``last``; default where training ended.
@@ -243,8 +247,8 @@ def open_model(
         keep: whether weights once read are kept, see `Model`.
 
     Raises:
-        UserError: see `open_checkpoint`, `load_tokenizer`, `make_mesh`, `choose_attention`; or a run that is no
-            fine-tuning, has no such checkpoint, or whose model is gone or has changed.
+        UserError: see `open_checkpoint`, `place_of`, `read_adapter`, `load_tokenizer`, `make_mesh`, `choose_attention`;
+            or a run that is no fine-tuning, has no such checkpoint, or whose model is gone or has changed.
     """
     if isinstance(model, Model):
         return model
@@ -252,17 +256,27 @@ def open_model(
     if model and (as_path(model) / "run.json").is_file():
         return _open_run(as_path(model), mesh, dtype, step, bars, keep)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
-    path = locate(model) if model else EMBEDDED_MODEL
-    checkpoint = open_checkpoint(path)
+    place = place_of(model or str(EMBEDDED_MODEL))
+    if step:
+        raise UserError(f"--step={step}: {model or 'the embedded model'} is no finetune run, and has no steps")
+    try:
+        checkpoint = dataclasses.replace(open_checkpoint(place.checkpoint), tokenizer=place.tokenizer)
+    except UserError as error:
+        if place.adapter in (None, place.checkpoint):
+            raise
+        raise UserError(f"{error}; it is the base of {place.adapter}: --model=ADAPTER@BASE names another") from None
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype))
     how = Attention(ASKED.get(), platform_of(devices.devices.flat[0]), devices)
     checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=how))
     _form(checkpoint.config, "bfloat16")  # which every form knows: what else keeps it from this model is said first
-    tokenizer = load_tokenizer(path)
-    named = str(path.resolve()) if not model or Path(model).expanduser().exists() else model
+    tokenizer = load_tokenizer(place.tokenizer)
+    named = str(place.checkpoint.resolve()) if place.adapter else place.named
     identity = model_hash(checkpoint)
-    return Model(checkpoint, tokenizer, identity, devices, dtype, named=named, embedded=not model, keep=keep)
+    found = Model(checkpoint, tokenizer, identity, devices, dtype, named=named, embedded=not model, keep=keep)
+    if place.adapter is None:
+        return found
+    return found.with_overlay(read_adapter(place, checkpoint.config, devices))
 
 
 def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:

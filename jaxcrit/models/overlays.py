@@ -24,7 +24,8 @@ class Overlay:
     Attributes:
         partition: which weights, and whether whole or by adapters.
         params: by group and weight-table path the new values (or adapters), float32.
-        run: directory of the run that made it; None where it was made in memory.
+        run: directory of the run or adapter it was read from (``ADAPTER@BASE`` where its base was named too); None
+            where it was made in memory.
         step: optimizer step of the checkpoint read; 0 where there is none.
         chosen: layers that were asked for, and what they were chosen by; None where nobody chose.
     """

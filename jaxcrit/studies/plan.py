@@ -17,10 +17,12 @@ import jax
 from jax.experimental import topologies
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.models.adapters import place_of
 from jaxcrit.models.attention import ASKED, Attention, choose_attention
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
+from jaxcrit.models.shards import ADAPTER
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
@@ -294,7 +296,8 @@ def needed_bytes(error: str, arguments: int, topology: str) -> int:
 def _model(name: str) -> ModelConfig:
     if name in SHAPES:
         return ModelConfig.from_hf(dict(SHAPES[name]), name)
-    path = Path(name).expanduser() / "config.json"
+    folder = Path(name).expanduser()
+    path = (place_of(name).checkpoint if (folder / ADAPTER).is_file() else folder) / "config.json"
     try:
         return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
     except (OSError, ValueError) as error:

@@ -14,6 +14,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models import checkpoint as checkpoints
 from jaxcrit.models.checkpoint import locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.export import write_checkpoint
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh, spec_for
 
@@ -135,13 +136,15 @@ def test_what_does_not_divide_is_refused(tmp_path):
 def test_missing_truncated_or_foreign_file(model):
     weights = model / "model.safetensors"
     content = weights.read_bytes()
-    for damaged in (content[:-1], content[:100], content[:4], b"", b"version https://git-lfs.github.com/spec/v1\n"):
+    for damaged in (content[:-1], content[:100], content[:4], b""):
         weights.write_bytes(damaged)
         refused(model, "truncated or damaged safetensors")
     weights.unlink()
     refused(model, f"expected model.safetensors or {INDEX}, found neither")
     (model / "pytorch_model.bin").touch()
     refused(model, "only pytorch_model.bin; expected safetensors")
+    (model / "consolidated.safetensors").write_bytes(content)
+    refused(model, "found neither but consolidated.safetensors, which transformers does not look for")
     refused(model.parent, "no config.json; expected a Hugging Face checkpoint directory")
 
 
@@ -161,7 +164,21 @@ TENSORS = {
     "extra": ({"model.layers.3.mlp.down_proj.weight": np.ones(2, np.float32)}, "unexpected model.layers.3.mlp.down"),
     "misshapen": ({NORM: np.ones(33, np.float32)}, f"wrong shape {NORM} (33,) (expected (32,))"),
     "transposed": ({DOWN: np.ones((48, 32), np.float32)}, f"{DOWN} (48, 32) (expected (32, 48))"),
-    "bitnet": ({DOWN + "_scale": np.ones(1, np.float32)}, f"unexpected {DOWN}_scale"),
+    "float8": (
+        {DOWN + "_scale": np.ones(1, np.float32)},
+        f"quantised weights (fp8, NVFP4 or compressed-tensors, by {DOWN}",
+    ),
+    "MLX": (
+        {DOWN[:-6] + "biases": np.ones(1, np.float16)},
+        "quantised weights (MLX, by model.layers.1.mlp.down_proj.biases)",
+    ),
+    "bitsandbytes": ({DOWN + ".absmax": np.ones(1, np.float32)}, "quantised weights (bitsandbytes"),
+    "GPTQ": ({DOWN[:-6] + end: np.ones(1, np.int32) for end in ("qweight", "g_idx")}, "quantised weights (GPTQ, by"),
+    "AWQ": ({DOWN[:-6] + end: np.ones(1, np.int32) for end in ("qweight", "qzeros")}, "quantised weights (AWQ or GPTQ"),
+    "headless": (
+        {"lm_head.weight": None},
+        "missing lm_head.weight: a backbone saved without its head; save it with Auto",
+    ),
     "integers": ({DOWN: np.ones((32, 48), np.int8)}, f"not float weights {DOWN} I8"),
     "float64": ({NORM: np.ones(32, np.float64)}, f"not float weights {NORM} F64"),
     "untold bias": ({"model.layers.0.self_attn.q_proj.bias": np.ones(32, np.float32)}, "unexpected model.layers.0"),
@@ -209,9 +226,18 @@ def test_index_naming_an_absent_shard(model):
 
 def test_index_naming_a_tensor_its_shard_lacks(model):
     weight_map = split(model)
-    weight_map[next(iter(weight_map))] = "second.safetensors"
-    index(model, weight_map)
-    refused(model, "the index says it holds")
+    index(model, {**weight_map, "model.more.weight": "second.safetensors"})
+    refused(model, "the index says it holds model.more.weight, but it does not")
+
+
+def test_a_tensor_in_another_shard_than_the_index_says_is_found_and_noted(model):
+    expected = load_path(model).weights()
+    weight_map = split(model)
+    index(model, {**weight_map, NORM: "first.safetensors", DOWN: "second.safetensors"})
+    checkpoint = open_checkpoint(model)
+    assert checkpoint.shards[NORM].name == weight_map[NORM] and checkpoint.shards[DOWN].name == weight_map[DOWN]
+    assert f"{INDEX} names another file for " in checkpoint.notes[0]
+    np.testing.assert_array_equal(load_path(model).weights()["blocks.down"], expected["blocks.down"])
 
 
 @pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b"])
@@ -223,16 +249,123 @@ def test_index_path_that_leaves_the_directory(file, model):
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": {}}', '{"weight_map": {"a": 1}}'])
 def test_index_that_is_none(content, model):
+    split(model)
     (model / INDEX).write_text(content)
     refused(model, INDEX)
 
 
+def in_both(path, first, second):
+    """The final norm in both shards, with these values."""
+    for name, value in (("first", first), ("second", second)):
+        held = load_file(path / f"{name}.safetensors")
+        save_file({**held, NORM: np.full(32, value, np.float32)}, path / f"{name}.safetensors")
+
+
 def test_tensor_in_two_shards(model):
+    """The last of the files counts in transformers, whatever the index says; where both agree it is read."""
     weight_map = split(model)
-    save_file({NORM: np.ones(32, np.float32), **load_file(model / "first.safetensors")}, model / "first.safetensors")
-    save_file({NORM: np.ones(32, np.float32), **load_file(model / "second.safetensors")}, model / "second.safetensors")
+    in_both(model, 2, 2)
+    for named in ("first.safetensors", "second.safetensors"):
+        index(model, {**weight_map, NORM: named})
+        np.testing.assert_array_equal(load_path(model).weights()["norm"], np.full(32, 2, np.float32))
+    in_both(model, 2, 3)
+    np.testing.assert_array_equal(load_path(model).weights()["norm"], np.full(32, 3, np.float32))
+    index(model, {**weight_map, NORM: "first.safetensors"})
+    refused(
+        model, f"{NORM} is in first.safetensors and in second.safetensors with other values; transformers would read"
+    )
+
+
+def test_a_single_file_comes_before_an_index(model, tmp_path):
+    """As transformers looks for them; the index may be left from a checkpoint that is gone, or still there."""
+    held = (model / "model.safetensors").read_bytes()
+    expected = load_path(model).weights()
+    weight_map = split(model)
     index(model, weight_map)
-    refused(model, f"{NORM} is also in")
+    in_both(model, 5, 5)
+    (model / "model.safetensors").write_bytes(held)
+    for _ in range(2):
+        checkpoint = open_checkpoint(model)
+        np.testing.assert_array_equal(load_path(model).weights()["norm"], expected["norm"])
+        assert checkpoint.notes[0] == f"model.safetensors is read; {INDEX} beside it is not, as in transformers"
+        for file in ("first.safetensors", "second.safetensors"):
+            (model / file).unlink(missing_ok=True)
+    index(write_model(tmp_path / "other", RAW), weight_map)
+    assert len(open_checkpoint(tmp_path / "other").notes) == 1
+
+
+def test_files_beside_the_ones_read_are_noted(model):
+    (model / "consolidated.safetensors").write_bytes(b"whatever")
+    assert open_checkpoint(model).notes == ("not read, as in transformers: consolidated.safetensors",)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", INDEX])
+def test_a_pointer_of_git_lfs_is_named(file, model):
+    if file == INDEX:
+        index(model, split(model))
+    (model / file).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    refused(model, f"{file}: a Git LFS pointer in the place of the file; fetch the files with git lfs pull")
+
+
+def renamed(path, name):
+    """Writes the weights anew under other names."""
+    held = load_file(path / "model.safetensors")
+    save_file({name(key): value for key, value in held.items()}, path / "model.safetensors")
+
+
+def test_names_of_a_backbone_and_of_a_model_in_a_model(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    path = write_model(tmp_path / "model", raw_config("llama-tied"))
+    expected, identity = load_path(path).weights(), model_hash(open_checkpoint(path))
+    for change in (lambda key: key.removeprefix("model."), lambda key: "model.model." + key):
+        renamed(path, change)
+        checkpoint = open_checkpoint(path)
+        assert "taken with and without model. alike" in checkpoint.notes[0] and model_hash(checkpoint) == identity
+        for name, value in load_path(path).weights().items():
+            np.testing.assert_array_equal(value, expected[name])
+
+
+@pytest.mark.parametrize(
+    ("prefix", "who"),
+    [
+        ("_orig_mod.", "torch.compile; save model._orig_mod"),
+        ("module.", "DistributedDataParallel"),
+        ("base_model.model.", "PEFT; save model.merge_and_unload()"),
+        ("module._orig_mod.", "torch.compile; save model._orig_mod; DistributedDataParallel"),
+        ("student.", "of something that wraps the model"),
+    ],
+)
+def test_a_wrapper_is_named_by_its_prefix(prefix, who, model):
+    renamed(model, lambda key: prefix + key)
+    refused(model, f"all names of tensors have the prefix '{prefix}' ({who}")
+
+
+def test_a_tied_config_over_another_head_keeps_the_head(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    path = write_model(tmp_path / "model", raw_config("llama-tied"))
+    tied = model_hash(open_checkpoint(path))
+    head = -load_file(path / "model.safetensors")["model.embed_tokens.weight"]
+    rewrite(path, **{"lm_head.weight": head})
+    checkpoint = open_checkpoint(path)
+    assert not checkpoint.config.tied and "lm_head.weight in the file is another, and is used" in checkpoint.notes[0]
+    np.testing.assert_array_equal(load_path(path).weights()["head"], head)
+    assert model_hash(checkpoint) != tied
+    out = write_checkpoint(load_path(path), checkpoint, tmp_path / "out")
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    np.testing.assert_array_equal(load_file(out / "model.safetensors")["lm_head.weight"], head)
+    assert open_checkpoint(out).notes == () and model_hash(open_checkpoint(out)) == model_hash(checkpoint)
+
+
+def test_a_tied_model_that_has_its_head_alone(tmp_path):
+    path = write_model(tmp_path / "model", raw_config("llama-tied"))
+    embed = load_path(path).weights()["embed"]
+    renamed(path, lambda key: "lm_head.weight" if "embed" in key else key)
+    np.testing.assert_array_equal(load_path(path).weights()["embed"], embed)
+
+
+def test_an_adapter_is_no_checkpoint(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    refused(tmp_path, "an adapter of PEFT (adapter_config.json) without a config.json")
 
 
 def test_tensor_twice_in_the_index(model):

@@ -195,6 +195,8 @@ def test_describe_and_names(checkpoint, model, tmp_path):
         "num_layers": DEPTH,
         "width": 24,
         "dtype": model.dtype,
+        "ignored_keys": [],
+        "notes": [],
     }
     json.dumps(told)
     tuned = model.with_overlay(blocks_moved(model, [2]))

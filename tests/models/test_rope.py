@@ -43,7 +43,8 @@ def test_yarn_scales_cosine_and_sine():
 
 def test_rotation_is_relative_and_leaves_the_rest():
     """Queries and keys meet by their distance alone; dimensions beyond the rotary part pass through."""
-    rope = rope_of(rope_type="default", partial_rotary_factor=0.5)
+    parameters = {"rope_type": "default", "partial_rotary_factor": 0.5}  # whole heads elsewhere, whatever a file says
+    rope = ModelConfig.from_hf({**raw_config("phi3-mha"), "rope_parameters": parameters}).rope
     assert rope.rotary_dim == 4
     q, k = np.random.RandomState(0).standard_normal((2, 1, 1, 1, 8)).astype(np.float32)
 

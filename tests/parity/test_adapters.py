@@ -8,6 +8,7 @@ import os
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import SHARED
 from support import reference
 from support.family_models import BOUND, load_path, raw_config
 from support.tiny import tiny_tokenizer_dir
@@ -105,3 +106,65 @@ def test_peft_loads_the_adapter_and_transformers_the_merged_model(case, targets,
     assert differs(peft.AutoPeftModelForCausalLM.from_pretrained(adapter, dtype=torch.float32)) <= BOUND
     assert differs(reference.read(export_model(run, str(tmp_path / "merged"), dtype="float32").out)) <= BOUND
     assert differs(reference.read(tmp_path / "model")) > 100 * BOUND
+
+
+def random_adapter(base, out, **settings):
+    """An adapter made by peft, A and B both random, read back by it: it sorts the patterns of its file."""
+    torch.manual_seed(1)
+    given = {"r": 4, "lora_alpha": 6, "init_lora_weights": False, "task_type": "CAUSAL_LM", **settings}
+    peft.get_peft_model(reference.read(base), peft.LoraConfig(**given)).save_pretrained(out)
+    return peft.PeftModel.from_pretrained(reference.read(base), out).eval()
+
+
+def agree(name, theirs, vocab_size):
+    """Logits of a model that jaxcrit opens by its name, and of peft's."""
+    tokens = np.random.RandomState(0).randint(3, vocab_size, 60)
+    decoder = open_model(name).decoder()
+    ours = np.asarray(logits(decoder, forward(decoder, jnp.asarray(tokens)[None]).hidden))[0]
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)[None]).logits[0].numpy()
+    return float(np.abs(ours - expected).max() / np.abs(expected).max())
+
+
+ADAPTERS = {
+    "two": {"target_modules": ["q_proj", "v_proj"]},
+    "all": {"target_modules": "all-linear", "lora_dropout": 0.1},
+    "patterns": {
+        "target_modules": ["q_proj", "k_proj", "down_proj"],
+        "rank_pattern": {"layers.1.self_attn.q_proj": 7, "down_proj": 2},
+        "alpha_pattern": {r"layers\.[02]\..*_proj": 3, "k_proj": 11},
+    },
+    "rslora": {"target_modules": ["o_proj", "up_proj"], "use_rslora": True, "layers_to_transform": [1, 3]},
+}
+
+
+@pytest.mark.skipif(not (SHARED / "weights").is_dir(), reason="needs ../shared/weights")
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_an_adapter_of_a_real_model_is_read_as_peft_reads_it(kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    base = SHARED / "weights" / "stories260K-hf"
+    theirs = random_adapter(base, tmp_path / "adapter", **ADAPTERS[kind])
+    worst = agree(tmp_path / "adapter", theirs, 512)
+    print(f"largest relative error {worst:.1e}")
+    assert worst <= BOUND
+    assert agree(base, theirs, 512) > 100 * BOUND
+
+
+@pytest.mark.parametrize("case", ["phi4-mini", "llama-gqa"])
+def test_fused_layers_and_a_head_trained_whole(case, tmp_path, monkeypatch):
+    """One A and B over queries, keys and values; an adapter beside its model, as transformers applies it."""
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "model"
+    reference.make({**raw_config(case), "vocab_size": 320}, path)
+    tiny_tokenizer_dir(path)
+    more = {"modules_to_save": ["lm_head", "model.norm"]} if case == "llama-gqa" else {}
+    theirs = random_adapter(path, tmp_path / "adapter", target_modules="all-linear", **more)
+    if more:
+        with torch.no_grad():
+            theirs.lm_head.modules_to_save.default.weight.mul_(1.5)
+            theirs.model.model.norm.modules_to_save.default.weight.add_(0.5)
+        theirs.save_pretrained(tmp_path / "adapter")
+    assert agree(f"{tmp_path / 'adapter'}@{path}", theirs, 320) <= BOUND
+    if not more:
+        theirs.save_pretrained(path)
+        assert agree(path, reference.transformers.AutoModelForCausalLM.from_pretrained(path).eval(), 320) <= BOUND
