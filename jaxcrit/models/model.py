@@ -247,7 +247,8 @@ def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
 def _form(config: ModelConfig, dtype: str) -> str:
     how = config.attention
     rows = 1 if how.mesh is None else how.mesh.size
-    return choose_attention(how, DTYPES[dtype], rows, config.max_length, config.num_heads, config.head_dim)[0]
+    shape = rows, config.max_length, config.num_heads, config.head_dim
+    return choose_attention(how, DTYPES[dtype], *shape, capped=config.attention_cap is not None)[0]
 
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:

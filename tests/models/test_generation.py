@@ -30,7 +30,10 @@ def recomputed(decoder, prompt):
     return tokens[0, len(prompt) : len(prompt) + NEW].tolist()
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "mistral-sliding", "qwen2-mixed-sliding", "qwen3-tied", "phi4-mini"])
+@pytest.mark.parametrize(
+    "case",
+    ["llama-gqa", "mistral-sliding", "qwen2-mixed-sliding", "qwen3-tied", "phi4-mini", "gemma2", "smollm3-sliding"],
+)
 def test_cache_equals_recomputing(case, tmp_path):
     decoder = load_path(write_model(tmp_path, raw_config(case)))
     lengths = (9, 3, 1)
