@@ -178,6 +178,21 @@ def attend_by_scores(
     return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(rows, length, heads, head_dim)
 
 
+def attend_heads_first(
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, scale: float | None, cap: float | None
+) -> jax.Array:
+    """`attend_by_scores` of keys and values ``[B, K, S, head_dim]``, as a `LayerCache` has them."""
+    rows, length, heads, head_dim = q.shape
+    grouped = q.reshape(rows, length, keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores *= scale or head_dim**-0.5
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("bkgts,bksd->btkgd", weights, values.astype(q.dtype))
+    return mixed.reshape(rows, length, heads, head_dim)
+
+
 def _split(
     form: str,
     mesh: AnyMesh | None,

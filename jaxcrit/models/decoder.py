@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxcrit.models.attention import attend, attend_by_scores, choose_attention
-from jaxcrit.models.cache import Cache
+from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_first, choose_attention
+from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 from jaxcrit.models.sites import Edit, Tap, Visit, visitor
@@ -139,7 +139,7 @@ class Block(nnx.Module):
         cache: tuple[Cache, jax.Array] | None,
     ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
-        q, k, v = (self.linear(x, name, "d", "hk") for name in ("q", "k", "v"))
+        q, k, v = self.qkv(x)
         if self.config.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         cos, sin = context.cos, context.sin
@@ -149,6 +149,10 @@ class Block(nnx.Module):
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         scale, cap = self.config.attention_scale, self.config.attention_cap
         form, alone = "reference", (k, v)
+        if isinstance(cache, LayerCache):
+            cache = cache.extend(k, v, context.positions)
+            visible = self.visible(context, jnp.arange(cache.keys.shape[2])[None, :], window)
+            return self.out(attend_heads_first(q, cache.keys, cache.values, visible, scale, cap)), cache
         if cache is None or cache[0].fresh:
             rows, length, heads, head_dim = q.shape
             packed = context.segments is not None
@@ -165,19 +169,36 @@ class Block(nnx.Module):
             mixed = attend(
                 form, q, *alone, windows=windows, window=window, segments=given, mesh=mesh, scale=scale, cap=cap
             )
-            return self.linear(mixed, "o", "hk", "d"), cache
+            return self.out(mixed), cache
+        visible = self.visible(context, key_positions, window)
+        return self.out(attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)), cache
+
+    def qkv(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Queries ``[B, T, H, head_dim]``, keys and values ``[B, T, K, head_dim]``."""
+        return [self.linear(x, name, "d", "hk") for name in ("q", "k", "v")]
+
+    def out(self, mixed: jax.Array) -> jax.Array:
+        """What attention adds to the stream, ``[B, T, D]``, from what its heads give."""
+        return self.linear(mixed, "o", "hk", "d")
+
+    def gate_up(self, x: jax.Array) -> Sequence[jax.Array]:
+        """The two inner projections of the MLP, each ``[B, T, F]``."""
+        return [self.linear(x, name, "d", "f") for name in ("gate", "up")]
+
+    @staticmethod
+    def visible(context: Context, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
+        """Which keys ``[B or 1, S]`` each token sees: those before it, in its window and segment; ``[B, T, S]`` bool."""
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
         if context.segments is not None:
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
-        mixed = attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)
-        return self.linear(mixed, "o", "hk", "d"), cache
+        return visible
 
     def mlp(self, x: jax.Array) -> jax.Array:
         """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
-        gate, up = (self.linear(x, name, "d", "f") for name in ("gate", "up"))
+        gate, up = self.gate_up(x)
         return self.linear(_ACTIVATIONS[self.config.activation](gate) * up, "down", "f", "d")
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
@@ -304,6 +325,26 @@ def run(
     return Output(x, taps, cache)
 
 
+def run_each(
+    blocks: Sequence[Block],
+    x: jax.Array,
+    context: Context,
+    *,
+    windows: jax.Array | None = None,
+    caches: Sequence[LayerCache],
+    edit: Edit | None = None,
+    edits: Any = None,
+) -> Output:
+    """Runs blocks that have their own arrays, each with its own cache; other arguments as of `run`."""
+    kept = []
+    for layer, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+        window, data = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (windows, edits))
+        visit, _ = visitor(edit, data, None, context.positions)
+        x, mine = block(x, context, window, cache, visit)
+        kept.append(mine)
+    return Output(x, {}, tuple(kept))
+
+
 def run_span(
     stack: Block,
     slots: jax.Array,
@@ -377,7 +418,8 @@ def forward(
     lengths: jax.Array | None = None,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Cache | Sequence[LayerCache] | None = None,
+    blocks: Sequence[Block] | None = None,
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
@@ -394,6 +436,7 @@ def forward(
         positions: ``[B, T]`` int32; default 0..T-1.
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
+        blocks: the decoder's blocks apart, which then take its stack's place; the cache is one of each layer.
         edit: see `run`; acts at ``embed`` too.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
@@ -418,8 +461,10 @@ def forward(
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
         visit, found = visitor(edit, edits, tap, positions)
         x = visit("embed", x, x)
-    slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     windows = layer_windows(config)
+    if blocks is not None:
+        return run_each(blocks, x, context, windows=windows, caches=cache, edit=edit, edits=edits)
+    slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     out = run(
         decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap, remat=remat
     )
