@@ -26,6 +26,7 @@ from jaxcrit.models.sites import Edit, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, table
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
 
+Stored = tuple[Cache, jax.Array] | LayerCache
 _EVERYTHING = 2**30  # a window wider than any context
 _ACTIVATIONS: dict[str, Any] = {
     "silu": jax.nn.silu,
@@ -59,12 +60,12 @@ class Output:
     Attributes:
         hidden: ``[B, T, D]``, residual stream after the last block, before the final norm.
         taps: by site, what the tap returned there; that of a site inside the blocks is stacked over the blocks run.
-        cache: the cache with this pass's tokens in it; None without one.
+        cache: the cache with this pass's tokens in it, or those of each layer; None without one.
     """
 
     hidden: jax.Array
     taps: dict[str, Any]
-    cache: Cache | None
+    cache: Any
 
 
 class Block(nnx.Module):
@@ -106,9 +107,9 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None = None,
-        cache: tuple[Cache, jax.Array] | None = None,
+        cache: Stored | None = None,
         visit: Visit | None = None,
-    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
+    ) -> tuple[jax.Array, Stored | None]:
         """Runs the block.
 
         Args:
@@ -116,7 +117,7 @@ class Block(nnx.Module):
             context: positions, rotations, segments.
             window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
                 where there are several, see `layer_windows`.
-            cache: keys and values of all blocks, and which of them is this one.
+            cache: keys and values of all blocks, and which of them is this one; or this block's own.
             visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
 
         Returns:
@@ -136,8 +137,8 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None,
-        cache: tuple[Cache, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
+        cache: Stored | None,
+    ) -> tuple[jax.Array, Stored | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
         q, k, v = self.qkv(x)
         if self.config.qk_norm:
@@ -187,7 +188,7 @@ class Block(nnx.Module):
 
     @staticmethod
     def visible(context: Context, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
-        """Which keys ``[B or 1, S]`` each token sees: those before it, in its window and segment; ``[B, T, S]`` bool."""
+        """``[B, T, S]`` bool, which keys ``[B or 1, S]`` a token sees: those before it, in its window and segment."""
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if window is not None:
@@ -418,7 +419,7 @@ def forward(
     lengths: jax.Array | None = None,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
-    cache: Cache | Sequence[LayerCache] | None = None,
+    cache: Any = None,
     blocks: Sequence[Block] | None = None,
     edit: Edit | None = None,
     edits: Any = None,

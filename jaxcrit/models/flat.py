@@ -1,8 +1,8 @@
 """Blocks laid out for generation on a CPU, where a step of a few tokens is bound by memory: each weight is read once.
 
-In a stack, every step would copy each layer's weights out of it, and transpose those of attention besides: 60 to 65 % of
-the time of a step of one row. Here each block has its own arrays, the projections that read the same input are one matrix,
-and keys and values lie heads first, as products read them.
+In a stack, every step would copy each layer's weights out of it, and transpose those of attention besides: 60 to 65 %
+of the time of a step of one row. Here each block has its own arrays, the projections that read the same input are one
+matrix, and keys and values lie heads first, as products read them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from jaxcrit.models.decoder import Block
 
 
 class FlatBlock(Block):
-    """A decoder block whose weights ``attn_in`` (q, k, v), ``mlp_in`` (gate, up) and ``o`` are matrices ``[out, in]``."""
+    """A decoder block whose ``attn_in`` (q, k, v), ``mlp_in`` (gate, up) and ``o`` are matrices ``[out, in]``."""
 
     def qkv(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values from one product."""
@@ -28,9 +28,7 @@ class FlatBlock(Block):
         counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         ends = np.cumsum(counts)[:-1] * config.head_dim
         parts = jnp.split(self.linear(x, "attn_in", "d", "o"), ends, axis=-1)
-        return [
-            part.reshape(*x.shape[:-1], count, config.head_dim) for part, count in zip(parts, counts, strict=True)
-        ]
+        return [part.reshape(*x.shape[:-1], count, config.head_dim) for part, count in zip(parts, counts, strict=True)]
 
     def out(self, mixed: jax.Array) -> jax.Array:
         """What attention adds, from the heads side by side."""
