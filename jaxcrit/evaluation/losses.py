@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from jaxcrit.models.decoder import rms_norm
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import rms_norm, shaped
 from jaxcrit.parallel.mesh import AnyMesh, spec_for
 
 # Logits of one chunk on a device, in float32, and as much again for their gradient: all of them outgrow the model.
@@ -51,7 +52,12 @@ class LossSums:
 
 
 def token_losses(
-    hidden: jax.Array, norm: jax.Array, head: jax.Array, targets: jax.Array, eps: float, mesh: AnyMesh | None = None
+    hidden: jax.Array,
+    norm: jax.Array,
+    head: jax.Array,
+    targets: jax.Array,
+    config: ModelConfig,
+    mesh: AnyMesh | None = None,
 ) -> jax.Array:
     """Cross entropy of each target under final norm and head, in float32, a chunk of positions at a time.
 
@@ -60,7 +66,7 @@ def token_losses(
         norm: ``[D]``.
         head: ``[V, D]``.
         targets: ``[B, T]`` int32.
-        eps: epsilon of the final norm.
+        config: config of the model that norm and head are of.
         mesh: that everything is split over.
 
     Returns:
@@ -76,8 +82,9 @@ def token_losses(
     chunk = max(size for size in range(1, length + 1) if length % size == 0 and size <= most)
 
     def losses(hidden: jax.Array, targets: jax.Array) -> jax.Array:
-        normed = rms_norm(hidden, norm, eps)
+        normed = rms_norm(hidden, norm, config)
         logits = jnp.einsum("btd,vd->btv", normed, head.astype(normed.dtype), preferred_element_type=jnp.float32)
+        logits = shaped(logits, config)
         picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
         return jax.nn.logsumexp(logits, axis=-1) - picked
 
@@ -97,7 +104,7 @@ def response_loss(
     head: jax.Array,
     tokens: jax.Array,
     learn: jax.Array,
-    eps: float,
+    config: ModelConfig,
     mesh: AnyMesh | None = None,
 ) -> LossSums:
     """Sums of the loss over the tokens marked in ``learn``, each predicted from the position before it.
@@ -108,10 +115,10 @@ def response_loss(
         head: ``[V, D]``.
         tokens: ``[B, T]`` int32.
         learn: ``[B, T]`` bool, tokens of the response; the first of a row has nothing before it and never counts.
-        eps: epsilon of the final norm.
+        config: config of the model that norm and head are of.
         mesh: that everything is split over.
     """
-    losses, counted = response_losses(hidden, norm, head, tokens, learn, eps, mesh)
+    losses, counted = response_losses(hidden, norm, head, tokens, learn, config, mesh)
     count = counted.sum(axis=1)
     has = (count > 0).astype(jnp.float32)
     return LossSums(losses.sum(), count.sum(), (losses.sum(axis=1) / jnp.maximum(count, 1)).sum(), has.sum())
@@ -123,7 +130,7 @@ def response_losses(
     head: jax.Array,
     tokens: jax.Array,
     learn: jax.Array,
-    eps: float,
+    config: ModelConfig,
     mesh: AnyMesh | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """The same token by token: ``[B, T]`` losses, 0 where nothing is to be predicted, and ``[B, T]`` 1 where it is.
@@ -132,7 +139,7 @@ def response_losses(
     """
     targets = jnp.roll(tokens, -1, axis=1)
     counted = jnp.roll(learn, -1, axis=1).at[:, -1].set(False).astype(jnp.float32)
-    return token_losses(hidden, norm, head, targets, eps, mesh) * counted, counted
+    return token_losses(hidden, norm, head, targets, config, mesh) * counted, counted
 
 
 @jax.jit

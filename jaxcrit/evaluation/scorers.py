@@ -16,6 +16,7 @@ import numpy as np
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.models.config import ModelConfig
 
 Scope = Literal["start", "answer", "transcript"]
 TARGET, REFUSAL, OTHER, EMPTY = "target", "refusal", "other", "empty"
@@ -201,7 +202,7 @@ def exact_match(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
 
 
 def target_logprob(
-    hidden: jax.Array, norm: jax.Array, head: jax.Array, tokens: jax.Array, learn: jax.Array, eps: float
+    hidden: jax.Array, norm: jax.Array, head: jax.Array, tokens: jax.Array, learn: jax.Array, config: ModelConfig
 ) -> tuple[jax.Array, jax.Array]:
     """Log-probability of a target given its prompt, teacher-forced: moves while success still is 0 or already 1.
 
@@ -211,12 +212,12 @@ def target_logprob(
         head: ``[V, D]``.
         tokens: ``[B, T]`` int32.
         learn: ``[B, T]`` bool, tokens of the target.
-        eps: epsilon of the final norm.
+        config: config of the model that norm and head are of.
 
     Returns:
         ``[B]`` log-probability in nats, and ``[B]`` how many tokens it is of.
     """
-    losses, counted = response_losses(hidden, norm, head, tokens, learn, eps)
+    losses, counted = response_losses(hidden, norm, head, tokens, learn, config)
     return -losses.sum(axis=1), counted.sum(axis=1)
 
 

@@ -20,7 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Block, Context, layer_windows, run_span
+from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run_span
 from jaxcrit.models.sites import Edit
 
 Batch = tuple[Any, Any, Any]  # tokens [B, T] int32, lengths [B] int32, learn [B, T] bool
@@ -120,7 +120,7 @@ def enter(
 ) -> tuple[jax.Array, Context]:
     """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    x = table[tokens]
+    x = look_up(table, tokens, config)
     if rows is not None:  # XLA left to itself splits the width, as the table is split, and keeps all rows everywhere
         x = jax.lax.with_sharding_constraint(x, rows)
     return x, Context(positions, *config.rope.cos_sin(positions, lengths))
@@ -147,7 +147,7 @@ def loss_step(
     """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
     head = outside.get("head", outside["embed"])
     mesh = None if sharding is None else sharding.mesh
-    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config.norm_eps, mesh)
+    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config, mesh)
     sums = losses.sum(axis=1), counted.sum(axis=1)
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 

@@ -66,6 +66,7 @@ def choose_attention(
     heads: int,
     head_dim: int,
     packed: bool = False,
+    capped: bool = False,
 ) -> tuple[str, str]:
     """The form of one pass.
 
@@ -77,6 +78,7 @@ def choose_attention(
         heads: number of heads of the queries.
         head_dim: width of one.
         packed: whether a row holds several segments.
+        capped: whether the model caps its scores.
 
     Returns:
         One of `FORMS` besides auto; and why it is the reference where ``auto`` took that, else nothing.
@@ -91,7 +93,7 @@ def choose_attention(
         form = next((kernel for kernel, platform in _PLATFORMS.items() if platform == how.platform), "reference")
     if form == "reference":
         return form, f"there is no kernel for {how.platform}"
-    against = _against(form, how, np.dtype(dtype).name, rows, heads, head_dim, packed)
+    against = _against(form, how, np.dtype(dtype).name, rows, heads, head_dim, packed, capped)
     if how.asked != "auto":
         if against:
             raise UserError(f"--attention={form}: {against}; use --attention=auto, which then takes the reference form")
@@ -101,7 +103,9 @@ def choose_attention(
     return ("reference", against) if against else (form, "")
 
 
-def _against(form: str, how: Attention, dtype: str, rows: int, heads: int, head_dim: int, packed: bool) -> str:
+def _against(
+    form: str, how: Attention, dtype: str, rows: int, heads: int, head_dim: int, packed: bool, capped: bool
+) -> str:
     """What keeps a kernel from being used, or nothing."""
     if how.platform != _PLATFORMS[form]:
         return f"the kernel is for {_PLATFORMS[form]}, got {how.platform}"
@@ -111,6 +115,8 @@ def _against(form: str, how: Attention, dtype: str, rows: int, heads: int, head_
         return f"expected heads of a multiple of 8, at most {_WIDEST_HEAD[form]}, got {head_dim}"
     if packed and form == "cudnn":
         return "the kernel knows no packed rows"
+    if capped and form == "cudnn":
+        return "the kernel knows no soft cap on scores"
     if how.mesh is not None:
         over, tensor = how.mesh.shape["data"] * how.mesh.shape["fsdp"], how.mesh.shape["tensor"]
         if rows % over or heads % tensor:
@@ -128,6 +134,8 @@ def attend(
     window: jax.Array | None = None,
     segments: jax.Array | None = None,
     mesh: AnyMesh | None = None,
+    scale: float | None = None,
+    cap: float | None = None,
 ) -> jax.Array:
     """Causal attention by a kernel.
 
@@ -140,24 +148,64 @@ def attend(
         window: scalar, how many tokens back attention sees; None sees all.
         segments: ``[B, T]`` int32, or None; tokens see only their own segment.
         mesh: splits rows and heads.
+        scale: factor on the scores; default 1 / sqrt(head_dim).
+        cap: c of the soft cap c tanh(score / c), or None.
 
     Returns:
         ``[B, T, H, head_dim]``.
     """
     length = q.shape[1]
     kinds = [length] if window is None else sorted({min(size or length, length) for size in windows})
-    kernels = [functools.partial(_split, form, mesh, size if size < length else None) for size in kinds]
+    kernels = [functools.partial(_split, form, mesh, size if size < length else None, scale, cap) for size in kinds]
     if len(kernels) == 1 or window is None:
         return kernels[0](q, k, v, segments)
     which = jnp.searchsorted(jnp.asarray(kinds), jnp.minimum(window, length))
     return jax.lax.switch(which, kernels, q, k, v, segments)
 
 
+def attend_by_scores(
+    q: jax.Array, k: jax.Array, v: jax.Array, visible: jax.Array, scale: float | None, cap: float | None
+) -> jax.Array:
+    """The reference form; shapes, scale and cap as of `attend`, ``visible`` is ``[B, T, S]`` bool."""
+    if cap is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=visible[:, None], scale=scale)
+    rows, length, heads, head_dim = q.shape
+    grouped = q.reshape(rows, length, k.shape[2], -1, head_dim)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, k, preferred_element_type=jnp.float32)
+    scores = cap * jnp.tanh(scores * ((scale or head_dim**-0.5) / cap))
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(rows, length, heads, head_dim)
+
+
+def attend_heads_first(
+    q: jax.Array, keys: jax.Array, values: jax.Array, visible: jax.Array, scale: float | None, cap: float | None
+) -> jax.Array:
+    """`attend_by_scores` of keys and values ``[B, K, S, head_dim]``, as a `LayerCache` has them."""
+    rows, length, heads, head_dim = q.shape
+    grouped = q.reshape(rows, length, keys.shape[1], -1, head_dim)
+    scores = jnp.einsum("btkgd,bksd->bkgts", grouped, keys.astype(q.dtype), preferred_element_type=jnp.float32)
+    scores *= scale or head_dim**-0.5
+    scores = scores if cap is None else cap * jnp.tanh(scores / cap)
+    scores = jnp.where(visible[:, None, None], scores, jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
+    mixed = jnp.einsum("bkgts,bksd->btkgd", weights, values.astype(q.dtype))
+    return mixed.reshape(rows, length, heads, head_dim)
+
+
 def _split(
-    form: str, mesh: AnyMesh | None, window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: Any
+    form: str,
+    mesh: AnyMesh | None,
+    window: int | None,
+    scale: float | None,
+    cap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: Any,
 ) -> jax.Array:
     """Each device's rows and heads."""
-    kernel = functools.partial(_cudnn if form == "cudnn" else _splash, window)
+    kernel = functools.partial(_cudnn if form == "cudnn" else _splash, window, scale, cap)
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, segments)
     if k.shape[2] % mesh.shape["tensor"]:  # fewer key heads than devices: to each query head its own
@@ -168,16 +216,28 @@ def _split(
     return jax.shard_map(kernel, mesh=mesh, in_specs=places, out_specs=whole, check_vma=False)(q, k, v, segments)
 
 
-def _cudnn(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: None) -> jax.Array:
+def _cudnn(
+    window: int | None, scale: float | None, cap: float | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: None
+) -> jax.Array:
     back = None if window is None else (window - 1, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=back, implementation="cudnn")
+    return jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, local_window_size=back, scale=scale, implementation="cudnn"
+    )
 
 
-def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segments: jax.Array | None) -> jax.Array:
+def _splash(
+    window: int | None,
+    scale: float | None,
+    cap: float | None,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segments: jax.Array | None,
+) -> jax.Array:
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    length, scale = q.shape[1], q.shape[-1] ** -0.5
+    length, scale = q.shape[1], scale or q.shape[-1] ** -0.5
     padded = -(-length // _TILES[-1]) * _TILES[-1]
     tile = next(size for size in _TILES if padded % size == 0)
     fields = dataclasses.fields(splash.BlockSizes)
@@ -190,6 +250,7 @@ def _splash(window: int | None, q: jax.Array, k: jax.Array, v: jax.Array, segmen
             block_sizes=splash.BlockSizes(**tiles),
             head_shards=1,
             q_seq_shards=1,
+            attn_logits_soft_cap=cap,
         )
 
     def heads_first(x: jax.Array) -> jax.Array:

@@ -50,3 +50,28 @@ class Cache:
         )
         mine = (jax.lax.dynamic_index_in_dim(part, layer, keepdims=False) for part in (stored.keys, stored.values))
         return stored, *mine
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """The same of one layer, heads first: what a new token reads of each head is contiguous.
+
+    Attributes:
+        keys: ``[B, K, S, head_dim]``.
+        values: ``[B, K, S, head_dim]``.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+    def extend(self, keys: jax.Array, values: jax.Array, positions: jax.Array) -> LayerCache:
+        """Stores new tokens ``[B, T, K, head_dim]`` at their positions ``[B, T]``."""
+        return LayerCache(_store(self.keys, keys, positions), _store(self.values, values, positions))
+
+
+def _store(into: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
+    new = new.astype(into.dtype)
+    if positions.shape == (1, 1):  # a slice is written in place; a scatter of one row goes by index
+        return jax.lax.dynamic_update_slice(into, new.swapaxes(1, 2), (0, 0, positions[0, 0], 0))
+    return into.at[jnp.arange(len(positions))[:, None], :, positions].set(new)

@@ -50,6 +50,12 @@ class Reads(dict[str, Any]):
         self.read.add(key)
         return super().get(key, default)
 
+    def but(self, **values: Any) -> Reads:
+        """The same with other values; what is asked of it is noted here."""
+        other = Reads({**self, **values})
+        other.read = self.read
+        return other
+
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)
         return super().__getitem__(key)
@@ -76,16 +82,19 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
                 f"{where}: quantised checkpoint ({given.get('quant_method', method)}, by {key}); expected float"
                 " weights: use the original model"
             )
+    if named in families.REFUSED:
+        model, why = families.REFUSED[named]
+        expected = listed(sorted(families.FAMILIES), 12)
+        raise UserError(f"{where}: {model} ({named}) is not read, for {why}; expected {expected}")
     mixture = [key for key in _MIXTURE if raw.get(key)]
     if mixture or "moe" in named.lower() or "mixtral" in named.lower():
-        raise UserError(
-            f"{where}: mixture-of-experts model ({named}); expected a dense decoder: {listed(list(families.FAMILIES))}"
-        )
+        dense = listed(list(families.FAMILIES), 12)
+        raise UserError(f"{where}: mixture-of-experts model ({named}); expected a dense decoder: {dense}")
     family = named or (families.ARCHITECTURES.get(architectures[0], "") if architectures else "")
     if family not in families.FAMILIES:
         shown = repr(named) if named else f"architectures {architectures}"
         nearest = did_you_mean(family, families.FAMILIES)
-        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES))}, got {shown}{nearest}")
+        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES), 12)}, got {shown}{nearest}")
     wanted = families.FAMILIES[family].architecture
     backbone = wanted.removesuffix("ForCausalLM")  # saved without its head, by AutoModel
     known = {name.lower() for name in (wanted, f"{backbone}Model", f"{backbone}TextModel")}
@@ -108,6 +117,7 @@ def ignored_keys(raw: Mapping[str, Any], read: set[str], family: str, where: str
         UserError: a key that transformers reads and jaxcrit does not, or one whose value claims another function.
     """
     changes = _changes(family)
+    # Names that begin with an underscore are transformers' own notes, written and not read.
     rest = sorted(raw.keys() - read - {"model_type", "architectures", *_QUANTISED, *_MIXTURE})
     for key in rest:
         value = raw[key]
@@ -117,7 +127,8 @@ def ignored_keys(raw: Mapping[str, Any], read: set[str], family: str, where: str
                 " here; it is refused, not guessed"
             )
         claim = next((what for name, what in _CLAIMS.items() if re.search(name, key)), "")
-        if claim and key not in (*changes, *recorded()["generation"]) and (value is True or value not in _NOTHING):
+        known = key[0] == "_" or key in changes or key in recorded()["generation"]
+        if claim and not known and (value is True or value not in _NOTHING):
             raise UserError(
                 f"{where}: {key} is {_short(value)}, which claims {claim}; transformers ignores it in a {family} model"
                 " and other readers do not: remove the key if the weights were made without it"

@@ -8,6 +8,7 @@ Blocks are stacked [L, ...] and run by one `jax.lax.scan` over slots of the stac
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -17,15 +18,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxcrit.models.attention import attend, choose_attention
-from jaxcrit.models.cache import Cache
+from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_first, choose_attention
+from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 from jaxcrit.models.sites import Edit, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, table
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
 
+Stored = tuple[Cache, jax.Array] | LayerCache
 _EVERYTHING = 2**30  # a window wider than any context
+_ACTIVATIONS: dict[str, Any] = {
+    "silu": jax.nn.silu,
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+}
 
 
 @jax.tree_util.register_dataclass
@@ -35,8 +41,8 @@ class Context:
 
     Attributes:
         positions: ``[B, T]`` int32, position of each token in its sequence; one after the other within a segment.
-        cos: ``[B, T, R/2]`` float32.
-        sin: ``[B, T, R/2]`` float32.
+        cos: ``[B, T, R/2]`` float32; ``[B, K, T, R/2]`` where layers rotate in K ways.
+        sin: likewise.
         segments: ``[B, T]`` int32 or None; tokens see only their own segment (packed rows).
     """
 
@@ -54,12 +60,12 @@ class Output:
     Attributes:
         hidden: ``[B, T, D]``, residual stream after the last block, before the final norm.
         taps: by site, what the tap returned there; that of a site inside the blocks is stacked over the blocks run.
-        cache: the cache with this pass's tokens in it; None without one.
+        cache: the cache with this pass's tokens in it, or those of each layer; None without one.
     """
 
     hidden: jax.Array
     taps: dict[str, Any]
-    cache: Cache | None
+    cache: Any
 
 
 class Block(nnx.Module):
@@ -101,16 +107,17 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None = None,
-        cache: tuple[Cache, jax.Array] | None = None,
+        cache: Stored | None = None,
         visit: Visit | None = None,
-    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
+    ) -> tuple[jax.Array, Stored | None]:
         """Runs the block.
 
         Args:
             x: ``[B, T, D]`` residual stream.
             context: positions, rotations, segments.
-            window: how many tokens back attention sees; None sees all.
-            cache: keys and values of all blocks, and which of them is this one.
+            window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
+                where there are several, see `layer_windows`.
+            cache: keys and values of all blocks, and which of them is this one; or this block's own.
             visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
 
         Returns:
@@ -119,9 +126,10 @@ class Block(nnx.Module):
         visit = visit or (lambda site, before, after: after)
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
-            middle = visit("attn", x, x + mixed)
+            middle = visit("attn", x, x + self.added(mixed, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            after = visit("mlp", middle, middle + self.mlp(self.norm(middle, "mlp_norm")))
+            mapped = self.mlp(self.norm(middle, "mlp_norm"))
+            after = visit("mlp", middle, middle + self.added(mapped, "mlp_post_norm"))
         return visit("block", x, after), cache
 
     def attention(
@@ -129,18 +137,28 @@ class Block(nnx.Module):
         x: jax.Array,
         context: Context,
         window: jax.Array | None,
-        cache: tuple[Cache, jax.Array] | None,
-    ) -> tuple[jax.Array, tuple[Cache, jax.Array] | None]:
+        cache: Stored | None,
+    ) -> tuple[jax.Array, Stored | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
-        q, k, v = (self.linear(x, name, "d", "hk") for name in ("q", "k", "v"))
+        q, k, v = self.qkv(x)
         if self.config.qk_norm:
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
-        q, k = rotate(q, context.cos, context.sin), rotate(k, context.cos, context.sin)
+        cos, sin = context.cos, context.sin
+        if self.config.rope.others:
+            window, turn = window  # type: ignore[misc]
+            cos, sin = (jax.lax.dynamic_index_in_dim(part, turn, axis=1, keepdims=False) for part in (cos, sin))
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        scale, cap = self.config.attention_scale, self.config.attention_cap
         form, alone = "reference", (k, v)
+        if isinstance(cache, LayerCache):
+            cache = cache.extend(k, v, context.positions)
+            visible = self.visible(context, jnp.arange(cache.keys.shape[2])[None, :], window)
+            return self.out(attend_heads_first(q, cache.keys, cache.values, visible, scale, cap)), cache
         if cache is None or cache[0].fresh:
             rows, length, heads, head_dim = q.shape
             packed = context.segments is not None
-            form, _ = choose_attention(self.config.attention, q.dtype, rows, length, heads, head_dim, packed)
+            how = self.config.attention
+            form, _ = choose_attention(how, q.dtype, rows, length, heads, head_dim, packed, cap is not None)
         key_positions = context.positions
         if cache is not None:
             stored, layer = cache
@@ -148,26 +166,51 @@ class Block(nnx.Module):
             cache = (stored, layer)
             key_positions = jnp.arange(k.shape[1])[None, :]
         if form != "reference":
-            windows, mesh = self.config.windows, self.config.attention.mesh
-            mixed = attend(form, q, *alone, windows=windows, window=window, segments=context.segments, mesh=mesh)
-            return self.linear(mixed, "o", "hk", "d"), cache
+            windows, mesh, given = self.config.windows, self.config.attention.mesh, context.segments
+            mixed = attend(
+                form, q, *alone, windows=windows, window=window, segments=given, mesh=mesh, scale=scale, cap=cap
+            )
+            return self.out(mixed), cache
+        visible = self.visible(context, key_positions, window)
+        return self.out(attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)), cache
+
+    def qkv(self, x: jax.Array) -> Sequence[jax.Array]:
+        """Queries ``[B, T, H, head_dim]``, keys and values ``[B, T, K, head_dim]``."""
+        return [self.linear(x, name, "d", "hk") for name in ("q", "k", "v")]
+
+    def out(self, mixed: jax.Array) -> jax.Array:
+        """What attention adds to the stream, ``[B, T, D]``, from what its heads give."""
+        return self.linear(mixed, "o", "hk", "d")
+
+    def gate_up(self, x: jax.Array) -> Sequence[jax.Array]:
+        """The two inner projections of the MLP, each ``[B, T, F]``."""
+        return [self.linear(x, name, "d", "f") for name in ("gate", "up")]
+
+    @staticmethod
+    def visible(context: Context, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
+        """``[B, T, S]`` bool, which keys ``[B or 1, S]`` a token sees: those before it, in its window and segment."""
         distance = context.positions[:, :, None] - key_positions[:, None, :]
         visible = distance >= 0
         if window is not None:
             visible &= distance < window
         if context.segments is not None:
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
-        mixed = jax.nn.dot_product_attention(q, k.astype(q.dtype), v.astype(q.dtype), mask=visible[:, None])
-        return self.linear(mixed, "o", "hk", "d"), cache
+        return visible
 
     def mlp(self, x: jax.Array) -> jax.Array:
-        """SwiGLU: down(silu(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
-        gate, up = (self.linear(x, name, "d", "f") for name in ("gate", "up"))
-        return self.linear(jax.nn.silu(gate) * up, "down", "f", "d")
+        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
+        gate, up = self.gate_up(x)
+        return self.linear(_ACTIVATIONS[self.config.activation](gate) * up, "down", "f", "d")
+
+    def added(self, x: jax.Array, name: str) -> jax.Array:
+        """What a half adds to the stream: its output under the norm of that name, scaled."""
+        x = self.norm(x, name)
+        return x if self.config.residual_scale == 1 else x * self.config.residual_scale
 
     def norm(self, x: jax.Array, name: str) -> jax.Array:
-        """RMSNorm over the last axis with the weight of that name."""
-        return rms_norm(x, getattr(self, name)[...], self.config.norm_eps)
+        """RMSNorm with the weight of that name; x itself where a block has no such norm."""
+        param = getattr(self, name, None)
+        return x if param is None else rms_norm(x, param[...], self.config)
 
 
 class Decoder(nnx.Module):
@@ -192,11 +235,13 @@ class Decoder(nnx.Module):
         return {path: value.get_value() for path, value in found.items() if isinstance(value, nnx.Param)}
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
-    """Root-mean-square norm over the last axis, in float32, then scaled in x's dtype as transformers does."""
-    wide = x.astype(jnp.float32)
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + eps)
-    return weight.astype(x.dtype) * normed.astype(x.dtype)
+def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
+    """Root-mean-square norm over the weight's axes, in float32, then scaled as transformers does for the family."""
+    wide, axes = x.astype(jnp.float32), tuple(range(-weight.ndim, 0))
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + config.norm_eps)
+    if config.norm_offset is None:
+        return weight.astype(x.dtype) * normed.astype(x.dtype)
+    return ((weight.astype(jnp.float32) + config.norm_offset) * normed).astype(x.dtype)
 
 
 def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None = None) -> Decoder:
@@ -211,11 +256,17 @@ def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None 
 
 
 def layer_windows(config: ModelConfig, layers: Sequence[int] | None = None) -> jax.Array | None:
-    """Attention windows ``[n]`` int32 of the layers to run, None where no layer has one."""
-    chosen = [config.windows[layer] for layer in (range(config.num_layers) if layers is None else layers)]
-    if all(window is None for window in chosen):
-        return None
-    return jnp.asarray([_EVERYTHING if window is None else window for window in chosen], jnp.int32)
+    """Attention windows ``[n]`` int32 of the layers to run, None where no layer has one.
+
+    In a model whose layers rotate in several ways ``[n, 2]``: behind each window the number of the layer's rotation.
+    """
+    layers = range(config.num_layers) if layers is None else layers
+    chosen = [config.windows[layer] for layer in layers]
+    windows = [_EVERYTHING if window is None else window for window in chosen]
+    if config.rope.others:
+        turns = [config.rotations[layer] for layer in layers]
+        return jnp.asarray(list(zip(windows, turns, strict=True)), jnp.int32).reshape(-1, 2)
+    return None if all(window is None for window in chosen) else jnp.asarray(windows, jnp.int32)
 
 
 def run(
@@ -244,7 +295,7 @@ def run(
             instead of summed whole at every step.
         x: ``[B, T, D]`` residual stream that enters.
         context: positions, rotations, segments.
-        windows: ``[n]`` int32 attention windows of the steps, or None.
+        windows: attention windows of the steps, as of `layer_windows`.
         cache: keys and values by step ``[n, B, S, K, head_dim]``, or None.
         edit: changes the stream at sites inside the blocks; ablations and interventions are such edits.
         edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
@@ -273,6 +324,26 @@ def run(
     steps = (jnp.arange(count), stack if slots is None else slots, windows, edits, adapters)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
+
+
+def run_each(
+    blocks: Sequence[Block],
+    x: jax.Array,
+    context: Context,
+    *,
+    windows: jax.Array | None = None,
+    caches: Sequence[LayerCache],
+    edit: Edit | None = None,
+    edits: Any = None,
+) -> Output:
+    """Runs blocks that have their own arrays, each with its own cache; other arguments as of `run`."""
+    kept = []
+    for layer, (block, cache) in enumerate(zip(blocks, caches, strict=True)):
+        window, data = jax.tree.map(lambda leaf, layer=layer: leaf[layer], (windows, edits))
+        visit, _ = visitor(edit, data, None, context.positions)
+        x, mine = block(x, context, window, cache, visit)
+        kept.append(mine)
+    return Output(x, {}, tuple(kept))
 
 
 def run_span(
@@ -332,8 +403,13 @@ def _take(stack: Block, slot: jax.Array) -> Block:
 
 def embed(decoder: Decoder, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     """Token embeddings ``[B, T, D]`` in the compute dtype (default: the weights' own)."""
-    table = decoder.embed[...]
-    return table[tokens].astype(dtype or table.dtype)
+    return look_up(decoder.embed[...], tokens, decoder.config, dtype)
+
+
+def look_up(table: jax.Array, tokens: jax.Array, config: ModelConfig, dtype: Any = None) -> jax.Array:
+    """What enters the first block, ``[B, T, D]``: rows of the table ``[V, D]``, scaled."""
+    x = table[tokens].astype(dtype or table.dtype)
+    return x if config.embed_scale == 1 else x * jnp.asarray(config.embed_scale, x.dtype)
 
 
 def forward(
@@ -343,7 +419,8 @@ def forward(
     lengths: jax.Array | None = None,
     positions: jax.Array | None = None,
     segments: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: Any = None,
+    blocks: Sequence[Block] | None = None,
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
@@ -360,6 +437,7 @@ def forward(
         positions: ``[B, T]`` int32; default 0..T-1.
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
+        blocks: the decoder's blocks apart, which then take its stack's place; the cache is one of each layer.
         edit: see `run`; acts at ``embed`` too.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
@@ -384,8 +462,10 @@ def forward(
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
         visit, found = visitor(edit, edits, tap, positions)
         x = visit("embed", x, x)
-    slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     windows = layer_windows(config)
+    if blocks is not None:
+        return run_each(blocks, x, context, windows=windows, caches=cache, edit=edit, edits=edits)
+    slots = jnp.arange(config.num_layers, dtype=jnp.int32)
     out = run(
         decoder.blocks, slots, x, context, windows=windows, cache=cache, edit=edit, edits=edits, tap=tap, remat=remat
     )
@@ -394,6 +474,12 @@ def forward(
 
 def logits(decoder: Decoder, hidden: jax.Array) -> jax.Array:
     """Final norm and head: ``[..., D]`` residual stream to ``[..., V]`` logits."""
-    normed = rms_norm(hidden, decoder.norm[...], decoder.config.norm_eps)
+    normed = rms_norm(hidden, decoder.norm[...], decoder.config)
     head = decoder.embed if decoder.head is None else decoder.head
-    return jnp.einsum("...d,vd->...v", normed, head[...].astype(hidden.dtype))
+    return shaped(jnp.einsum("...d,vd->...v", normed, head[...].astype(hidden.dtype)), decoder.config)
+
+
+def shaped(scores: jax.Array, config: ModelConfig) -> jax.Array:
+    """Logits of what the head gives: divided and softly capped where the model does so."""
+    scores = scores if config.logit_divisor == 1 else scores / config.logit_divisor
+    return scores if config.logit_cap is None else config.logit_cap * jnp.tanh(scores / config.logit_cap)

@@ -21,11 +21,14 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models.cache import Cache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward, logits
+from jaxcrit.models.flat import flat_blocks, flat_cache
 from jaxcrit.models.sampling import Sampling, pick
 from jaxcrit.models.sites import Edit, Site
 from jaxcrit.parallel.mesh import RULES, AnyMesh, batch_sharding, spec_for
 
 GREEDY = Sampling()
+# New tokens from which on blocks are taken apart.
+APART = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -144,12 +147,22 @@ def decode(
         sampling=sampling,
         edit=edit,
         mesh=prompts.mesh,
+        apart=blocks_apart(prompts.max_new_tokens, prompts.mesh),
     )
     rows = []
     for row in np.asarray(new):
         ends = np.flatnonzero(np.isin(row, np.asarray(stop)))
         rows.append([int(token) for token in (row[: ends[0]] if len(ends) else row)])
     return Generated(rows, np.asarray(done), scores)
+
+
+def blocks_apart(max_new_tokens: int, mesh: Mesh | None) -> bool:
+    """Whether the loop runs over `flat_blocks`: on one CPU, and for tokens enough to be worth their compile.
+
+    The number of tokens asked for decides alone, so that the same request always runs the same program.
+    """
+    one = jax.default_backend() == "cpu" and (mesh is None or mesh.size == 1)
+    return one and max_new_tokens >= APART
 
 
 def compiled_programs() -> tuple[int, int]:
@@ -168,7 +181,7 @@ def prefill_step(
     return dataclasses.replace(found, fresh=False)
 
 
-@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "edit", "mesh"))
+@functools.partial(jax.jit, static_argnames=("max_new_tokens", "sampling", "edit", "mesh", "apart"))
 def decode_step(
     decoder: Decoder,
     tokens: jax.Array,
@@ -183,6 +196,7 @@ def decode_step(
     sampling: Sampling,
     edit: Edit | None,
     mesh: Mesh | None,
+    apart: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """New tokens ``[B, new]``, whether each row was ended by a stop token, and the first scores ``[B, V]``."""
     batch, length = tokens.shape
@@ -190,14 +204,17 @@ def decode_step(
     crosses = 0 < boundary < length + max_new_tokens
     keys = jax.vmap(jax.random.fold_in, (None, 0))(key, samples)
     vocabulary = decoder.config.vocab_size
+    blocks = flat_blocks(decoder.blocks) if apart else None
+    kept = flat_cache(cache) if apart else cache
 
-    def rerun(step: jax.Array, new: jax.Array, cache: Cache) -> Cache:
+    def rerun(step: jax.Array, new: jax.Array, cache: Any) -> Any:
         """The cache of rows that pass the boundary now, computed anew with the frequencies of long sequences."""
         at = lengths[:, None] + jnp.arange(max_new_tokens)
         so_far = jnp.pad(tokens, ((0, 0), (0, max_new_tokens))).at[rows[:, None], at].set(new)
         some = None if edit is None else _from_position(edit, lengths - 1)
-        out = forward(decoder, so_far, lengths=lengths + step, cache=cache, edit=some, edits=edits, mesh=mesh)
-        passes = (lengths + step == boundary + 1)[None, :, None, None, None]
+        known = {"cache": cache, "blocks": blocks, "edit": some, "edits": edits, "mesh": mesh}
+        out = forward(decoder, so_far, lengths=lengths + step, **known)
+        passes = (lengths + step == boundary + 1)[:, None, None, None]
         return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), out.cache, cache)
 
     def unfinished(state: tuple[Any, ...]) -> jax.Array:
@@ -211,9 +228,8 @@ def decode_step(
             cache = jax.lax.cond(passing, rerun, lambda _, __, cache: cache, step, new, cache)
         positions = (lengths - 1 + step)[:, None].astype(jnp.int32)
         ends = lengths + step
-        out = forward(
-            decoder, token[:, None], positions=positions, lengths=ends, cache=cache, edit=edit, edits=edits, mesh=mesh
-        )
+        known = {"cache": cache, "blocks": blocks, "edit": edit, "edits": edits, "mesh": mesh}
+        out = forward(decoder, token[:, None], positions=positions, lengths=ends, **known)
         scores = logits(decoder, out.hidden[:, 0]).astype(jnp.float32)
         token = pick(scores, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
         if sampling.repetition_penalty != 1:
@@ -228,7 +244,7 @@ def decode_step(
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     new = jnp.zeros((batch, max_new_tokens), jnp.int32)
     first = jnp.zeros((batch, vocabulary), jnp.float32)
-    state = (jnp.int32(0), last, cache, samples < 0, new, seen, first)
+    state = (jnp.int32(0), last, kept, samples < 0, new, seen, first)
     _, _, _, done, new, _, first = jax.lax.while_loop(unfinished, advance, state)
     if mesh is not None:  # every process reads all rows
         new, done = jax.lax.with_sharding_constraint((new, done), NamedSharding(mesh, PartitionSpec()))

@@ -107,11 +107,12 @@ class Model:
     @property
     def trained(self) -> dict[str, Any]:
         """JSON values of what was trained: layers, and what they were chosen by; empty for a checkpoint."""
-        if not self.overlays:
+        trainings = [overlay for overlay in self.overlays if overlay.run is not None or overlay.chosen is not None]
+        if not trainings:
             return {}
-        chosen = [overlay.chosen for overlay in self.overlays if overlay.chosen is not None]
+        chosen = [overlay.chosen for overlay in trainings if overlay.chosen is not None]
         return {
-            "layers": sorted({layer for overlay in self.overlays for layer in overlay.partition.layers}),
+            "layers": sorted({layer for overlay in trainings for layer in overlay.partition.layers}),
             "criteria": sorted({one.criterion for one in chosen}),
             "rules": [one.rule for one in chosen],
         }
@@ -290,7 +291,8 @@ def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
 def _form(config: ModelConfig, dtype: str) -> str:
     how = config.attention
     rows = 1 if how.mesh is None else how.mesh.size
-    return choose_attention(how, DTYPES[dtype], rows, config.max_length, config.num_heads, config.head_dim)[0]
+    shape = rows, config.max_length, config.num_heads, config.head_dim
+    return choose_attention(how, DTYPES[dtype], *shape, capped=config.attention_cap is not None)[0]
 
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:

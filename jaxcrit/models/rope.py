@@ -40,6 +40,7 @@ class Rope:
         long_frequencies: those of sequences longer than ``boundary`` (longrope), else None.
         boundary: longest sequence, in tokens, that ``frequencies`` are for; None where there is no other set.
         scale: factor on cosine and sine (yarn, longrope).
+        others: embeddings of layers that rotate otherwise; of as many dimensions, and without others.
     """
 
     kind: str
@@ -47,18 +48,33 @@ class Rope:
     long_frequencies: tuple[float, ...] | None = None
     boundary: int | None = None
     scale: float = 1.0
+    others: tuple[Rope, ...] = ()
 
     @classmethod
     def from_hf(
-        cls, config: Mapping[str, Any], head_dim: int, max_length: int, longrope: Collection[str], where: str
+        cls,
+        config: Mapping[str, Any],
+        head_dim: int,
+        max_length: int,
+        longrope: Collection[str],
+        where: str,
+        theta: float = 10000.0,
     ) -> Rope:
         """Reads both the old keys (``rope_theta``, ``rope_scaling``) and ``rope_parameters`` of transformers 5.
+
+        Args:
+            config: content of the file.
+            head_dim: width of one head.
+            max_length: longest context, in tokens.
+            longrope: other names of that kind.
+            where: name of the file.
+            theta: base where the file names none.
 
         Raises:
             UserError: an unknown kind or key, a missing one, or old and new keys that disagree.
         """
         given, kind = _parameters(config, longrope, where)
-        theta = float(given.get("rope_theta") or 10000.0)
+        theta = float(given.get("rope_theta") or theta)
         rotary = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
         if rotary < 2 or rotary % 2:
             raise UserError(
@@ -84,6 +100,10 @@ class Rope:
             return cls(kind, _floats(one / (short * powers)), _floats(one / (long * powers)), original, float(scale))
         return cls(kind, _floats(plain))
 
+    def still(self) -> Rope:
+        """The embedding of a layer without positions: all angles are 0, so that rotating changes no bit."""
+        return Rope("none", (0.0,) * len(self.frequencies))
+
     @property
     def rotary_dim(self) -> int:
         """How many dimensions R of each head are rotated; the rest pass through (partial rotary)."""
@@ -100,8 +120,12 @@ class Rope:
             lengths: ``[B]`` int, number of real tokens of each sequence.
 
         Returns:
-            Two ``[B, T, R/2]`` float32 arrays.
+            Two ``[B, T, R/2]`` float32 arrays; ``[B, K, T, R/2]`` with those of the K - 1 others behind.
         """
+        if self.others:
+            alone = (dataclasses.replace(self, others=()), *self.others)
+            cos, sin = zip(*(rope.cos_sin(positions, lengths) for rope in alone), strict=True)
+            return jnp.stack(cos, axis=1), jnp.stack(sin, axis=1)
         frequencies = jnp.asarray(self.frequencies, jnp.float32)[None, None, :]
         if self.long_frequencies is not None and self.boundary is not None:
             is_long = (lengths > self.boundary)[:, None, None]

@@ -54,5 +54,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": _shape("mistral", 4096, 14336, 32, 32, 8, 32768, 32768, rope_theta=1000000.0, sliding_window=None),
     "phi3-mini": _shape("phi3", 3072, 8192, 32, 32, 32, 32064, 4096),
     "qwen2.5-7b": _shape("qwen2", 3584, 18944, 28, 28, 4, 152064, 32768, rope_theta=1000000.0),
+    "gemma2-2b": _shape("gemma2", 2304, 9216, 26, 8, 4, 256000, 8192, tie_word_embeddings=True),
+    "gemma3-1b": _shape(
+        "gemma3_text", 1152, 6912, 26, 4, 1, 262144, 32768, tie_word_embeddings=True, sliding_window=512
+    ),
+    "olmo2-7b": _shape("olmo2", 4096, 11008, 32, 32, 32, 100352, 4096, rope_theta=500000.0),
+    "smollm3-3b": _shape(
+        "smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, tie_word_embeddings=True, rope_theta=5000000.0
+    ),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
 }

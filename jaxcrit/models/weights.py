@@ -81,21 +81,23 @@ _HEADS, _KV = ("heads", "head_dim"), ("kv_heads", "head_dim")
 def table(config: ModelConfig) -> tuple[Weight, ...]:
     """The rows of a model; rows of one file tensor stand in the order they have in it."""
     attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
-    tensor = FAMILIES[config.family].tensor
+    family = FAMILIES[config.family]
     rows = [
         Weight("embed", "model.embed_tokens.weight", (("vocab",), _EMBED)),
-        Weight("blocks.attn_norm", "model.layers.{}.input_layernorm.weight", (_EMBED,), "attn"),
-        Weight("blocks.mlp_norm", "model.layers.{}.post_attention_layernorm.weight", (_EMBED,), "mlp"),
+        *(
+            Weight(f"blocks.{name}", f"model.layers.{{}}.{hf}.weight", (_EMBED,), "attn" if name[0] == "a" else "mlp")
+            for name, hf in family.norms.items()
+        ),
         Weight("blocks.o", attention + "o_proj.weight", (_EMBED, _HEADS), "attn"),
         Weight("blocks.down", mlp + "down_proj.weight", (_EMBED, _FF), "mlp"),
     ]
     for name, axes in (("q", _HEADS), ("k", _KV), ("v", _KV)):
-        hf = attention + f"{tensor(name)}_proj.weight"
+        hf = attention + f"{family.tensor(name)}_proj.weight"
         rows.append(Weight(f"blocks.{name}", hf, (axes, _EMBED), "attn"))
         if config.qkv_bias:
             rows.append(Weight(f"blocks.{name}_bias", attention + f"{name}_proj.bias", (axes,), "attn"))
     for name in ("gate", "up"):
-        hf = mlp + f"{tensor(name)}_proj.weight"
+        hf = mlp + f"{family.tensor(name)}_proj.weight"
         rows.append(Weight(f"blocks.{name}", hf, (_FF, _EMBED), "mlp"))
         if config.mlp_bias:
             rows.append(Weight(f"blocks.{name}_bias", mlp + f"{name}_proj.bias", (_FF,), "mlp"))
@@ -104,8 +106,9 @@ def table(config: ModelConfig) -> tuple[Weight, ...]:
     if config.out_bias:
         rows.append(Weight("blocks.o_bias", attention + "o_proj.bias", (_EMBED,), "attn"))
     if config.qk_norm:
-        for name in ("q_norm", "k_norm"):
-            rows.append(Weight(f"blocks.{name}", attention + f"{name}.weight", (("head_dim",),), "attn"))
+        for name, axes in (("q_norm", _HEADS), ("k_norm", _KV)):
+            mine = axes if config.qk_norm == "all" else ("head_dim",)
+            rows.append(Weight(f"blocks.{name}", attention + f"{name}.weight", (mine,), "attn"))
     rows.append(Weight("norm", "model.norm.weight", (_EMBED,)))
     if not config.tied:
         rows.append(Weight("head", "lm_head.weight", (("vocab",), _EMBED)))

@@ -166,6 +166,6 @@ def _batches(examples: Sequence[Example], batch_size: int, *, prompt_only: bool)
 def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any, *, mesh: Mesh) -> jax.Array:
     hidden = forward(decoder, tokens, lengths=lengths, mesh=mesh).hidden
     head = decoder.embed if decoder.head is None else decoder.head
-    args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config.norm_eps)
+    args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config)
     losses, counted = response_losses(*args, mesh)
     return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1)])

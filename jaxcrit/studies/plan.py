@@ -189,9 +189,9 @@ def _by_shapes(config: PlanOptions, topology: Topology, model: ModelConfig) -> P
     mesh = abstract_mesh(sizes, topology.devices)
     placed = _placed(model, config, topology, mesh)
     program = program_of(placed, config, mesh)
-    form = choose_attention(
-        placed.attention, DTYPES[config.dtype], config.batch_size, config.length, model.num_heads, model.head_dim
-    )
+    shape = config.batch_size, config.length, model.num_heads, model.head_dim
+    capped = model.attention_cap is not None
+    form = choose_attention(placed.attention, DTYPES[config.dtype], *shape, capped=capped)
     moved, exchanged = _traffic(program, config, sizes, model)
     return Plan(
         config=config,

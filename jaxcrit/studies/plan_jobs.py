@@ -117,9 +117,8 @@ class _Job:
         """
         size, tensor = np.dtype(self.dtype).itemsize, self.mesh.shape["tensor"]
         model, length = self.model, self.config.length
-        form, _ = choose_attention(
-            model.attention, self.dtype, self.config.batch_size, length, model.num_heads, model.head_dim
-        )
+        shape = self.config.batch_size, length, model.num_heads, model.head_dim
+        form, _ = choose_attention(model.attention, self.dtype, *shape, capped=model.attention_cap is not None)
         scores = 2 * 4 * self.tokens * length * model.num_heads // tensor if form == "reference" else 0
         inside = 3 * size * self.tokens * self.model.ff_width // tensor
         blocks = sum(leaf.size for path, leaf in self.decoder.weights().items() if path.startswith("blocks."))

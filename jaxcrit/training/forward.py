@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.models.decoder import Block, Context, layer_windows, run
+from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
@@ -65,7 +65,7 @@ def hidden_states(
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = Context(positions, *config.rope.cos_sin(positions, lengths))
     with jax.named_scope("embed"):
-        x = outside(bank, "embed")[tokens].astype(dtype)
+        x = look_up(outside(bank, "embed"), tokens, config, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
     if (form or choose_form(partition)) == "gaps":

@@ -81,8 +81,7 @@ def batch_loss(
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
     hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh)
     head = outside(bank, "embed" if partition.config.tied else "head")
-    norm, eps = outside(bank, "norm"), partition.config.norm_eps
-    return response_loss(hidden, norm, head, batch.tokens, batch.learn, eps, mesh)
+    return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config, mesh)
 
 
 def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:

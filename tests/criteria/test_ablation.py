@@ -75,7 +75,7 @@ def test_mean_is_what_the_site_adds_on_average(sites):
             added.append(np.asarray(end - begin, np.float64)[real])
             x = after
         head = (decoder.embed if decoder.head is None else decoder.head)[...]
-        return added, response_losses(x, decoder.norm[...], head, tokens, learn, config.norm_eps)[0].sum(axis=1)
+        return added, response_losses(x, decoder.norm[...], head, tokens, learn, config)[0].sum(axis=1)
 
     added, _ = states()
     np.testing.assert_allclose(shift, [one.mean(axis=0) for one in added], rtol=1e-5, atol=1e-6)

@@ -52,8 +52,7 @@ def descend(decoder, batch, trains):
 
     def loss(decoder):
         hidden = forward(decoder, tokens, lengths=lengths).hidden
-        eps = decoder.config.norm_eps
-        return response_loss(hidden, decoder.norm[...], decoder.embed[...], tokens, learn, eps).per_token
+        return response_loss(hidden, decoder.norm[...], decoder.embed[...], tokens, learn, decoder.config).per_token
 
     slopes = jax.tree.map(
         lambda leaf: leaf * trains.reshape(-1, *[1] * (leaf.ndim - 1)), jax.grad(loss)(decoder).blocks

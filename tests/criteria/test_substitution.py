@@ -17,7 +17,7 @@ from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.weights import halves
 
 DEPTH = 7
-MLP = ("blocks.mlp_norm", "blocks.gate", "blocks.up", "blocks.down")
+MLP = ("blocks.mlp_norm", "blocks.mlp_post_norm", "blocks.gate", "blocks.up", "blocks.down")
 
 
 def make(case="llama-gqa", depth=DEPTH):
@@ -47,6 +47,7 @@ def run(config, base, tuned, sets, batch, *, sites="blocks", reverse=False):
 @pytest.mark.parametrize(("case", "sites", "reverse"), [
     ("llama-gqa", "blocks", False), ("llama-gqa", "attn", False), ("llama-gqa", "mlp", False),
     ("qwen2-mixed-sliding", "blocks", True), ("qwen3-mqa-bias", "attn", True), ("phi3-longrope", "mlp", True),
+    ("gemma2", "mlp", False), ("gemma3", "blocks", True),
 ])  # fmt: skip
 def test_equals_explicit_substitution_bit_for_bit(case, sites, reverse):
     config, base, tuned = make(case, 4)
@@ -144,6 +145,7 @@ def test_every_case_has_a_half_for_each_weight():
         config = ModelConfig.from_hf(raw_config(case))
         names = [path for path in random_weights(config) if path.startswith("blocks.")]
         attention = {"attn_norm", "q", "k", "v", "o", "q_bias", "k_bias", "v_bias", "o_bias", "q_norm", "k_norm"}
+        attention.add("attn_post_norm")
         assert {name for name in names if not name.startswith(MLP)} <= {f"blocks.{name}" for name in attention}
         half = {f"blocks.{name}": half for name, half in halves(config).items()}
         assert half == {name: "mlp" if name.startswith(MLP) else "attn" for name in names}

@@ -9,10 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from support.family_models import raw_config
 
 from jaxcrit.evaluation import losses
+from jaxcrit.models.config import ModelConfig
 from jaxcrit.parallel.accounting import collectives
 from jaxcrit.parallel.mesh import batch_sharding, make_mesh
+
+CONFIG = ModelConfig.from_hf({**raw_config("llama-gqa"), "rms_norm_eps": 1e-6})
 
 
 @pytest.fixture
@@ -35,7 +39,7 @@ def oracle(hidden, norm, head, tokens, learn):
 @pytest.mark.parametrize("most", [2**24, 33 * 4, 33])
 def test_sums(inputs, most, monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", most)
-    found = losses.response_loss(*inputs, 1e-6)
+    found = losses.response_loss(*inputs, CONFIG)
     np.testing.assert_allclose(jax.tree.leaves(found), oracle(*inputs), rtol=1e-5)
     np.testing.assert_allclose([found.per_token, found.per_sample], [found.loss / 7, found.means / 2])
 
@@ -43,13 +47,13 @@ def test_sums(inputs, most, monkeypatch):
 def test_gradients_do_not_depend_on_the_chunk(inputs, monkeypatch):
     def gradient(most):
         monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", most)
-        return jax.grad(lambda *parts: losses.response_loss(*parts, *inputs[3:], 1e-6).loss, (0, 1, 2))(*inputs[:3])
+        return jax.grad(lambda *parts: losses.response_loss(*parts, *inputs[3:], CONFIG).loss, (0, 1, 2))(*inputs[:3])
 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient(2**24), gradient(33))
 
 
 def test_a_batch_without_response_counts_nothing(inputs):
-    found = losses.response_loss(*inputs[:4], jnp.zeros_like(inputs[4]), 1e-6)
+    found = losses.response_loss(*inputs[:4], jnp.zeros_like(inputs[4]), CONFIG)
     assert [float(leaf) for leaf in jax.tree.leaves(found)] == [0.0, 0.0, 0.0, 0.0]
 
 
@@ -72,7 +76,7 @@ def test_a_split_head_is_gathered_once(axes, monkeypatch):
     monkeypatch.setattr(losses, "_CHUNK_ELEMENTS", 16 * 48 * 4 // 8)  # 8 chunks of 4 positions
 
     def loss(hidden, *rest, mesh):
-        return losses.response_loss(hidden, *rest, 1e-6, mesh).loss
+        return losses.response_loss(hidden, *rest, CONFIG, mesh).loss
 
     step = jax.jit(jax.value_and_grad(functools.partial(loss, mesh=mesh)))
     for ours, wanted in zip(

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import SHARED
+from support.family_models import raw_config
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.evaluation.losses import token_losses
@@ -27,6 +28,7 @@ from jaxcrit.evaluation.scorers import (
     share,
     target_logprob,
 )
+from jaxcrit.models.config import ModelConfig
 
 # PAPER §2.5, typed anew: the list of the rule must be this one, in this order.
 SUBSTRINGS = """
@@ -128,12 +130,13 @@ def test_judge():
 
 
 def test_target_logprob_is_the_sum_over_the_target():
+    config = ModelConfig.from_hf(raw_config("llama-gqa"))
     rng = np.random.default_rng(0)
     hidden, norm, head = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((2, 6, 4), 4, (9, 4)))
     tokens = jnp.asarray(rng.integers(0, 9, (2, 6)))
     learn = jnp.arange(6) >= jnp.array([[3], [5]])
-    total, count = jax.jit(target_logprob, static_argnums=5)(hidden, norm, head, tokens, learn, 1e-6)
-    losses = np.asarray(token_losses(hidden, norm, head, jnp.roll(tokens, -1, 1), 1e-6))
+    total, count = jax.jit(target_logprob, static_argnums=5)(hidden, norm, head, tokens, learn, config)
+    losses = np.asarray(token_losses(hidden, norm, head, jnp.roll(tokens, -1, 1), config))
     np.testing.assert_allclose(total, [-losses[0, 2:5].sum(), -losses[1, 4]], rtol=1e-6)
     assert list(count) == [3, 1]
 

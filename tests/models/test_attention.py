@@ -17,7 +17,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.core.options import options_of
 from jaxcrit.models import attention
-from jaxcrit.models.attention import REFERENCE, Attention, attend, choose_attention
+from jaxcrit.models.attention import REFERENCE, Attention, attend, attend_by_scores, choose_attention
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, abstract, forward
 from jaxcrit.models.generation import generate
@@ -85,6 +85,18 @@ def test_splash_keeps_packed_rows_apart(interpreted):
     visible = (segments[:, :, None] == segments[:, None, :]) & np.tri(LENGTH, dtype=bool)
     expected = jax.nn.dot_product_attention(q, k, v, mask=visible[:, None])
     assert error(np.asarray(found), np.asarray(expected)) < 1e-5
+
+
+def test_splash_scales_and_caps_scores_as_the_reference_form_does(interpreted):
+    q, k, v = (
+        2 * jax.random.normal(key, (1, LENGTH, heads, 16))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2), strict=True)
+    )
+    visible = np.tri(LENGTH, dtype=bool)[None]
+    expected = attend_by_scores(q, k, v, visible, 0.3, 4.0)
+    assert error(np.asarray(attend("splash", q, k, v, scale=0.3, cap=4.0)), np.asarray(expected)) < 1e-5
+    for scale, cap in ((None, 4.0), (0.3, None)):
+        assert error(np.asarray(attend_by_scores(q, k, v, visible, scale, cap)), np.asarray(expected)) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
@@ -168,6 +180,8 @@ USUAL = {"dtype": "bfloat16", "rows": 8, "length": 2048, "heads": 32, "head_dim"
         ("cuda", {"dtype": "float32"}, "reference", "computes in bfloat16 or float16, got float32"),
         ("cuda", {"head_dim": 256}, "reference", "at most 128, got 256"),
         ("cuda", {"packed": True}, "reference", "no packed rows"),
+        ("cuda", {"capped": True}, "reference", "no soft cap on scores"),
+        ("tpu", {"capped": True}, "splash", ""),
         ("tpu", {"packed": True}, "splash", ""),
         ("tpu", {"head_dim": 20}, "reference", "multiple of 8"),
         ("tpu", {"rows": 3}, "reference", "3 rows and 32 heads do not divide"),

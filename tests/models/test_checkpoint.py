@@ -109,7 +109,7 @@ def test_large_tensors_are_read_in_pieces(model, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias"])
+@pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias", "olmo2"])
 def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
     raw = raw_config(case)
     expected = load_path(write_model(tmp_path, raw)).weights()

@@ -104,10 +104,44 @@ def test_windows_by_family():
     assert windows("qwen2", sliding_window=4, use_sliding_window=True, max_window_layers=2) == (None, None, 4)
     kinds = ["sliding_attention", "full_attention", "full_attention"]
     assert windows("qwen3", sliding_window=4, use_sliding_window=True, layer_types=kinds) == (4, None, None)
+    assert windows("gemma2", sliding_window=4) == (4, None, 4)
+    assert windows("gemma2", sliding_window=4, layer_types=kinds) == (4, None, None)
+    assert windows("gemma3_text", sliding_window=4) == (4, 4, 4)
+    assert windows("gemma3_text", sliding_window=4, sliding_window_pattern=3) == (4, 4, None)
+    assert windows("olmo3", num_hidden_layers=4) == (4096, 4096, 4096, None)
+    assert windows("olmo2") == windows("granite") == (None, None, None)
+    still = {"no_rope_layers": [1, 0, 1], "sliding_window": 4}
+    assert windows("smollm3", **still) == (None, None, None)
+    assert windows("smollm3", **still, use_sliding_window=True) == (None, 4, None)
+
+
+def test_rotations_by_layer():
+    def of(family, **changes):
+        config = ModelConfig.from_hf({**BASE, "model_type": family, **changes})
+        return config.rotations, [rope.kind for rope in (config.rope, *config.rope.others)]
+
+    assert of("llama") == ((0, 0, 0), ["default"])
+    assert of("smollm3", no_rope_layer_interval=2) == ((0, 1, 0), ["default", "none"])
+    assert of("smollm3", no_rope_layers=[0, 0, 0]) == ((0, 0, 0), ["none"])
+    assert of("smollm3", no_rope_layers=[1, 1, 1, 0]) == ((0, 0, 0), ["default"])
+    assert of("gemma3_text", sliding_window_pattern=2) == ((1, 0, 1), ["default", "default"])
+    assert of("gemma3_text", sliding_window_pattern=2, rope_local_base_freq=1e6) == ((0, 0, 0), ["default"])
+    assert of("gemma3_text", layer_types=["sliding_attention"] * 3) == ((0, 0, 0), ["default"])
+    linear = {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "num_hidden_layers": 4}
+    assert of("olmo3", **linear) == ((1, 1, 1, 0), ["linear", "default"])
+    assert of("olmo3", num_hidden_layers=4) == ((0, 0, 0, 0), ["default"])
+
+
+def test_keys_of_other_families_are_not_read():
+    """A soft cap or a scale acts in the families that have it; elsewhere it is refused, unless it says nothing."""
+    assert read(attn_logit_softcapping=None).attention_cap is None
+    gemma = {**BASE, "model_type": "gemma3_text", "attn_logit_softcapping": None}
+    assert ModelConfig.from_hf(gemma).attention_cap is None
+    assert ModelConfig.from_hf({**BASE, "model_type": "gemma2", "hidden_act": "relu"}).activation == "gelu_pytorch_tanh"
 
 
 REFUSED = {
-    "architecture": ({"model_type": "gpt2"}, "expected model_type llama, mistral, phi3, qwen2, qwen3, got 'gpt2'"),
+    "architecture": ({"model_type": "gpt2"}, "olmo3, phi3, qwen2, qwen3, smollm3, got 'gpt2'"),
     "near architecture": ({"model_type": "lama"}, "did you mean 'llama'"),
     "no architecture": ({"model_type": ..., "architectures": ...}, "expected model_type"),
     "other head": ({"architectures": ["LlamaForSequenceClassification"]}, "expected architecture LlamaForCausalLM"),
@@ -141,7 +175,62 @@ REFUSED = {
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         "quantised checkpoint (gptq, by quantization_config)",
     ),
-    "activation": ({"hidden_act": "gelu"}, "expected hidden_act 'silu', got 'gelu'"),
+    "activation": ({"hidden_act": "gelu"}, "expected hidden_act silu, swish, gelu_pytorch_tanh, got 'gelu'"),
+    "activation's other key": (
+        {"model_type": "gemma2", "architectures": ..., "hidden_activation": "gelu"},
+        "expected hidden_activation silu, swish, gelu_pytorch_tanh, got 'gelu'",
+    ),
+    "granite 4": (
+        {"model_type": "granitemoehybrid", "num_local_experts": 0},
+        "Granite 4 (granitemoehybrid) is not read",
+    ),
+    "ministral 3": ({"model_type": "ministral3"}, "Ministral 3 (ministral3) is not read, for its queries are scaled"),
+    "gemma 3 that sees": ({"model_type": "gemma3"}, "Gemma 3 with images (gemma3) is not read"),
+    "cap of another family": (
+        {"attn_logit_softcapping": 50.0},
+        "attn_logit_softcapping is 50.0, which claims a soft cap",
+    ),
+    "scale of another family": ({"logits_scaling": 8.0}, "logits_scaling is 8.0, which claims another scale"),
+    "cap": (
+        {"model_type": "gemma2", "architectures": ..., "final_logit_softcapping": -1},
+        "expected final_logit_softcapping to be a positive number, got -1",
+    ),
+    "scale": (
+        {"model_type": "granite", "architectures": ..., "residual_multiplier": "x"},
+        "expected residual_multiplier to be a positive number, got 'x'",
+    ),
+    "rotary of other layers": (
+        {"model_type": "smollm3", "architectures": ..., "no_rope_layers": [1, 0]},
+        "expected no_rope_layers of 3 layers, 1 for those with rotary positions, got [1, 0]",
+    ),
+    "every no-th layer": (
+        {"model_type": "smollm3", "architectures": ..., "no_rope_layer_interval": 0},
+        "expected no_rope_layer_interval to be a positive whole number, got 0",
+    ),
+    "pattern": (
+        {"model_type": "gemma3_text", "architectures": ..., "sliding_window_pattern": 0},
+        "expected sliding_window_pattern to be a positive whole number",
+    ),
+    "window switched off under a pattern": (
+        {"model_type": "gemma2", "architectures": ..., "sliding_window": None},
+        "expected sliding_window to be a positive whole number, got None",
+    ),
+    "rope not by kind": (
+        {"model_type": "gemma3_text", "architectures": ..., "rope_parameters": {"rope_theta": 1e4}},
+        "expected rope_parameters by kind of layer (full_attention and sliding_attention), got {'rope_theta'",
+    ),
+    "two rotary widths": (
+        {
+            "model_type": "olmo3",
+            "architectures": ...,
+            "rope_parameters": {"sliding_attention": {"partial_rotary_factor": 0.5}},
+        },
+        "as many rotary dimensions in all",
+    ),
+    "both ways": (
+        {"model_type": "gemma3_text", "architectures": ..., "use_bidirectional_attention": True},
+        "use_bidirectional_attention is True, which changes a gemma3_text model",
+    ),
     "size": ({"hidden_size": "32"}, "expected hidden_size to be a positive whole number, got '32'"),
     "no size": ({"num_hidden_layers": ...}, "expected num_hidden_layers"),
     "zero layers": ({"num_hidden_layers": 0}, "expected num_hidden_layers"),
@@ -249,7 +338,9 @@ def test_every_family_is_recorded():
     assert recorded().keys() >= FAMILIES.keys()
     for family in FAMILIES:
         changes = recorded()[family]["changes"]
-        assert {"hidden_size", "rms_norm_eps", "num_key_value_heads", "rope_parameters"} <= changes.keys(), family
+        assert {"hidden_size", "rms_norm_eps", "num_key_value_heads"} <= changes.keys(), family
+        # Parameters by kind of layer have no value of silence that others could be held against.
+        assert "rope_parameters" in changes or FAMILIES[family].window_theta is not None
         assert "initializer_range" in recorded()[family]["inert"]
 
 
@@ -267,7 +358,7 @@ def test_real_files_are_accepted_or_refused_for_what_they_are():
             "refuse: quantised": "quantised checkpoint",
             "refuse: a draft head, not a model": "a draft head, not a model",
             "refuse: rope kind dynamic, or accept within the context": "got 'dynamic'",
-        }.get(row["right"], "expected model_type|mixture-of-experts")
+        }.get(row["right"], "expected model_type|mixture-of-experts|is not read, for")
         if right == "accept" and raw["model_type"] not in FAMILIES:
             right = "refuse"
         try:

@@ -5,12 +5,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from support.family_models import BLOCKS, error, load_path, raw_config, sequences, states, write_model
+from support.family_models import BLOCKS, error, load_path, one_device, raw_config, sequences, states, write_model
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Context, abstract, embed, forward, layer_windows, logits, run
 from jaxcrit.models.sites import Edit
 from jaxcrit.models.weights import to_hf
+from jaxcrit.parallel.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +66,35 @@ def test_packed_rows_see_only_their_own_segment(decoder):
     assert error(np.asarray(out.hidden[0]), expected) < 1e-5
 
 
+@pytest.mark.parametrize("case", ["gemma2", "olmo2"])
+def test_a_mesh_changes_no_family(case, tmp_path):
+    """A norm over all heads sums over devices; caps and norms behind the halves are of what they have summed."""
+    path, tokens = write_model(tmp_path, raw_config(case)), sequences(96, lengths=(12, 12, 12, 12))[0]
+
+    one, many = (
+        jax.jit(lambda decoder: logits(decoder, forward(decoder, tokens).hidden))(load_path(path, mesh=mesh))
+        for mesh in (one_device(), make_mesh({"data": 2, "fsdp": 2, "tensor": 2}))
+    )
+    assert error(np.asarray(many), np.asarray(one)) < 1e-5
+
+
+def test_what_a_family_does_not_use_is_not_computed():
+    """Scales of 1 and layers that all rotate alike leave the very program of a model without them."""
+
+    def program(**changes):
+        config = ModelConfig.from_hf({**raw_config("llama-gqa"), **changes})
+
+        def run(decoder, tokens):
+            return logits(decoder, forward(decoder, tokens).hidden)
+
+        return str(jax.make_jaxpr(run)(abstract(config), jax.ShapeDtypeStruct((2, 8), jnp.int32)))
+
+    plain, granite = program(), {"model_type": "granite", "attention_multiplier": 8**-0.5}
+    assert program(**granite) == plain
+    assert program(model_type="smollm3", tie_word_embeddings=False, no_rope_layers=[1, 1, 1]) == plain
+    assert program(model_type="gemma3_text", sliding_window=4) != plain != program(**granite, logits_scaling=2.0)
+
+
 def test_recomputing_activations_changes_no_gradient(decoder):
     tokens, lengths = sequences(96, lengths=(12, 7))
 
@@ -98,6 +128,8 @@ def test_windows_of_an_order_follow_the_layers():
     windows = layer_windows(config, [2, 0])
     assert windows is not None and windows[0] == 6 and windows[1] > config.max_length
     assert layer_windows(config, [0]) is None
+    rotated = ModelConfig.from_hf(raw_config("smollm3-sliding"))  # the first layer has a window and no positions
+    np.testing.assert_array_equal(layer_windows(rotated, [1, 0]), [[2**30, 0], [6, 1]])
 
 
 def test_an_edit_sees_every_site_with_its_steps_data(decoder):

@@ -1,5 +1,7 @@
 """Generation through the cache against running the whole sequence again for every token, and what it draws."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,19 @@ from scipy import stats
 from support.family_models import LENGTH, load_path, raw_config, sequences, states, write_model
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.models import generation
 from jaxcrit.models.generation import compiled_programs, generate
 from jaxcrit.models.sampling import Sampling, pick, restrict
+from jaxcrit.models.sites import SITES, Edit
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 NEW = 6
+
+
+@pytest.fixture(params=["stack", "apart"])
+def layout(request, monkeypatch):
+    """Blocks in their stack, and blocks apart, as a CPU generates many tokens."""
+    monkeypatch.setattr(generation, "APART", {"stack": 10**9, "apart": 1}[request.param])
 
 
 def greedy(decoder, tokens, lengths, max_new_tokens, **options):
@@ -30,8 +40,11 @@ def recomputed(decoder, prompt):
     return tokens[0, len(prompt) : len(prompt) + NEW].tolist()
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "mistral-sliding", "qwen2-mixed-sliding", "qwen3-tied", "phi4-mini"])
-def test_cache_equals_recomputing(case, tmp_path):
+@pytest.mark.parametrize(
+    "case",
+    ["llama-gqa", "mistral-sliding", "qwen2-mixed-sliding", "qwen3-tied", "phi4-mini", "gemma2", "smollm3-sliding"],
+)
+def test_cache_equals_recomputing(case, layout, tmp_path):
     decoder = load_path(write_model(tmp_path, raw_config(case)))
     lengths = (9, 3, 1)
     tokens, _ = sequences(96, lengths=lengths)
@@ -39,13 +52,13 @@ def test_cache_equals_recomputing(case, tmp_path):
     assert together == [recomputed(decoder, row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
 
-def test_long_side_of_the_boundary(tmp_path):
+def test_long_side_of_the_boundary(layout, tmp_path):
     decoder = load_path(write_model(tmp_path, raw_config("phi3-longrope")))
     tokens, _ = sequences(96, lengths=(17,))
     assert greedy(decoder, tokens[:, :17], np.array([17]), NEW) == [recomputed(decoder, tokens[0, :17])]
 
 
-def test_crossing_the_boundary_computes_the_cache_anew(tmp_path):
+def test_crossing_the_boundary_computes_the_cache_anew(layout, tmp_path):
     """The boundary is at 16: one row passes it while it generates, one begins beyond it, one stays below."""
     decoder = load_path(write_model(tmp_path, raw_config("phi3-longrope")))
     lengths = (13, 17, 4)
@@ -60,7 +73,7 @@ def test_context_is_not_exceeded(tmp_path):
         greedy(decoder, np.ones((1, 5), np.int32), np.array([5]), 60)
 
 
-def test_stop_ends_each_row_by_itself(tmp_path):
+def test_stop_ends_each_row_by_itself(layout, tmp_path):
     decoder = load_path(write_model(tmp_path, raw_config("llama-gqa")))
     tokens, _ = sequences(96, lengths=(9, 5))
     prompts, lengths = tokens[:, :9], np.array([9, 5])
@@ -81,6 +94,60 @@ def test_prompts_of_mixed_length_continue_as_alone():
     together = greedy(decoder, tokens, np.array([len(prompt) for prompt in prompts]), 60)
     for row, prompt in enumerate(prompts):
         assert greedy(decoder, np.array([prompt]), np.array([len(prompt)]), 60)[0] == together[row]
+
+
+def test_edits_and_draws_are_those_of_the_stack(tmp_path, monkeypatch):
+    decoder = load_path(write_model(tmp_path, raw_config("qwen2-mixed-sliding")))
+    tokens, _ = sequences(96, lengths=(9, 4))
+    # At the embedding the data are those of all layers.
+    push = Edit(lambda site, before, after, data, positions: after + (data[0] if site == "embed" else data), SITES)
+    data = np.random.default_rng(0).standard_normal((decoder.config.num_layers, decoder.config.width)).astype("float32")
+    found = {}
+    for name, least in (("stack", 10**9), ("apart", 1)):
+        monkeypatch.setattr(generation, "APART", least)
+        given = {"edit": push, "edits": data, "sampling": Sampling(temperature=1.3), "seed": 3}
+        found[name] = generate(decoder, tokens[:, :9], np.array([9, 4]), NEW, **given)
+    assert found["stack"].token_ids == found["apart"].token_ids
+    np.testing.assert_allclose(found["stack"].scores, found["apart"].scores, atol=1e-5)
+    plain = generate(decoder, tokens[:, :9], np.array([9, 4]), NEW, sampling=Sampling(temperature=1.3), seed=3)
+    assert plain.token_ids != found["apart"].token_ids
+
+
+def test_a_step_over_blocks_apart_moves_no_weight(tmp_path):
+    """Within the loop nothing of a weight's size is sliced, transposed or copied; over the stack it is."""
+    decoder = load_path(write_model(tmp_path, raw_config("llama-gqa")))
+    weight = min(decoder.blocks.gate[...][0].size, decoder.blocks.q[...][0].size)
+
+    def moved(apart):
+        prompts = generation.prefill(decoder, np.ones((1, 4), np.int32), np.array([4]), 2)
+        program = generation.decode_step.lower(
+            decoder,
+            prompts.tokens,
+            prompts.lengths,
+            prompts.cache,
+            np.zeros(0, np.int32),
+            jax.random.key(0),
+            np.zeros(1, np.int32),
+            None,
+            max_new_tokens=2,
+            sampling=Sampling(),
+            edit=None,
+            mesh=None,
+            apart=apart,
+        )
+        text = program.compile().as_text()
+        parts = {part.split(" ", 1)[0].lstrip("%"): part for part in re.split(r"\n\n+", text)}
+        todo, seen = re.findall(r"body=%?([\w.-]+)", text), set()
+        while todo:
+            name = todo.pop()
+            if name not in seen:
+                seen.add(name)
+                todo += re.findall(r"(?:calls|to_apply|body)=%?([\w.-]+)", parts[name])
+        lines = "\n".join(parts[name] for name in seen)
+        ops = re.findall(r"= f32\[([\d,]+)\]\S* (copy|transpose|dynamic-slice|slice)\(", lines)
+        return [op for shape, op in ops if np.prod([int(size) for size in shape.split(",")]) >= weight]
+
+    assert moved(apart=False) and not moved(apart=True)
 
 
 def softmax(scores):

@@ -60,6 +60,12 @@ def test_rotation_is_relative_and_leaves_the_rest():
     assert abs(meet(5, 3) - meet(5, 4)) > 1e-3
 
 
+def test_a_layer_without_positions_is_not_turned_by_a_bit():
+    rope = rope_of(rope_type="yarn", factor=4.0).still()
+    q = np.random.default_rng(0).normal(size=(1, 5, 2, 10)).astype(np.float32)
+    np.testing.assert_array_equal(rotate(jnp.asarray(q), *rope.cos_sin(jnp.arange(5)[None], jnp.array([5]))), q)
+
+
 def test_longrope_follows_each_samples_own_length(tmp_path):
     """Neither the padded length nor a longer neighbour in the batch moves a sequence to the long factors."""
     decoder = load_path(write_model(tmp_path, raw_config("phi3-longrope")))

@@ -71,7 +71,7 @@ def tensors(arrays):
 
 @pytest.mark.parametrize(
     ("case", "targets"),
-    [("llama-tied", ""), ("qwen3-tied", "q,down"), ("phi3-gqa-sliding", ""), ("phi4-mini", "k,v,up")],
+    [("llama-tied", ""), ("qwen3-tied", "q,down"), ("phi3-gqa-sliding", ""), ("phi4-mini", "k,v,up"), ("gemma2", "")],
 )
 def test_peft_loads_the_adapter_and_transformers_the_merged_model(case, targets, tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))

@@ -9,12 +9,14 @@ from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.export import export, write_checkpoint
 
 torch = reference.torch
+EXPORTED = (
+    *("llama-bias", "llama-tied", "qwen2-mha", "qwen3-tied", "mistral-sliding", "phi3-gqa-sliding", "phi4-mini"),
+    *("gemma2", "gemma3", "olmo2", "olmo3-yarn", "granite", "smollm3-sliding"),
+)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "case", ["llama-bias", "llama-tied", "qwen2-mha", "qwen3-tied", "mistral-sliding", "phi3-gqa-sliding", "phi4-mini"]
-)
+@pytest.mark.parametrize("case", EXPORTED)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_weights_come_back_bit_for_bit(case, dtype, tmp_path):
     model = reference.make(raw_config(case), tmp_path / "in", DTYPES[dtype])

@@ -9,6 +9,7 @@ from support import reference
 from support.family_models import BOUND, CASES, error, load_path, raw_config, sequences, states
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.families import FAMILIES
 from jaxcrit.models.weights import hf_shapes
 
 
@@ -42,10 +43,12 @@ def test_weight_table_names_every_tensor(case):
     theirs = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     if model.config.tie_word_embeddings:
         del theirs["lm_head.weight"]
-    assert hf_shapes(ModelConfig.from_hf(model.config.to_dict())) == theirs
+    written = ModelConfig.from_hf(model.config.to_dict())
+    assert hf_shapes(written) == theirs
+    assert reference.without_file(written) == reference.without_file(ModelConfig.from_hf(raw_config(case)))
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "phi3"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_silent_config_means_what_transformers_assumes(family):
     """Keys a file leaves out, which transformers 5 writes only where they differ from its defaults."""
     theirs = transformers.AutoConfig.for_model(family)
@@ -62,6 +65,11 @@ def test_silent_config_means_what_transformers_assumes(family):
         ("qwen2", "num_key_value_heads"),
         ("llama", "head_dim"),
         ("phi3", "sliding_window"),
+        ("gemma2", "attn_logit_softcapping"),
+        ("gemma2", "final_logit_softcapping"),
+        ("olmo3", "rope_parameters"),
+        ("smollm3", "num_key_value_heads"),
+        ("smollm3", "no_rope_layers"),
     ],
 )
 def test_null_in_config_means_what_transformers_reads(family, key):

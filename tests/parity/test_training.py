@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
 import jax.numpy as jnp
@@ -25,9 +26,20 @@ torch = reference.torch
 RATE = 2e-4
 
 
-@pytest.mark.parametrize("case", ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"])
-@pytest.mark.parametrize("trains", ["one layer", "everything"])
-def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
+# What trains, and how far a weight may be off. Adam divides a gradient by its own size: where a single one next to
+# vanishes, as some do in the second list, float32's last digits decide how far it moves its weight.
+STEPS = [
+    *itertools.product(
+        ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"], ["one layer", "everything"], [1e-6]
+    ),
+    *itertools.product(
+        ["gemma2", "gemma3-linear-capped", "olmo3-yarn", "granite", "smollm3"], ["everything"], [0.1 * RATE]
+    ),
+]
+
+
+@pytest.mark.parametrize(("case", "trains", "bound"), STEPS)
+def test_adamw_steps_agree_with_float64(case, trains, bound, tmp_path):
     model = reference.make(raw_config(case), tmp_path)
     decoder = load_path(tmp_path)
     config, layers = decoder.config, (1,) if trains == "one layer" else range(decoder.config.num_layers)
@@ -62,8 +74,8 @@ def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
     before = {path: jnp.asarray(value) for path, value in load_path(tmp_path).weights().items()}
     tuned = Decoder(config, trainer.partition.merge(before, trainer.state.params))
     state = wide.state_dict()
-    worst = max(np.abs(value - state[name].numpy()).max() for name, value in to_hf(tuned))
-    assert worst <= 1e-6, worst
+    errors = np.concatenate([np.abs(value - state[name].numpy()).ravel() for name, value in to_hf(tuned)])
+    assert np.quantile(errors, 0.999) <= 1e-6 and errors.max() <= bound, errors.max()
 
 
 @pytest.fixture(scope="module")

@@ -118,6 +118,14 @@ def test_generation_keeps_a_cache_and_reads_the_weights_for_every_token():
     assert grouped.memory["cache"] == found.memory["cache"] / 4  # 8 heads of 32
 
 
+@pytest.mark.parametrize(("name", "weights"), [("gemma2-2b", 2_614_341_888), ("gemma3-1b", 999_885_952)])
+def test_models_whose_layers_differ_are_planned_too(name, weights):
+    asked = {"model": name, "mesh": "fsdp=16", "compile": False}
+    assert plan(layers="all", train_norms=True, train_embeddings=True, train_head=True, **asked).trained == weights
+    for job in ("analyze", "substitute", "generate"):
+        assert plan(job=job, **asked).flops > 0
+
+
 def test_adapters_train_alone():
     found = plan(lora_rank=16, lora_targets="q,v", compile=False)
     assert found.trained == 32 * 2 * 16 * (4096 + 4096)

@@ -129,6 +129,64 @@ CASES: dict[str, dict[str, Any]] = {
         "model_type": "phi3",
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
     },
+    # Two layers see a window and one all; caps and scales are such that leaving one out shows.
+    "gemma2": {
+        "model_type": "gemma2",
+        "head_dim": 12,
+        "query_pre_attn_scalar": 20,
+        "sliding_window": 6,
+        "attn_logit_softcapping": 4.0,
+        "final_logit_softcapping": 20.0,
+    },
+    "gemma2-uncapped-untied": {
+        "model_type": "gemma2",
+        "head_dim": 8,
+        "sliding_window": 6,
+        "attn_logit_softcapping": None,
+        "final_logit_softcapping": None,
+        "attention_bias": True,
+        "tie_word_embeddings": False,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "gemma3": {"model_type": "gemma3_text", "head_dim": 12, "sliding_window": 6, "sliding_window_pattern": 2},
+    "gemma3-linear-capped": {
+        "model_type": "gemma3_text",
+        "head_dim": 8,
+        "num_key_value_heads": 1,
+        "query_pre_attn_scalar": 8,
+        "sliding_window": 6,
+        "sliding_window_pattern": 3,
+        "final_logit_softcapping": 20.0,
+        "rope_theta": 500.0,
+        "rope_local_base_freq": 50.0,
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    },
+    "olmo2": {"model_type": "olmo2", "attention_bias": True},
+    "olmo3-yarn": {
+        "model_type": "olmo3",
+        "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_theta": 500.0,
+        "rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16},
+    },
+    "granite": {
+        "model_type": "granite",
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4,
+        "attention_multiplier": 0.2,
+        "logits_scaling": 2.5,
+        "tie_word_embeddings": True,
+        "mlp_bias": True,
+    },
+    "smollm3": {"model_type": "smollm3", "no_rope_layer_interval": 2},
+    "smollm3-sliding": {
+        "model_type": "smollm3",
+        "no_rope_layers": [0, 1, 1],
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "tie_word_embeddings": False,
+        "attention_bias": True,
+    },
 }
 # Those with a golden: every family, every rotary kind, every optional weight.
 GOLDEN_CASES = (
@@ -142,12 +200,18 @@ GOLDEN_CASES = (
     "qwen3-tied",
     "phi3-longrope",
     "phi4-mini",
+    "gemma2",
+    "gemma3",
+    "olmo2",
+    "olmo3-yarn",
+    "granite",
+    "smollm3",
 )
 
 
 def raw_config(case: str) -> dict[str, Any]:
     """The content of a case's ``config.json``."""
-    pad = {"pad_token_id": 0, "eos_token_id": 2} if CASES[case]["model_type"] == "phi3" else {}
+    pad = {"pad_token_id": 0, "eos_token_id": 2} if CASES[case]["model_type"] in ("phi3", "smollm3") else {}
     return {**BASE, **pad, **CASES[case]}
 
 

@@ -25,5 +25,5 @@ def plain(decoder, tokens, lengths, learn):
     with jax.default_matmul_precision("highest"):
         hidden = forward(decoder, tokens, lengths=lengths).hidden
         head = (decoder.embed if decoder.head is None else decoder.head)[...]
-        losses, _ = response_losses(hidden, decoder.norm[...], head, tokens, learn, decoder.config.norm_eps)
+        losses, _ = response_losses(hidden, decoder.norm[...], head, tokens, learn, decoder.config)
         return losses.sum(axis=1)

@@ -10,14 +10,16 @@ import numpy as np
 import optax
 import pytest
 from support.family_models import MESHES
-from support.tiny_training import CONFIG, Trainer, random_batch, random_weights
+from support.tiny_training import CONFIG, Trainer, one_device, random_batch, random_weights
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.templates import Example
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.partition import FROZEN, partition, size
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.data import micro_batches, training_steps
+from jaxcrit.training.forward import hidden_states
 from jaxcrit.training.optimizer import OPTIMIZERS, make_optimizer, make_schedule
 
 BATCHES = [random_batch(seed=seed) for seed in range(4)]
@@ -160,6 +162,19 @@ def test_sliding_windows_in_both_forms():
     close(losses[0], losses[1])
     close(losses[0], losses[2], 1e-4)
     assert not np.allclose(losses[0], [float(m.sums.loss) for m in Trainer((1,)).run(BATCHES[0])])
+
+
+@pytest.mark.parametrize("form", ["runs", "gaps"])
+def test_each_layer_turns_by_its_own_base_in_both_forms(form):
+    """Layers with a window turn by another: each step must be given its own layer's."""
+    raw = {**CONFIG.to_hf(), "model_type": "gemma3_text", "head_dim": 4, "num_hidden_layers": 5, "sliding_window": 3}
+    config = ModelConfig.from_hf({**raw, "sliding_window_pattern": 3})
+    weights = {path: jnp.asarray(value) for path, value in random_weights(config).items()}
+    batch, parts = jax.tree.map(lambda leaf: leaf[0], BATCHES[0]), partition(config, (1, 4))
+    bank = parts.gather(dict(weights), one_device(), jnp.float32, 0)
+    found = hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, form=form)
+    expected = forward(Decoder(config, weights), batch.tokens, lengths=batch.lengths).hidden
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @functools.cache
