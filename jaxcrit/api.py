@@ -189,12 +189,27 @@ def capture(
 def states(
     array: Any,
     *,
-    axes: str,
+    axes: str = "",
+    ends: str = "",
     sample_ids: Sequence[str] | None = None,
     units: Sequence[int] | None = None,
     model_hash: str | None = None,
+    position: Literal["last", "mean", "all"] = "last",
 ) -> HiddenStates:
-    """Hidden states from an array of any engine; nothing is guessed. Arguments and errors as of `states_from`.
+    """Hidden states from any engine, an array or a file; nothing is guessed.
+
+    Args:
+        array: array of three axes, or the path of a file or directory, see `read_states`.
+        axes: what its axes are, in order: ``lnd`` or ``nld``; empty for a file that says so itself.
+        ends: what its layers are, see `states_from`; empty for a file that says so, and for what leaves each
+            block of an array.
+        sample_ids: identity of each sample.
+        units: which prompt each sample comes from, where several samples come from one.
+        model_hash: identity of the model, where it is known.
+        position: token that stands for a prompt, where a file holds all of them.
+
+    Raises:
+        UserError: see `states_from` and `read_states`.
 
     Example:
         >>> import numpy as np
@@ -204,8 +219,12 @@ def states(
         (6, 20, 8)
     """
     from jaxcrit.evidence.states import states_from
+    from jaxcrit.evidence.states_files import read_states
 
-    return states_from(array, axes=axes, sample_ids=sample_ids, units=units, model_hash=model_hash)
+    known: dict[str, Any] = {"sample_ids": sample_ids, "units": units, "model_hash": model_hash}
+    if isinstance(array, str | Path):
+        return read_states(array, axes=axes, ends=ends, position=position, **known)
+    return states_from(array, axes=axes, ends=ends or "blocks", **known)
 
 
 @public
@@ -288,7 +307,7 @@ def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: 
             values = values_without_each(tables, key, window, include_self, without=without)
             left = Deletions(values, ids if found.units is not None else list(found.sample_ids))
         kept[key] = dataclasses.replace(one, deletions=left)
-    return Scores(kept)
+    return Scores(found.trusted(kept), found.notes)
 
 
 @public
