@@ -33,6 +33,9 @@ from jaxcrit.selection.leverage import Leverage, leverage
 from jaxcrit.similarity import from_tables, parse_measures, participation_ratio, permutation_null
 
 _TRAINING_PROMPTS = 300
+_NAMES = (
+    "the model's family is not known: names of layers and weights, in configs/ too, are LLaMA's (--model=DIR says it)"
+)
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
@@ -285,7 +288,7 @@ def _score(
         certainty=_certainty(config, spec, [score], [left]),
         leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
-        warnings=[] if given is None else list(given.notes),
+        warnings=[] if given is None else [*given.notes, *([] if model.config.family else [_NAMES])],
         without_each=left,
         deletions=kept,
         sample_ids=ids,
