@@ -156,33 +156,13 @@ def capture(
         (16, 5, 96)
     """
     from jaxcrit.core.groups import AnalyzeOptions
-    from jaxcrit.data.batches import choose_buckets, make_batches
-    from jaxcrit.evidence import capture as passes
-    from jaxcrit.evidence.states import HiddenStates
-    from jaxcrit.parallel.mesh import batch_rows
+    from jaxcrit.evidence.captures import Captures
 
     given = {**options, "position": position, "batch_size": batch_size, "precision": precision}
     asked = options_for(AnalyzeOptions, "", given)
     of = opened(asked, model)
     (dataset,) = _one(of.read(asked, rows))
-    size = batch_rows(batch_size, of.mesh)
-    buckets = choose_buckets([example.prompt_length for example in dataset.examples], size, of.config.max_length)
-    found = passes.capture(
-        of.decoder(progress),
-        make_batches(dataset.examples, size, buckets=buckets, max_length=of.config.max_length),
-        len(dataset.examples),
-        mesh=of.mesh,
-        position=position,
-        precision=precision,
-    )
-    meta = {
-        "model_type": of.config.family,
-        "model_hash": of.model_hash,
-        "dataset": dataset.name,
-        "position": position,
-    }
-    ids = np.array(dataset.sample_ids)[found.units].tolist()
-    return HiddenStates(found.hidden, ids, found.units if position == "all" else None, meta)
+    return Captures(asked, of, [dataset], None, progress).states(dataset)[0]
 
 
 @public
@@ -299,13 +279,12 @@ def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: 
     tables = gram_tables(grams)
     without = deletions(tables, grams, found.units, reach=window // 2)
     scores = layer_scores(tables, window=window, include_self=include_self, meta=found.meta, without=without)
-    ids = list(dict.fromkeys(found.sample_ids))
     kept = {}
     for key, one in scores.items():
         left = None
         if CURVES[key].bias in without:
             values = values_without_each(tables, key, window, include_self, without=without)
-            left = Deletions(values, ids if found.units is not None else list(found.sample_ids))
+            left = Deletions(values, found.prompt_ids)
         kept[key] = dataclasses.replace(one, deletions=left)
     return Scores(found.trusted(kept), found.notes)
 

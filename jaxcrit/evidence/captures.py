@@ -102,7 +102,7 @@ class Captures:
             return Swept(gram_tables(grams, band=form.band), grams)
         if form.name == "streamed" and isinstance(dataset, Dataset):
             return Swept(self._streamed(dataset, form), None)
-        states, embed = self._states(dataset)
+        states, embed = self.states(dataset)
         if folder is not None:
             processes.make_directory(folder)
         swept = self._swept(states, form, folder)
@@ -110,7 +110,7 @@ class Captures:
             write_states(folder / OWN, states, embed)
         return swept
 
-    def _states(self, dataset: Dataset | HiddenStates) -> tuple[HiddenStates, jax.Array | None]:
+    def states(self, dataset: Dataset | HiddenStates) -> tuple[HiddenStates, jax.Array | None]:
         """Given states on the mesh, else captured ones; and of these the embedding output where it is asked for."""
         if isinstance(dataset, HiddenStates):
             self.taken[dataset.name] = {"given": True}
@@ -121,6 +121,7 @@ class Captures:
         meta = {
             "model_type": self.model.config.family,
             "model_hash": self.model.model_hash,
+            "dataset": dataset.name,
             "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
             "position": self.config.position,
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -83,6 +84,13 @@ class HiddenStates:
         counted = {"source": self.source, "num_samples": len(self.prompt_ids)}
         return {**counted, **kept, **facts, "hash": sha256_json(whole)}
 
+    def first(self, count: int) -> HiddenStates:
+        """The samples of the first prompts alone."""
+        keep = np.flatnonzero((np.arange(self.num_samples) if self.units is None else self.units) < count)
+        ids = [self.sample_ids[place] for place in keep.tolist()]
+        units = None if self.units is None else self.units[keep]
+        return dataclasses.replace(self, hidden=self.hidden[:, keep], sample_ids=ids, units=units)
+
     def trusted(self, scores: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
         """The scores, invalid where they look at a last layer behind the final norm, which is no state of the stream.
 
@@ -99,21 +107,12 @@ class HiddenStates:
         return {key: one(score) for key, score in scores.items()} if self.normed else dict(scores)
 
 
-@dataclasses.dataclass(frozen=True)
-class Shape:
-    """Of a model, what can be seen of its states; in the words of `ModelConfig`."""
-
-    family: str | None
-    num_layers: int
-    width: int
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class GivenModel:
     """The model that given states come from, as far as it is known; stands where a run asks for a `Model`.
 
     Attributes:
-        config: family, depth and width.
+        config: family (None where unknown), depth and width, in the words of `ModelConfig`.
         model_hash: identity; None where unknown.
         mesh: devices that the statistics are computed on.
         dtype: dtype that the states were kept in.
@@ -180,7 +179,8 @@ def states_from(
     if values.ndim != 3:
         raise UserError(f"expected an array of three dimensions, layers, samples and width; got shape {values.shape}")
     if not jax.numpy.issubdtype(values.dtype, jax.numpy.floating):
-        raise UserError(f"expected an array of floats, got {values.dtype}")
+        hint = "; numpy's files know no bfloat16: save float32" * (values.dtype.kind == "V")
+        raise UserError(f"expected an array of floats, got {values.dtype}{hint}")
     kept = values.transpose([axes.index(axis) for axis in AXES[0]])["embed" in ends :]
     hidden = kept.astype(np.float32)
     layers, samples, _ = hidden.shape
@@ -237,7 +237,8 @@ def model_of(states: Sequence[HiddenStates], model: str | Model, mesh: str) -> G
         UserError: the states are of models of several shapes, or of another than the one named.
     """
     first = states[0]
-    shape, known = Shape(first.meta.get("model_type"), *np.shape(first.hidden)[::2]), first.meta.get("model_hash")
+    layers, _, width = first.hidden.shape
+    shape = types.SimpleNamespace(family=first.meta.get("model_type"), num_layers=layers, width=width)
     dtype = next((one.dtype for one in states if one.dtype != "float32"), "float32")
     if model:
         opened = open_model(model, mesh=mesh)
@@ -245,7 +246,7 @@ def model_of(states: Sequence[HiddenStates], model: str | Model, mesh: str) -> G
         found = GivenModel(opened.config, opened.model_hash, opened.mesh, dtype, named)
         said = f"--model={named} has"
     else:
-        found = GivenModel(shape, known, make_mesh(parse_mesh(mesh)), dtype)
+        found = GivenModel(shape, first.meta.get("model_hash"), make_mesh(parse_mesh(mesh)), dtype)
         said = f"{first.source} has"
     for one in states:
         for what, ours, theirs in (

@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import FORMAT_VERSION, atomic_path, local_path
+from jaxcrit.core.files import FORMAT_VERSION, atomic_path, local_path, read_json
 from jaxcrit.core.groups import AXES
 from jaxcrit.core.hashing import sample_id
+from jaxcrit.core.rundir import RUN_FORMAT
 from jaxcrit.evidence.states import HiddenStates, states_from
 
 OWN = "activations.safetensors"
@@ -48,8 +49,8 @@ def write_states(path: Path, states: HiddenStates, embed: Any = None) -> None:
         arrays["embed"] = np.asarray(embed)
     if states.units is not None:
         arrays["units"] = states.units.astype(np.int32)
-    facts = {"name": states.name, "dtype": states.dtype, "normed": states.normed, "notes": states.notes}
-    content = {**facts, "meta": dict(states.meta), "prompt_ids": states.prompt_ids}
+    facts = {"name": states.name, "dtype": states.dtype, "normed": states.normed, "meta": dict(states.meta)}
+    content = {**facts, "prompt_ids": states.prompt_ids}
     # One entry, for safetensors writes several in any order.
     text = json.dumps({"format": _FORMAT, "format_version": FORMAT_VERSION, **content}, sort_keys=True)
     with atomic_path(path) as temporary:
@@ -57,12 +58,22 @@ def write_states(path: Path, states: HiddenStates, embed: Any = None) -> None:
 
 
 def read_all(text: str, **options: Any) -> list[HiddenStates]:
-    """States of several files or directories, named with commas; options as of `read_states`.
+    """States of several files or directories, named with commas, or of a run of several datasets.
+
+    Args:
+        text: as ``--states`` has it.
+        **options: options of `read_states`.
 
     Raises:
         UserError: one cannot be read, or two have one name.
     """
-    found = [read_states(part.strip(), **options) for part in text.split(",")]
+    parts: list[Path] = []
+    for part in text.split(","):
+        folder = local_path(part.strip(), "states")
+        kept = {file.parent.name: file for file in folder.glob(f"*/{OWN}")}
+        order = read_json(folder / "run.json", RUN_FORMAT)["data"] if kept else ()
+        parts += [kept[name] for name in order if name in kept] or [folder]
+    found = [read_states(part, **options) for part in parts]
     names = [one.name for one in found]
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f"--states={text}: expected different names, got {twice[0]!r} twice; rename one")
@@ -102,7 +113,8 @@ def read_states(
     with _opened(path) as arrays:
         if position != "last":
             raise UserError(f"--position={position}: is for files that hold every token, as vLLM's do; leave it out")
-        return _of_arrays(arrays, path.name == OWN, axes, ends, limit, facts)
+        found = _of_arrays(arrays, path.name == OWN, axes, ends, facts)
+        return found.first(limit) if limit else found
 
 
 class _Stored:
@@ -187,7 +199,7 @@ def _fitting(shape: Sequence[int], size: int = 4) -> None:
         )
 
 
-def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, limit: int, facts: dict[str, Any]) -> HiddenStates:
+def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str, Any]) -> HiddenStates:
     """States from one array of a file, and what lies beside it."""
     said = arrays.said
     names = [name for name in arrays if name not in _BESIDE]
@@ -197,54 +209,35 @@ def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, limit: int, fac
         raise UserError(f"expected one array of hidden states, or one called hidden; got {listed(sorted(arrays))}")
     stored = arrays["hidden" if "hidden" in arrays else names[0]]
     _fitting(stored.shape)
-    beside = {name: np.asarray(arrays[name].read()[...]) for name in ("sample_ids", "units") if name in arrays}
+    beside = {name: np.asarray(arrays[name].read()[...]).tolist() for name in ("sample_ids", "units") if name in arrays}
+    facts = {**beside, **facts}
     if said or (own and "hidden" in arrays):
-        if axes not in ("", AXES[0]):
-            raise UserError(f"--axes={axes}: the file is jaxcrit's own, whose axes are {AXES[0]}; leave it out")
-        axes, own_ends = AXES[0], "normed" if said.get("normed") else "blocks"
-        if ends not in ("", own_ends):
-            raise UserError(f"--ends={ends}: the file is jaxcrit's own, whose ends are {own_ends}; leave it out")
-        ends = own_ends
-        facts = facts | _own_facts(said, beside, stored.shape[1]) if said else facts
+        own_ends = "normed" if said.get("normed") else "blocks"
+        for flag, asked, is_so in (("axes", axes, AXES[0]), ("ends", ends, own_ends)):
+            if asked not in ("", is_so):
+                raise UserError(f"--{flag}={asked}: the file is jaxcrit's own, whose {flag} are {is_so}; leave it out")
+        axes, ends = AXES[0], own_ends
+        facts |= _own_facts(said, facts.get("units", range(stored.shape[1]))) if said else {}
     if not axes or not ends:
         raise UserError(
             "does not say what it holds; give --axes=lnd (layers first) or nld (samples first), and"
             " --ends=blocks, embed (the embedding output in front), normed (at the end what leaves the final norm), or"
             " embed,normed, as output_hidden_states of transformers is"
         )
-    array = np.asarray(stored.read()[...])
-    facts = {**{name: value.tolist() for name, value in beside.items()}, **facts}
-    if limit and array.ndim == 3:
-        units = np.asarray(facts.get("units", range(array.shape[axes.index("n")])))
-        keep = np.isin(units, list(dict.fromkeys(units.tolist()))[:limit])
-        array = array.compress(keep, axis=axes.index("n"))
-        for name in ("sample_ids", "units"):
-            if name in facts and len(facts[name]) == len(keep):
-                facts[name] = [value for value, kept in zip(facts[name], keep, strict=True) if kept]
-    return states_from(array, axes=axes, ends=ends, **facts)
+    return states_from(np.asarray(stored.read()[...]), axes=axes, ends=ends, **facts)
 
 
-def _own_facts(said: Mapping[str, Any], beside: Mapping[str, np.ndarray], samples: int) -> dict[str, Any]:
+def _own_facts(said: Mapping[str, Any], units: Sequence[int]) -> dict[str, Any]:
     """What ``activations.safetensors`` says of itself, as fields of `HiddenStates`."""
     try:
-        version = said["format"], said["format_version"]
-        ids, name = [str(one) for one in said["prompt_ids"]], str(said["name"])
-        meta, kept, notes = dict(said["meta"]), str(said["dtype"]), tuple(said["notes"])
-        units = beside["units"] if "units" in beside else np.arange(samples)
-        sample_ids = [ids[unit] for unit in units]
+        version, name, ids = (said["format"], said["format_version"]), str(said["name"]), said["prompt_ids"]
+        facts = {"meta": dict(said["meta"]), "dtype": str(said["dtype"]), "sample_ids": [ids[unit] for unit in units]}
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise UserError(f"what it says of itself is damaged ({error!r}); write it again with jaxcrit analyze") from None
     if version != (_FORMAT, FORMAT_VERSION) or re.search(r"[/\\]|^\.*$", name):
-        raise UserError(
-            f"expected {_FORMAT} {FORMAT_VERSION} of a plain name, got {version} of {name!r}; upgrade jaxcrit"
-        )
-    return {
-        "name": name,
-        "meta": meta,
-        "dtype": kept,
-        "sample_ids": sample_ids,
-        "notes": notes[: -1 if said["normed"] else None],
-    }
+        expected = f"{_FORMAT} {FORMAT_VERSION} of a plain name"
+        raise UserError(f"expected {expected}, got {version} of {name!r}; upgrade jaxcrit, or write it again")
+    return {"name": name, **facts}
 
 
 def _of_vllm(folder: Path, axes: str, ends: str, position: str, limit: int, facts: dict[str, Any]) -> HiddenStates:

@@ -7,6 +7,7 @@ import json
 import pickle
 import zipfile
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -17,8 +18,12 @@ import jaxcrit as jc
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz
+from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import read_scores
+from jaxcrit.evidence import states
 from jaxcrit.evidence.states_files import read_all, read_states
+from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.studies.analysis import run_analysis
 
 LAYERS, SAMPLES, WIDTH = 7, 12, 24
 
@@ -87,6 +92,15 @@ def test_own_states_come_back_bit_for_bit(position, model, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_a_run_of_several_datasets_comes_back(tmp_path):
+    asked = ["--layers=critical:2", "--trim=1", f"--out={tmp_path / 'run'}", "--save_activations"]
+    rows = ["--data=demo:arithmetic,demo:choice", "--limit=12"]
+    assert main(["analyze", *rows, *asked]) == 0
+    assert main(["analyze", f"--states={tmp_path / 'run'}", *asked[:2], f"--out={tmp_path / 'again'}"]) == 0
+    for name in ("scores.json", "arithmetic/scores.json", "choice/cka.npz", "layers.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "run" / name).read_bytes(), name
+
+
 def test_the_same_array_in_every_kind_of_file(tmp_path):
     hidden = streams()
     np.save(tmp_path / "a.npy", hidden)
@@ -129,7 +143,7 @@ def test_vllm_writes_a_file_per_prompt(layers_first, tmp_path):
     assert tokens.units.tolist() == np.repeat(np.arange(4), [10, 11, 12, 13]).tolist()
     assert tokens.prompt_ids == last.sample_ids[:4]
     # Ids are those of token ids as rows.
-    of_rows = jc.load().read(jc.api.options_for(jc.core.groups.AnalyzeOptions, "", {}), [[1, 2, 3], [4, 5]])[0]
+    of_rows = jc.load().read(AnalyzeOptions(), [[1, 2, 3], [4, 5]])[0]
     shape = (LAYERS, 3, WIDTH) if layers_first else (3, LAYERS, WIDTH)
     one_prompt(tmp_path / "dump", [1, 2, 3], shape, "0-9f3a.safetensors")
     assert of_rows.sample_ids[0] == read_states(tmp_path / "dump", ends="blocks").sample_ids[0]
@@ -221,6 +235,19 @@ def npz(path, name, content):
         archive.writestr(name, content)
 
 
+@pytest.mark.parametrize("form", ["resident", "tiled", "features"])
+def test_eight_devices_find_what_one_finds(form, tmp_path, monkeypatch):
+    np.save(tmp_path / "a.npy", streams(16))
+    known = {"states": str(tmp_path / "a.npy"), "axes": "lnd", "ends": "blocks", "layers": "critical:2", "form": form}
+    eight = run_analysis(AnalyzeOptions(**known), keep=False)
+    monkeypatch.setattr(states, "make_mesh", lambda axes: make_mesh(axes, jax.devices()[:1]))
+    one = run_analysis(AnalyzeOptions(**known), keep=False)
+    assert one.run["devices"]["mesh"]["data"] == 1 and eight.run["devices"]["mesh"]["data"] == 8
+    assert one.run["determines"] == eight.run["determines"]
+    for key, score in one.scores.items():
+        np.testing.assert_allclose(eight.scores[key].values, score.values, atol=1e-6, err_msg=key)
+
+
 def packed(path, **arrays):
     with path.open("wb") as file:
         np.savez(file, **arrays)
@@ -257,6 +284,11 @@ BAD = {
     "two axes": (lambda t: np.save(t / "x.npy", streams()[0]), KNOWN, "three dimensions, layers, samples and width"),
     "one sample": (lambda t: np.save(t / "x.npy", streams(1)), KNOWN, "expected at least 4 samples, got 1"),
     "whole numbers": (lambda t: np.save(t / "x.npy", np.ones((3, 5, 2), int)), KNOWN, "array of floats, got int64"),
+    "bfloat16 in numpy": (
+        lambda t: np.save(t / "x.npy", streams().astype(ml_dtypes.bfloat16)),
+        KNOWN,
+        "numpy's files know no bfloat16: save float32",
+    ),
     "NaN": (lambda t: np.save(t / "x.npy", hollow(np.nan)), KNOWN, "layer 2: NaN or infinite values"),
     "overflow": (
         lambda t: np.save(t / "x.npy", hollow(np.inf, np.float16)),
