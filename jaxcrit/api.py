@@ -251,6 +251,9 @@ def score(
     from jaxcrit.evidence.states import HiddenStates
 
     if isinstance(what, HiddenStates):
+        asked = {"criteria": bool(criteria), "rows": rows is not None, "out": bool(out), **dict.fromkeys(options, True)}
+        if given := [name for name, wanted in asked.items() if wanted]:
+            raise UserError(f"--{' --'.join(given)}: needs a model; states have δ and step alone")
         return _score_states(what, window, include_self, kernel)
     from jaxcrit.criteria.registry import own_options
     from jaxcrit.studies.options import ScoreOptions

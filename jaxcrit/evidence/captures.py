@@ -127,7 +127,8 @@ class Captures:
         }
         ids = np.array(dataset.sample_ids)[found.units].tolist()
         units = found.units if self.config.position == "all" else None
-        states = HiddenStates(found.hidden, ids, units, meta, dataset.name, dataset.source, self.model.dtype)
+        dtype = self.model.dtype or "the checkpoint's dtype"
+        states = HiddenStates(found.hidden, ids, units, meta, dataset.name, dataset.source, dtype)
         return states, found.embed
 
     def _kept(self, folder: Path) -> np.ndarray | None:

@@ -53,6 +53,10 @@ class HiddenStates:
     normed: bool = False
     notes: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        """One line, for messages of what wants a model."""
+        return f"hidden states {np.shape(self.hidden)} of {self.source}"
+
     @property
     def num_layers(self) -> int:
         """Number of layers L."""
@@ -187,20 +191,18 @@ def states_from(
     dtype = facts.pop("dtype", str(kept.dtype))
     if samples < 4:
         raise DegenerateError(f"expected at least 4 samples, got {samples} (axes={axes!r}); give more prompts")
-    spread = np.zeros(layers)
     for layer in range(layers):
         one = np.asarray(hidden[layer])
         if not np.isfinite(one).all():
             raise DegenerateError(f"layer {layer}: {_infinite(one, dtype)}", [layer])
         if (one == one[0]).all():
             raise DegenerateError(f"layer {layer}: all {samples} samples are the same; nothing to compare", [layer])
-        lengths = np.linalg.norm(one.astype(np.float64), axis=1)
-        spread[layer] = lengths.std() / lengths.mean()
-    if layers > 1 and "normed" not in ends and spread[-1] < min(_ONE_LENGTH, spread[-2] / _WIDER):
+    before, last = (_spread(np.asarray(hidden[layer])) for layer in (-min(layers, 2), -1))
+    if "normed" not in ends and last < min(_ONE_LENGTH, before / _WIDER):
         raise UserError(
-            f"layer {layers - 1}: all samples have one length, within {spread[-1]:.2%} ({spread[-2]:.0%} in the layer"
-            " before), as behind the model's final norm; take what leaves the last block, or say so with"
-            f" --ends={ends.replace('blocks', '')}{',' * (ends == 'embed')}normed"
+            f"layer {layers - 1}: all samples have one length, within {last:.2%} ({before:.0%} in the layer before), as"
+            " behind the model's final norm; take what leaves the last block, or say so with"
+            f" --ends={'embed,' if ends == 'embed' else ''}normed"
         )
     names = [str(number) for number in range(samples)] if sample_ids is None else [str(one) for one in sample_ids]
     for what, given in (("sample_ids", names), ("units", units)):
@@ -217,6 +219,12 @@ def states_from(
     normed = "normed" in ends
     notes = (*facts.pop("notes", ()), *([_NORMED] if normed else []))
     return HiddenStates(hidden, names, places, meta, dtype=dtype, normed=normed, notes=notes, **facts)
+
+
+def _spread(values: np.ndarray) -> float:
+    """How much the lengths of samples ``[N, D]`` differ, relative to their mean."""
+    lengths = np.sqrt(np.einsum("nd,nd->n", values, values, dtype=np.float64))
+    return float(lengths.std() / lengths.mean())
 
 
 def _infinite(values: np.ndarray, dtype: str) -> str:

@@ -92,6 +92,16 @@ def test_own_states_come_back_bit_for_bit(position, model, tmp_path):
     assert before == {path: path.stat().st_mtime_ns for path in before}
 
 
+def test_what_needs_a_model_says_so():
+    found = jc.states(streams(), axes="lnd")
+    with pytest.raises(UserError, match="criteria out: needs a model; states have δ and step alone"):
+        jc.score(found, criteria="lens_kl", out="run")
+    for call in (jc.generate, jc.ablate, jc.capture):
+        with pytest.raises(UserError, match=r"hidden states \(7, 12, 24\) of memory") as raised:
+            call(found, [[1, 2, 3]])
+        assert "\n" not in str(raised.value)
+
+
 def test_a_run_of_several_datasets_comes_back(tmp_path):
     asked = ["--layers=critical:2", "--trim=1", f"--out={tmp_path / 'run'}", "--save_activations"]
     rows = ["--data=demo:arithmetic,demo:choice", "--limit=12"]
