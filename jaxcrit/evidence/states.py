@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AXES, ENDS
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores
+from jaxcrit.models.families import FAMILIES
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 from jaxcrit.similarity import DegenerateError
@@ -24,6 +27,7 @@ from jaxcrit.similarity import DegenerateError
 # Behind a final norm without weights all samples have one length. Spread of lengths that is taken for that, and
 # how many times wider it must be in the layer before: learned weights leave more, so this finds some, not all.
 _ONE_LENGTH, _WIDER = 0.01, 5
+_NAMES = "the model is of no family of jaxcrit's: names of layers and weights, in configs/ too, are LLaMA's"
 _NORMED = "the last layer is behind the model's final norm: no score looks at it, and CKA shows it as it is"
 
 
@@ -121,6 +125,7 @@ class GivenModel:
         mesh: devices that the statistics are computed on.
         dtype: dtype that the states were kept in.
         path: what the model was called; empty where unknown.
+        notes: what whoever reads the scores must know of it.
     """
 
     config: Any
@@ -128,6 +133,7 @@ class GivenModel:
     mesh: Mesh
     dtype: str
     path: str = ""
+    notes: tuple[str, ...] = ()
 
     @property
     def short_name(self) -> str:
@@ -248,23 +254,43 @@ def model_of(states: Sequence[HiddenStates], model: str | Model, mesh: str) -> G
     layers, _, width = first.hidden.shape
     shape = types.SimpleNamespace(family=first.meta.get("model_type"), num_layers=layers, width=width)
     dtype = next((one.dtype for one in states if one.dtype != "float32"), "float32")
-    if model:
-        opened = open_model(model, mesh=mesh)
-        named = opened.describe()["path"]
-        found = GivenModel(opened.config, opened.model_hash, opened.mesh, dtype, named)
-        said = f"--model={named} has"
+    found, said = GivenModel(shape, first.meta.get("model_hash"), make_mesh(parse_mesh(mesh)), dtype), first.source
+    try:
+        opened = open_model(model, mesh=mesh) if model else None
+    except UserError as error:
+        why = f"jaxcrit does not open --model={model}, whose depth and width alone are checked: {error}"
+        found = dataclasses.replace(found, config=_sizes(str(model), error), path=str(model), notes=(why,))
     else:
-        found = GivenModel(shape, first.meta.get("model_hash"), make_mesh(parse_mesh(mesh)), dtype)
-        said = f"{first.source} has"
+        if opened is not None:
+            found = GivenModel(opened.config, opened.model_hash, opened.mesh, dtype, opened.describe()["path"])
+    if found.path:
+        said = f"--model={found.path}"
+    if found.config.family not in FAMILIES:
+        found = dataclasses.replace(found, notes=(*found.notes, _NAMES))
     for one in states:
         for what, ours, theirs in (
             ("layers", found.config.num_layers, one.num_layers),
             ("dimensions", found.config.width, np.shape(one.hidden)[2]),
         ):
             if ours != theirs:
-                more = "; is the first the embedding output? then say --ends=embed" * (theirs == ours + 1)
-                raise UserError(f"{one.source}: states of {theirs} {what}, but {said} {ours}{more}")
+                embed = what == "layers" and theirs == ours + 1
+                more = "; is the first the embedding output? then say --ends=embed" * embed
+                raise UserError(f"{one.source}: states of {theirs} {what}, but {said} has {ours}{more}")
         other = one.meta.get("model_hash")
         if other and found.model_hash and other != found.model_hash:
-            raise UserError(f"{one.source}: states of model {other[:12]}, but {said} hash {found.model_hash[:12]}")
+            raise UserError(f"{one.source}: states of model {other[:12]}, but {said} has hash {found.model_hash[:12]}")
     return found
+
+
+def _sizes(model: str, error: UserError) -> Any:
+    """Family, depth and width that config.json of a directory tells; the error of whoever asked where it does not."""
+    try:
+        content = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
+        content = content.get("text_config", content)
+        layers, width = (next(int(content[key]) for key in keys if key in content) for keys in _SIZES)
+        return types.SimpleNamespace(family=str(content["model_type"]), num_layers=layers, width=width)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RuntimeError):
+        raise error from None
+
+
+_SIZES = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"))

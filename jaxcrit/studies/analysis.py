@@ -33,9 +33,6 @@ from jaxcrit.selection.leverage import Leverage, leverage
 from jaxcrit.similarity import from_tables, parse_measures, participation_ratio, permutation_null
 
 _TRAINING_PROMPTS = 300
-_NAMES = (
-    "the model's family is not known: names of layers and weights, in configs/ too, are LLaMA's (--model=DIR says it)"
-)
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
@@ -288,7 +285,7 @@ def _score(
         certainty=_certainty(config, spec, [score], [left]),
         leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
-        warnings=[] if given is None else [*given.notes, *([] if model.config.family else [_NAMES])],
+        warnings=[] if given is None else [*given.notes, *getattr(model, "notes", ())],
         without_each=left,
         deletions=kept,
         sample_ids=ids,

@@ -234,6 +234,24 @@ def test_the_model_says_how_many_layers_there_are(model, tmp_path, capsys):
     assert layers["model_hash"] == jc.load(model).model_hash, "chosen layers are those of this model"
 
 
+def test_the_depth_of_a_model_that_jaxcrit_does_not_run(tmp_path, capsys):
+    np.save(tmp_path / "a.npy", streams())
+    (tmp_path / "other").mkdir()
+    content = {"model_type": "gpt2", "n_layer": LAYERS, "n_embd": WIDTH}
+    (tmp_path / "other" / "config.json").write_text(json.dumps(content))
+    asked = ["analyze", f"--states={tmp_path / 'a.npy'}", "--axes=lnd", "--ends=blocks", "--layers=critical:2"]
+    asked += [f"--model={tmp_path / 'other'}", f"--out={tmp_path / 'run'}"]
+    assert main(asked) == 0
+    run = read_json(tmp_path / "run" / "run.json", "jaxcrit.run")
+    assert "does not open" in run["warnings"]["a"][0] and "LLaMA's" in run["warnings"]["a"][1]
+    assert run["model"]["family"] == "gpt2" and run["model"]["hash"] is None
+    (tmp_path / "other" / "config.json").write_text(json.dumps({**content, "n_layer": 12}))
+    capsys.readouterr()
+    assert main(asked) == 2 and "states of 7 layers, but" in capsys.readouterr().err
+    (tmp_path / "other" / "config.json").write_text("{}")
+    assert main(asked) == 2 and "config.json" in capsys.readouterr().err
+
+
 def header(shape, dtype="<f4"):
     file = io.BytesIO()
     np.lib.format.write_array_header_1_0(file, {"descr": dtype, "fortran_order": False, "shape": shape})
