@@ -273,23 +273,17 @@ def score(
 
 
 def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: Any) -> Scores:
-    from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, values_without_each
+    from jaxcrit.criteria.delta import curves
     from jaxcrit.similarity import centred_grams, gram_tables
 
     if window < 3 or window % 2 == 0:
         raise UserError(f"--window={window}: expected an odd number, 3 or more (a layer and its neighbours)")
     grams = centred_grams(found.hidden, kernel, allow_repeats=found.units is not None)
-    tables = gram_tables(grams)
-    without = deletions(tables, grams, found.units, reach=window // 2)
-    scores = layer_scores(tables, window=window, include_self=include_self, meta=found.meta, without=without)
-    kept = {}
-    for key, one in scores.items():
-        left = None
-        if CURVES[key].bias in without:
-            values = values_without_each(tables, key, window, include_self, without=without)
-            left = Deletions(values, found.prompt_ids)
-        kept[key] = dataclasses.replace(one, deletions=left)
-    return Scores(found.trusted(kept), found.notes)
+    shape: dict[str, Any] = {"window": window, "include_self": include_self}
+    scores, kept = curves(gram_tables(grams), grams, found.units, **shape, meta=found.meta)
+    left = {key: Deletions(values, found.prompt_ids) for key, values in kept.items()}
+    scores = {key: dataclasses.replace(one, deletions=left.get(key)) for key, one in scores.items()}
+    return Scores(found.trusted(scores), found.notes)
 
 
 @public

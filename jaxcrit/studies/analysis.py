@@ -17,7 +17,7 @@ from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
+from jaxcrit.criteria.delta import CURVES, curves, measure_scores
 from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import describe_template
@@ -250,14 +250,8 @@ def _score(
         units, ids = np.repeat(np.arange(len(lengths)), lengths) if tokens else None, dataset.sample_ids
     else:
         units, ids = dataset.units, dataset.prompt_ids
-    without = deletions(tables, grams, units, reach=config.window // 2)
-    shape = config.window, config.include_self
-    scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
-    kept = {
-        key: values_without_each(tables, key, *shape, without=without)
-        for key, criterion in CURVES.items()
-        if criterion.bias in without
-    }
+    shape: dict[str, Any] = {"window": config.window, "include_self": config.include_self}
+    scores, kept = curves(tables, grams, units, **shape, meta=meta)
     if grams is None and config.measures:
         raise UserError(
             f"--measures={config.measures}: taken from whole Grams; add --form=resident, with fewer prompts"
@@ -265,14 +259,13 @@ def _score(
     measures = measured(grams, config.measures, progress)
     scores |= measure_scores(
         measures,
-        window=config.window,
-        include_self=config.include_self,
+        **shape,
         meta={**meta, "num_samples": tables.num_samples},
     )
     if given is not None:
         scores = given.trusted(scores)
     key = _selecting(config, spec)
-    score, left = scores[key], kept.get(key) if len(without) == 2 else None
+    score, left = scores[key], kept.get(key) if len(kept) == len(CURVES) else None
     null = permutation_null(tables)
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null_mean": null.mean}
     return DatasetResult(
