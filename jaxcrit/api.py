@@ -157,44 +157,40 @@ def capture(
         (16, 5, 96)
     """
     from jaxcrit.core.groups import AnalyzeOptions
-    from jaxcrit.data.batches import choose_buckets, make_batches
-    from jaxcrit.evidence import capture as passes
-    from jaxcrit.evidence.states import HiddenStates
-    from jaxcrit.parallel.mesh import batch_rows
+    from jaxcrit.evidence.captures import Captures
 
     given = {**options, "position": position, "batch_size": batch_size, "precision": precision}
     asked = options_for(AnalyzeOptions, "", given)
     of = opened(asked, model)
     (dataset,) = _one(of.read(asked, rows))
-    size = batch_rows(batch_size, of.mesh)
-    buckets = choose_buckets([example.prompt_length for example in dataset.examples], size, of.config.max_length)
-    found = passes.capture(
-        of.decoder(progress),
-        make_batches(dataset.examples, size, buckets=buckets, max_length=of.config.max_length),
-        len(dataset.examples),
-        mesh=of.mesh,
-        position=position,
-        precision=precision,
-    )
-    meta = {
-        **of.facts,
-        "dataset": dataset.name,
-        "position": position,
-    }
-    ids = np.array(dataset.sample_ids)[found.units].tolist()
-    return HiddenStates(found.hidden, ids, found.units if position == "all" else None, meta)
+    return Captures(asked, of, [dataset], None, progress).states(dataset)[0]
 
 
 @public
 def states(
     array: Any,
     *,
-    axes: str,
+    axes: str = "",
+    ends: str = "",
     sample_ids: Sequence[str] | None = None,
     units: Sequence[int] | None = None,
     model_hash: str | None = None,
+    position: Literal["last", "mean", "all"] = "last",
 ) -> HiddenStates:
-    """Hidden states from an array of any engine; nothing is guessed. Arguments and errors as of `states_from`.
+    """Hidden states from any engine, an array or a file; nothing is guessed.
+
+    Args:
+        array: array of three axes, or the path of a file or directory, see `read_states`.
+        axes: what its axes are, in order: ``lnd`` or ``nld``; empty for a file that says so itself.
+        ends: what its layers are, see `states_from`; empty for a file that says so, and for what leaves each
+            block of an array.
+        sample_ids: identity of each sample.
+        units: which prompt each sample comes from, where several samples come from one.
+        model_hash: identity of the model, where it is known.
+        position: token that stands for a prompt, where a file holds all of them.
+
+    Raises:
+        UserError: see `states_from` and `read_states`.
 
     Example:
         >>> import numpy as np
@@ -204,8 +200,12 @@ def states(
         (6, 20, 8)
     """
     from jaxcrit.evidence.states import states_from
+    from jaxcrit.evidence.states_files import read_states
 
-    return states_from(array, axes=axes, sample_ids=sample_ids, units=units, model_hash=model_hash)
+    known: dict[str, Any] = {"sample_ids": sample_ids, "units": units, "model_hash": model_hash}
+    if isinstance(array, str | Path):
+        return read_states(array, axes=axes, ends=ends, position=position, **known)
+    return states_from(array, axes=axes, ends=ends or "blocks", **known)
 
 
 @public
@@ -252,6 +252,9 @@ def score(
     from jaxcrit.evidence.states import HiddenStates
 
     if isinstance(what, HiddenStates):
+        asked = {"criteria": bool(criteria), "rows": rows is not None, "out": bool(out), **dict.fromkeys(options, True)}
+        if given := [name for name, wanted in asked.items() if wanted]:
+            raise UserError(f"--{' --'.join(given)}: needs a model; states have δ and step alone")
         return _score_states(what, window, include_self, kernel)
     from jaxcrit.commands.score import ScoreOptions, run_score
     from jaxcrit.criteria.registry import own_options
@@ -270,24 +273,17 @@ def score(
 
 
 def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: Any) -> Scores:
-    from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, values_without_each
+    from jaxcrit.criteria.delta import curves
     from jaxcrit.similarity import centred_grams, gram_tables
 
     if window < 3 or window % 2 == 0:
         raise UserError(f"--window={window}: expected an odd number, 3 or more (a layer and its neighbours)")
     grams = centred_grams(found.hidden, kernel, allow_repeats=found.units is not None)
-    tables = gram_tables(grams)
-    without = deletions(tables, grams, found.units, reach=window // 2)
-    scores = layer_scores(tables, window=window, include_self=include_self, meta=found.meta, without=without)
-    ids = list(dict.fromkeys(found.sample_ids))
-    kept = {}
-    for key, one in scores.items():
-        left = None
-        if CURVES[key].bias in without:
-            values = values_without_each(tables, key, window, include_self, without=without)
-            left = Deletions(values, ids if found.units is not None else list(found.sample_ids))
-        kept[key] = dataclasses.replace(one, deletions=left)
-    return Scores(kept)
+    shape: dict[str, Any] = {"window": window, "include_self": include_self}
+    scores, kept = curves(gram_tables(grams), grams, found.units, **shape, meta=found.meta)
+    left = {key: Deletions(values, found.prompt_ids) for key, values in kept.items()}
+    scores = {key: dataclasses.replace(one, deletions=left.get(key)) for key, one in scores.items()}
+    return Scores(found.trusted(scores), found.notes)
 
 
 @public

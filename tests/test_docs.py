@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import re
+import shlex
 import sys
 import types
 from collections.abc import Sequence
@@ -15,9 +17,12 @@ from matplotlib.axes import Axes
 from support.family_models import raw_config
 
 import jaxcrit
-from jaxcrit.commands.main import COMMANDS, main
+from jaxcrit.commands.main import COMMANDS, further, main
 from jaxcrit.commands.reference import options_page
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.flags import read
+from jaxcrit.core.groups import AnalyzeOptions, ProcessOptions
+from jaxcrit.core.options import options_of
 from jaxcrit.criteria import registry
 from jaxcrit.models import config, families
 from jaxcrit.reporting import plots
@@ -42,6 +47,31 @@ def test_links_between_pages_lead_somewhere():
     for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_commands_in_the_docs_have_these_flags():
+    """Lines of shell with a command whose flags have values; placeholders such as FILE are values too."""
+    found = 0
+    for page in [*DOCS.glob("*.md"), DOCS.parent / "README.md"]:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for command, words in re.findall(r"^    jaxcrit (\w+)([^\n|&]*)$", text, re.MULTILINE):
+            module = importlib.import_module(COMMANDS[command][0])
+            known = [
+                one.name for kind in (module.OPTIONS, ProcessOptions, *further(module)) for one in options_of(kind)
+            ]
+            for flag in re.findall(r" --([\w.]+)", words):
+                assert flag.removeprefix("no") in known or flag in known, f"{page.name}: jaxcrit {command} --{flag}"
+                found += 1
+    assert found > 40
+
+
+def test_states_in_the_docs_are_accepted():
+    """Every flag of docs/states.md with its value."""
+    lines = re.findall(r"^    jaxcrit analyze (.*)$", (DOCS / "states.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for line in lines:
+        (options,) = read([AnalyzeOptions], "analyze", shlex.split(line))
+        assert options.states
+    assert len(lines) >= 4
 
 
 def block(title: str, number: int = 0) -> str:

@@ -167,7 +167,7 @@ def _identity(side: Fingerprint) -> dict[str, Any]:
 
 def _warnings(a: Fingerprint, b: Fingerprint, cka: dict[str, np.ndarray]) -> list[str]:
     found = []
-    if a.meta["model_hash"] == b.meta["model_hash"]:
+    if a.meta["model_hash"] and a.meta["model_hash"] == b.meta["model_hash"]:
         found.append("both fingerprints are of the same model")
     if a.meta["template_hash"] != b.meta["template_hash"]:
         found.append("the prompts were rendered otherwise for the two: part of the difference may be the template's")

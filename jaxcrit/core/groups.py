@@ -15,6 +15,8 @@ SPLITS = ("train", "val", "test", "all")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
+AXES = ("lnd", "nld")  # of given states: layers, samples, width
+ENDS = ("blocks", "embed", "normed", "embed,normed")
 SELECTION = "critical:K, KEY:K, first:K, 3-5,9, @FILE, ..."  # help of --layers; jaxcrit.core.selections
 BY_HASH = "what it names is told apart by hash"
 WHERE = "says where, not what"
@@ -162,10 +164,30 @@ class CaptureOptions(
         return "delta" if self.bias == "biased" else "delta_debiased"
 
 
+# What only matters where a model runs on rows.
+_OF_A_PASS = [
+    *(field.name for kind in (RowOptions, BatchOptions, PrecisionOptions) for field in dataclasses.fields(kind)),
+    "dtype",
+    "embed",
+]
+_OF_A_PASS.remove("limit")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnalyzeOptions(CaptureOptions, title="scores"):
     """What ``jaxcrit analyze`` is asked."""
 
+    states: str = option(
+        "",
+        "states of any engine, not of rows: FILE or DIR, with commas",
+        word="FILE",
+        free=BY_HASH,
+        group="model and data",
+    )
+    axes: str = option("", "axes of --states, where these do not say", AXES, free=BY_HASH, group="model and data")
+    ends: str = option(
+        "", "first and last layer of --states, where these do not say", ENDS, free=BY_HASH, group="model and data"
+    )
     embed: bool = option(False, "capture the embedding output too", group="capture")
     save_activations: bool = option(False, "keep activations.safetensors in the run directory", group="capture")
     form: str = option("auto", "form of the sweep", ("auto", "resident", "tiled", "features", "streamed"), word="FORM")
@@ -176,8 +198,19 @@ class AnalyzeOptions(CaptureOptions, title="scores"):
     seed: int = option(0, "seed of everything random", lowest=0, group="selection")
 
     def check(self) -> None:
-        """Checks the band, and that what is captured besides is kept."""
+        """Checks the band, that what is captured besides is kept, and that states come without rows."""
         super().check()
+        if self.states:
+            given = [name for name in _OF_A_PASS if getattr(self, name) != getattr(type(self)(), name)]
+            if given:
+                raise UserError(
+                    f"--states={self.states}: what a model made of rows already; leave out --{' --'.join(given)}"
+                )
+            if self.form == "streamed":
+                raise UserError("--form=streamed: adds up while a model runs, and --states has none; take another form")
+        for name in ("axes", "ends"):
+            if getattr(self, name) and not self.states:
+                raise UserError(f"--{name}={getattr(self, name)}: is of --states; give them too")
         _ = self.layer_band
         if self.embed and not self.save_activations:
             raise UserError("--embed adds the embedding output to what --save_activations keeps; give both")

@@ -123,6 +123,31 @@ def layer_scores(
     return scores
 
 
+def curves(
+    tables: Tables,
+    grams: Any,
+    units: np.ndarray | None,
+    *,
+    window: int,
+    include_self: bool,
+    meta: Mapping[str, Any],
+) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
+    """`layer_scores` with their errors; and by key, where it can be had, ``[U, L]`` with each unit left out.
+
+    Args:
+        tables: tables of one model on N samples.
+        grams: ``[L, N, N]``; None where there are none.
+        units: see `deletions`.
+        window: number of layers that delta averages over; odd.
+        include_self: whether delta counts the layer itself.
+        meta: what was measured on what.
+    """
+    without = deletions(tables, grams, units, reach=window // 2)
+    scores = layer_scores(tables, window=window, include_self=include_self, meta=meta, without=without)
+    keys = [key for key, curve in CURVES.items() if curve.bias in without]
+    return scores, {key: values_without_each(tables, key, window, include_self, without=without) for key in keys}
+
+
 def deletions(
     tables: Tables, grams: Any = None, units: np.ndarray | None = None, *, reach: int | None = None
 ) -> dict[Bias, np.ndarray]:

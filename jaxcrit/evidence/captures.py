@@ -1,4 +1,4 @@
-"""The sweep of every dataset of an analysis: from the run's fingerprint, else from forward passes of the model."""
+"""The sweep of every dataset of an analysis: from the run's fingerprint, from given states, or from forward passes."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
-from jax.sharding import NamedSharding
-from safetensors.numpy import save_file
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import atomic_path, read_npz, write_npz
+from jaxcrit.core.files import read_npz, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import template_hash
-from jaxcrit.evidence.capture import Activations, capture, compiled_steps, stream
+from jaxcrit.evidence.capture import capture, compiled_steps, stream
+from jaxcrit.evidence.states import GivenModel, HiddenStates
+from jaxcrit.evidence.states_files import OWN, write_states
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.mesh import device_memory
@@ -58,7 +59,7 @@ class Swept(NamedTuple):
 
 
 class Captures:
-    """The sweep of each dataset: from the run's fingerprint where one fits, else from forward passes of the model.
+    """The sweep of each dataset: from the run's fingerprint where one fits, else of its states, given or captured.
 
     The weights are read when the first dataset needs them, and the buckets are common to all datasets, so
     that a bucket compiles once for all.
@@ -67,8 +68,8 @@ class Captures:
     def __init__(
         self,
         config: AnalyzeOptions,
-        model: Model,
-        datasets: Sequence[Dataset],
+        model: Model | GivenModel,
+        datasets: Sequence[Dataset | HiddenStates],
         directory: RunDirectory | None,
         progress: Bars | None,
     ):
@@ -78,18 +79,19 @@ class Captures:
         self.taken: dict[str, dict[str, Any]] = {}
         self.forms: dict[str, dict[str, Any]] = {}
         self.began = time.time()
-        lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
+        rows = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
+        lengths = [example.prompt_length for dataset in rows for example in dataset.examples]
         split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
         self.batch_size = -(-config.batch_size // split) * split
-        self.buckets = choose_buckets(lengths, self.batch_size, model.config.max_length)
+        self.buckets = choose_buckets(lengths, self.batch_size, model.config.max_length) if rows else ()
 
-    def folder(self, dataset: Dataset) -> Path | None:
+    def folder(self, dataset: Dataset | HiddenStates) -> Path | None:
         """Where a dataset's files go; None where nothing is kept."""
         if self.directory is None:
             return None
         return self.directory.path if self.alone else self.directory.path / dataset.name
 
-    def sweep(self, dataset: Dataset) -> Swept:
+    def sweep(self, dataset: Dataset | HiddenStates) -> Swept:
         """The sweep of a dataset; what it takes to redo the statistics is kept in the run directory."""
         folder = self.folder(dataset)
         form = self._form(dataset)
@@ -98,19 +100,35 @@ class Captures:
         if grams is not None:
             self.taken[dataset.name] = {"reused": True}
             return Swept(gram_tables(grams, band=form.band), grams)
-        if form.name == "streamed":
+        if form.name == "streamed" and isinstance(dataset, Dataset):
             return Swept(self._streamed(dataset, form), None)
-        activations = self._run(dataset, partial(capture, with_embed=self.config.embed))
+        states, embed = self.states(dataset)
         if folder is not None:
             processes.make_directory(folder)
-        swept = self._swept(dataset, form, activations, folder)
+        swept = self._swept(states, form, folder)
         if folder is not None and self.config.save_activations:
-            arrays = {"hidden": np.asarray(activations.hidden)}
-            if activations.embed is not None:
-                arrays["embed"] = np.asarray(activations.embed)
-            with atomic_path(folder / "activations.safetensors") as temporary:
-                save_file(arrays, temporary)
+            write_states(folder / OWN, states, embed)
         return swept
+
+    def states(self, dataset: Dataset | HiddenStates) -> tuple[HiddenStates, jax.Array | None]:
+        """Given states on the mesh, else captured ones; and of these the embedding output where it is asked for."""
+        if isinstance(dataset, HiddenStates):
+            self.taken[dataset.name] = {"given": True}
+            everywhere = NamedSharding(self.model.mesh, PartitionSpec())
+            return dataclasses.replace(dataset, hidden=jax.device_put(dataset.hidden, everywhere)), None
+        found = self._run(dataset, partial(capture, with_embed=self.config.embed))
+        assert isinstance(self.model, Model)
+        meta = {
+            **self.model.facts,
+            "dataset": dataset.name,
+            "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
+            "position": self.config.position,
+        }
+        ids = np.array(dataset.sample_ids)[found.units].tolist()
+        units = found.units if self.config.position == "all" else None
+        dtype = self.model.dtype or "the checkpoint's dtype"
+        states = HiddenStates(found.hidden, ids, units, meta, dataset.name, dataset.source, dtype)
+        return states, found.embed
 
     def _kept(self, folder: Path) -> np.ndarray | None:
         """Grams ``[L, N, N]`` that an earlier launch of this run has kept; None where there are none."""
@@ -118,7 +136,7 @@ class Captures:
         assert directory is not None
 
         def look() -> bool:
-            kept = not self.config.save_activations or (folder / "activations.safetensors").exists()
+            kept = not self.config.save_activations or (folder / OWN).exists()
             file = folder / "fingerprint.npz"
             if directory.resumed and file.exists() and kept:
                 arrays, meta = read_npz(file)
@@ -130,7 +148,7 @@ class Captures:
             return None
         return unpack_upper(processes.share_array(earlier[0] if earlier else None))
 
-    def grams(self, dataset: Dataset) -> np.ndarray | jax.Array:
+    def grams(self, dataset: Dataset | HiddenStates) -> np.ndarray | jax.Array:
         """The centred Grams ``[L, N, N]``, for what takes them whole.
 
         Raises:
@@ -141,10 +159,13 @@ class Captures:
             raise UserError(f"{dataset.name}: too many samples to keep their Grams; give fewer prompts with --limit")
         return found
 
-    def _form(self, dataset: Dataset) -> Form:
+    def _form(self, dataset: Dataset | HiddenStates) -> Form:
         config, sizes = self.config, self.model.config
-        prompts = dataset.examples
-        count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
+        if isinstance(dataset, HiddenStates):
+            count = dataset.num_samples
+        else:
+            prompts = dataset.examples
+            count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
         try:
             return choose_form(
                 count,
@@ -154,21 +175,21 @@ class Captures:
                 kernel=config.kernel,
                 memory=device_memory(self.model.mesh.local_devices),
                 devices=self.model.mesh.size,
-                stored=config.save_activations,
+                stored=config.save_activations or isinstance(dataset, HiddenStates),
                 asked=config.form,
             )
         except UserError as error:
             raise UserError(f"{dataset.name}: {error}") from None
 
-    def _swept(self, dataset: Dataset, form: Form, activations: Activations, folder: Path | None) -> Swept:
-        """The sweep of stored activations; of the resident form with a fingerprint."""
-        config, hidden, repeats = self.config, self._normalised(activations.hidden), self.config.position == "all"
+    def _swept(self, states: HiddenStates, form: Form, folder: Path | None) -> Swept:
+        """The sweep of stored states; of the resident form with a fingerprint."""
+        config, hidden, repeats = self.config, self._normalised(states.hidden), states.units is not None
         if form.name == "resident":
             grams: np.ndarray | jax.Array = centred_grams(hidden, config.kernel, allow_repeats=repeats)
             if folder is not None and hidden.shape[1] <= FINGERPRINT_SAMPLES:
-                grams = self._fingerprint(dataset, activations, pack_upper(grams), folder / "fingerprint.npz")
+                grams = self._fingerprint(states, pack_upper(grams), folder / "fingerprint.npz")
             return Swept(gram_tables(grams, band=form.band), grams)
-        with self._bar(f"{dataset.name}, sweep") as progress:
+        with self._bar(f"{states.name}, sweep") as progress:
             if form.name == "features":
                 tables: Tables = features(
                     hidden,
@@ -181,7 +202,7 @@ class Captures:
             bandwidths = None
             if config.kernel == "rbf":
                 bandwidths = sampled_bandwidths(hidden, seed=config.seed)
-                self.forms[dataset.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
+                self.forms[states.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
             mesh = self.model.mesh
             tile = partial(tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress)
             if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
@@ -203,32 +224,33 @@ class Captures:
         self._run(dataset, add)
         return sums.tables()
 
-    def _normalised(self, hidden: jax.Array, samples: np.ndarray | None = None) -> jax.Array:
+    def _normalised(self, hidden: Any, samples: np.ndarray | None = None) -> jax.Array:
         return unit_rows(hidden, samples) if self.config.normalize == "row" else hidden
 
     def _product_sharding(self) -> NamedSharding | None:
         mesh, width = self.model.mesh, self.model.config.width
         return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
 
-    def _fingerprint(self, dataset: Dataset, activations: Activations, packed: np.ndarray, file: Path) -> np.ndarray:
+    def _fingerprint(self, states: HiddenStates, packed: np.ndarray, file: Path) -> np.ndarray:
         assert self.directory is not None
         meta = {
             "format": "jaxcrit.fingerprint",
             "format_version": 1,
             "identity": self.directory.identity,
             "model_hash": self.model.model_hash,
-            "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
-            "position": self.config.position,
+            "template_hash": states.meta.get("template_hash", "given states"),
+            "position": states.position,
             "kernel": self.config.kernel,
             "normalize": self.config.normalize,
             "num_layers": self.model.config.num_layers,
         }
-        ids = np.array(dataset.sample_ids)[activations.units]
-        write_npz(file, {"gram": packed, "sample_ids": ids, "units": activations.units}, meta)
+        units = np.arange(states.num_samples) if states.units is None else states.units
+        write_npz(file, {"gram": packed, "sample_ids": np.array(states.sample_ids), "units": units}, meta)
         return unpack_upper(packed)  # so that a resumed run computes from the same bits
 
     def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
         """Gives the model and the batches of a dataset to ``take``, and notes what that took."""
+        assert isinstance(self.model, Model)
         if self.decoder is None:
             self.decoder = self.model.decoder(self.progress)
         batches = make_batches(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +17,13 @@ from jaxcrit.core.groups import AnalyzeOptions, TrainingOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, write_scores
 from jaxcrit.core.run import running
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
+from jaxcrit.criteria.delta import CURVES, curves, measure_scores
 from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Swept
 from jaxcrit.evidence.measures import measured
+from jaxcrit.evidence.states import GivenModel, HiddenStates, model_of
+from jaxcrit.evidence.states_files import read_all
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.cautions import cautions
 from jaxcrit.selection.choice import mean_rank
@@ -114,7 +115,7 @@ def run_analysis(
     Args:
         options: what is asked.
         model: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
+        rows: rows, or `HiddenStates`, in place of those that the options name.
         progress: maker of progress bars (tqdm's signature), or None for silence.
         finish: called with the result before the run counts as complete; it writes the report.
         keep: whether a run directory is written.
@@ -123,26 +124,16 @@ def run_analysis(
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
     spec = check_flags(options)
-    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    model, datasets = _opened(options, model, rows)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
-    datasets = model.read(options, rows)
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "analyze",
-        options,
-        models={"model": model},
-        datasets=datasets,
-        template=template,
-        resolved={"dtype": model.dtype},
-        keep=keep,
-    ) as run:
+    with running("analyze", options, models={"model": model}, datasets=datasets, keep=keep) as run:
         captures = Captures(options, model, datasets, run.directory, progress)
         results = {
             dataset.name: _score(options, model, spec, dataset, captures.sweep(dataset), progress)
             for dataset in datasets
         }
-        analysis = _combine(options, model, spec, results, run.path if run.kept else None)
+        analysis = _combine(options, model, spec, results, run.out)
         _write(analysis)
         run.record |= {
             "forms": captures.forms,
@@ -154,6 +145,19 @@ def run_analysis(
         if finish is not None:
             finish(analysis)
     return analysis
+
+
+def _opened(
+    options: AnalyzeOptions, model: Any, rows: Any
+) -> tuple[Model | GivenModel, Sequence[Dataset | HiddenStates]]:
+    """What is analysed: rows for a model to run on, or states that one has left."""
+    named = options.model if model is None else model
+    if options.states or isinstance(rows, HiddenStates):
+        reading = {"axes": options.axes, "ends": options.ends, "position": options.position, "limit": options.limit}
+        given = [rows] if isinstance(rows, HiddenStates) else read_all(options.states, **reading)
+        return model_of(given, named, options.mesh), given
+    opened = open_model(named, mesh=options.mesh, dtype=options.dtype)
+    return opened, opened.read(options, rows)
 
 
 def training_scores(
@@ -214,32 +218,30 @@ def _selecting(options: AnalyzeOptions, spec: LayerSpec) -> str:
 
 def _score(
     config: AnalyzeOptions,
-    model: Model,
+    model: Model | GivenModel,
     spec: LayerSpec,
-    dataset: Dataset,
+    dataset: Dataset | HiddenStates,
     swept: Swept,
     progress: Bars | None,
 ) -> DatasetResult:
     tables, grams = swept
+    given = dataset if isinstance(dataset, HiddenStates) else None
     meta = {
         **model.facts,
         "dataset": dataset.name,
-        "position": config.position,
+        "position": config.position if given is None else given.position,
         "normalize": config.normalize,
         "kernel": config.kernel,
     }
-    tokens = config.position == "all"
-    lengths = [example.prompt_length for example in dataset.examples]
+    tokens = meta["position"] == "all"
     # The tokens of a prompt are one draw: errors over them would be too small.
-    units = np.repeat(np.arange(len(lengths)), lengths) if tokens else None
-    without = deletions(tables, grams, units, reach=config.window // 2)
-    shape = config.window, config.include_self
-    scores = layer_scores(tables, window=shape[0], include_self=shape[1], meta=meta, without=without)
-    kept = {
-        key: values_without_each(tables, key, *shape, without=without)
-        for key, criterion in CURVES.items()
-        if criterion.bias in without
-    }
+    if isinstance(dataset, Dataset):
+        lengths = [example.prompt_length for example in dataset.examples]
+        units, ids = np.repeat(np.arange(len(lengths)), lengths) if tokens else None, dataset.sample_ids
+    else:
+        units, ids = dataset.units, dataset.prompt_ids
+    shape: dict[str, Any] = {"window": config.window, "include_self": config.include_self}
+    scores, kept = curves(tables, grams, units, **shape, meta=meta)
     if grams is None and config.measures:
         raise UserError(
             f"--measures={config.measures}: taken from whole Grams; add --form=resident, with fewer prompts"
@@ -247,12 +249,13 @@ def _score(
     measures = measured(grams, config.measures, progress)
     scores |= measure_scores(
         measures,
-        window=config.window,
-        include_self=config.include_self,
+        **shape,
         meta={**meta, "num_samples": tables.num_samples},
     )
+    if given is not None:
+        scores = given.trusted(scores)
     key = _selecting(config, spec)
-    score, left = scores[key], kept.get(key) if len(without) == 2 else None
+    score, left = scores[key], kept.get(key) if len(kept) == len(CURVES) else None
     null = permutation_null(tables)
     cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased"), "null_mean": null.mean}
     return DatasetResult(
@@ -265,14 +268,16 @@ def _score(
         certainty=_certainty(config, spec, [score], [left]),
         leverage=None if left is None else leverage(score, left),
         participation_ratio=participation_ratio(tables),
-        warnings=[],
+        warnings=[] if given is None else [*given.notes, *getattr(model, "notes", ())],
         without_each=left,
         deletions=kept,
-        sample_ids=dataset.sample_ids,
+        sample_ids=ids,
     )
 
 
-def _choose(config: AnalyzeOptions, model: Model, spec: LayerSpec, scores: dict[str, LayerScores]) -> LayerSet:
+def _choose(
+    config: AnalyzeOptions, model: Model | GivenModel, spec: LayerSpec, scores: dict[str, LayerScores]
+) -> LayerSet:
     return resolve(
         spec,
         model.config.num_layers,
@@ -293,14 +298,20 @@ def _certainty(
 
 
 def _combine(
-    config: AnalyzeOptions, model: Model, spec: LayerSpec, results: dict[str, DatasetResult], out: Path | None
+    config: AnalyzeOptions,
+    model: Model | GivenModel,
+    spec: LayerSpec,
+    results: dict[str, DatasetResult],
+    out: Path | None,
 ) -> Analysis:
     everyone = list(results.values())
     scores = {key: mean_rank([result.scores[key] for result in everyone]) for key in everyone[0].scores}
     own = [result.scores[_selecting(config, spec)] for result in everyone]
     sure = _certainty(config, spec, own, [result.without_each for result in everyone])
     results = {
-        name: dataclasses.replace(result, warnings=cautions(result, trim=config.trim, dtype=model.dtype))
+        name: dataclasses.replace(
+            result, warnings=[*result.warnings, *cautions(result, trim=config.trim, dtype=model.dtype)]
+        )
         for name, result in results.items()
     }
     chosen = _choose(config, model, spec, scores)

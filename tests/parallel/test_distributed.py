@@ -163,7 +163,7 @@ def wait_for_step(out, step, processes):
         time.sleep(0.05)
 
 
-def other_commands(tuned):
+def other_commands(tuned, states):
     """Every command that is not tested above; those that run a model in front, with a mesh across the processes."""
     rows = f"--data={ROWS}"
     return [
@@ -186,6 +186,7 @@ def other_commands(tuned):
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
         ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
         ["analyze", rows, "--limit=16", "--form=tiled", "--out=tiled"],
+        ["analyze", f"--states={states}", "--limit=14", "--out=states"],
         ["data", rows, "--out=data"],
         ["select", "--scores=spectrum/scores.json", "--layers=critical:2", "--out=selected.json"],
         ["compare", "spectrum", "spectrum", "--out=compare"],
@@ -229,8 +230,9 @@ def test_every_other_command(tmp_path):
         "--learning_rate=1e-3",
         f"--out={tuned}",
     ]
-    commands = other_commands(tuned)
-    alone(json.dumps([train, *commands]), folder=one, program=COMMANDS)
+    capture = ["analyze", f"--data={ROWS}", "--limit=16", "--save_activations", f"--out={tmp_path / 'states'}"]
+    commands = other_commands(tuned, tmp_path / "states")
+    alone(json.dumps([train, capture, *commands]), folder=one, program=COMMANDS)
     for name in ("substitute", "generate"):
         shutil.copytree(one / name, folders[0] / name)
     interrupted(folders[0])
@@ -239,7 +241,7 @@ def test_every_other_command(tmp_path):
     assert silent == "" and "warning" not in told.lower()
     assert list(folders[1].iterdir()) == []
     scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
-    assert len(scored) == 8
+    assert len(scored) == 9
     for path in scored:
         ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
         assert ours.keys() == theirs.keys()

@@ -80,6 +80,8 @@ def parameters(out):
 def test_commands_write_the_same_files_and_read_them_back(run, storage, model, data, tuned, tmp_path, capsys):
     given = [f"--model={model}", f"--data={data}"]
     run("analyze", *given, "--save_activations", out="analysis", twin=True)
+    assert main(["analyze", *given, "--save_activations", f"--out={tmp_path / 'kept'}"]) == 0
+    run("analyze", f"--states={tmp_path / 'kept'}", "--save_activations", out="states", twin=True)
     run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
     assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
     run("finetune", *given, *TRAIN, out="tuned")
