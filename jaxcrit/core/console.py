@@ -10,6 +10,8 @@ import codecs
 import sys
 import unicodedata
 
+from jaxcrit.core import processes
+
 _SIGNS = {"±": "+-", "−": "-", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "·": "."}
 _SIGNS |= {"×": "x", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "◀": "<", "√": "sqrt", "ℓ": "l", "²": "^2"}
 _ERRORS = "jaxcrit.spelled"
@@ -26,6 +28,12 @@ def spell_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a stream that somebody put in their place may not have it
             stream.reconfigure(errors=_ERRORS)
+
+
+def note(text: str) -> None:
+    """Tells what happened to the input, on the channel that results do not take; one process of a run speaks."""
+    if processes.first():
+        print(text, file=sys.stderr, flush=True)
 
 
 def _ascii(letter: str) -> str:

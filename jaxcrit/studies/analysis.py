@@ -108,6 +108,7 @@ def run_analysis(
     progress: Bars | None = None,
     finish: Callable[[Analysis], Any] | None = None,
     keep: bool = True,
+    split: str = "",
 ) -> Analysis:
     """Runs ``jaxcrit analyze``: captures, scores, selects, and writes the run directory's data files.
 
@@ -118,6 +119,7 @@ def run_analysis(
         progress: maker of progress bars (tqdm's signature), or None for silence.
         finish: called with the result before the run counts as complete; it writes the report.
         keep: whether a run directory is written.
+        split: split to take of datasets that have some, where the options name none; default test.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
@@ -126,7 +128,7 @@ def run_analysis(
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
-    datasets = model.read(options, rows)
+    datasets = model.read(options, rows, split=split)
     template = describe_template(model.tokenizer, options)
     with running(
         "analyze",
@@ -184,9 +186,10 @@ def training_scores(
         template=options.template,
         edition=options.edition,
         truncate=options.truncate,
+        long=options.long,
         mesh=options.mesh,
     )
-    found = run_analysis(asked, model=model, rows=rows, progress=progress, keep=bool(where))
+    found = run_analysis(asked, model=model, rows=rows, progress=progress, keep=bool(where), split="train")
     return found.scores, asked.criterion, asked.trim
 
 
