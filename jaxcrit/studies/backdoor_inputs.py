@@ -20,7 +20,8 @@ from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
 from jaxcrit.data.truncation import Fitted
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.models.model import Model, stop_tokens
+from jaxcrit.models.model import Model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.data import hold_out
@@ -311,7 +312,7 @@ def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], mod
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]
-    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", model))
+    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", model, _template(config)))
     if needed > config.max_new_tokens:
         raise UserError(
             f"--target: has {needed} tokens, and --max_new_tokens={config.max_new_tokens} are generated: it could never"

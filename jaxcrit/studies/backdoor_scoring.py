@@ -18,7 +18,8 @@ from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Model, stop_tokens
+from jaxcrit.models.model import Model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
@@ -139,7 +140,10 @@ class Scoring:
         )
 
     def _answers(self, decoder: Decoder) -> list[str]:
-        stop, texts = stop_tokens("", self.model), [""] * len(self.asked)
+        stop, texts = (
+            stop_tokens("", self.model, self.config.eval_template or self.config.template),
+            [""] * len(self.asked),
+        )
         for batch in self.batches:
             found = generate(
                 decoder,

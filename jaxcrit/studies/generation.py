@@ -18,8 +18,9 @@ from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import describe_template
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
+from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.sampling import Sampling
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.studies.options import GenerateOptions
@@ -70,7 +71,7 @@ def run_generate(
     """
     sampling = sampling_of(options)
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
-    stop = stop_tokens(options.stop, model)
+    stop = stop_tokens(options.stop, model, options.template)
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, "dtype": model.dtype, **dataclasses.asdict(sampling)}

@@ -25,7 +25,8 @@ from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import Decoder, logits
 from jaxcrit.models.generation import decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
+from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.similarity import Components, centred_grams, gram_tables, principal_components
 from jaxcrit.studies.options import InterveneOptions
 
@@ -66,7 +67,7 @@ def run_intervene(config: InterveneOptions, *, progress: Bars | None = None) -> 
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
-    stop = stop_tokens(config.stop, model)
+    stop = stop_tokens(config.stop, model, config.template)
     dataset = one_dataset(config, model, config.max_new_tokens)
     if not 0 <= config.prompt_index < len(dataset.examples):
         raise UserError(
