@@ -36,10 +36,8 @@ class ModelOptions(Options, title="model and data"):
 class SourceOptions(Options, title="model and data"):
     """Which rows are read."""
 
-    data: str = option(
-        "", "file of rows, dolly:FILE, hub id, ...; with commas (default: embedded)", word="FILE", free=BY_HASH
-    )
-    split: str = option("", "split of sets that have some (default: test; to train: train)", word="NAME", free=BY_HASH)
+    data: str = option("", "file, dolly:FILE, hub id, ...; with commas (default: embedded)", word="FILE", free=BY_HASH)
+    split: str = option("", "split of sets with splits (default: test; to train: train)", word="NAME", free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
 
@@ -55,10 +53,10 @@ class OutOptions(Options, title="model and data"):
 class RenderingOptions(Options, title="rendering"):
     """How rows become tokens."""
 
-    template: str = option("auto", "auto, none, chat, chat:NAME, chat:FILE, llama2, llama3 or phi3", word="NAME")
+    template: str = option("auto", "auto, none, chat, chat:NAME|FILE, llama2, llama3 or phi3", word="NAME")
     edition: str = option("clean", "the model's template, or the paper's strings", EDITIONS)
     truncate: str = option("", "keep this end of what is too long (default: no cut)", ("left", "right", "paper"))
-    long: str = option("refuse", "what is too long: refuse, cut (keeps the end, or what --truncate says) or drop", LONG)
+    long: str = option("refuse", "rows that are too long; cut as --truncate says, or left", LONG)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,7 +30,7 @@ MISTAKES = {
     "analyze --truncate=lef": "did you mean 'left'?",
     "data --template=lama3": "did you mean 'llama3'?",
     "data --edition=papr": "did you mean 'paper'?",
-    "data --split=tset": "did you mean 'test'?",
+    "data --data=dolly:x --split=tset": "did you mean 'test'?",
     "data --model=/absent": "/absent",
     "generate --temprature=1": "did you mean 'temperature'?",
     "generate --max_new_tokens=0": "--max_new_tokens=0",
