@@ -60,6 +60,17 @@ class Dataset:
         }
 
 
+def joined(name: str, source: str, parts: Sequence[Dataset]) -> Dataset:
+    """The rows of several datasets as one."""
+    return Dataset(
+        name,
+        source,
+        [example for one in parts for example in one.examples],
+        sum(one.num_cut for one in parts),
+        sum(one.num_dropped for one in parts),
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class Limits:
     """What a model and its tokenizer set.
@@ -114,18 +125,16 @@ def read_datasets(
     found = []
     for named in named_rows(rows, options, split):
         if isinstance(named, Dataset):
-            dataset, longest = named, room
+            # Rendered already; what may happen to rows that are too long is asked for by one word alone.
+            end = options.truncate if options.long != "refuse" else ""
+            fitted = fit(named.examples, end, options.long, room, prompt_only=not responses, where=named.source)
         else:
-            found_rows = rendered(named, tokenizer, options, room, responses=responses)
-            longest = found_rows.limit
-            dataset = Dataset(
-                named.name, named.source, found_rows.examples, found_rows.num_cut, len(found_rows.dropped)
-            )
-            if dataset.num_cut or dataset.num_dropped:
-                console.note(
-                    f"{dataset.name}: {len(named.rows)} rows, {dataset.num_cut} cut and {dataset.num_dropped} left out"
-                    f" for being longer than {longest} tokens"
-                )
+            fitted = rendered(named, tokenizer, options, room, responses=responses)
+        tell(named.name, fitted)
+        counts = fitted.num_cut, len(fitted.dropped)
+        if isinstance(named, Dataset):
+            counts = named.num_cut + counts[0], named.num_dropped + counts[1]
+        dataset, longest = Dataset(named.name, named.source, fitted.examples, *counts), fitted.limit
         if responses:
             check_rows(dataset.examples, longest, limits.vocab_size, dataset.source)
         else:
@@ -136,6 +145,15 @@ def read_datasets(
             _check_vocabulary(dataset.examples, limits.vocab_size, limits.where or dataset.source)
         found.append(dataset)
     return found
+
+
+def tell(name: str, fitted: Fitted) -> None:
+    """Says how many rows were cut and left out, where there are such."""
+    if fitted.num_cut or fitted.dropped:
+        console.note(
+            f"{name}: {len(fitted.examples) + len(fitted.dropped)} rows, {fitted.num_cut} cut and"
+            f" {len(fitted.dropped)} left out for being longer than {fitted.limit} tokens"
+        )
 
 
 def rendered(named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool) -> Fitted:

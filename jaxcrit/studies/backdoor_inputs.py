@@ -12,7 +12,7 @@ import numpy as np
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve, split_specs
-from jaxcrit.data.dataset import check_rows, rendered
+from jaxcrit.data.dataset import check_rows, rendered, tell
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
 from jaxcrit.data.published import Row
@@ -214,8 +214,10 @@ class _Renderer:
         """The rows that are not dropped for being too long; once poisoned, none of them may be."""
         if self.config.long == "refuse":
             return named
-        dropped = self._fitted(named, self.config).dropped
-        return dataclasses.replace(named, rows=[row for place, row in enumerate(named.rows) if place not in dropped])
+        fitted = self._fitted(named, self.config)
+        tell(named.name, fitted)
+        rows = [row for place, row in enumerate(named.rows) if place not in fitted.dropped]
+        return dataclasses.replace(named, rows=rows)
 
     def __call__(self, named: NamedRows) -> list[Example]:
         end = self.config.truncate or ("left" if self.config.long == "cut" else "")

@@ -165,5 +165,9 @@ def test_what_is_too_long_is_cut_or_left_out_and_counted(tokenizer, capsys):
         _, cut, dropped = counts
         told = f"mine: 7 rows, {cut} cut and {dropped} left out for being longer than 20 tokens\n"
         assert capsys.readouterr().err == told
+    (bare,) = read_datasets([[3, 4], [5] * 30], tokenizer, dataclasses.replace(PLAIN, long="drop"), limits)
+    assert tokens(bare) == [[3, 4]] and bare.num_dropped == 1
+    (again,) = read_datasets(bare, tokenizer, dataclasses.replace(PLAIN, long="drop"), limits)
+    assert again.num_dropped == 1, "what was left out before is still known"
     with pytest.raises(UserError, match=r"--long=drp: expected refuse or cut or drop \(did you mean 'drop'\?\)"):
         dataclasses.replace(PLAIN, long="drp")
