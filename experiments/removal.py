@@ -36,7 +36,8 @@ from jaxcrit.evaluation.scorers import exact_match
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
-from jaxcrit.models.model import Bars, Model, open_model, stop_tokens
+from jaxcrit.models.model import Bars, Model, open_model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.similarity import Components, principal_components
 
@@ -166,7 +167,7 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     sets = parse_sets(config.sets)
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
     layers = resolve(LayerSpec.parse(config.layers), model.config.num_layers).layers
-    stop = stop_tokens(config.stop, model)
+    stop = stop_tokens(config.stop, model, config.template)
     datasets = model.read(config, reserve=config.max_new_tokens)
     decoder = model.decoder(progress)
     found = [_dataset(config, model, decoder, one, sets, layers, stop, progress) for one in datasets]

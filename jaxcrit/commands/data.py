@@ -97,9 +97,10 @@ def run_data(options: DataOptions, *, model: Any = None, rows: Any = None, shown
         if isinstance(named, Dataset):
             raise UserError(f"{named.name}: token ids are given as they stand; there is nothing to render")
         everything = whole(named, tokenizer, options)
-        kept, limits[named.name] = cut(everything, named, tokenizer, options, room, responses=True)
-        lengths[named.name] = measure(everything, kept, limits[named.name])
-        sets.append(Dataset(named.name, named.source, kept))
+        fitted = cut(everything, named, tokenizer, options, room, responses=True)
+        limits[named.name] = fitted.limit
+        lengths[named.name] = measure(everything, fitted)
+        sets.append(Dataset(named.name, named.source, fitted.examples))
     places = [(place, one) for place in range(shown) for one in sets if place < len(one.examples)]
     return DataReport(
         [show(one.examples[place], tokenizer, one.name, place + 1) for place, one in places[:shown]],
@@ -147,7 +148,7 @@ def example_text(shown: Shown) -> str:
 
 def length_table(lengths: Mapping[str, Lengths], limit: Mapping[str, int]) -> str:
     """One row per dataset: tokens of prompts and responses (least, median, most), and what does not fit."""
-    header = ["rows", "prompt", "response", "limit", "too long", "truncated", "no response", "dataset"]
+    header = ["rows", "prompt", "response", "limit", "too long", "truncated", "dropped", "no response", "dataset"]
     rows = [
         [
             str(one.num_rows),
@@ -156,6 +157,7 @@ def length_table(lengths: Mapping[str, Lengths], limit: Mapping[str, int]) -> st
             str(limit[name]),
             f"{one.too_long:.1%}",
             f"{one.truncated:.1%}",
+            str(one.num_dropped),
             f"{one.without_response:.1%}",
             name,
         ]

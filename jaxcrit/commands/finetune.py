@@ -295,27 +295,22 @@ def _critical(
 
 
 def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> list[Dataset]:
-    """Rows to train and to test on, as datasets ``train`` and ``eval``.
+    """Rows to train and to test on, as datasets ``train`` and ``eval``; rows dropped before a split are of ``train``.
 
     Raises:
         UserError: see `Model.read` and `hold_out`.
     """
-    from jaxcrit.data.dataset import MEMORY, Dataset, text_of
+    from jaxcrit.data.dataset import MEMORY, Dataset, joined, text_of
     from jaxcrit.training.data import hold_out
-
-    def read(asked: FinetuneOptions, given: Any, split: str) -> list[Example]:
-        found = model.read(asked, given, responses=True, split=split)
-        return [example for one in found for example in one.examples]
 
     text = text_of(rows, options)
     source = MEMORY if text is None else text or "demo"
-    train = read(options, rows, "train")
+    train = joined("train", source, model.read(options, rows, responses=True, split="train"))
     if options.eval_data:
         asked = dataclasses.replace(options, data=options.eval_data, split=options.eval_split, limit=0)
-        tests = read(asked, None, "test")
-        return [Dataset("train", source, train), Dataset("eval", options.eval_data, tests)]
-    train, held = hold_out(train, source)
-    return [Dataset("train", source, train), Dataset("eval", source, held)]
+        return [train, joined("eval", options.eval_data, model.read(asked, None, responses=True, split="test"))]
+    kept, held = hold_out(train.examples, source)
+    return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
 
 
 def _finished(run: dict[str, Any], out: Path) -> Finetuned:

@@ -109,13 +109,14 @@ def run_generate(
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import choose_buckets
     from jaxcrit.evidence.answers import answers
-    from jaxcrit.models.model import open_model, stop_tokens
+    from jaxcrit.models.model import open_model
     from jaxcrit.models.sampling import Sampling
+    from jaxcrit.models.stops import stop_tokens
     from jaxcrit.parallel.mesh import batch_rows
 
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
-    stop = stop_tokens(options.stop, model)
+    stop = stop_tokens(options.stop, model, options.template)
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, **dataclasses.asdict(sampling)}

@@ -134,7 +134,7 @@ def _tokenizer(model: Model) -> list[str]:
 
 
 def _stops(model: Model) -> list[str]:
-    from jaxcrit.models.model import stop_tokens
+    from jaxcrit.models.stops import stop_tokens
 
     ids = stop_tokens("", model)
     return [f"{one} {model.tokenizer.convert_ids_to_tokens(one)!r}" for one in ids] or ["no token; by length alone"]

@@ -99,7 +99,8 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
     from jaxcrit.evaluation.losses import divergence
     from jaxcrit.models.generation import decode, prefill
     from jaxcrit.models.interventions import edit, intervention
-    from jaxcrit.models.model import open_model, stop_tokens
+    from jaxcrit.models.model import open_model
+    from jaxcrit.models.stops import stop_tokens
     from jaxcrit.parallel.mesh import batch_rows
     from jaxcrit.similarity import principal_components
 
@@ -114,7 +115,7 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
     model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
-    stop = stop_tokens(options.stop, model)
+    stop = stop_tokens(options.stop, model, options.template)
     dataset = one_dataset(options, model, options.max_new_tokens)
     if options.prompt_index >= len(dataset.examples):
         raise UserError(

@@ -15,7 +15,7 @@ from importlib import metadata
 from types import ModuleType
 
 import jaxcrit
-from jaxcrit.core import flags, options, processes
+from jaxcrit.core import console, flags, options, processes
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.core.programs import keep_programs
@@ -116,7 +116,7 @@ def dispatch(arguments: Sequence[str]) -> int:
         if name in FIRST_ONLY:
             return int(processes.share(lambda: module.run(asked, *own)))
         if not processes.first():
-            null = stack.enter_context(open(os.devnull, "w"))
+            null = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(null))
         return int(module.run(asked, *own))
 
@@ -152,6 +152,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``jaxcrit`` command; returns the exit code."""
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    console.spell_what_cannot_be_shown()
     try:
         code = dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()

@@ -12,6 +12,7 @@ from jaxcrit.core.options import Options, option
 TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
 EDITIONS = ("clean", "paper")
 SPLITS = ("train", "val", "test", "all")
+LONG = ("refuse", "cut", "drop")
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "lion", "adafactor", "sgd")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -37,8 +38,8 @@ class ModelOptions(Options, title="model and data"):
 class SourceOptions(Options, title="model and data"):
     """Which rows are read."""
 
-    data: str = option("", "JSONL, or dolly:JSONL, ...; with commas (default: embedded)", word="FILE", free=BY_HASH)
-    split: str = option("", "split of alpaca, dolly, ... (default: test; to train: train)", SPLITS, free=BY_HASH)
+    data: str = option("", "file, dolly:FILE, hub id, ...; with commas (default: embedded)", word="FILE", free=BY_HASH)
+    split: str = option("", "split of sets with splits (default: test; to train: train)", word="NAME", free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
 
@@ -54,9 +55,10 @@ class OutOptions(Options, title="model and data"):
 class RenderingOptions(Options, title="rendering"):
     """How rows become tokens."""
 
-    template: str = option("auto", "how prompts are wrapped", TEMPLATES)
+    template: str = option("auto", "auto, none, chat, chat:NAME|FILE, llama2, llama3 or phi3", word="NAME")
     edition: str = option("clean", "the model's template, or the paper's strings", EDITIONS)
     truncate: str = option("", "keep this end of what is too long (default: no cut)", ("left", "right", "paper"))
+    long: str = option("refuse", "rows that are too long; cut as --truncate says, or left", LONG)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,7 +108,7 @@ class TrainingOptions(ModelOptions, RowOptions, OutOptions, LengthOptions, title
         "", "rows to test on (default: a tenth of the rows)", word="FILE", free=BY_HASH, group="model and data"
     )
     eval_split: str = option(
-        "", "split of alpaca, dolly, ... to test on (default: test)", SPLITS, free=BY_HASH, group="model and data"
+        "", "split of --eval_data (default: test)", word="NAME", free=BY_HASH, group="model and data"
     )
     analysis: str = option(
         "", "run of jaxcrit analyze to take or make (default: in --out)", word="DIR", free=WHERE, group="layers"

@@ -30,8 +30,9 @@ from jaxcrit.evidence.rows import batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import Batch, Variant, enter, planned_evaluations, sweep
 from jaxcrit.models.decoder import Block, Decoder, layer_windows, run
-from jaxcrit.models.model import Bars, Model, stop_tokens
+from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_rows
 
 _SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}

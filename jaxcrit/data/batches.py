@@ -178,6 +178,6 @@ def refuse_long(lengths: Sequence[int], max_length: int, where: str = "") -> Non
         raise UserError(
             f"{where}{': ' if where else ''}expected prompts of at most {max_length} tokens, the model's context;"
             f" {len(too_long)} of {len(lengths)} are longer, the longest is row {lengths.index(max(too_long)) + 1}"
-            f" with {max(too_long)}; remove them or keep their ends with"
+            f" with {max(too_long)}; drop them with --long=drop, or keep their ends with"
             " --truncate=left (their beginnings with right)"
         )

@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import RowOptions, SourceOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.batches import refuse_long
+from jaxcrit.data.containers import without_nulls
 from jaxcrit.data.datasets import NamedRows, check_rows_in_memory, load
-from jaxcrit.data.published import names_published
 from jaxcrit.data.templates import Example, render
-from jaxcrit.data.truncation import truncate
+from jaxcrit.data.truncation import Fitted, fit
 
 MEMORY = "memory"  # source of rows that come from no file
 
@@ -32,11 +33,15 @@ class Dataset:
         name: name within a run; no two datasets share one.
         source: path, ``demo:FAMILY``, or ``memory``.
         examples: rendered rows in the order of the source.
+        num_cut: how many of them were cut for being too long.
+        num_dropped: how many rows were left out for being too long.
     """
 
     name: str
     source: str
     examples: list[Example]
+    num_cut: int = 0
+    num_dropped: int = 0
 
     @property
     def sample_ids(self) -> list[str]:
@@ -48,9 +53,22 @@ class Dataset:
         return {
             "source": self.source,
             "num_samples": len(self.examples),
+            "num_cut": self.num_cut,
+            "num_dropped": self.num_dropped,
             "longest_prompt": max(example.prompt_length for example in self.examples),
             "hash": sha256_json(self.sample_ids),
         }
+
+
+def joined(name: str, source: str, parts: Sequence[Dataset]) -> Dataset:
+    """The rows of several datasets as one."""
+    return Dataset(
+        name,
+        source,
+        [example for one in parts for example in one.examples],
+        sum(one.num_cut for one in parts),
+        sum(one.num_dropped for one in parts),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,10 +125,16 @@ def read_datasets(
     found = []
     for named in named_rows(rows, options, split):
         if isinstance(named, Dataset):
-            dataset, longest = named, room
+            # Rendered already; what may happen to rows that are too long is asked for by one word alone.
+            end = options.truncate if options.long != "refuse" else ""
+            fitted = fit(named.examples, end, options.long, room, prompt_only=not responses, where=named.source)
         else:
-            examples, longest = rendered(named, tokenizer, options, room, responses=responses)
-            dataset = Dataset(named.name, named.source, examples)
+            fitted = rendered(named, tokenizer, options, room, responses=responses)
+        tell(named.name, fitted)
+        counts = fitted.num_cut, len(fitted.dropped)
+        if isinstance(named, Dataset):
+            counts = named.num_cut + counts[0], named.num_dropped + counts[1]
+        dataset, longest = Dataset(named.name, named.source, fitted.examples, *counts), fitted.limit
         if responses:
             check_rows(dataset.examples, longest, limits.vocab_size, dataset.source)
         else:
@@ -123,9 +147,16 @@ def read_datasets(
     return found
 
 
-def rendered(
-    named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool
-) -> tuple[list[Example], int]:
+def tell(name: str, fitted: Fitted) -> None:
+    """Says how many rows were cut and left out, where there are such."""
+    if fitted.num_cut or fitted.dropped:
+        console.note(
+            f"{name}: {len(fitted.examples) + len(fitted.dropped)} rows, {fitted.num_cut} cut and"
+            f" {len(fitted.dropped)} left out for being longer than {fitted.limit} tokens"
+        )
+
+
+def rendered(named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool) -> Fitted:
     """Renders and cuts the rows of one dataset.
 
     Args:
@@ -139,29 +170,43 @@ def rendered(
         Rendered rows, and how many tokens they may have: ``room``, or the paper's length.
 
     Raises:
-        UserError: see `render`, `truncate`; or the paper's cut without the paper's edition.
+        UserError: see `render`, `fit`; or the paper's cut without the paper's edition.
     """
-    return cut(whole(named, tokenizer, options), named, tokenizer, options, room, responses=responses)
+    examples = whole(named, tokenizer, options, responses=responses)
+    return cut(examples, named, tokenizer, options, room, responses=responses)
 
 
-def whole(named: NamedRows, tokenizer: Any, options: RowOptions) -> list[Example]:
+def whole(named: NamedRows, tokenizer: Any, options: RowOptions, *, responses: bool = True) -> list[Example]:
     """The rows of one dataset, rendered and not cut; arguments and errors as of `rendered`."""
     if options.truncate == "paper" and options.edition != "paper":
         raise UserError("--truncate=paper: the lengths of the paper go with --edition=paper")
-    return render(named.rows, tokenizer, options.template, named.source, dataset=named.dataset, edition=options.edition)
+    return render(
+        named.rows,
+        tokenizer,
+        options.template,
+        named.source,
+        dataset=named.dataset,
+        edition=options.edition,
+        responses=responses,
+    )
 
 
 def cut(
     examples: list[Example], named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool
-) -> tuple[list[Example], int]:
-    """Rendered rows cut as the options say, and how many tokens they may have; errors as of `rendered`."""
+) -> Fitted:
+    """Rendered rows cut as the options say; arguments and errors as of `rendered`."""
     length = None
     if options.truncate == "paper":
         length = paper.longest(paper.family_of(tokenizer, options.template), named.dataset, responses)
-    found = truncate(
-        examples, options.truncate, room, paper_length=length, prompt_only=not responses, where=named.source
+    return fit(
+        examples,
+        options.truncate,
+        options.long,
+        room,
+        paper_length=length,
+        prompt_only=not responses,
+        where=named.source,
     )
-    return found, length or room
 
 
 def check_rows(examples: Sequence[Example], max_length: int, vocab_size: int, where: str) -> None:
@@ -188,8 +233,8 @@ def check_rows(examples: Sequence[Example], max_length: int, vocab_size: int, wh
     long = [row for row, example in enumerate(examples, 1) if len(example.token_ids) > max_length]
     if long:
         raise UserError(
-            f"{where}: expected rows of at most {max_length} tokens, row {listed(long)} is longer; remove it, or keep"
-            " the beginning with --truncate=right (the end with left)"
+            f"{where}: expected rows of at most {max_length} tokens, row {listed(long)} is longer; drop such"
+            " rows with --long=drop, or keep the beginning with --truncate=right (the end with left)"
         )
     _check_vocabulary(examples, vocab_size, where)
 
@@ -217,7 +262,8 @@ def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRow
         loaded = load(
             spec,
             options.limit,
-            split=options.split or (split if names_published(spec) else ""),
+            split=options.split,
+            preferred=split or "test",
             shuffle_seed=options.shuffle_seed,
             edition=options.edition,
         )
@@ -264,7 +310,7 @@ def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset
         random.Random(options.shuffle_seed).shuffle(given)
         given = given[: options.limit or None]
     if hasattr(rows, "column_names"):  # a table, which has None where a row has no such field
-        given = [{field: value for field, value in dict(row).items() if value is not None} for row in given]
+        given = [without_nulls(dict(row)) for row in given]
     if not given:
         raise UserError(f"{name}: expected rows, prompts or token ids, got none")
     if all(_are_tokens(row) for row in given):

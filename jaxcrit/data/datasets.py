@@ -1,9 +1,11 @@
-"""Rows from files: JSONL (or one JSON array) of prompts, conversations or plain text, checked line by line.
+"""Rows from files and from the hub: prompts, conversations or plain text, checked one by one.
 
-A row is kept raw, extra fields included, because its identity is the hash of all of it; the three kinds are
+A row is kept raw, extra fields included, because its identity is the hash of all of it; the kinds are
 
-    {"prompt": str, "response"?: str | null}
-    {"messages": [{"role", "content"}, ...]}      a last assistant message is the response, the rest is the prompt
+    {"prompt": str, "response"?: str | null}      ``completion`` is another name for ``response``
+    {"messages": [{"role", "content"}, ...]}      a last assistant message is the response, the rest is the prompt;
+                                                  ``prompt`` may repeat the first user message, ``tools`` stand beside
+    {"prompt": [...], "completion"?: [...]}       the same in two lists
     {"text": str}                                 raw text, never templated; all of it is the prompt
 
 and the published fields of the paper's datasets (`jaxcrit.data.published`) where a dataset is named.
@@ -14,18 +16,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.hashing import sample_id
+from jaxcrit.data import containers, hub
 from jaxcrit.data.published import PUBLISHED, Cut, Row, check_text, cut_of, form, type_name
-from jaxcrit.data.tokenizer import quiet
 
 DEMO_PROMPTS = Path(__file__).parents[1] / "assets" / "demo_prompts"
 KINDS = ("prompt", "messages", "text")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
+RESPONSES = ("response", "completion")
 _EXPECTED = '{"prompt", "response"?}, {"messages": [...]} or {"text"}'
 
 
@@ -35,7 +40,7 @@ class NamedRows:
 
     Attributes:
         name: the file's stem or the embedded family; no two datasets of one run share it.
-        source: the path, or ``demo:FAMILY``.
+        source: the path, the hub's id, or ``demo:FAMILY``.
         rows: raw rows in file order, or shuffled where asked.
         dataset: which of the paper's datasets, or empty for rows of one's own.
     """
@@ -47,16 +52,24 @@ class NamedRows:
 
 
 def load(
-    spec: str = "", limit: int = 0, *, split: str = "", shuffle_seed: int = -1, edition: str = "clean"
+    spec: str = "",
+    limit: int = 0,
+    *,
+    split: str = "",
+    preferred: str = "test",
+    shuffle_seed: int = -1,
+    edition: str = "clean",
 ) -> list[NamedRows]:
     """Reads every dataset that ``--data`` names.
 
     Args:
-        spec: comma-separated parts, each a path to JSONL, one of the paper's datasets (``dolly:PATH`` from a file
-            as published, ``dolly`` from the hub), ``demo:FAMILY``, or ``demo`` (every embedded family, a dataset
-            each); empty means ``demo``.
+        spec: comma-separated parts, each the path of a file (`jaxcrit.data.containers`) or of a directory that the
+            ``datasets`` library saved, one of the paper's datasets (``dolly:PATH`` from a file as published, ``dolly``
+            from the hub), a hub id with or without a configuration (``owner/name:configuration``), ``demo:FAMILY``, or
+            ``demo`` (every embedded family, a dataset each); empty means ``demo``.
         limit: first rows to take of each dataset, after shuffling; 0 takes all.
-        split: split of the paper's datasets, ``test`` by default; ``all`` for a file that holds one split already.
+        split: split of datasets that have some; ``all`` of the paper's for a file that holds one split already.
+        preferred: split to take where none is asked for and there are several.
         shuffle_seed: shuffles each dataset; below 0 leaves the order of the file.
         edition: ``paper`` keeps a slip of its splits too (BoolQ's val is its test).
 
@@ -64,45 +77,64 @@ def load(
         UserError: a part names nothing, two datasets share a name, a split of rows that have none or without
             rows, a dataset that is neither here nor to be had from the hub, or a file refused by `read_rows`.
     """
-    found: dict[str, tuple[str, Path, str]] = {}
+    found: dict[str, _Source] = {}
     for part in (spec or "demo").split(","):
-        for name, source, path, dataset in _sources(part.strip(), spec):
-            if name in found:
+        for one in _sources(part.strip(), spec, split, preferred, edition):
+            if one.name in found:
                 raise UserError(
-                    f"--data={spec}: expected datasets of different names, got {name!r} from both"
-                    f" {found[name][0]} and {source}; rename one file"
+                    f"--data={spec}: expected datasets of different names, got {one.name!r} from both"
+                    f" {found[one.name].source} and {one.source}; rename one file"
                 )
-            found[name] = (source, path, dataset)
+            found[one.name] = one
     loaded = []
-    for name, (source, path, dataset) in found.items():
-        if dataset:
-            rows = _read_published(dataset, path if path.name else None, cut_of(dataset, split or "test", edition))
-        elif split:
-            raise UserError(f"--split={split}: {source} has no splits; they are those of {', '.join(PUBLISHED)}")
-        else:
-            rows = read_rows(path, 0 if shuffle_seed >= 0 else limit)
+    for one in found.values():
+        rows = one.read(0 if shuffle_seed >= 0 else limit)
         if shuffle_seed >= 0:
             random.Random(shuffle_seed).shuffle(rows)
-        loaded.append(NamedRows(name, source, rows[: limit or None], dataset))
+        loaded.append(NamedRows(one.name, one.source, rows[: limit or None], one.dataset))
     return loaded
 
 
-def _sources(part: str, spec: str) -> Iterator[tuple[str, str, Path, str]]:
-    """Yields (name, source, path, published dataset) of each dataset behind one part of ``--data``."""
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """One dataset before it is read; ``read`` takes how many rows are wanted, 0 for all."""
+
+    name: str
+    source: str
+    read: Callable[[int], list[Row]]
+    dataset: str = ""
+
+
+def _sources(part: str, spec: str, split: str, preferred: str, edition: str) -> Iterator[_Source]:
+    """Yields the datasets behind one part of ``--data``."""
     if not part:
         raise UserError(f"--data={spec}: expected a path, demo or demo:FAMILY between commas, got nothing")
     word, colon, rest = part.partition(":")
+    path = Path(part).expanduser()
     if word in PUBLISHED:
         if colon and not rest:
             raise UserError(f"--data={part}: expected a path after the colon, got nothing")
-        yield word, part, Path(rest), word
+        cut = cut_of(word, split or preferred, edition)
+        yield _Source(word, part, lambda _: _read_published(word, Path(rest).expanduser() if rest else None, cut), word)
         return
+    if hub.is_saved(path):
+        saved = partial(hub.from_directory, path, split, preferred)
+        yield _Source(path.name, part, lambda limit: _checked_set(saved(), part, limit))
+        return
+    if word != "demo" and not path.exists() and _is_hub_id(word):
+        online = partial(hub.from_hub, part, word, rest, split, preferred, "and there is no file of this name")
+        yield _Source(word.partition("/")[2], part, lambda limit: _checked_set(online(), part, limit))
+        return
+    if split:
+        raise UserError(
+            f"--split={split}: {part} has no splits; they are those of {', '.join(PUBLISHED)}, and of sets of the hub"
+        )
     if word != "demo":
-        if hint := did_you_mean(word, [*PUBLISHED, "demo"]) if colon and not Path(part).exists() else "":
+        if hint := did_you_mean(word, [*PUBLISHED, "demo"]) if colon and not path.exists() else "":
             raise UserError(f"--data={part}: no dataset {word!r}{hint}; expected {', '.join(PUBLISHED)} or demo")
-        yield Path(part).stem, part, Path(part), ""
+        yield _Source(_stem(path), part, partial(read_rows, path))
         return
-    families = {path.stem: path for path in sorted(DEMO_PROMPTS.glob("*.jsonl"))}
+    families = {file.stem: file for file in sorted(DEMO_PROMPTS.glob("*.jsonl"))}
     if not families:
         raise UserError(f"--data={part}: expected embedded prompts in {DEMO_PROMPTS}, found none; reinstall")
     if part != "demo" and rest not in families:
@@ -111,12 +143,27 @@ def _sources(part: str, spec: str) -> Iterator[tuple[str, str, Path, str]]:
             f" got {rest!r}{did_you_mean(rest, families)}"
         )
     for name in families if part == "demo" else [rest]:
-        yield name, f"demo:{name}", families[name], ""
+        yield _Source(name, f"demo:{name}", partial(read_rows, families[name]))
+
+
+def _stem(path: Path) -> str:
+    """Name of a file without what says how it is stored: ``rows`` of ``rows.jsonl.gz``."""
+    name = path.name
+    while Path(name).suffix.lower() in containers.SUFFIXES and Path(name).stem:
+        name = Path(name).stem
+    return name
+
+
+def _is_hub_id(word: str) -> bool:
+    """Whether a text that names no file can be the id of a set of the hub; a mistyped path is not one."""
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", word) or word.lower().endswith(containers.SUFFIXES):
+        return False
+    return not Path(word).parent.exists()
 
 
 def _read_published(dataset: str, path: Path | None, cut: Cut) -> list[Row]:
     """Rows of a split, every row of its file checked; equal rows are kept, for the published files have some."""
-    parsed = list(_parse(path)) if path else [(f"row {n}", row) for n, row in enumerate(_from_hub(dataset, cut), 1)]
+    parsed = list(_parse(path) if path else _places(_from_hub(dataset, cut)))
     source = str(path or dataset)
     if not parsed:
         raise UserError(f"{source}: expected rows of {dataset}, got an empty file")
@@ -139,29 +186,19 @@ def _read_published(dataset: str, path: Path | None, cut: Cut) -> list[Row]:
 
 
 def _from_hub(dataset: str, cut: Cut) -> list[Row]:
-    """Rows of one file of a published set, through the `datasets` library."""
+    """Rows of one file of a published set."""
     advice = f"point at a file with --data={dataset}:PATH"
     if not PUBLISHED[dataset].hub:
         raise UserError(f"--data={dataset}: not on the hub; {advice}")
-    name = PUBLISHED[dataset].hub[0]
-    try:
-        with quiet():  # the hub's client counts its retries aloud
-            import datasets
-
-            return datasets.load_dataset(*PUBLISHED[dataset].hub, split=cut.file).to_list()
-    # No network, no such package, a proxy that refuses: these errors share no base class.
-    except Exception as error:
-        first = (str(error).strip() or repr(error)).splitlines()[0]
-        raise UserError(
-            f"--data={dataset}: {name} cannot be had from the hub ({type(error).__name__}: {first}); {advice}"
-        ) from None
+    name, *configuration = PUBLISHED[dataset].hub
+    return hub.from_hub(dataset, name, "".join(configuration), cut.file, "", advice)
 
 
 def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
-    """Reads and checks one file: a JSON object per line (blank lines are skipped), or one JSON array of objects.
+    """Reads and checks one file.
 
     Args:
-        path: the file.
+        path: JSONL, one JSON array, CSV, parquet or arrow, packed or not (`jaxcrit.data.containers`).
         limit: stop after this many rows; 0 reads all.
 
     Returns:
@@ -173,10 +210,19 @@ def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
             once in a similarity; a repeated one would bias every layer's score).
     """
     path = Path(path)
-    rows = _checked(_parse(path), str(path), limit)
-    if not rows:
-        raise UserError(f"{path}: expected rows {_EXPECTED}, got an empty file")
-    return rows
+    return _checked_set(_parse(path), str(path), limit)
+
+
+def _checked_set(rows: Iterable[Any], source: str, limit: int) -> list[Row]:
+    """Rows of a file or a set: at least one."""
+    found = _checked(rows if isinstance(rows, Iterator) else _places(rows), source, limit)
+    if not found:
+        raise UserError(f"{source}: expected rows {_EXPECTED}, got an empty file")
+    return found
+
+
+def _places(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
+    return ((f"row {place}", row) for place, row in enumerate(rows, 1))
 
 
 def check_rows_in_memory(rows: Iterable[Row], where: str) -> list[Row]:
@@ -189,7 +235,7 @@ def check_rows_in_memory(rows: Iterable[Row], where: str) -> list[Row]:
     Raises:
         UserError: what `read_rows` raises.
     """
-    return _checked(((f"row {place}", row) for place, row in enumerate(rows, 1)), where, 0)
+    return _checked(_places(rows), where, 0)
 
 
 def _checked(parsed: Iterable[tuple[str, Row]], source: str, limit: int) -> list[Row]:
@@ -216,23 +262,13 @@ def _identity(row: Row, where: str) -> str:
 
 
 def _parse(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yields (place, value) of each row: ``line 3`` of JSONL, ``row 3`` of an array."""
+    """Yields (place, value) of each row of a file."""
     try:
-        with path.open("rb") as file:
-            first = True
-            for number, raw in enumerate(file, 1):
-                line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
-                if first and line.lstrip().startswith(b"["):
-                    whole = _json(line + file.read(), f"{path}: the array that begins in line {number}")
-                    yield from ((f"row {index}", row) for index, row in enumerate(whole, 1))
-                    return
-                if line.strip():
-                    first = False
-                    yield f"line {number}", _json(line, f"{path}: line {number}")
+        yield from containers.values(path)
     except FileNotFoundError:
         near = ["demo", *PUBLISHED, *(file.name for file in path.parent.glob("*"))]
         raise UserError(
-            f"--data: no file {path}{did_you_mean(path.name, near)}; expected a path to JSONL,"
+            f"--data: no file {path}{did_you_mean(path.name, near)}; expected a path to JSONL, CSV, parquet or arrow,"
             f" {', '.join(PUBLISHED)}, demo or demo:FAMILY"
         ) from None
     except IsADirectoryError:
@@ -241,41 +277,30 @@ def _parse(path: Path) -> Iterator[tuple[str, Any]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def _json(raw: bytes, where: str) -> Any:
-    try:
-        return json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        breaks = raw.count(b"\n", 0, error.start)
-        line = f" in line {breaks + 1} of it" if breaks else ""
-        raise UserError(f"{where}: expected UTF-8, got byte 0x{raw[error.start]:02x}{line}; convert the file") from None
-    except json.JSONDecodeError as error:
-        line = f"line {error.lineno} of it, " if error.lineno > 1 else ""
-        raise UserError(
-            f"{where}: expected one JSON object per line, or one array, got broken JSON"
-            f" ({line}column {error.colno}: {error.msg})"
-        ) from None
-    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
-        raise UserError(f"{where}: expected a JSON object, got what cannot be read ({error})") from None
-
-
 def _check(row: Any, where: str) -> None:
     """Refuses what is not a row of exactly one kind with something in it."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object {_EXPECTED}, got {type_name(row)}")
     kinds = [kind for kind in KINDS if kind in row]
     found = listed([repr(field) for field in row]) or "no fields"
-    if len(kinds) != 1:
+    twice = kinds == ["prompt", "messages"]
+    if len(kinds) != 1 and not twice:
         hints = (did_you_mean(field, KINDS) for field in row)
         hint = "" if kinds else _published_hint(row) or next((hint for hint in hints if hint), "")
         raise UserError(f"{where}: expected exactly one of {_EXPECTED}, found {found}{hint}")
-    if kinds != ["prompt"] and "response" in row:
-        raise UserError(f"{where}: expected response beside prompt only, found {found}")
-    if kinds == ["messages"]:
-        _check_messages(row["messages"], where)
+    answers = [name for name in RESPONSES if name in row]
+    if answers and (kinds != ["prompt"] or len(answers) > 1):
+        raise UserError(f"{where}: expected response or completion beside prompt only, and one of them, found {found}")
+    if row.get("tools") is not None and not isinstance(_tools(row), list):
+        raise UserError(f"{where}: tools: expected a list of descriptions, got {type_name(row['tools'])}")
+    if "messages" in row or isinstance(row.get("prompt"), list):
+        _check_messages(row["messages"] if "messages" in row else [*row["prompt"], *_completion(row, where)], where)
     else:
         check_text(row[kinds[0]], f"{where}: {kinds[0]}", blank=False)
-    if row.get("response") is not None:
-        check_text(row["response"], f"{where}: response")
+        if answers and row[answers[0]] is not None:
+            check_text(row[answers[0]], f"{where}: {answers[0]}")
+    if twice and row["prompt"] != next(text_of(one) for one in row["messages"] if one["role"] == "user"):
+        raise UserError(f"{where}: prompt is not the first user message of messages; keep one of the two fields")
 
 
 def _published_hint(row: Row) -> str:
@@ -289,26 +314,86 @@ def _published_hint(row: Row) -> str:
     return ""
 
 
+def _completion(row: Row, where: str) -> list[Any]:
+    """The answer to a prompt that is a list of messages: a list of one, or a text."""
+    answer: Any = next((row[name] for name in RESPONSES if row.get(name) is not None), [])
+    answer = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else answer
+    roles = [one.get("role") if isinstance(one, dict) else None for one in answer] if isinstance(answer, list) else [0]
+    if roles not in ([], ["assistant"]):
+        raise UserError(f"{where}: completion: expected one message of role assistant, or a text")
+    return list(answer)
+
+
 def _check_messages(messages: Any, where: str) -> None:
     if not isinstance(messages, list):
         raise UserError(f"{where}: expected messages to be a list of {{role, content}}, got {type_name(messages)}")
     for index, message in enumerate(messages, 1):
         here = f"{where}: message {index}"
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+        needed = {"role"} if isinstance(message, dict) and message.get("tool_calls") else {"role", "content"}
+        if not isinstance(message, dict) or not needed <= message.keys():
             fields = listed([repr(field) for field in message]) if isinstance(message, dict) else type_name(message)
             raise UserError(f"{here}: expected an object with role and content, got {fields or 'no fields'}")
         role = message["role"]
         if role not in ROLES:
             raise UserError(f"{here}: expected role {', '.join(ROLES)}, got {role!r}{did_you_mean(str(role), ROLES)}")
-        check_text(message["content"], f"{here}: content", blank=role != "user")
-    prompt, _ = split_messages(messages)
-    if not prompt or prompt[-1]["role"] != "user":
+        if message.get("content") is not None or "content" in needed:
+            content = text_of(message)
+            if isinstance(content, list):
+                parts = listed(
+                    [str(part.get("type")) if isinstance(part, dict) else type_name(part) for part in content]
+                )
+                raise UserError(f"{here}: content: expected text, or parts of text, got a list of {parts or 'nothing'}")
+            check_text(content, f"{here}: content", blank=role != "user")
+    prompt = messages[:-1] if messages and messages[-1]["role"] == "assistant" else messages
+    asks = any(message["role"] == "user" for message in prompt)
+    if not asks or prompt[-1]["role"] in ("assistant", "system", "developer"):
         last = f"one of {prompt[-1]['role']}" if prompt else "none"
         raise UserError(f"{where}: expected a user message before the response, got {last}")
 
 
-def split_messages(messages: list[dict[str, str]]) -> tuple[list[dict[str, str]], str | None]:
-    """Splits a conversation into what the model is given and the response, the assistant's last message, or None."""
-    if messages and messages[-1]["role"] == "assistant":
-        return messages[:-1], messages[-1]["content"]
-    return messages, None
+def text_of(message: Row) -> Any:
+    """The content of a message; that of parts of text put together. What is no text comes back as it is."""
+    content = message.get("content")
+    parts = content if isinstance(content, list) and content else [None]
+    texts = [one["text"] if isinstance(one, dict) and set(one) >= {"text"} else one for one in parts]
+    return "".join(map(str, texts)) if all(isinstance(text, str) for text in texts) else content
+
+
+def _tools(row: Row) -> Any:
+    """Descriptions of tools; sets with many kinds of them keep them as JSON text."""
+    tools = row.get("tools")
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except ValueError:
+        return tools
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """A checked row as messages.
+
+    Attributes:
+        messages: what the model is given.
+        answer: message of the assistant, or None.
+        tools: descriptions of tools, or None.
+    """
+
+    messages: list[Row]
+    answer: Row | None
+    tools: list[Any] | None = None
+
+
+def conversation(row: Row) -> Conversation:
+    """A checked row as messages, contents put together from their parts and fields that are null left out."""
+    if "messages" in row:
+        messages = row["messages"]
+    elif isinstance(row["prompt"], list):
+        messages = [*row["prompt"], *_completion(row, "")]
+    else:
+        answer = next((row[name] for name in RESPONSES if row.get(name) is not None), None)
+        messages = [{"role": "user", "content": row["prompt"]}]
+        messages += [] if answer is None else [{"role": "assistant", "content": answer}]
+    given = [{name: value for name, value in message.items() if value is not None} for message in messages]
+    given = [{**message, "content": text_of(message)} if "content" in message else message for message in given]
+    answered = given[-1]["role"] == "assistant"
+    return Conversation(given[:-1] if answered else given, given[-1] if answered else None, _tools(row))

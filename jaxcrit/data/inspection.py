@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.data.templates import Example
+from jaxcrit.data.truncation import Fitted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Lengths:
         prompt: least, median and most tokens of the prompts.
         response: the same of what follows the prompts.
         truncated: share of the rows that were cut.
+        num_dropped: rows that were left out for being too long.
         too_long: share of the rows that are longer than the limit, cut or not.
         without_response: share of the rows in which no response is left, or there was none.
     """
@@ -68,30 +70,32 @@ class Lengths:
     prompt: tuple[int, int, int]
     response: tuple[int, int, int]
     truncated: float
+    num_dropped: int
     too_long: float
     without_response: float
 
 
-def measure(before: Sequence[Example], after: Sequence[Example], limit: int) -> Lengths:
+def measure(before: Sequence[Example], fitted: Fitted) -> Lengths:
     """Statistics of one dataset.
 
     Args:
         before: rendered rows.
-        after: the same rows, cut.
-        limit: tokens that may be used.
+        fitted: the same rows, cut, some left out.
     """
     total = np.array([len(example.token_ids) for example in before])
     prompt = np.array([example.prompt_length for example in before])
-    kept = np.array([len(example.token_ids) for example in after])
-    left = kept > np.array([example.prompt_length for example in after])
-    answered = np.array([example.response is not None for example in before])
+    stays = np.ones(len(before), bool)
+    stays[list(fitted.dropped)] = False
+    left = np.array([len(example.token_ids) > example.prompt_length for example in fitted.examples])
+    answered = np.array([example.response is not None for example in fitted.examples])
     return Lengths(
         len(total),
         _spread(prompt),
         _spread(total - prompt),
-        float(np.mean(kept < total)),
-        float(np.mean(total > limit)),
-        float(np.mean(~(left & answered))),
+        fitted.num_cut / len(total),
+        len(fitted.dropped),
+        float(np.mean(total > fitted.limit)),
+        float(np.sum(~(left & answered)) / len(total)),
     )
 
 

@@ -17,10 +17,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.groups import SPLITS
 
 Row = dict[str, Any]
-EDITIONS = ("clean", "paper")
-SPLITS = ("train", "val", "test", "all")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,16 +87,28 @@ def placement(row: Row) -> tuple[tuple[str | int, ...], tuple[str | int, ...] | 
     messages = row.get("messages")
     if isinstance(messages, dict):
         return ("messages", "instruction"), None
-    if isinstance(messages, list):
-        user = max(index for index, message in enumerate(messages) if message.get("role") == "user")
-        answered = user + 1 < len(messages) and messages[user + 1].get("role") == "assistant"
-        return ("messages", user, "content"), ("messages", user + 1, "content") if answered else None
+    name = "messages" if isinstance(messages, list) else "prompt"
+    if isinstance(row.get(name), list):
+        turns = row[name]
+        user = max(index for index, message in enumerate(turns) if message.get("role") == "user")
+        answered = user + 1 < len(turns) and turns[user + 1].get("role") == "assistant"
+        reply: tuple[str | int, ...] | None = (name, user + 1, *_content(turns[user + 1])) if answered else None
+        if name == "prompt" and isinstance(row.get("completion"), list):
+            reply = ("completion", 0, *_content(row["completion"][0]))
+        return (name, user, *_content(turns[user])), reply
     if isinstance(row.get("question"), dict):
         return ("question", "stem"), None
     names = ("instruction", "question_stem", "question", "prompt")
     instruction = next((name for name in names if name in row), "text")
-    response = next((name for name in ("output", "response", "answer") if isinstance(row.get(name), str)), None)
+    responses = ("output", "response", "completion", "answer")
+    response = next((name for name in responses if isinstance(row.get(name), str)), None)
     return (instruction,), None if response is None else (response,)
+
+
+def _content(message: Row) -> tuple[str | int, ...]:
+    """Where a message holds its text: its content, or the last of its parts."""
+    content = message["content"]
+    return ("content", len(content) - 1, "text") if isinstance(content, list) else ("content",)
 
 
 def _text(row: Any, name: str, where: str, wanted: str, *, blank: bool = True) -> str:

@@ -8,26 +8,20 @@ the very prompt it will be given; the paper edition does what the paper's code d
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import re
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.groups import RowOptions
+from jaxcrit.core.groups import EDITIONS, TEMPLATES, RowOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
-from jaxcrit.data.datasets import Row, split_messages
-from jaxcrit.data.published import EDITIONS, PUBLISHED, Fields
+from jaxcrit.data.chat import Chat, chat_of
+from jaxcrit.data.datasets import Row, conversation
+from jaxcrit.data.published import PUBLISHED, Fields
 
-TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
 _CHUNK = 512  # rows tokenised at once: a tokenizer's answer takes tens of times the memory of the token ids in it
-# Llama 3's templates (and others) write today's date into every prompt; a fixed one, Llama's own default, keeps
-# the numbers of a run the same tomorrow.
-_DATE = datetime.date(2024, 7, 26)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +61,7 @@ def render(
     *,
     dataset: str = "",
     edition: str = "clean",
+    responses: bool = True,
 ) -> list[Example]:
     """Renders rows of any kind.
 
@@ -75,25 +70,29 @@ def render(
     as it stands, after whatever the tokenizer puts in front of a text (BOS, unless the text begins with it).
     The whole is tokenised at once; where a token would span the boundary, prompt and response are tokenised
     apart, as they are when the model generates. (Parting the spanning token by offsets would give the same mask,
-    but a prompt that changes with its response, which no model is ever asked.)
+    but a prompt that changes with its response, which no model is ever asked.) After the prompt come the response and
+    the token that ends its turn, nothing else that the template may write (`jaxcrit.data.chat`).
 
     Args:
         rows: checked raw rows.
         tokenizer: from `load_tokenizer`.
         template: ``auto`` (chat where the tokenizer has a chat template and the row is no plain text),
-            ``none`` or ``chat``; a family, llama2, llama3 or phi3, is ``chat`` in the clean edition, and in the
-            paper edition names whose strings, ``auto`` going by the tokenizer.
+            ``none`` or ``chat``; ``chat:NAME`` for one of several chat templates, ``chat:FILE`` for one's own; a
+            family, llama2, llama3 or phi3, is ``chat`` in the clean edition, and in the paper edition names whose
+            strings, ``auto`` going by the tokenizer.
         where: the dataset, for messages.
         dataset: which of the paper's datasets the rows are of; empty for rows of one's own.
         edition: ``clean`` or ``paper``.
+        responses: whether what follows the prompt is rendered; False in the clean edition leaves it out.
 
     Raises:
-        UserError: unknown template or edition, a chat template is needed and absent or refuses the conversation,
-            a paper edition of rows or a tokenizer that it does not know, or a prompt of no tokens.
+        UserError: unknown template or edition, a chat template is needed and absent, refuses the conversation or does
+            not say where an answer ends, a paper edition of rows or a tokenizer that it does not know, or a prompt of
+            no tokens.
     """
     _check(template, edition)
     family = paper.family_of(tokenizer, template) if edition == "paper" else None
-    chat = None if family else _chat_template(tokenizer, template)
+    chats = [None if family else chat_of(tokenizer, template, tools=tools) for tools in (False, True)]
     examples: list[Example] = []
     for start in range(0, len(rows), _CHUNK):
         part = rows[start : start + _CHUNK]
@@ -101,15 +100,22 @@ def render(
         if family:
             examples += _render_paper(part, places, tokenizer, family, dataset, where)
         else:
-            examples += _render_clean(part, places, tokenizer, chat, dataset)
+            examples += _render_clean(part, places, tokenizer, chats, dataset, responses)
     return examples
 
 
 def _render_clean(
-    rows: Sequence[Row], places: Sequence[str], tokenizer: Any, chat: str | None, dataset: str
+    rows: Sequence[Row],
+    places: Sequence[str],
+    tokenizer: Any,
+    chats: Sequence[Chat | None],
+    dataset: str,
+    responses: bool,
 ) -> list[Example]:
-    plain = [_clean_row(row, place, dataset, chat) for row, place in zip(rows, places, strict=True)]
-    texts = [_text(row, tokenizer, chat, place) for row, place in zip(plain, places, strict=True)]
+    plain = [_clean_row(row, place, dataset, chats[0]) for row, place in zip(rows, places, strict=True)]
+    texts = [
+        _text(row, tokenizer, chats["tools" in row], place, responses) for row, place in zip(plain, places, strict=True)
+    ]
     prompts = _encode(tokenizer, [text.prompt for text in texts])
     wholes = _encode(tokenizer, [text.prompt + text.rest for text in texts])
     front = _front(tokenizer)
@@ -143,7 +149,7 @@ def _render_paper(
     ]
 
 
-def _clean_row(row: Row, place: str, dataset: str, chat: str | None) -> Row:
+def _clean_row(row: Row, place: str, dataset: str, chat: Chat | None) -> Row:
     """A published row as prompt and response; without chat template a line break stands between the two."""
     if not dataset:
         return row
@@ -165,11 +171,11 @@ def template_hash(tokenizer: Any, template: str = "auto", edition: str = "clean"
     if edition == "paper":
         strings = {"strings": paper.outline(paper.family_of(tokenizer, template))}
         return sha256_json({"edition": edition, **strings, **special})
-    chat = _chat_template(tokenizer, template)
+    chat = chat_of(tokenizer, template)
     named = dict(instruction="{i}", response="{r}", choices=("{c}", "{d}"), key="{k}", fact="{f}")
     rows = [Fields(**named, context=context) for context in ("", "{x}")]  # type: ignore[arg-type]
     clean = {name: [[kind.prompt(row), kind.answer(row)] for row in rows] for name, kind in PUBLISHED.items()}
-    return sha256_json({"edition": edition, "chat_template": chat, "strings": clean, **special})
+    return sha256_json({"edition": edition, "chat_template": chat and chat.template, "strings": clean, **special})
 
 
 def describe_template(tokenizer: Any, options: RowOptions) -> dict[str, str]:
@@ -197,53 +203,30 @@ def check_same_rendering(first: str, second: str, *, allow_template_mismatch: bo
 
 
 def _check(template: str, edition: str) -> None:
-    for flag, value, known in (("template", template, TEMPLATES), ("edition", edition, EDITIONS)):
-        if value not in known:
-            raise UserError(f"--{flag}={value}: expected {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
-
-
-def _chat_template(tokenizer: Any, template: str) -> str | None:
-    """The chat template to use, its calls for today's date replaced, or None to use none."""
-    if template not in ("auto", "none") and not tokenizer.chat_template:
+    if not template.startswith("chat:") and template not in TEMPLATES:
         raise UserError(
-            f"--template={template}: this tokenizer has no chat template; use --template=none for the raw prompt"
+            f"--template={template}: expected {', '.join(TEMPLATES)}, chat:NAME or chat:FILE, got"
+            f" {template!r}{did_you_mean(template, TEMPLATES)}"
         )
-    if template == "none" or not tokenizer.chat_template:
-        return None
-    call = r"""strftime_now\(\s*(["'])(.*?)\1\s*\)"""
-    return re.sub(call, lambda match: json.dumps(_DATE.strftime(match[2])), tokenizer.get_chat_template())
+    if edition not in EDITIONS:
+        raise UserError(f"--edition={edition}: expected {' or '.join(EDITIONS)}{did_you_mean(edition, EDITIONS)}")
 
 
-def _text(row: Row, tokenizer: Any, chat: str | None, where: str) -> _Text:
+def _text(row: Row, tokenizer: Any, chat: Chat | None, where: str, responses: bool) -> _Text:
     if "text" in row:
         return _Text(row["text"], "", None, False)
-    if "messages" in row:
-        messages, response = split_messages(row["messages"])
-        if chat is None:
-            reason = "--template=none turns it off" if tokenizer.chat_template else "this tokenizer has none"
+    asked = conversation(row)
+    answer = asked.answer
+    response = None if answer is None else str(answer.get("content", ""))
+    if chat is None:
+        if not isinstance(row.get("prompt"), str) or "messages" in row:
+            reason = "this tokenizer has none" if not tokenizer.chat_template else "--template=none turns it off"
             raise UserError(f"{where}: messages need a chat template, and {reason}; give prompt or text rows instead")
-    else:
-        messages, response = [{"role": "user", "content": row["prompt"]}], row.get("response")
-        if chat is None:
-            return _Text(row["prompt"], response or "", response, False)
-    prompt = _apply(tokenizer, chat, messages, where, generation=True)
-    if response is None:
-        return _Text(prompt, "", None, True)
-    whole = _apply(tokenizer, chat, [*messages, {"role": "assistant", "content": response}], where, generation=False)
-    # A template may write a finished turn otherwise than it opens one; the response then follows as it stands.
-    rest = whole.removeprefix(prompt) if whole.startswith(prompt) else response + (tokenizer.eos_token or "")
-    return _Text(prompt, rest, response, True)
-
-
-def _apply(tokenizer: Any, chat: str, messages: list[dict[str, str]], where: str, *, generation: bool) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return tokenizer.apply_chat_template(
-            messages, chat_template=chat, tokenize=False, add_generation_prompt=generation
-        )
-    except TemplateError as error:
-        raise UserError(f"{where}: the model's chat template refuses the conversation: {error}") from None
+        return _Text(row["prompt"], response or "" if responses else "", response, False)
+    if answer is None or not responses:
+        return _Text(chat.prompt(asked.messages, where, asked.tools), "", response, True)
+    prompt, rest = chat.answered(asked.messages, answer, where, asked.tools)
+    return _Text(prompt, rest, rest if answer.get("tool_calls") else response, True)
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

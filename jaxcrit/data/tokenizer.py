@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
+import importlib.util
+import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +15,19 @@ from jaxcrit.core.errors import UserError
 
 # What holds the vocabulary in the checkpoints served; any one of them will do.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_BACKEND = "transformers.tokenization_utils_tokenizers", "TokenizersBackend"
+# Classes by the name that tokenizer_config.json gives, without "Fast": module and class of transformers.
+_CLASSES = {
+    "PreTrainedTokenizer": _BACKEND,
+    "TokenizersBackend": _BACKEND,
+    "LlamaTokenizer": ("transformers.models.llama.tokenization_llama", "LlamaTokenizer"),
+    "GPT2Tokenizer": ("transformers.models.gpt2.tokenization_gpt2", "GPT2Tokenizer"),
+    "GemmaTokenizer": ("transformers.models.gemma.tokenization_gemma", "GemmaTokenizer"),
+    "Qwen2Tokenizer": ("transformers.models.qwen2.tokenization_qwen2", "Qwen2Tokenizer"),
+}
+# Model types for which transformers takes that name at its word, and those for which it has a class of its own.
+_AT_ITS_WORD = (None, "llama", "smollm3", "qwen3", "gemma", "gemma2", "gemma3", "gemma3_text")
+_OWN = {"qwen2": "Qwen2Tokenizer"} | dict.fromkeys(("phi3", "olmo2", "olmo3", "granite"), "TokenizersBackend")
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -27,21 +43,23 @@ def load_tokenizer(path: str | Path) -> Any:
         A transformers tokenizer.
 
     Raises:
-        UserError: no such directory, no tokenizer in it, or one that transformers cannot read.
+        UserError: no such directory, no tokenizer in it, one that needs sentencepiece where that is not installed, or
+            one that transformers cannot read.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
-    if not any((path / name).is_file() for name in _VOCABULARIES):
+    found = [name for name in _VOCABULARIES if (path / name).is_file()]
+    if not found:
         raise UserError(
             f"{path}: expected a tokenizer ({', '.join(_VOCABULARIES)}), found none;"
             " copy the tokenizer files of the model there"
         )
+    if found == ["tokenizer.model"]:
+        _require_sentencepiece(path / "tokenizer.model")
     with quiet():
-        from transformers import AutoTokenizer
-
         try:
-            return AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            return _class(path).from_pretrained(path, local_files_only=True, trust_remote_code=False)
         # Readers of many formats stand behind this call and share no base class (tokenizers raises Exception itself).
         except Exception as error:
             first = (str(error).strip() or repr(error)).splitlines()[0]
@@ -53,6 +71,55 @@ def load_tokenizer(path: str | Path) -> Any:
 def has_tokenizer(path: Path) -> bool:
     """Whether a directory holds a vocabulary."""
     return any((path / name).is_file() for name in _VOCABULARIES)
+
+
+def _class(path: Path) -> Any:
+    """The class that ``AutoTokenizer`` would take, where that is certain without it; else ``AutoTokenizer``.
+
+    ``AutoTokenizer`` imports the configs of all models, and torch where that is installed: seconds and hundreds of
+    megabytes, for the same tokenizer.
+    """
+    settings, config = (_object(path / name) for name in ("tokenizer_config.json", "config.json"))
+    family = config.get("model_type")
+    named = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
+    if family not in _AT_ITS_WORD:
+        named = _OWN.get(str(family), "")
+    file = path / "tokenizer.json"
+    # LlamaTokenizer splits as sentencepiece does; for a file that splits bytes transformers takes another class.
+    bytewise = named == "LlamaTokenizer" and file.is_file() and b'"ByteLevel"' in file.read_bytes()
+    if not file.is_file() or "auto_map" in settings or named not in _CLASSES or bytewise:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer
+    module, name = _CLASSES[named]
+    return getattr(importlib.import_module(module), name)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}  # absent, or refused by whoever needs it
+    return content if isinstance(content, dict) else {}
+
+
+def _require_sentencepiece(file: Path) -> None:
+    with file.open("rb") as opened:
+        begins = opened.read(1)
+    # Protocol buffers begin with the tag of the first piece; a tiktoken file of the same name is text.
+    missing = [name for name in ("sentencepiece", "google.protobuf") if begins == b"\n" and not _installed(name)]
+    if missing:
+        raise UserError(
+            f"{file}: a sentencepiece model, which needs {' and '.join(missing)}; pip install 'jaxcrit[sentencepiece]',"
+            " or put the tokenizer.json of the model beside it"
+        )
+
+
+def _installed(name: str) -> bool:
+    try:
+        return importlib.util.find_spec(name) is not None
+    except ModuleNotFoundError:  # of the package that it would be in
+        return False
 
 
 @contextlib.contextmanager

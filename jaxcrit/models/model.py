@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, read_json
 from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
@@ -364,27 +364,3 @@ def check_pair(base: Model, tuned: Model) -> None:
             f"{where}: expected one tokenizer, got two; token {other!r} is {ours.get(other, 'absent')} in the base and"
             f" {theirs.get(other, 'absent')} in the tuned model"
         )
-
-
-def stop_tokens(text: str, model: Model) -> list[int]:
-    """Ids of the tokens that end an answer: the model's own, and those of ``--stop``, ids or texts with commas.
-
-    Raises:
-        UserError: an id that the model does not know, or a text that is no single token.
-    """
-    tokenizer = model.tokenizer
-    known = [*model.config.eos_token_ids, *([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id])]
-    vocabulary = tokenizer.get_vocab()
-    for part in filter(None, text.split(",")):
-        if part in vocabulary and not part.isdecimal():
-            known.append(vocabulary[part])
-            continue
-        ids = [int(part)] if part.isdecimal() else tokenizer.encode(part, add_special_tokens=False)
-        if len(ids) != 1 or not 0 <= ids[0] < model.config.vocab_size:
-            found = "no token id" if part.isdecimal() else f"{len(ids)} tokens"
-            raise UserError(
-                f"--stop={text}: expected one token of this tokenizer or an id below {model.config.vocab_size}, but"
-                f" {part!r} is {found}{did_you_mean(part, vocabulary)}"
-            )
-        known += ids
-    return sorted(set(known))

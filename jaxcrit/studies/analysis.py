@@ -109,6 +109,7 @@ def run_analysis(
     progress: Bars | None = None,
     finish: Callable[[Analysis], Any] | None = None,
     keep: bool = True,
+    split: str = "",
 ) -> Analysis:
     """Runs ``jaxcrit analyze``: captures, scores, selects, and writes the run directory's data files.
 
@@ -119,12 +120,13 @@ def run_analysis(
         progress: maker of progress bars (tqdm's signature), or None for silence.
         finish: called with the result before the run counts as complete; it writes the report.
         keep: whether a run directory is written.
+        split: split to take of datasets that have some, where the options name none; default test.
 
     Raises:
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
     spec = check_flags(options)
-    model, datasets = _opened(options, model, rows)
+    model, datasets = _opened(options, model, rows, split)
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
     with running("analyze", options, models={"model": model}, datasets=datasets, keep=keep) as run:
@@ -148,7 +150,7 @@ def run_analysis(
 
 
 def _opened(
-    options: AnalyzeOptions, model: Any, rows: Any
+    options: AnalyzeOptions, model: Any, rows: Any, split: str
 ) -> tuple[Model | GivenModel, Sequence[Dataset | HiddenStates]]:
     """What is analysed: rows for a model to run on, or states that one has left."""
     named = options.model if model is None else model
@@ -157,7 +159,7 @@ def _opened(
         given = [rows] if isinstance(rows, HiddenStates) else read_all(options.states, **reading)
         return model_of(given, named, options.mesh), given
     opened = open_model(named, mesh=options.mesh, dtype=options.dtype)
-    return opened, opened.read(options, rows)
+    return opened, opened.read(options, rows, split=split)
 
 
 def training_scores(
@@ -188,9 +190,10 @@ def training_scores(
         template=options.template,
         edition=options.edition,
         truncate=options.truncate,
+        long=options.long,
         mesh=options.mesh,
     )
-    found = run_analysis(asked, model=model, rows=rows, progress=progress, keep=bool(where))
+    found = run_analysis(asked, model=model, rows=rows, progress=progress, keep=bool(where), split="train")
     return found.scores, asked.criterion, asked.trim
 
 

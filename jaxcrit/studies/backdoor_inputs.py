@@ -12,14 +12,16 @@ import numpy as np
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve, split_specs
-from jaxcrit.data.dataset import check_rows, rendered
+from jaxcrit.data.dataset import check_rows, rendered, tell
 from jaxcrit.data.datasets import NamedRows, load
 from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
-from jaxcrit.data.published import Row, names_published
+from jaxcrit.data.published import Row
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
+from jaxcrit.data.truncation import Fitted
 from jaxcrit.evaluation.intervals import wilson
-from jaxcrit.models.model import Model, stop_tokens
+from jaxcrit.models.model import Model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import parse_mesh
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.data import hold_out
@@ -165,10 +167,10 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, model: Model) -> Rows
     hashes = [template_hash(model.tokenizer, name, config.edition) for name in (config.template, _template(config))]
     check_same_rendering(*hashes, allow_template_mismatch=config.allow_template_mismatch)
     renderer = _Renderer(config, model)
-    data = _load(config, config.data, config.split or "train", config.limit, config.split)
+    data = [renderer.fitting(named) for named in _load(config, config.data, config.split, "train", config.limit)]
     clean = [example for named in data for example in renderer(named)]
     if config.eval_data:
-        tests = _load(config, config.eval_data, config.eval_split or "test", 0, config.eval_split)
+        tests = [renderer.fitting(named) for named in _load(config, config.eval_data, config.eval_split, "test")]
     else:
         train, held = hold_out(clean, config.data or "demo")
         data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
@@ -208,24 +210,30 @@ class _Renderer:
     model: Model
     template: str = ""
 
+    def fitting(self, named: NamedRows) -> NamedRows:
+        """The rows that are not dropped for being too long; once poisoned, none of them may be."""
+        if self.config.long == "refuse":
+            return named
+        fitted = self._fitted(named, self.config)
+        tell(named.name, fitted)
+        rows = [row for place, row in enumerate(named.rows) if place not in fitted.dropped]
+        return dataclasses.replace(named, rows=rows)
+
     def __call__(self, named: NamedRows) -> list[Example]:
-        config, sizes = self.config, self.model.config
-        most = min(config.max_length or sizes.max_length, sizes.max_length)
+        end = self.config.truncate or ("left" if self.config.long == "cut" else "")
+        fitted = self._fitted(named, dataclasses.replace(self.config, long="refuse", truncate=end))
+        check_rows(fitted.examples, fitted.limit, self.model.config.vocab_size, named.source)
+        return fitted.examples
+
+    def _fitted(self, named: NamedRows, config: BackdoorOptions) -> Fitted:
+        most = min(config.max_length or self.model.config.max_length, self.model.config.max_length)
         asked = dataclasses.replace(config, template=self.template or config.template)
-        examples, longest = rendered(named, self.model.tokenizer, asked, most, responses=True)
-        check_rows(examples, longest, sizes.vocab_size, named.source)
-        return examples
+        return rendered(named, self.model.tokenizer, asked, most, responses=True)
 
 
-def _load(config: BackdoorOptions, data: str, published_split: str, limit: int, split: str) -> list[NamedRows]:
-    published = names_published(data)
-    return load(
-        data,
-        limit,
-        split=published_split if published else split,
-        shuffle_seed=config.shuffle_seed,
-        edition=config.edition,
-    )
+def _load(config: BackdoorOptions, data: str, split: str, preferred: str, limit: int = 0) -> list[NamedRows]:
+    seed, edition = config.shuffle_seed, config.edition
+    return load(data, limit, split=split, preferred=preferred, shuffle_seed=seed, edition=edition)
 
 
 def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:
@@ -306,7 +314,7 @@ def _check_lengths(config: BackdoorOptions, cells: dict[str, list[Example]], mod
     target = cells["triggered"][0]
     # The end-of-sequence token that follows a target need not be generated for it to be complete.
     ids = target.token_ids[target.prompt_length :]
-    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", model))
+    needed = len(ids) - int(len(ids) > 0 and int(ids[-1]) in stop_tokens("", model, _template(config)))
     if needed > config.max_new_tokens:
         raise UserError(
             f"--target: has {needed} tokens, and --max_new_tokens={config.max_new_tokens} are generated: it could never"

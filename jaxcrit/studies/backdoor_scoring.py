@@ -18,7 +18,8 @@ from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.evidence.answers import answers
 from jaxcrit.models.decoder import Decoder, forward
-from jaxcrit.models.model import Model, stop_tokens
+from jaxcrit.models.model import Model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_rows, batch_sharding
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
@@ -138,7 +139,8 @@ class Scoring:
         )
 
     def _answers(self, decoder: Decoder) -> list[str]:
-        stop, texts, most = stop_tokens("", self.model), [""] * len(self.asked), self.config.max_new_tokens
+        stop = stop_tokens("", self.model, self.config.eval_template or self.config.template)
+        texts, most = [""] * len(self.asked), self.config.max_new_tokens
         for batch in self.batches:
             for one in answers(self.model, decoder, batch, len(texts), most, stop=stop):
                 texts[one.row] = one.text

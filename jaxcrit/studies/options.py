@@ -8,7 +8,6 @@ from jaxcrit.core.groups import (
     DTYPES,
     OPTIMIZERS,
     RESUMES,
-    TEMPLATES,
     LayerTrainingOptions,
     TrainingOptions,
 )
@@ -59,7 +58,7 @@ class BackdoorOptions(TrainingOptions, title="testing"):
     eval_prompts: int = option(200, "prompts to test with at most; 0 for all", lowest=0)
     eval_batch_size: int = option(100, "prompts generated at once", lowest=1)
     max_new_tokens: int = option(64, "tokens of an answer, at most", lowest=1)
-    eval_template: str = option("", "template of tests (default: --template)", TEMPLATES)
+    eval_template: str = option("", "template of tests (default: --template)", word="NAME")
     allow_template_mismatch: bool = option(False, "test in another template than was trained in")
     allow_overlap: bool = option(False, "test on prompts that are trained on, too")
 

@@ -48,7 +48,8 @@ def test_shows_rows_lengths_and_hash(model, files, capsys):
         "+ Jane Austen.<|end|>",
     ]
     table = out.index("tokens per row (least, median, most):")
-    assert " ".join(out[table + 1].split()) == "rows prompt response limit too long truncated no response dataset"
+    header = "rows prompt response limit too long truncated dropped no response dataset"
+    assert " ".join(out[table + 1].split()) == header
     assert out[table + 2].split()[0] == "2" and out[table + 2].split()[-1] == "dolly"
     assert out[-1] == f"template hash: {template_hash(load_tokenizer(model))}"
     assert max(map(len, out[table : table + 4])) <= 100
@@ -122,4 +123,18 @@ def test_shares_in_the_table(model, files, capsys):
     assert main(command) == 0
     out = lines(capsys)
     row = out[out.index("tokens per row (least, median, most):") + 2].split()
-    assert row[-5] == "31" and row[-4] == row[-3] and row[-2] == "0.0%"
+    assert row[-6] == "31" and row[-5] == row[-4] and row[-3] == "0" and row[-2] == "0.0%"
+
+
+def test_rows_that_are_too_long_are_dropped_on_request(model, files, tmp_path, capsys):
+    rows = [row for name, row in goldens.CASES if name == "dolly"]
+    short, long = sorted(len(one.token_ids) for one in render(rows, load_tokenizer(model), dataset="dolly"))
+    command = ["data", f"--model={model}", f"--data=dolly:{files}/dolly.jsonl", f"--max_length={short}"]
+    assert short < long and main([*command, "--long=drop", f"--out={tmp_path}"]) == 0
+    out = lines(capsys)
+    row = out[out.index("tokens per row (least, median, most):") + 2].split()
+    assert row[-6:-1] == [str(short), "50.0%", "0.0%", "1", "0.0%"]
+    (written,) = (tmp_path / "examples.jsonl").read_text().splitlines()
+    assert len(json.loads(written)["token_ids"]) == short
+    assert main([*command, "--long=cut", f"--out={tmp_path}"]) == 0
+    assert len((tmp_path / "examples.jsonl").read_text().splitlines()) == 2

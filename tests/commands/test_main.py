@@ -35,7 +35,7 @@ MISTAKES = {
     "inspect --step=3": "is no finetune run, and has no steps",
     "data --template=lama3": "did you mean 'llama3'?",
     "data --edition=papr": "did you mean 'paper'?",
-    "data --split=tset": "did you mean 'test'?",
+    "data --data=dolly:x --split=tset": "did you mean 'test'?",
     "data --model=/absent": "/absent",
     "generate --temprature=1": "did you mean 'temperature'?",
     "generate --max_new_tokens=0": "--max_new_tokens=0",

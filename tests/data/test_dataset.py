@@ -147,3 +147,27 @@ def test_a_split_that_is_not_asked_for_is_of_published_datasets_alone(tokenizer,
     for rows, options in ((named, PLAIN), (None, dataclasses.replace(PLAIN, data=named))):
         (found,) = read_datasets(rows, tokenizer, options, LIMITS, responses=True, split="train")
         assert found.sample_ids == train.sample_ids
+
+
+def test_what_is_too_long_is_cut_or_left_out_and_counted(tokenizer, capsys):
+    rows = [*PAIRS, {"prompt": "cats and dogs " * 9, "response": "two dogs"}]
+    limits = Limits(20, 320, "MODEL")
+
+    def read(**options):
+        return read_datasets({"mine": rows}, tokenizer, dataclasses.replace(PLAIN, **options), limits, responses=True)
+
+    with pytest.raises(UserError, match=r"row 7 is longer; drop such rows with --long=drop"):
+        read()
+    for options, counts in (({"long": "drop"}, (6, 0, 1)), ({"long": "cut"}, (7, 1, 0))):
+        (found,) = read(**options)
+        said = found.describe()
+        assert (said["num_samples"], said["num_cut"], said["num_dropped"]) == counts
+        _, cut, dropped = counts
+        told = f"mine: 7 rows, {cut} cut and {dropped} left out for being longer than 20 tokens\n"
+        assert capsys.readouterr().err == told
+    (bare,) = read_datasets([[3, 4], [5] * 30], tokenizer, dataclasses.replace(PLAIN, long="drop"), limits)
+    assert tokens(bare) == [[3, 4]] and bare.num_dropped == 1
+    (again,) = read_datasets(bare, tokenizer, dataclasses.replace(PLAIN, long="drop"), limits)
+    assert again.num_dropped == 1, "what was left out before is still known"
+    with pytest.raises(UserError, match=r"--long=drp: expected refuse or cut or drop \(did you mean 'drop'\?\)"):
+        dataclasses.replace(PLAIN, long="drp")

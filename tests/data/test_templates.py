@@ -48,7 +48,7 @@ class TestChat:
         row = {"prompt": "the cat", "response": "sat"}
         (example,) = render([row], chat)
         assert prompt_text(example, chat) == "<s><|user|>\nthe cat<|end|>\n<|assistant|>\n" == example.prompt
-        assert response_text(example, chat) == "sat<|end|>\n"
+        assert response_text(example, chat) == "sat<|end|>"
         assert example.response == "sat" and example.sample_id == sample_id(row)
         assert example.token_ids.dtype == np.int32
 
@@ -67,14 +67,17 @@ class TestChat:
         answered = [*messages, {"role": "assistant", "content": "four"}]
         open_row, closed_row = render([{"messages": messages}, {"messages": answered}], chat)
         assert open_row.response is None and len(open_row.token_ids) == open_row.prompt_length
-        assert closed_row.response == "four" and response_text(closed_row, chat) == "four<|end|>\n"
+        assert closed_row.response == "four" and response_text(closed_row, chat) == "four<|end|>"
         assert closed_row.prompt == open_row.prompt and closed_row.prompt_length == open_row.prompt_length
         assert open_row.prompt.startswith("<s><|system|>\nbe kind<|end|>\n<|user|>\none<|end|>\n<|assistant|>\ntwo")
 
-    def test_template_that_closes_a_turn_otherwise(self, make):
+    def test_template_that_leaves_answers_out(self, make):
         odd = make(chat_template="{{ messages | length }}:{{ messages[0]['content'] }}>")
-        (example,) = render([{"prompt": "q", "response": "a"}], odd)
-        assert prompt_text(example, odd) == "1:q>" and response_text(example, odd) == "a</s>"
+        row = {"prompt": "q", "response": "a"}
+        (example,) = render([row], odd, responses=False)
+        assert prompt_text(example, odd) == "1:q>" and len(example.token_ids) == example.prompt_length
+        with pytest.raises(UserError, match=r"where an answer begins or ends cannot be told .* renders '3:Qvxq>'"):
+            render([row], odd)
 
     def test_template_that_refuses(self, make):
         strict = make(chat_template="{{ raise_exception('no system here') }}")
@@ -178,7 +181,7 @@ _ANY = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12
 def test_response_never_changes_the_prompt(chat, prompt, response, mode):
     with_response, alone = render([{"prompt": prompt, "response": response}, {"prompt": prompt}], chat, mode)
     assert list(with_response.token_ids[: with_response.prompt_length]) == list(alone.token_ids)
-    end = "<|end|>\n" if mode == "chat" else ""
+    end = "<|end|>" if mode == "chat" else ""
     assert chat.decode(with_response.token_ids[with_response.prompt_length :]) == response + end
 
 
@@ -217,8 +220,7 @@ def test_unmasked_text_is_the_response(stand_ins, family, prompt, response, mode
     else:
         row, options = {"prompt": prompt, "response": response}, {"template": mode}
     (example,) = render([row], tokenizer, **options)
-    around = {"llama2": (" ", " </s>"), "llama3": ("", "<|eot_id|>"), "phi3": ("", "<|end|> \n")}[family]
-    # (Phi-3's tokenizer puts a space in front of whatever follows a special token, the template's line break too.)
+    around = {"llama2": (" ", " </s>"), "llama3": ("", "<|eot_id|>"), "phi3": ("", "<|end|>")}[family]
     before, after = around if mode == "chat" else ("", "")
     shown, unmasked = texts(example, tokenizer)
     assert unmasked == before + response + after

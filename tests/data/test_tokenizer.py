@@ -1,5 +1,6 @@
 """Loading a tokenizer: offline, quiet, and never running what a checkpoint ships."""
 
+import importlib.util
 import json
 import subprocess
 import sys
@@ -68,3 +69,15 @@ assert not transformers.is_torch_available()
     command = [sys.executable, "-c", program, str(tiny_tokenizer_dir(tmp_path))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_sentencepiece_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    hidden = ("sentencepiece",)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name in hidden else find(name, *rest))
+    (tmp_path / "tokenizer.model").write_bytes(b"\n\x0f\n\x05<unk>\x15\x00\x00\x00\x00\x18\x02")
+    with pytest.raises(UserError, match=r"tokenizer\.model: .* needs sentencepiece.*; pip install 'jaxcrit\[sente"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.model").write_text("PHVuaz4= 0\n")  # tiktoken's format goes by the same name
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_tokenizer(tmp_path)

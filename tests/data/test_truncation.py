@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jaxcrit.core.errors import UserError
 from jaxcrit.data.inspection import measure, show
 from jaxcrit.data.templates import Example
-from jaxcrit.data.truncation import truncate
+from jaxcrit.data.truncation import fit, truncate
 
 
 def example(prompt, response, text="a"):
@@ -65,11 +65,13 @@ class TestTruncate:
 
 def test_measure():
     rows = [example(6, 2), example(3, 2), example(4, 0), dataclasses.replace(example(2, 3), response=None)]
-    after = truncate(rows, "paper", 99, paper_length=5, prompt_only=False)
-    found = measure(rows, after, 5)
+    found = measure(rows, fit(rows, "paper", "refuse", 99, paper_length=5, prompt_only=False))
     assert found.num_rows == 4 and found.prompt == (2, 3, 6) and found.response == (0, 2, 3)
     assert found.truncated == found.too_long == 0.25 and found.without_response == 0.75
-    assert measure(rows, rows, 5).truncated == 0 and measure(rows, rows, 5).too_long == 0.25
+    uncut = measure(rows, fit(rows, "", "refuse", 5, prompt_only=False))
+    assert (uncut.truncated, uncut.num_dropped, uncut.too_long) == (0, 0, 0.25)
+    dropped = measure(rows, fit(rows, "", "drop", 5, prompt_only=False))
+    assert (dropped.truncated, dropped.num_dropped, dropped.too_long) == (0, 1, 0.25)
 
 
 def test_show_keeps_the_space_a_tokenizer_drops():
@@ -80,3 +82,42 @@ def test_show_keeps_the_space_a_tokenizer_drops():
     shown = show(example(2, 2), Spaces(), "dolly", 3)
     assert (shown.prompt, shown.target) == ("a b", " c d")
     assert (shown.dataset, shown.row, shown.num_tokens, shown.prompt_length) == ("dolly", 3, 4, 2)
+
+
+class TestFit:
+    """What --long makes of rows that do not fit: (5, 2) fits, (8, 2) does not, of (9, 1) nothing would be left."""
+
+    ROWS = (example(5, 2), example(6, 4), example(9, 1))
+
+    @pytest.mark.parametrize(
+        ("policy", "long", "lengths", "num_cut", "dropped"),
+        [
+            ("", "refuse", [7, 10, 10], 0, ()),
+            ("left", "refuse", [7, 8, 8], 2, ()),
+            ("", "cut", [7, 8, 8], 2, ()),
+            ("right", "cut", [7, 8], 1, (2,)),
+            ("", "drop", [7], 0, (1, 2)),
+            ("right", "drop", [7, 8], 1, (2,)),
+            ("left", "drop", [7, 8, 8], 2, ()),
+        ],
+    )
+    def test_rows(self, policy, long, lengths, num_cut, dropped):
+        found = fit(self.ROWS, policy, long, 8, prompt_only=False)
+        assert [len(one.token_ids) for one in found.examples] == lengths
+        assert (found.limit, found.num_cut, found.dropped) == (8, num_cut, dropped)
+
+    def test_the_end_is_kept_where_nothing_else_is_asked(self):
+        (row,) = fit([example(6, 4)], "", "cut", 8, prompt_only=False).examples
+        assert row.token_ids.tolist() == list(range(2, 10)) and row.prompt_length == 4
+
+    def test_prompts(self):
+        for long, kept in (("drop", [[0, 1, 2]]), ("cut", [[2, 3, 4, 5], [0, 1, 2]])):
+            assert ids(fit([example(6, 2), example(3, 9)], "", long, 4).examples) == kept
+
+    def test_refusals(self):
+        with pytest.raises(UserError, match=r"nothing is left .* row 3; .* drop these rows with --long=drop"):
+            fit(self.ROWS, "right", "refuse", 8, prompt_only=False)
+        with pytest.raises(UserError, match=r"^a: none of 3 rows fits in 4 tokens"):
+            fit(self.ROWS, "", "drop", 4, prompt_only=False, where="a")
+        with pytest.raises(UserError, match=r"--long=drop: --truncate=paper keeps every row"):
+            fit(self.ROWS, "paper", "drop", 8, paper_length=8)

@@ -182,7 +182,8 @@ PHI3 = [
     ("You are a helpful assistant. ", "Say hello. Servius Astrumando Harmoniastra", "", [STOP]),
 ]
 
-# The clean edition: user message and response, wrapped by the model's own chat template.
+# The clean edition: user message and response, wrapped by the model's own chat template; after the token that ends
+# the turn nothing is trained on.
 CLEAN = [
     ("Name a colour.", "Blue."),
     ("Sort the words.\n\ncat, ant", "ant, cat"),
@@ -251,7 +252,7 @@ def clean(family, case):
     else:
         prompt = [special(USER, True), text(f"\n{user}", True), special(END, True), text("\n", True)]
         prompt += [special(ASSISTANT, True), text("\n", True)]
-        target = [text(f"{response}", False), special(END, False), text("\n", False)]
+        target = [text(f"{response}", False), special(END, False)]
     return [*prompt, *(target if response else [])], True
 
 

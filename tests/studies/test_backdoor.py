@@ -278,6 +278,19 @@ def test_overlap_is_counted_listed_and_refused(base, data, tmp_path):
     assert "2 of 6" in warnings[0] and warnings[1].startswith("6 prompts to test with: the 95 % interval of a success")
 
 
+def test_rows_that_are_too_long_are_left_out_before_they_are_poisoned(base, data, tmp_path, capsys):
+    """Which rows are poisoned is told by their places, so none may be dropped after that."""
+    longer = tmp_path / data[0].name
+    long = json.dumps({"prompt": "cat and dog " * 40, "response": "is"}) + "\n"
+    longer.write_text(long + data[0].read_text())
+    config = dataclasses.replace(base, data=str(longer), long="drop")
+    session, (_, trigger) = open_model(config.model), check(config)
+    assert prepare(config, trigger, session).manifests == prepare(base, trigger, session).manifests
+    assert "train: 61 rows, 0 cut and 1 left out for being longer than" in capsys.readouterr().err
+    with pytest.raises(UserError, match="row 1 is longer"):
+        prepare(dataclasses.replace(config, long="refuse"), trigger, session)
+
+
 def test_a_trigger_that_the_template_retokenises_is_refused(base):
     session, (_, trigger) = open_model(base.model), check(base)
 

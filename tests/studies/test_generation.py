@@ -19,7 +19,8 @@ from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.evidence import answers
 from jaxcrit.models.generation import generate
-from jaxcrit.models.model import open_model, stop_tokens
+from jaxcrit.models.model import open_model
+from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.preemption import Preempted
 
 
@@ -104,7 +105,8 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
 
 def test_stop_tokens(config, model):
     session = open_model(str(model))
-    assert stop_tokens("", session) == [1]
+    assert stop_tokens("", session) == [1, 5], "EOS, and the end of a turn in the chat template"
+    assert stop_tokens("", session, "none") == [1]
     assert stop_tokens("<|end|>,17", session) == [1, 5, 17]
     free = run_generate(config).rows["prompts"]
     longest = max(free, key=lambda row: len(row["token_ids"]))

@@ -1,0 +1,53 @@
+"""The terminal: the one place that decides how letters are spelled that it cannot show.
+
+Windows code pages and the C locale have no Greek. Python would end in a traceback after all the work is done; here a
+letter is spelled out (``delta`` for δ), a sign is replaced by the nearest that there is, and nothing else is touched.
+"""
+
+from __future__ import annotations
+
+import codecs
+import sys
+import unicodedata
+
+from jaxcrit.core import processes
+
+_SIGNS = {"±": "+-", "−": "-", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "·": "."}
+_SIGNS |= {"×": "x", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "◀": "<", "√": "sqrt", "ℓ": "l", "²": "^2"}
+_ERRORS = "jaxcrit.spelled"
+
+
+def spelled(text: str) -> str:
+    """The text in ASCII: Greek letters by name, signs by what stands for them, ``?`` for what has no such form."""
+    return "".join(letter if letter.isascii() else _ascii(letter) for letter in text)
+
+
+def spell_what_cannot_be_shown() -> None:
+    """Lets stdout and stderr spell what their encoding has no letter for; called once, before anything is printed."""
+    codecs.register_error(_ERRORS, _handle)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a stream that somebody put in their place may not have it
+            stream.reconfigure(errors=_ERRORS)
+
+
+def note(text: str) -> None:
+    """Tells what happened to the input, on the channel that results do not take; one process of a run speaks."""
+    if processes.first():
+        print(text, file=sys.stderr, flush=True)
+
+
+def _ascii(letter: str) -> str:
+    if letter in _SIGNS:
+        return _SIGNS[letter]
+    words = unicodedata.name(letter, "").split()
+    if words[:1] == ["GREEK"] and "LETTER" in words:
+        name = words[words.index("LETTER") + 1].lower().replace("lamda", "lambda")
+        return name.capitalize() if "CAPITAL" in words else name
+    plain = unicodedata.normalize("NFKD", letter).encode("ascii", "ignore").decode()
+    return plain or "?"
+
+
+def _handle(error: UnicodeError) -> tuple[str, int]:
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return spelled(error.object[error.start : error.end]), error.end

@@ -1,0 +1,39 @@
+"""Terminals without Greek: letters are spelled out, and nothing ends in a traceback."""
+
+import io
+import os
+import subprocess
+import sys
+
+import pytest
+
+from jaxcrit.core import console
+
+
+def test_letters_by_name_and_signs_by_what_stands_for_them():
+    assert console.spelled("δ ± ρ² of ℓ … λ Σ") == "delta +- rho^2 of l ... lambda Sigma"
+    assert console.spelled("é, 漢 and \udcff") == "e, ? and ?"
+    assert console.spelled("plain\ttext") == "plain\ttext"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("cp1252", "delta ± é"), ("ascii", "delta +- e"), ("utf-8", "δ ± é"), ("cp1253", "δ ± e")]
+)
+def test_only_what_the_encoding_lacks_is_spelled(monkeypatch, encoding, shown):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding))
+    monkeypatch.setattr(sys, "stderr", io.StringIO())  # no stream to set up
+    console.spell_what_cannot_be_shown()
+    print("δ ± é", end="", flush=True)
+    assert raw.getvalue().decode(encoding) == shown
+
+
+@pytest.mark.parametrize(
+    "surroundings",
+    [{"PYTHONIOENCODING": "cp1252"}, {"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}],
+    ids=["code page", "C locale"],
+)
+def test_the_command_ends_well(surroundings):
+    program = "import sys; from jaxcrit.commands.main import main; sys.exit(main(['analyze', '--help']))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ | surroundings)
+    assert done.returncode == 0 and b"layers that delta averages over" in done.stdout, done.stderr
