@@ -20,7 +20,6 @@ from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import CURVES, deletions, layer_scores, measure_scores, values_without_each
 from jaxcrit.data.dataset import Dataset, text_of
 from jaxcrit.data.published import names_published
-from jaxcrit.data.templates import describe_template
 from jaxcrit.evidence.captures import Captures, Swept
 from jaxcrit.evidence.measures import measured
 from jaxcrit.models.model import Bars, Model, open_model
@@ -127,22 +126,13 @@ def run_analysis(
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
     datasets = model.read(options, rows)
-    template = describe_template(model.tokenizer, options)
-    with running(
-        "analyze",
-        options,
-        models={"model": model},
-        datasets=datasets,
-        template=template,
-        resolved={"dtype": model.dtype},
-        keep=keep,
-    ) as run:
+    with running("analyze", options, models={"model": model}, datasets=datasets, keep=keep) as run:
         captures = Captures(options, model, datasets, run.directory, progress)
         results = {
             dataset.name: _score(options, model, spec, dataset, captures.sweep(dataset), progress)
             for dataset in datasets
         }
-        analysis = _combine(options, model, spec, results, run.path if run.kept else None)
+        analysis = _combine(options, model, spec, results, run.out)
         _write(analysis)
         run.record |= {
             "forms": captures.forms,
