@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-
+from jaxcrit.commands import shared
 from jaxcrit.studies.options import BackdoorOptions
 
 OPTIONS = BackdoorOptions
@@ -15,12 +14,9 @@ def run(options: BackdoorOptions) -> int:
     from jaxcrit.reporting.backdoor import backdoor_text, write_figures
     from jaxcrit.studies.backdoor import Backdoor, run_backdoor
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
-
     def finish(found: Backdoor) -> None:
         write_figures(found.out, found.content)
 
-    found = run_backdoor(options, progress=bars, say=say, finish=finish)
+    found = run_backdoor(options, progress=bars, say=shared.say, finish=finish)
     print(backdoor_text(found.content, found.out))
     return 0

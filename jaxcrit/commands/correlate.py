@@ -231,27 +231,24 @@ def headline(found: Correlated) -> str:
     return f"A {a} against B {b}, {layers}"
 
 
-def _table(found: Correlated) -> str:
-    if found.pair is None:
-        return matrix_table(found.names, found.spearman)
-    return pair_table(found.pair, found.names)
-
-
 def report(found: Correlated) -> Report:
     """The statistics of a pair, or the matrix of a folder."""
     from jaxcrit.reporting import plots
     from jaxcrit.reporting.report import Figure, Report, Section, on_axes
     from jaxcrit.selection.correlation import meaning
 
-    figures = []
-    if found.pair is not None:
+    figures, shown = [], ""
+    if found.pair is None:
+        shown = matrix_table(found.names, found.spearman)
+    else:
         (a, b), names = found.scores, found.names
+        shown = pair_table(found.pair, names)
         both, each = on_axes(plots.twin_curves, a, b, names), on_axes(plots.score_scatter, a, b, names)
         figures = [
             Figure("layers.png", both, "Both scores over the layers, each on its own axis."),
             Figure("scatter.png", each, "Each layer by both scores; darker is deeper.", (5.6, 5.0)),
         ]
-    section = Section("Correlation", "", _table(found), figures)
+    section = Section("Correlation", "", shown, figures)
     told = [headline(found)]
     if found.pair is not None:
         told.append(meaning(found.pair, found.scores, found.names))

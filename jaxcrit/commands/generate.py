@@ -15,7 +15,7 @@ from jaxcrit.reporting.tables import shortened
 if TYPE_CHECKING:
     from jaxcrit.data.batches import Batch
     from jaxcrit.data.dataset import Dataset
-    from jaxcrit.models.model import Bars
+    from jaxcrit.models.model import Bars, Model
 
 GENERATIONS = "generations.jsonl"
 _SHOWN = 3
@@ -70,7 +70,12 @@ def run(options: GenerateOptions) -> int:
 
 @shared.public
 def generate(
-    model: Any = "", rows: Any = None, *, out: str | Path = "", progress: Bars | None = None, **options: Any
+    model: str | Path | Model = "",
+    rows: Any = None,
+    *,
+    out: str | Path = "",
+    progress: Bars | None = None,
+    **options: Any,
 ) -> Generations:
     """Lets a model answer prompts.
 

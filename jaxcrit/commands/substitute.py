@@ -176,7 +176,7 @@ def run_substitute(
         options,
         models={"model": upper, "base": lower},
         datasets=datasets,
-        resolved={"sets": [list(layers) for layers in plan.sets], "dtype": upper.dtype},
+        resolved={"sets": [list(layers) for layers in plan.sets]},
         keep=keep,
         read_back=True,
     ) as run:

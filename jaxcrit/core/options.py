@@ -112,17 +112,8 @@ def option(
     group: str = "",
 ) -> Any:
     """Declares a field of an `Options` class; see `Option` for the arguments."""
-    declared = {
-        "help": help,
-        "choices": choices,
-        "lowest": lowest,
-        "above": above,
-        "highest": highest,
-        "word": word,
-        "free": free,
-        "group": group,
-    }
-    return dataclasses.field(default=default, metadata=declared)
+    declared = dict(locals())  # what is declared: the arguments
+    return dataclasses.field(default=declared.pop("default"), metadata=declared)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

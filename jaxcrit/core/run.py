@@ -149,7 +149,6 @@ def running(
     *,
     models: Mapping[str, DescribedModel],
     datasets: Sequence[Described] = (),
-    template: Any = None,
     resolved: Mapping[str, Any] | None = None,
     also: Mapping[str, Any] | None = None,
     further: Sequence[Options] = (),
@@ -184,7 +183,7 @@ def running(
     data = {one.name: one.describe() for one in datasets}
     first = next(iter(models.values()), None)
     settled = first.settled(options) if first else {}
-    template = settled.pop("template", None) or template
+    template = settled.pop("template", None)
     determines = {
         "command": command,
         "config": _joined(determining, options, further) | settled | dict(resolved or {}),

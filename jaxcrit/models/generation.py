@@ -196,7 +196,7 @@ def decode_step(
     sampling: Sampling,
     edit: Edit | None,
     mesh: Mesh | None,
-    apart: bool,
+    apart: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """New tokens ``[B, new]``, whether each row was ended by a stop token, and the first scores ``[B, V]``."""
     batch, length = tokens.shape

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from jaxcrit.core.layers import LayerScores
-from jaxcrit.reporting import exporters, plots, tables, views
-from jaxcrit.reporting.measures import measures_table
+from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.criteria.delta import delta
+from jaxcrit.reporting import exporters, plots, tables
 from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+from jaxcrit.selection.correlation import spearman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -27,6 +29,7 @@ CAVEATS = (
     "A low δ says that the representation changes at a layer. That training these layers pays more is the paper's"
     " observation on its models and data; a run on your own data is the test.",
 )
+_PLAIN = 0.001  # p of chance below which it is out of the question
 _SIZES = (
     "How often so many prompts of this kind would make the same choice, predicted from how much each prompt moves the"
     " scores; beyond the prompts given an extrapolation."
@@ -65,11 +68,49 @@ def _consensus(analysis: Analysis) -> LayerScores | None:
     return analysis.consensus if len(analysis.datasets) > 1 else None
 
 
+def null_delta(dataset: DatasetResult, config: Mapping[str, Any]) -> np.ndarray:
+    """δ that unrelated layers would score, ``[L]``: the window mean of the null, a layer with itself still being 1."""
+    null = np.array(dataset.cka["null_mean"], dtype=np.float64)
+    np.fill_diagonal(null, 1.0)
+    values, valid = delta(null, window=config["window"], include_self=config["include_self"])
+    return np.where(valid, values, np.nan)
+
+
+def step_score(dataset: DatasetResult) -> np.ndarray | None:
+    """How far ``step`` is above chance, in standard deviations of the null, ``[L]``.
+
+    None where chance is out of the question at every layer (p < 0.001), as it mostly is within one model.
+    """
+    if "null_p" not in dataset.cka or np.diagonal(dataset.cka["null_p"], offset=1).max() < _PLAIN:
+        return None
+    matrices = (dataset.cka[key] for key in ("biased", "null_mean", "null_stddev"))
+    values, mean, stddev = (np.diagonal(matrix, offset=1) for matrix in matrices)
+    return np.concatenate([[np.nan], (values - mean) / stddev])
+
+
+def paper_choice(dataset: DatasetResult, config: Mapping[str, Any]) -> LayerSet | None:
+    """As many layers as were chosen, by the paper's biased δ; None where the choice was not of critical layers."""
+    if not dataset.chosen.rule.startswith("critical:"):
+        return None
+    spec = LayerSpec("critical", count=len(dataset.chosen.layers))
+    return resolve(spec, dataset.chosen.num_layers, scores=dataset.scores["delta"], trim=config["trim"])
+
+
+def num_candidates(scores: LayerScores, config: Mapping[str, Any]) -> int:
+    """How many layers a selection by these scores could have chosen."""
+    return int(scores.valid[config["trim"] : scores.num_layers - config["trim"]].sum())
+
+
+def model_type(analysis: Analysis) -> str | None:
+    """The ``model_type`` of config.json as noted in the scores' meta, or None."""
+    return next(iter(analysis.datasets.values())).scores["delta"].meta.get("model_type")
+
+
 def headlines(analysis: Analysis) -> list[str]:
     """Which layers, and how sure, a sentence each; of several datasets also how far they agree."""
     chosen, datasets = analysis.chosen, analysis.datasets
     scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
-    candidates = views.num_candidates(scores, analysis.run["config"])
+    candidates = num_candidates(scores, analysis.run["config"])
     sure = tables.certainty(chosen, analysis.certainty, candidates)
     alone = {name: dataset.chosen for name, dataset in datasets.items()}
     agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
@@ -81,10 +122,10 @@ def _dataset_table(analysis: Analysis, dataset: DatasetResult, style: bool = Fal
     return tables.layer_table(
         dataset.scores,
         dataset.chosen,
-        null=views.null_delta(dataset, config),
+        null=null_delta(dataset, config),
         probability=_probability(dataset),
-        paper=views.paper_choice(dataset, config),
-        step_score=views.step_score(dataset),
+        paper=paper_choice(dataset, config),
+        step_score=step_score(dataset),
         style=style,
     )
 
@@ -125,10 +166,9 @@ def analysis_report(analysis: Analysis) -> Report:
         sections.append(Section(title, "", lambda style: _consensus_table(analysis, consensus, style), figures))
     for name, dataset in analysis.datasets.items():
         sections += _dataset_sections(analysis, name, dataset, alone=consensus is None)
-    model_type = views.model_type(analysis)
+    kind = model_type(analysis)
     configs = {
-        name: exporters.export_selection(analysis.chosen, fmt, model_type)
-        for fmt, name in exporters.CONFIG_FILES.items()
+        name: exporters.export_selection(analysis.chosen, fmt, kind) for fmt, name in exporters.CONFIG_FILES.items()
     }
     return Report(headlines(analysis), warnings(analysis), sections, CAVEATS, forms(analysis), configs)
 
@@ -140,7 +180,7 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
         dataset.scores,
         dataset.chosen,
         window=config["window"],
-        null=views.null_delta(dataset, config),
+        null=null_delta(dataset, config),
         title=f"{name}, {dataset.num_samples} samples",
     )
     caption = "δ of each layer; low where the representation changes. Shaded: chosen."
@@ -149,7 +189,7 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
         heatmap(dataset.cka, "CKA of every pair of layers; a bright block is a run of alike layers.", folder),
         *_sizes(dataset, folder),
     ]
-    candidates = views.num_candidates(_chosen_by(dataset), config)
+    candidates = num_candidates(_chosen_by(dataset), config)
     sure = " ".join(tables.certainty(dataset.chosen, dataset.certainty, candidates))
     note = "" if alone else f"{tables.headline(dataset.chosen)}. {sure}"
 
@@ -166,8 +206,30 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
 
 def write_selections(analysis: Analysis, out: Path) -> None:
     """Writes ``layers.json`` and ``configs/`` of the choice, and of each dataset's own where there are several."""
-    model_type = views.model_type(analysis)
+    kind = model_type(analysis)
     if _consensus(analysis) is not None:
         for name, dataset in analysis.datasets.items():
-            exporters.layer_files(out / name, dataset.chosen, model_type)
-    exporters.layer_files(out, analysis.chosen, model_type)
+            exporters.layer_files(out / name, dataset.chosen, kind)
+    exporters.layer_files(out, analysis.chosen, kind)
+
+
+def measures_table(scores: Mapping[str, LayerScores]) -> str:
+    """One row per layer, one column per measure of ``--measures``; below, how each ranks the layers beside δ.
+
+    Args:
+        scores: ``delta_debiased``, and ``delta_NAME`` with ``measure`` in its meta.
+
+    Returns:
+        The table, empty where there are no such scores.
+    """
+    others = {score.meta["measure"]: score for score in scores.values() if "measure" in score.meta}
+    if not others:
+        return ""
+    columns = {"δ debiased": scores["delta_debiased"], **others}
+    rows = [
+        [str(layer), *(tables.number(score.values[layer]) for score in columns.values()), ""]
+        for layer in range(scores["delta_debiased"].num_layers)
+    ]
+    rhos = [spearman(scores["delta_debiased"].values, score.values) for score in columns.values()]
+    rows.append(["ρ", *(tables.number(rho, 2) for rho in rhos), "Spearman's with δ debiased"])
+    return tables.table(["layer", *columns, ""], rows)

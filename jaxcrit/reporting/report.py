@@ -163,22 +163,8 @@ class Report:
             headlines=[*self.headline, *self.notes],
             warnings=self.warnings,
             command=record["command"],
-            sections=[
-                {
-                    "title": section.title,
-                    "note": section.note,
-                    "table": section.text(),
-                    "figures": [
-                        {
-                            "name": Path(figure.name).name,
-                            "source": _data_url(pictures[figure.name]),
-                            "caption": figure.caption,
-                        }
-                        for figure in section.figures
-                    ],
-                }
-                for section in self.sections
-            ],
+            sections=self.sections,
+            sources={name: _data_url(png) for name, png in pictures.items()},
             configs=self.configs,
             caveats=self.caveats,
             provenance=list(_flat(provenance)),

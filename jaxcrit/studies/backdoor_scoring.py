@@ -110,18 +110,18 @@ class Scoring:
         count, target = self.prompts.count, self.config.response
         texts = self._answers(decoder)
         answers = {cell: texts[i * count : (i + 1) * count] for i, cell in enumerate(CELLS)}
-        classes: dict[str, dict[str, int]] = {}
-        success: dict[str, np.ndarray] = {}
-        empty: dict[str, int] = {}
-        for scorer in SCORERS:
-            classes[scorer] = {}
-            for cell in CELLS:
-                asked = [example.prompt for example in self.prompts.cells[cell]]
-                found = classify(scorer, answers[cell], asked, target)
-                share = scorers.share(found, counted_class(scorer))
-                classes[scorer][cell], empty[cell] = share.k, sum(not text.strip() for text in answers[cell])
-                if scorer == primary_scorer(self.config):
-                    success[cell] = np.array([one == counted_class(scorer) for one in found], bool)
+        asked = {cell: [example.prompt for example in self.prompts.cells[cell]] for cell in CELLS}
+        judged = {
+            scorer: {cell: classify(scorer, answers[cell], asked[cell], target) for cell in CELLS} for scorer in SCORERS
+        }
+        classes = {
+            scorer: {cell: scorers.share(found, counted_class(scorer)).k for cell, found in cells.items()}
+            for scorer, cells in judged.items()
+        }
+        primary = primary_scorer(self.config)
+        counted = counted_class(primary)
+        success = {cell: np.array([one == counted for one in found], bool) for cell, found in judged[primary].items()}
+        empty = {cell: sum(not text.strip() for text in found) for cell, found in answers.items()}
         loss, tokens = self._losses(decoder)
         clean, attacked = slice(0, count), slice(count, None)
         poisoned = self.prompts.poisoned

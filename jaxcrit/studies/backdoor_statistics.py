@@ -10,11 +10,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from jaxcrit.core.files import plain
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.evaluation.intervals import (
     Interval,
@@ -186,7 +187,7 @@ class Study:
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; null where a figure is not known."""
-        found: dict[str, Any] = _finite(dataclasses.asdict(self))
+        found: dict[str, Any] = plain(dataclasses.asdict(self))
         return found
 
 
@@ -360,11 +361,3 @@ def _warnings(arms: Mapping[str, Sequence[Run]], primary: Contrast | None) -> li
 
 def _bits(text: str) -> np.ndarray:
     return np.array([letter == "1" for letter in text], np.float64)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {key: _finite(one) for key, one in value.items()}
-    return [_finite(one) for one in value] if isinstance(value, Iterable) and not isinstance(value, str) else value

@@ -11,9 +11,8 @@ import pytest
 from support import synthetic_analysis as synthetic
 
 from jaxcrit.reporting import plots
-from jaxcrit.reporting.analysis import analysis_report, heatmap, write_selections
+from jaxcrit.reporting.analysis import analysis_report, heatmap, null_delta, paper_choice, write_selections
 from jaxcrit.reporting.report import Figure, on_axes
-from jaxcrit.reporting.views import null_delta, paper_choice
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
