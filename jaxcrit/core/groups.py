@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 from typing import Literal
 
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
 
 TEMPLATES = ("auto", "none", "chat", "llama2", "llama3", "phi3")
@@ -59,6 +59,24 @@ class RenderingOptions(Options, title="rendering"):
     edition: str = option("clean", "the model's template, or the paper's strings", EDITIONS)
     truncate: str = option("", "keep this end of what is too long (default: no cut)", ("left", "right", "paper"))
     long: str = option("refuse", "rows that are too long; cut as --truncate says, or left", LONG)
+
+    def check(self) -> None:
+        """Refuses templates that there are not; which chat templates a tokenizer has is not known yet."""
+        super().check()
+        check_template(self.template)
+
+
+def check_template(template: str) -> None:
+    """Refuses a value of ``--template`` that names none.
+
+    Raises:
+        UserError: naming those that there are.
+    """
+    if template not in TEMPLATES and (not template.startswith("chat:") or template == "chat:"):
+        raise UserError(
+            f"--template={template}: expected {', '.join(TEMPLATES)}, chat:NAME or chat:FILE, got"
+            f" {template!r}{did_you_mean(template, TEMPLATES)}"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

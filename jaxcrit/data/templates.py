@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.groups import EDITIONS, TEMPLATES, RowOptions
+from jaxcrit.core.groups import EDITIONS, RowOptions, check_template
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.chat import Chat, chat_of
@@ -203,11 +203,7 @@ def check_same_rendering(first: str, second: str, *, allow_template_mismatch: bo
 
 
 def _check(template: str, edition: str) -> None:
-    if not template.startswith("chat:") and template not in TEMPLATES:
-        raise UserError(
-            f"--template={template}: expected {', '.join(TEMPLATES)}, chat:NAME or chat:FILE, got"
-            f" {template!r}{did_you_mean(template, TEMPLATES)}"
-        )
+    check_template(template)
     if edition not in EDITIONS:
         raise UserError(f"--edition={edition}: expected {' or '.join(EDITIONS)}{did_you_mean(edition, EDITIONS)}")
 

@@ -12,6 +12,7 @@ from support.tiny import CHAT_TEMPLATE, tiny_tokenizer_dir
 from tokenizers import normalizers
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data.inspection import texts
 from jaxcrit.data.templates import check_same_rendering, render, template_hash
@@ -141,6 +142,11 @@ class TestRefusals:
     def test_unknown_template(self, chat):
         for function in (lambda: render([{"prompt": "a"}], chat, "chatt"), lambda: template_hash(chat, "chatt")):
             with pytest.raises(UserError, match=r"--template=chatt: .*did you mean 'chat'\?"):
+                function()
+
+    def test_a_template_without_a_name(self, chat):
+        for function in (lambda: render([{"prompt": "a"}], chat, "chat:"), lambda: RowOptions(template="chat:")):
+            with pytest.raises(UserError, match=r"--template=chat:: expected .*chat:NAME or chat:FILE"):
                 function()
 
     def test_chat_without_chat_template(self, base):
