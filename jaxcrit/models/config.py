@@ -96,6 +96,8 @@ class ModelConfig:
             raise UserError(f"{where}: expected rms_norm_eps to be a number of 0 or more, got {eps!r}")
         bias = kind.biases and bool(given.get("attention_bias", False))
         eos = given.get("eos_token_id")
+        if given.get("original_max_position_embeddings") is not None:
+            _positive(given["original_max_position_embeddings"], "original_max_position_embeddings", where)
         rope = Rope.from_hf(given, head_dim, sizes["max_position_embeddings"], kind.longrope, where)
         check_rotary(rope.rotary_dim, head_dim, family, where)
         return cls(

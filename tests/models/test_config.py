@@ -121,6 +121,11 @@ REFUSED = {
     "multiplier": ({"embedding_multiplier": 12.0}, "claims another scale"),
     "a draft head": ({"draft_vocab_size": 40}, "claims a draft head, not a model"),
     "layers without rotary": ({"no_rope_layers": [1, 1, 0]}, "claims another position embedding"),
+    "more than a head": (
+        {"model_type": "phi3", "architectures": ..., "partial_rotary_factor": 2.0},
+        "expected at most 8 rotary dimensions, those of a head; got 16",
+    ),
+    "boundary of RoPE": ({"original_max_position_embeddings": "x"}, "expected original_max_position_embeddings to be"),
     "part of each head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor asks for 4 of 8 rotary dimensions"),
     "part of each head, new": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
