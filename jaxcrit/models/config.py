@@ -99,6 +99,8 @@ class ModelConfig:
         if given.get("original_max_position_embeddings") is not None:
             _positive(given["original_max_position_embeddings"], "original_max_position_embeddings", where)
         rope = Rope.from_hf(given, head_dim, sizes["max_position_embeddings"], kind.longrope, where)
+        if kind.longrope and rope.kind not in ("default", "longrope"):
+            raise UserError(f"{where}: expected rope_type default or longrope for {family}, got {rope.kind!r}")
         check_rotary(rope.rotary_dim, head_dim, family, where)
         return cls(
             family=family,
@@ -147,7 +149,9 @@ def _windows(given: Mapping[str, Any], family: Family, num_layers: int, where: s
                 f"{where}: expected no layer_types, or {kinds[0]} for each of {num_layers} layers, as sliding_window"
                 f" says; got {given['layer_types']}"
             )
-    strange = sorted(set(kinds) - {"full_attention", "sliding_attention"})
+    if not isinstance(kinds, list):
+        raise UserError(f"{where}: expected layer_types to be a list, got {kinds!r}")
+    strange = sorted(set(map(str, kinds)) - {"full_attention", "sliding_attention"})
     if strange or len(kinds) != num_layers:
         raise UserError(
             f"{where}: expected {num_layers} layer_types of full_attention or sliding_attention,"

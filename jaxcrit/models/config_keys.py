@@ -69,6 +69,8 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     """
     named = str(raw.get("model_type", ""))
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: expected architectures to be a list, got {architectures!r}")
     for key, method in _QUANTISED.items():
         if raw.get(key):
             given = raw[key] if isinstance(raw[key], Mapping) else {}

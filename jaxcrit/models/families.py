@@ -21,7 +21,7 @@ class Family:
         window: what decides that attention sees a window: ``never``, the ``size`` given, or a ``switch`` beside it
             (``use_sliding_window``, from ``max_window_layers`` on).
         fused: tensors of the checkpoint that hold several weights: by weight the tensor's name.
-        longrope: other names that its files give the ``longrope`` kind of RoPE.
+        longrope: other names that its files give the ``longrope`` kind of RoPE, the only one beside ``default`` then.
     """
 
     architecture: str
@@ -61,7 +61,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, biases=True, qk_norm=True, window="switch"),
     "phi3": Family(
         "Phi3ForCausalLM",
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
         fused={"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"},
         longrope=("su", "yarn"),
     ),
