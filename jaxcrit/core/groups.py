@@ -27,7 +27,7 @@ class ModelOptions(Options, title="model and data"):
     """Which model."""
 
     model: str = option(
-        "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR", free=BY_HASH
+        "", "checkpoint, hub id, LoRA or finetune run (default: embedded)", word="DIR", free=BY_HASH
     )
 
 
