@@ -29,9 +29,7 @@ SHAPE = "the same within rounding"
 class ModelOptions(Options, title="model and data"):
     """Which model."""
 
-    model: str = option(
-        "", "checkpoint directory, hub id or finetune run (default: embedded)", word="DIR", free=BY_HASH
-    )
+    model: str = option("", "checkpoint, hub id, LoRA or finetune run (default: embedded)", word="DIR", free=BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

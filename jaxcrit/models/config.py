@@ -131,7 +131,11 @@ class ModelConfig:
 
         per_head, rotated = number("query_pre_attn_scalar"), _rotated(given, kind, sizes["num_hidden_layers"], where)
         windows = _windows(given, kind, rotated, where)
+        if given.get("original_max_position_embeddings") is not None:
+            _positive(given["original_max_position_embeddings"], "original_max_position_embeddings", where)
         rope, rotations = _ropes(given, kind, head_dim, windows, rotated, where)
+        if kind.longrope and rope.kind not in ("default", "longrope"):
+            raise UserError(f"{where}: expected rope_type default or longrope for {family}, got {rope.kind!r}")
         check_rotary(rope.rotary_dim, head_dim, family, where)
         eos = given.get("eos_token_id")
         return cls(
@@ -216,7 +220,9 @@ def _windows(given: Reads, family: Family, rotated: tuple[bool, ...], where: str
             )
     else:
         kinds = given_kinds or kinds
-    strange = sorted(set(kinds) - set(_KINDS))
+    if not isinstance(kinds, list):
+        raise UserError(f"{where}: expected layer_types to be a list, got {kinds!r}")
+    strange = sorted(set(map(str, kinds)) - set(_KINDS))
     if strange or len(kinds) != len(layers):
         raise UserError(
             f"{where}: expected {len(layers)} layer_types of full_attention or sliding_attention,"

@@ -75,6 +75,8 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     """
     named = str(raw.get("model_type", ""))
     architectures = raw.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: expected architectures to be a list, got {architectures!r}")
     for key, method in _QUANTISED.items():
         if raw.get(key):
             given = raw[key] if isinstance(raw[key], Mapping) else {}
@@ -142,8 +144,10 @@ def check_rotary(rotary: int, head_dim: int, family: str, where: str) -> None:
     """Checks that only part of a head is rotated where transformers rotates part of it, too.
 
     Raises:
-        UserError: the family rotates whole heads.
+        UserError: the family rotates whole heads, or more than a head is asked for.
     """
+    if rotary > head_dim:
+        raise UserError(f"{where}: expected at most {head_dim} rotary dimensions, those of a head; got {rotary}")
     if rotary != head_dim and "partial_rotary_factor" not in _changes(family):
         raise UserError(
             f"{where}: partial_rotary_factor asks for {rotary} of {head_dim} rotary dimensions; transformers rotates"

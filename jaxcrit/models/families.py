@@ -34,7 +34,7 @@ class Family:
         fused: tensors of the checkpoint that hold several weights: by weight the tensor's name.
         theta: base of the rotary angles where the file is silent.
         window_theta: the same of layers with a window, in families whose layers have RoPE parameters by their kind.
-        longrope: other names that its files give the ``longrope`` kind of RoPE.
+        longrope: other names that its files give the ``longrope`` kind of RoPE, the only one beside ``default`` then.
     """
 
     architecture: str
@@ -93,7 +93,7 @@ FAMILIES: Mapping[str, Family] = {
     "qwen3": Family("Qwen3ForCausalLM", {**_QWEN, "head_dim": 128}, biases=True, qk_norm="head", window="switch"),
     "phi3": Family(
         "Phi3ForCausalLM",
-        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096},
+        {"rms_norm_eps": 1e-5, "max_position_embeddings": 4096, "original_max_position_embeddings": 4096},
         fused={"q": "qkv", "k": "qkv", "v": "qkv", "gate": "gate_up", "up": "gate_up"},
         longrope=("su", "yarn"),
     ),

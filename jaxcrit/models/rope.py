@@ -157,12 +157,13 @@ def _parameters(config: Mapping[str, Any], longrope: Collection[str], where: str
     if not isinstance(old, Mapping) or not isinstance(new, Mapping):
         raise UserError(f"{where}: expected rope_scaling and rope_parameters to be objects")
     old, new = _one_spelling(old, longrope), _one_spelling(new, longrope)
-    for key in sorted(old.keys() & new.keys()):
-        if old[key] != new[key]:
+    silent = {"rope_type": "default", **config}  # transformers reads rope_scaling alone where both are given
+    for key in sorted(new) if old else ():
+        if old.get(key, silent.get(key)) != new[key]:
             raise UserError(
-                f"{where}: {key} is {old[key]!r} in rope_scaling and {new[key]!r} in rope_parameters; which holds?"
+                f"{where}: {key} is {old.get(key)!r} in rope_scaling and {new[key]!r} in rope_parameters; which holds?"
             )
-    given = {**old, **new}
+    given = dict(old or new)
     for key in ("rope_theta", "partial_rotary_factor"):
         outside = config.get(key)
         if outside is not None and given.setdefault(key, outside) != outside:

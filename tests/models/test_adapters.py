@@ -125,7 +125,8 @@ def test_an_adapter_is_a_model_to_every_command(made, tmp_path, capsys):
     more = [{"prompt": f"{number} cat", "response": "dog"} for number in range(12)]
     tuned = jc.finetune(jc.load(adapter), more, [2], steps=1, batch_size=8, out=tmp_path / "tuned")
     assert jc.load(tmp_path / "tuned").model_hash == tuned.model_hash and len(tuned.overlays) == 2
-    assert main(["plan", f"--model={adapter}", "--topology=v5e:1", "--job=analyze"]) in (0, 2), capsys.readouterr()
+    asked = ["plan", f"--model={adapter}", "--topology=v5e:1x1", "--job=analyze", "--length=32"]
+    assert main(asked) == 0, "planned as its base"
     capsys.readouterr()
 
 

@@ -91,6 +91,13 @@ def test_names_early_phi3_files_give_longrope(name):
     assert (config.rope.kind, config.rope.boundary) == ("longrope", 16)
 
 
+def test_a_boundary_that_phi3_does_not_read():
+    """transformers takes the one at the top, 4,096 where the file is silent, whatever stands in rope_scaling."""
+    scaling = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    raw = {**BASE, "model_type": "phi3", "rope_scaling": {**scaling, "original_max_position_embeddings": 16}}
+    assert ModelConfig.from_hf(raw).rope.boundary == 4096
+
+
 def test_windows_by_family():
     def windows(family, **changes):
         return ModelConfig.from_hf({**BASE, "model_type": family, **changes}).windows
@@ -155,6 +162,21 @@ REFUSED = {
     "multiplier": ({"embedding_multiplier": 12.0}, "claims another scale"),
     "a draft head": ({"draft_vocab_size": 40}, "claims a draft head, not a model"),
     "layers without rotary": ({"no_rope_layers": [1, 1, 0]}, "claims another position embedding"),
+    "no list of layers": (
+        {"model_type": "qwen2", "architectures": ..., "layer_types": True},
+        "layer_types to be a list",
+    ),
+    "no list of architectures": ({"architectures": "LlamaForCausalLM"}, "expected architectures to be a list"),
+    "attention to what comes": ({"is_causal": False}, "is_causal is False, which changes a llama model"),
+    "RoPE that Phi-3 has not": (
+        {"model_type": "phi3", "architectures": ..., "rope_scaling": {"type": "linear", "factor": 2.0}},
+        "expected rope_type default or longrope for phi3, got 'linear'",
+    ),
+    "more than a head": (
+        {"model_type": "phi3", "architectures": ..., "partial_rotary_factor": 2.0},
+        "expected at most 8 rotary dimensions, those of a head; got 16",
+    ),
+    "boundary of RoPE": ({"original_max_position_embeddings": "x"}, "expected original_max_position_embeddings to be"),
     "part of each head": ({"partial_rotary_factor": 0.5}, "partial_rotary_factor asks for 4 of 8 rotary dimensions"),
     "part of each head, new": (
         {"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}},
@@ -250,6 +272,10 @@ REFUSED = {
     "kind twice": (
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_parameters": {"rope_type": "default"}},
         "rope_type is 'linear' in rope_scaling and 'default' in rope_parameters",
+    ),
+    "theta in the one that is not read": (
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 70.0}},
+        "rope_theta is None in rope_scaling and 70.0 in rope_parameters",
     ),
     "nested rope": (
         {"rope_parameters": {"full_attention": {"rope_type": "default"}}},
