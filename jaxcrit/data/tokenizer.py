@@ -21,7 +21,7 @@ def load_tokenizer(path: str | Path) -> Any:
     itself, and refused where only that code could load the tokenizer; it is never run.
 
     Args:
-        path: a Hugging Face checkpoint directory.
+        path: a Hugging Face checkpoint directory, or a GGUF file.
 
     Returns:
         A transformers tokenizer.
@@ -30,6 +30,10 @@ def load_tokenizer(path: str | Path) -> Any:
         UserError: no such directory, no tokenizer in it, or one that transformers cannot read.
     """
     path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        from jaxcrit.data.gguf import gguf_tokenizer
+
+        return gguf_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
     if not any((path / name).is_file() for name in _VOCABULARIES):

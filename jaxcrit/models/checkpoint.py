@@ -48,12 +48,14 @@ class Checkpoint:
         config: config of the model.
         shards: by tensor name, the file that holds it.
         dtypes: by tensor name, its dtype in the file (float32, bfloat16, float16).
+        stored: types that the tensors of a GGUF file are dequantised from, with their numbers; elsewhere empty.
     """
 
     path: Path
     config: ModelConfig
     shards: dict[str, Path]
     dtypes: dict[str, str]
+    stored: str = dataclasses.field(default="", kw_only=True)
 
     def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
         """Reads part of a tensor; other bytes of the file are not touched."""
@@ -61,15 +63,27 @@ class Checkpoint:
             part = file.get_slice(name)
             return part[rows] if columns is None else part[rows, columns]
 
+    def digests(self, progress: Progress | None = None) -> dict[str, list[Any]]:
+        """By tensor name, what identifies it: type, shape and sha256."""
+        found: dict[str, list[Any]] = {}
+        files = sorted(set(self.shards.values()))
+        for done, file in enumerate(files):
+            if progress is not None:
+                progress(done, len(files), file.name)
+            with safe_open(file, framework="numpy") as opened:
+                names = sorted(opened.keys())
+            found |= kept_digests(file, names, functools.partial(_digest, file))
+        return found
+
 
 def locate(model: str) -> Path:
-    """The directory of a model: a local path, or a hub id that is fetched (safetensors and small files only).
+    """Where a model is: a local path, or a hub id that is fetched (safetensors and small files only).
 
     Raises:
-        UserError: neither a directory nor reachable on the hub.
+        UserError: neither a directory, a GGUF file nor reachable on the hub.
     """
     path = local_path(model, "model")
-    if path.is_dir():
+    if path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file()):
         return path
     if path.exists():
         raise UserError(f"--model={model}: expected a checkpoint directory, got a file; name the directory it is in")
@@ -91,8 +105,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UserError: no safetensors, a damaged or absent shard, or one line that names every tensor that is
-            missing, unexpected, misshapen or of a dtype that is not floating point.
+            missing, unexpected, misshapen or of a dtype that is not floating point; for a file, see `open_gguf`.
     """
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        from jaxcrit.models.gguf import open_gguf
+
+        return open_gguf(path)
     config_path = path / "config.json"
     config = ModelConfig.from_hf(_json_object(config_path), str(config_path))
     shards, shapes, dtypes = _headers(_shard_files(path))
@@ -169,13 +187,7 @@ def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
     for this once; of several processes, each reads its share.
     """
     config = checkpoint.config
-    wanted = hf_shapes(config)
-    digests: dict[str, list[Any]] = {}
-    files = sorted(set(checkpoint.shards.values()))
-    for done, file in enumerate(files):
-        if progress is not None:
-            progress(done, len(files), file.name)
-        digests |= _digests(file)
+    wanted, digests = hf_shapes(config), checkpoint.digests(progress)
     tensors = [[name, *digests[name]] for name in sorted(wanted)]
     ignored = ("_name_or_path", "transformers_version")
     settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
@@ -337,8 +349,8 @@ def _header(file: Path) -> str:
         return opened.read(int.from_bytes(opened.read(8), "little")).decode("utf-8")
 
 
-def _digests(file: Path) -> dict[str, list[Any]]:
-    """``{tensor: [dtype, shape, sha256]}`` of a shard, from the cache where its path, size and time are the same."""
+def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
+    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where its path, size and time are the same."""
     state = file.stat()
     stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
     kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
@@ -351,10 +363,8 @@ def _digests(file: Path) -> dict[str, list[Any]]:
 
     if digests := processes.share(known):
         return digests
-    with safe_open(file, framework="numpy") as opened:
-        names = sorted(opened.keys())
     index, count = processes.place()
-    for mine in processes.gather({name: _digest(file, name) for name in names[index::count]}):
+    for mine in processes.gather({name: digest(name) for name in names[index::count]}):
         digests |= mine
     try:
         processes.make_directory(kept.parent)

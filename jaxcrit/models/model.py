@@ -74,7 +74,7 @@ class Model:
         """Name for a directory: the last overlay's run, else the checkpoint's directory, else ``embedded``."""
         if self.overlays and self.overlays[-1].run is not None:
             return self.overlays[-1].run.name
-        return "embedded" if self.embedded else self.checkpoint.path.resolve().name
+        return "embedded" if self.embedded else self.checkpoint.path.resolve().name.removesuffix(".gguf")
 
     def describe(self) -> dict[str, Any]:
         """JSON values for ``run.json``: which model, of what shape, in which dtype."""
@@ -86,7 +86,16 @@ class Model:
             "num_layers": self.config.num_layers,
             "width": self.config.width,
             "dtype": self.dtype,
+            **self._stored(),
         }
+
+    def meta(self) -> dict[str, Any]:
+        """JSON values that scores keep of the model they are of."""
+        return {"model_type": self.config.family, "model_hash": self.model_hash, **self._stored()}
+
+    def _stored(self) -> dict[str, str]:
+        stored = self.checkpoint.stored
+        return {"dequantised_from": stored} if stored else {}
 
     def machine(self) -> dict[str, Any]:
         """JSON values for ``run.json``: devices, mesh, form of attention."""
@@ -203,7 +212,7 @@ def open_model(
     bars: Bars | None = None,
     keep: bool = True,
 ) -> Model:
-    """Opens a checkpoint directory, a hub id, a fine-tuning run, or (with an empty name) the embedded model.
+    """Opens a checkpoint directory, a GGUF file, a hub id, a fine-tuning run, or (with no name) the embedded model.
 
     Args:
         model: name of one of these; or a model that is open already, which is returned as it is.
