@@ -177,7 +177,7 @@ def _scores(
 ) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
     """Scores by key, and the same with each row left out, ``[N, L]``."""
     depth = model.config.num_layers
-    meta = {"model_type": model.config.family, "model_hash": model.model_hash, "sites": options.sites}
+    meta = {**model.meta(), "sites": options.sites}
     scores: dict[str, LayerScores] = {}
     left: dict[str, np.ndarray] = {}
     for name, one in samples.items():

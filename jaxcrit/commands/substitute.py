@@ -228,8 +228,8 @@ def _set(text: str, num_layers: int) -> Layers:
 
 def _scores(options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses) -> dict[str, LayerScores]:
     meta = {
+        **base.meta(),
         "model_type": tuned.config.family,
-        "model_hash": base.model_hash,
         "tuned_hash": tuned.model_hash,
         "window": options.window,
         "sites": options.sites,

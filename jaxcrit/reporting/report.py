@@ -163,6 +163,7 @@ class Report:
             headlines=[*self.headline, *self.notes],
             warnings=self.warnings,
             command=record["command"],
+            stored=record.get("model", {}).get("dequantised_from", ""),
             sections=[
                 {
                     "title": section.title,

@@ -222,8 +222,7 @@ def _score(
 ) -> DatasetResult:
     tables, grams = swept
     meta = {
-        "model_type": model.config.family,
-        "model_hash": model.model_hash,
+        **model.meta(),
         "dataset": dataset.name,
         "position": config.position,
         "normalize": config.normalize,

@@ -108,10 +108,6 @@ def run_score(
     return found
 
 
-def _meta(model: Model) -> dict[str, Any]:
-    return {"model_type": model.config.family, "model_hash": model.model_hash}
-
-
 def _needing(needs: Needs, chosen: Mapping[str, Criterion]) -> dict[str, Criterion]:
     return {key: one for key, one in chosen.items() if one.needs == needs}
 
@@ -128,7 +124,7 @@ def _of_model(
     if base is not None:
         with _Bar(progress, layers, "both models") as step:
             evidence |= dict.fromkeys(_needing("two models", chosen), weight_changes(base, model, step))
-    meta = _meta(model) | ({} if base is None else {"base_hash": base.model_hash})
+    meta = model.meta() | ({} if base is None else {"base_hash": base.model_hash})
     results = _measured(chosen, own, evidence)
     return {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
 
@@ -172,7 +168,7 @@ def _of_data(
     for dataset in datasets:
         evidence = _evidence(options, chosen, own, model, model.decoder(progress), dataset, progress)
         results = _measured(chosen, own, evidence, None if options.criteria else without)
-        meta = {**_meta(model), "dataset": dataset.name, "num_samples": len(dataset.examples)}
+        meta = {**model.meta(), "dataset": dataset.name, "num_samples": len(dataset.examples)}
         found[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         if out is None:
             continue

@@ -163,7 +163,8 @@ def _of_model(
 
 def _meta(run: Mapping[str, Any], name: str, captured: Mapping[str, Any]) -> dict[str, Any]:
     model = run["model"]
-    return {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
+    stored = {key: model[key] for key in ("dequantised_from",) if key in model}
+    return {"model_type": model["family"], "model_hash": model["hash"], **stored, "dataset": name, **captured}
 
 
 def _refuse_components(ks: Sequence[int], config: SpectrumOptions, model: Model, datasets: Sequence[Dataset]) -> None:
