@@ -137,7 +137,7 @@ def open_gguf(path: Path) -> GgufCheckpoint:
         config=config,
         shards=shards,
         dtypes=dtypes,
-        stored=", ".join(f"{kind} ({count} tensors)" for kind, count in kinds.most_common()),
+        stored=", ".join(f"{kind} ({count})" for kind, count in kinds.most_common()),
         file=file,
         tensors=tensors,
         interleaved=architecture.interleaved,

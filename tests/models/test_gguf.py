@@ -66,7 +66,7 @@ def test_a_command_says_what_it_was_dequantised_from(tmp_path, file, capsys):
     assert cli.main([*asked, "--window=3", "--trim=0"]) == 0, capsys.readouterr().err
     run = json.loads((tmp_path / "run" / "run.json").read_text())
     stored = run["model"]["dequantised_from"]
-    assert stored == open_checkpoint(file).stored and "Q8_0" in stored and "F32 (7 tensors)" in stored
+    assert stored == open_checkpoint(file).stored and "Q8_0" in stored and "F32 (7)" in stored
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert all(score["meta"]["dequantised_from"] == stored for score in scores["scores"].values())
     assert f"weights dequantised from {stored}</p>" in (tmp_path / "run" / "report.html").read_text()
