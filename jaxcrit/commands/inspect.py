@@ -134,10 +134,11 @@ def _tokenizer(model: Model) -> list[str]:
 
 
 def _stops(model: Model) -> list[str]:
-    from jaxcrit.models.stops import stop_tokens
+    from jaxcrit.models.stops import known_stops
 
-    ids = stop_tokens("", model)
-    return [f"{one} {model.tokenizer.convert_ids_to_tokens(one)!r}" for one in ids] or ["no token; by length alone"]
+    called = model.tokenizer.convert_ids_to_tokens
+    told = [f"{one} {called(one)!r}, of {where}" for one, where in known_stops(model).items()]
+    return told or ["no token; by length alone"]
 
 
 def _examples(model: Model, template: str) -> list[str]:

@@ -206,8 +206,7 @@ def _finished(
     model, results = run.record["model"], {}
     for name, captured, grams, ids in taken:
         meta = {"model_type": model["family"], "model_hash": model["hash"], "dataset": name, **captured}
-        if "trained" in model:
-            meta["trained"] = model["trained"]
+        meta |= {key: model[key] for key in ("dequantised_from", "trained") if key in model}
         results[name] = _decomposed(options, ks, meta, grams, ids, progress)
     for name, result in results.items():
         _write(run.folder(name, len(results) == 1), result)

@@ -37,7 +37,7 @@ def load_tokenizer(path: str | Path) -> Any:
     itself, and refused where only that code could load the tokenizer; it is never run.
 
     Args:
-        path: a Hugging Face checkpoint directory.
+        path: a Hugging Face checkpoint directory, or a GGUF file.
 
     Returns:
         A transformers tokenizer.
@@ -47,6 +47,10 @@ def load_tokenizer(path: str | Path) -> Any:
             one that transformers cannot read.
     """
     path = Path(path)
+    if path.suffix.lower() == ".gguf":
+        from jaxcrit.data.gguf import gguf_tokenizer
+
+        return gguf_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
     found = [name for name in _VOCABULARIES if (path / name).is_file()]

@@ -48,6 +48,7 @@ class Checkpoint:
         names: by tensor name, its name in the file.
         notes: what was decided when the files were chosen, in sentences.
         tokenizer: the directory that its tokenizer is read from; None for ``path``.
+        stored: types that the tensors of a GGUF file are dequantised from, with their numbers; elsewhere empty.
     """
 
     path: Path
@@ -57,6 +58,7 @@ class Checkpoint:
     names: dict[str, str]
     notes: tuple[str, ...] = ()
     tokenizer: Path | None = None
+    stored: str = dataclasses.field(default="", kw_only=True)
 
     def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
         """Reads part of a tensor; other bytes of the file are not touched."""
@@ -64,15 +66,34 @@ class Checkpoint:
             part = file.get_slice(self.names[name])
             return part[rows] if columns is None else part[rows, columns]
 
+    def digests(self, progress: Progress | None = None) -> dict[str, list[Any]]:
+        """By tensor name, what identifies it: type, shape and sha256.
+
+        They are kept in the cache directory by path, size and time of each shard, so a checkpoint is read for this
+        once; of several processes, each reads its share.
+
+        Args:
+            progress: called with (shards done, shards in all, shard).
+        """
+        found: dict[Path, dict[str, list[Any]]] = {}
+        files = sorted(set(self.shards.values()))
+        for done, file in enumerate(files):
+            if progress is not None:
+                progress(done, len(files), file.name)
+            with safe_open(file, framework="numpy") as opened:
+                names = sorted(opened.keys())
+            found[file] = kept_digests(file, names, functools.partial(_digest, file))
+        return {name: found[file][self.names[name]] for name, file in self.shards.items()}
+
 
 def locate(model: str) -> Path:
-    """The directory of a model: a local path, or a hub id that is fetched (safetensors and small files only).
+    """Where a model is: a local path, or a hub id that is fetched (safetensors and small files only).
 
     Raises:
-        UserError: neither a directory nor reachable on the hub.
+        UserError: neither a directory, a GGUF file nor reachable on the hub.
     """
     path = local_path(model, "model")
-    if path.is_dir():
+    if path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file()):
         return path
     if path.exists():
         raise UserError(f"--model={model}: expected a checkpoint directory, got a file; name the directory it is in")
@@ -94,8 +115,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UserError: no safetensors, a damaged or absent shard, or one line that names every tensor that is
-            missing, unexpected, misshapen or of a dtype that is not floating point.
+            missing, unexpected, misshapen or of a dtype that is not floating point; for a file, see `open_gguf`.
     """
+    if path.suffix.lower() == ".gguf" and path.is_file():
+        from jaxcrit.models.gguf import open_gguf
+
+        return open_gguf(path)
     config_path = path / "config.json"
     raw = read_json_object(config_path)
     config = ModelConfig.from_hf(raw, str(config_path))
@@ -186,32 +211,14 @@ def model_hash(checkpoint: Checkpoint, progress: Progress | None = None) -> str:
 
     Args:
         checkpoint: checkpoint from `open_checkpoint`.
-        progress: see `tensor_digests`.
+        progress: see `Checkpoint.digests`.
     """
-    config, digests = checkpoint.config, tensor_digests(checkpoint, progress)
-    tensors = [[name, *digests[name]] for name in sorted(hf_shapes(config))]
+    config = checkpoint.config
+    wanted, digests = hf_shapes(config), checkpoint.digests(progress)
+    tensors = [[name, *digests[name]] for name in sorted(wanted)]
     ignored = ("_name_or_path", "transformers_version")
     settings = {key: value for key, value in config.to_hf().items() if key not in ignored}
     return sha256_json({"config": settings, "tensors": tensors})
-
-
-def tensor_digests(checkpoint: Checkpoint, progress: Progress | None = None) -> dict[str, list[Any]]:
-    """``[dtype, shape, sha256]`` of every tensor by the name that the weight table has for it.
-
-    They are kept in the cache directory by path, size and time of each shard, so a checkpoint is read for this once; of
-    several processes, each reads its share.
-
-    Args:
-        checkpoint: checkpoint from `open_checkpoint`.
-        progress: called with (shards done, shards in all, shard).
-    """
-    digests: dict[Path, dict[str, list[Any]]] = {}
-    files = sorted(set(checkpoint.shards.values()))
-    for done, file in enumerate(files):
-        if progress is not None:
-            progress(done, len(files), file.name)
-        digests[file] = _digests(file)
-    return {name: digests[file][checkpoint.names[name]] for name, file in checkpoint.shards.items()}
 
 
 def _same(tensors: Tensors, one: str, other: str) -> bool:
@@ -287,8 +294,8 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + count].view(dtype).reshape(shape)
 
 
-def _digests(file: Path) -> dict[str, list[Any]]:
-    """``{tensor: [dtype, shape, sha256]}`` of a shard, from the cache where its path, size and time are the same."""
+def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
+    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where its path, size and time are the same."""
     state = file.stat()
     stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
     kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
@@ -301,10 +308,8 @@ def _digests(file: Path) -> dict[str, list[Any]]:
 
     if digests := processes.share(known):
         return digests
-    with safe_open(file, framework="numpy") as opened:
-        names = sorted(opened.keys())
     index, count = processes.place()
-    for mine in processes.gather({name: _digest(file, name) for name in names[index::count]}):
+    for mine in processes.gather({name: digest(name) for name in names[index::count]}):
         digests |= mine
     try:
         processes.make_directory(kept.parent)

@@ -15,6 +15,7 @@ from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import atomic_path, local_path, write_text
+from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, Progress, load, locate, open_checkpoint
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.weights import hf_shapes, to_hf
@@ -92,6 +93,8 @@ def write_checkpoint(
         (temporary / "config.json").write_text(
             json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        if source.stored:
+            load_tokenizer(source.path).save_pretrained(temporary)
         for name in _CARRIED:
             folder = source.path if name == "generation_config.json" else source.tokenizer or source.path
             if (folder / name).is_file():

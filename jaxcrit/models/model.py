@@ -22,7 +22,7 @@ from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.adapters import place_of, read_adapter
 from jaxcrit.models.attention import ASKED, Attention, choose_attention, platform_of
-from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, model_hash, open_checkpoint, tensor_digests
+from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.overlays import Overlay, read_overlay
@@ -76,7 +76,7 @@ class Model:
         """Name for a directory: the last overlay's run, else the checkpoint's directory, else ``embedded``."""
         if self.overlays and self.overlays[-1].run is not None:
             return self.overlays[-1].run.name
-        return "embedded" if self.embedded else self.checkpoint.path.resolve().name
+        return "embedded" if self.embedded else self.checkpoint.path.resolve().name.removesuffix(".gguf")
 
     def describe(self) -> dict[str, Any]:
         """JSON values for ``run.json``: which model, of what shape, in which dtype."""
@@ -90,7 +90,7 @@ class Model:
             "dtype": self.dtype,
             "ignored_keys": list(self.config.ignored),
             "notes": list(self.checkpoint.notes),
-            **({"trained": self.trained} if self.partly_trained else {}),
+            **self._told(),
         }
 
     @property
@@ -101,8 +101,15 @@ class Model:
     @property
     def facts(self) -> dict[str, Any]:
         """JSON values for the meta of scores: which model, and what was trained in it where not every layer was."""
-        told = {"trained": self.trained} if self.partly_trained else {}
-        return {"model_type": self.config.family, "model_hash": self.model_hash, **told}
+        return {"model_type": self.config.family, "model_hash": self.model_hash, **self._told()}
+
+    def _told(self) -> dict[str, Any]:
+        """What whoever reads a number of this model must know."""
+        stored = self.checkpoint.stored
+        return {
+            **({"dequantised_from": stored} if stored else {}),
+            **({"trained": self.trained} if self.partly_trained else {}),
+        }
 
     @property
     def trained(self) -> dict[str, Any]:
@@ -236,7 +243,7 @@ def open_model(
     bars: Bars | None = None,
     keep: bool = True,
 ) -> Model:
-    """Opens a checkpoint directory, a hub id, an adapter, a fine-tuning run, or (for an empty name) the embedded one.
+    """Opens a checkpoint directory, GGUF file, hub id, adapter or fine-tuning run; for an empty name the embedded one.
 
     Args:
         model: name of one of these; or a model that is open already, which is returned as it is. An adapter of PEFT
@@ -327,7 +334,7 @@ def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
     own = (*base.overlays[below:], *tuned.overlays[below:])
     changed = {layer for overlay in own for layer in overlay.partition.layers}
     if base.checkpoint.path != tuned.checkpoint.path:
-        ours, theirs = tensor_digests(base.checkpoint), tensor_digests(tuned.checkpoint)
+        ours, theirs = base.checkpoint.digests(), tuned.checkpoint.digests()
         names = [row.hf for row in table(base.config) if row.stacked]
         changed |= {
             layer

@@ -163,6 +163,7 @@ class Report:
             headlines=[*self.headline, *self.notes],
             warnings=self.warnings,
             command=record["command"],
+            stored=record.get("model", {}).get("dequantised_from", ""),
             sections=self.sections,
             sources={name: _data_url(png) for name, png in pictures.items()},
             configs=self.configs,
