@@ -67,7 +67,7 @@ def test_what_is_decided_is_said(tmp_path, capsys):
     ]
     assert f"of {path}, " in found["tokenizer"][0] and "chat template" in found["tokenizer"][1]
     token = load_tokenizer(path).convert_ids_to_tokens(1)
-    assert f"1 {token!r}" in found["answers end at"]
+    assert f"1 {token!r}, of config.json" in found["answers end at"]
     assert any(line.startswith("+ 4") for line in found["what is trained on (+)"])
     record = model.describe()
     assert record["ignored_keys"] == ["max_length", "unknown_mark"] and len(record["notes"]) == 3

@@ -14,7 +14,7 @@ from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import to_hf
 
-REAL = os.environ.get("JAXCRIT_TEST_GGUF", "")
+REAL = os.environ.get("JAXCRIT_REAL_MODEL", "")
 TEXTS = ("hello the  teller", " hello\n\n12345 don't", "é ü 中 </s><s>the", "")
 TALK = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": " the"}]
 
@@ -74,7 +74,7 @@ def test_other_tokenizers_too(architecture, kind, tmp_path):
     same_tokens(write_gguf(tmp_path / "tiny.gguf", architecture, kind=kind), TEXTS)
 
 
-@pytest.mark.skipif(not REAL, reason="JAXCRIT_TEST_GGUF names no file of a real model")
+@pytest.mark.skipif(not REAL, reason="JAXCRIT_REAL_MODEL names no file of a real model")
 def test_a_real_model():
     path = Path(REAL)
     model, decoder = theirs(path), load_path(path)

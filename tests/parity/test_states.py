@@ -1,6 +1,5 @@
 """States captured by torch hooks, as docs/states.md has it, are states: scores as of jaxcrit's own pass; any family."""
 
-import json
 import os
 from pathlib import Path
 
@@ -45,7 +44,7 @@ def test_scores_of_hooks_are_those_of_the_model(monkeypatch, tmp_path):
     raw = {**raw_config("llama-gqa"), "num_hidden_layers": 7}
     model = reference.make(raw, tmp_path / "model")
     tiny_tokenizer_dir(tmp_path / "model")
-    own = jc.load(tmp_path / "model")
+    own = jc.load(file)
     file = hooked(monkeypatch, tmp_path, model, "model.model.layers")
     ours, theirs = jc.score(jc.capture(own, IDS)), jc.score(jc.states(file, axes="nld", ends="blocks"))
     for key, one in ours.items():
@@ -95,21 +94,12 @@ def test_scores_of_hooks_in_a_real_model(monkeypatch, tmp_path):
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    del model.config.quantization_config  # transformers writes no model that it has read from a GGUF
-    plain = transformers.AutoModelForCausalLM.from_config(model.config).float()
-    plain.load_state_dict(model.state_dict())
-    plain.save_pretrained(tmp_path / "model")
-    written = tmp_path / "model" / "config.json"
-    left_over = ("_model_name_or_path", "unk_token_id")  # of the GGUF's metadata; no part of a LLaMA
-    raw = {key: value for key, value in json.loads(written.read_text()).items() if key not in left_over}
-    written.write_text(json.dumps(raw))
-    tokenizer.save_pretrained(tmp_path / "model")
     lines = [
         f"Tom has {n} maps and gives {n % 7} of them to {name}." for n in range(12) for name in ("Ann", "Bo", "Cy")
     ]
     prompts = [tokenizer(line)["input_ids"] for line in lines]
     states = jc.states(hooked(monkeypatch, tmp_path, model, "model.model.layers", prompts), axes="nld", ends="blocks")
-    ours, theirs = jc.score(jc.capture(jc.load(tmp_path / "model"), prompts)), jc.score(states)
+    ours, theirs = jc.score(jc.capture(jc.load(file), prompts)), jc.score(states)
     for key, one in ours.items():
         worst = np.nanmax(np.abs(theirs[key].values - one.values))
         print(f"{key}: largest difference {worst:.1e}")  # shown by pytest -rP
