@@ -44,7 +44,7 @@ def test_scores_of_hooks_are_those_of_the_model(monkeypatch, tmp_path):
     raw = {**raw_config("llama-gqa"), "num_hidden_layers": 7}
     model = reference.make(raw, tmp_path / "model")
     tiny_tokenizer_dir(tmp_path / "model")
-    own = jc.load(file)
+    own = jc.load(tmp_path / "model")
     file = hooked(monkeypatch, tmp_path, model, "model.model.layers")
     ours, theirs = jc.score(jc.capture(own, IDS)), jc.score(jc.states(file, axes="nld", ends="blocks"))
     for key, one in ours.items():
