@@ -77,10 +77,11 @@ def model_text(model: Model, template: str = "auto") -> str:
 
 def _files(model: Model) -> list[str]:
     shards, dtypes = model.checkpoint.shards, model.checkpoint.dtypes
-    lines = [f"config.json of {model.checkpoint.path}"]
+    stored = model.checkpoint.stored
+    lines = [f"{'metadata' if stored else 'config.json'} of {model.checkpoint.path}"]
     for file in sorted(set(shards.values())):
         held = sorted(name for name, where in shards.items() if where == file)
-        kinds = ", ".join(sorted({dtypes[name] for name in held}))
+        kinds = f"dequantised from {stored}" if stored else ", ".join(sorted({dtypes[name] for name in held}))
         lines.append(f"{file.name}: {len(held)} tensors, {kinds}, {_bytes(file.stat().st_size)}")
     return lines
 
@@ -103,9 +104,9 @@ def _memory(model: Model) -> list[str]:
     from jaxcrit.models.weights import hf_shapes
 
     counts = {name: math.prod(shape) for name, shape in hf_shapes(model.config).items()}
-    stored = sum(count * np.dtype(DTYPES[model.checkpoint.dtypes[name]]).itemsize for name, count in counts.items())
-    total = sum(counts.values())
-    lines = [f"{total:,} weights, {_bytes(stored)} as stored"]
+    widths = {name: np.dtype(DTYPES[model.checkpoint.dtypes[name]]).itemsize for name in counts}
+    total, stored = sum(counts.values()), sum(count * widths[name] for name, count in counts.items())
+    lines = [f"{total:,} weights, {_bytes(stored)} {'dequantised' if model.checkpoint.stored else 'as stored'}"]
     if model.dtype:
         lines.append(
             f"{_bytes(total * np.dtype(DTYPES[model.dtype]).itemsize)} in {model.dtype}, as they are read here"

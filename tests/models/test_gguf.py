@@ -70,6 +70,8 @@ def test_a_command_says_what_it_was_dequantised_from(tmp_path, file, capsys):
     scores = json.loads((tmp_path / "run" / "scores.json").read_text())
     assert all(score["meta"]["dequantised_from"] == stored for score in scores["scores"].values())
     assert f"weights dequantised from {stored}</p>" in (tmp_path / "run" / "report.html").read_text()
+    assert cli.main(["inspect", str(file)]) == 0
+    assert f"tensors, dequantised from {stored}" in capsys.readouterr().out
 
 
 def test_an_export_is_a_checkpoint_with_its_tokenizer(tmp_path, file):

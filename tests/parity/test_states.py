@@ -5,14 +5,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from support import reference
 from support.family_models import raw_config
 from support.tiny import tiny_tokenizer_dir
 
 import jaxcrit as jc
 from jaxcrit.commands.main import main
+
+torch = pytest.importorskip("torch", reason="parity needs torch")
+transformers = pytest.importorskip("transformers")
+from support import reference  # noqa: E402  (needs torch)
 
 PAGE = Path(__file__).parents[2] / "docs" / "states.md"
 RNG = np.random.default_rng(0)
