@@ -114,6 +114,7 @@ def run_generate(
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import choose_buckets
     from jaxcrit.evidence.answers import answers
+    from jaxcrit.models.generation import blocks_apart
     from jaxcrit.models.model import open_model
     from jaxcrit.models.sampling import Sampling
     from jaxcrit.models.stops import stop_tokens
@@ -129,7 +130,8 @@ def run_generate(
         size = batch_rows(options.batch_size, model.mesh)
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
         buckets = choose_buckets(lengths, size, model.config.max_length)
-        run.times["new_tokens"] = 0
+        apart = blocks_apart(options.max_new_tokens, model.mesh)
+        run.times |= {"new_tokens": 0, "decoding": "blocks apart" if apart else "blocks in one stack"}
         found, how = {}, {"sampling": sampling, "seed": options.seed}
         for dataset in datasets:
 

@@ -10,6 +10,7 @@ from support import reference
 from support.family_models import BOUND, error, load_path, states
 from support.gguf_files import ARCHITECTURES, write_gguf
 
+import jaxcrit as jc
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import to_hf
@@ -89,3 +90,32 @@ def test_a_real_model():
     answer = generate(decoder, tokens, np.array(tokens.shape[1:]), 64).token_ids[0]
     assert answer == greedy(model, tokens[0], 64)
     print(error(logits[0], scores), tokenizer.decode(answer))
+
+
+ASKED = (
+    "What is the capital of France?",
+    "Name a color.",
+    "What is 2 + 2? Answer with a number.",
+    "Write a haiku about rain.",
+    "Say hello in Spanish.",
+    "Is water wet? Yes or no.",
+)
+
+
+@pytest.mark.skipif(not REAL, reason="JAXCRIT_REAL_MODEL names no file of a real model")
+def test_answers_of_a_real_model_end_where_they_end_in_transformers():
+    path, torch = Path(REAL), reference.torch
+    model, opened = theirs(path), jc.load(path)
+    found = jc.generate(opened, list(ASKED), max_new_tokens=64)
+    ended = 0
+    for asked, row in zip(ASKED, *found.rows.values(), strict=True):
+        talk = [{"role": "user", "content": asked}]
+        ids = opened.tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+        with torch.no_grad():
+            given = {"attention_mask": torch.ones(1, len(ids), dtype=torch.int64), "do_sample": False}
+            answer = model.generate(torch.tensor([ids]), max_new_tokens=64, **given)[0, len(ids) :].tolist()
+        stopped = answer[-1] == opened.tokenizer.eos_token_id
+        assert (row["token_ids"], row["stopped"]) == (answer[:-1] if stopped else answer, stopped), asked
+        ended += stopped
+    print(f"{ended} of {len(ASKED)} answers end within 64 tokens")
+    assert 0 < ended < len(ASKED)
