@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,14 @@ def compare(path: Path, new: int, rounds: int) -> dict[str, Any]:
         }
         cold = {name: timed(side) for name, side in sides.items()}
         answers = [answer for _, answer in cold.values()]
-        warm = {name: min(timed(side)[0] for _ in range(rounds)) for name, side in sides.items()}
+        spent: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            for name, side in sides.items():
+                before = time.process_time()
+                seconds, _ = timed(side)
+                spent[name].append((seconds, time.process_time() - before))
+        warm = {name: min(seconds for seconds, _ in one) for name, one in spent.items()}
+        processor = {name: float(np.median([seconds for _, seconds in one])) for name, one in spent.items()}
         rates = {
             name: {"warm": batch * new / seconds, "with_compile": batch * new / cold[name][0]}
             for name, seconds in warm.items()
@@ -76,6 +84,8 @@ def compare(path: Path, new: int, rounds: int) -> dict[str, Any]:
         result[f"batch_{batch}"] = {
             "tokens_per_second": rates,
             "ratio": warm["transformers"] / warm["jaxcrit"],
+            "processor_seconds": processor,
+            "processor_ratio": processor["transformers"] / processor["jaxcrit"],
             "ratio_with_compile": cold["transformers"][0] / cold["jaxcrit"][0],
             "equal_tokens": float(np.mean(np.array(answers[0]) == np.array(answers[1]))),
         }
@@ -86,6 +96,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--new_tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--checkpoint", type=Path, help="a directory to measure too")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -96,14 +107,18 @@ def main() -> None:
             "embedded": compare(EMBEDDED_MODEL, args.new_tokens, args.rounds),
             "110M": compare(Path(directory), args.new_tokens, args.rounds),
         }
+    if args.checkpoint:
+        found["given"] = compare(args.checkpoint, args.new_tokens, args.rounds)
     print(f"new tokens per second, {args.new_tokens} per prompt (with compile: the first call, compiling included)")
-    print(f"{'model':<10}{'batch':>6}{'transformers':>14}{'jaxcrit':>10}{'ratio':>8}{'with compile':>14}{'equal':>8}")
+    print(
+        f"{'model':<10}{'batch':>6}{'transformers':>14}{'jaxcrit':>10}{'ratio':>8}{'CPU s':>8}{'with compile':>14}{'equal':>8}"
+    )
     for name, batches in found.items():
         for batch, one in zip(BATCHES, batches.values(), strict=True):
             rates = one["tokens_per_second"]
             print(
                 f"{name:<10}{batch:>6}{rates['transformers']['warm']:>14.0f}{rates['jaxcrit']['warm']:>10.0f}"
-                f"{one['ratio']:>7.2f}x{rates['jaxcrit']['with_compile']:>14.0f}{one['equal_tokens']:>8.3f}"
+                f"{one['ratio']:>7.2f}x{one['processor_ratio']:>7.2f}x{rates['jaxcrit']['with_compile']:>14.0f}{one['equal_tokens']:>8.3f}"
             )
     result = {"new_tokens": args.new_tokens, "prompt_lengths": LENGTHS, "models": found}
     print(f"wrote {write_result('generation_speed', result)}")
