@@ -110,9 +110,8 @@ def main() -> None:
     if args.checkpoint:
         found["given"] = compare(args.checkpoint, args.new_tokens, args.rounds)
     print(f"new tokens per second, {args.new_tokens} per prompt (with compile: the first call, compiling included)")
-    print(
-        f"{'model':<10}{'batch':>6}{'transformers':>14}{'jaxcrit':>10}{'ratio':>8}{'CPU s':>8}{'with compile':>14}{'equal':>8}"
-    )
+    heads = {"model": -10, "batch": 6, "transformers": 14, "jaxcrit": 10, "ratio": 8, "CPU": 8, "with compile": 14}
+    print("".join(f"{head:{'<' if width < 0 else '>'}{abs(width)}}" for head, width in heads.items()) + f"{'equal':>8}")
     for name, batches in found.items():
         for batch, one in zip(BATCHES, batches.values(), strict=True):
             rates = one["tokens_per_second"]
