@@ -143,7 +143,7 @@ def test_forms_agree(layers):
 
 def test_sliding_windows_in_both_forms():
     raw = {
-        "model_type": "mistral",
+        "model_type": "qwen3",
         "vocab_size": 64,
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -152,6 +152,7 @@ def test_sliding_windows_in_both_forms():
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "sliding_window": 3,
+        "use_sliding_window": True,
         "layer_types": ["full_attention", "sliding_attention"] * 2 + ["full_attention"],
     }
     config = ModelConfig.from_hf(raw)
