@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -27,6 +27,20 @@ def _probability(probability: np.ndarray | None, layer: int, score: LayerScores)
     if probability is None:
         return ""
     return number(probability[layer], 2) if score.valid[layer] else "-"
+
+
+def estimate(score: LayerScores, layer: int) -> str:
+    """A layer's value, with its standard error where there is one."""
+    error = "" if score.stderr is None else f" ± {number(score.stderr[layer])}"
+    return f"{number(score.values[layer])}{error}" if score.valid[layer] else "-"
+
+
+def sweep_cost(counts: Mapping[str, Any], num_layers: int, also: str = "") -> str:
+    """What a sweep of changed models cost, in words; ``also`` goes in front of what it would have cost otherwise."""
+    return (
+        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
+        f" {num_layers} layers ({also}a pass each would be {counts['a_pass_each']})"
+    )
 
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> list[str]:
@@ -77,14 +91,13 @@ def layer_table(
         header.remove("step z")
     rows = []
     for layer in range(chosen.num_layers):
-        error = "" if debiased.stderr is None else f" ± {number(debiased.stderr[layer])}"
         marks = ["◀ critical"] if layer in chosen.layers else []
         if paper and (layer in paper.layers) != (layer in chosen.layers):
             marks.append("(not by biased δ)" if marks else "(by biased δ only)")
         rows.append(
             [
                 str(layer),
-                f"{number(debiased.values[layer])}{error}" if debiased.valid[layer] else "-",
+                estimate(debiased, layer),
                 number(biased.values[layer]),
                 "" if null is None else number(null[layer]),
                 number(step.values[layer]),
