@@ -59,6 +59,35 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[b
     return "\n".join(aligned(header, rows, bold))
 
 
+def wide_table(
+    first: Sequence[str], columns: Mapping[str, Sequence[str]], last: Sequence[str], *, margin: int, least: int
+) -> str:
+    """A table in as many parts, one below the other, as the width takes.
+
+    Args:
+        first: header and cells of the column that every part begins with.
+        columns: cells by header.
+        last: header and cells of the column that ends every part.
+        margin: width of what is not ``columns``.
+        least: width of a column, at least.
+    """
+    parts: list[list[str]] = [[]]
+    for name in columns:
+        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > WIDTH:
+            parts.append([])
+        parts[-1].append(name)
+    made = []
+    for part in parts:
+        rows = list(zip(first, *([name, *columns[name]] for name in part), last, strict=True))
+        made.append(table(rows[0], rows[1:]))
+    return "\n\n".join(made)
+
+
+def p_value(value: float) -> str:
+    """A probability in a table; - where there is none."""
+    return f"{value:.1e}" if value < 1e-3 else number(value, 3)
+
+
 def shortened(text: str, width: int = WIDTH) -> str:
     """One line of at most so many columns."""
     return text if len(text) <= width else text[: width - 1] + "…"
