@@ -25,7 +25,7 @@ from jaxcrit.commands.correlate import plain
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_bytes, write_json, write_text
+from jaxcrit.core.files import write_json, write_text
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.data.demo import generate
@@ -143,7 +143,7 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
         on_axes(twin_curves, analysis.scores["delta"], loss, names),
         "δ and substitution loss of every layer.",
     )
-    write_bytes(out / figure.name, figure.png())
+    figure.write(out)
     like = name if name in DATASETS else FAMILIES.get(name, "")
     published = TABLE_2[given.published][DATASETS.index(like)] if like else None
     return Row(name, substituted.base_loss, substituted.tuned_loss, found["delta"], found["delta_debiased"], published)

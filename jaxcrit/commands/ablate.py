@@ -131,6 +131,7 @@ def run_ablate(
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import ablation_losses, accuracies
+    from jaxcrit.data.dataset import joined
     from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
 
     opened = shared.opened(options, model)
@@ -138,7 +139,7 @@ def run_ablate(
     with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
-        examples = [example for dataset in datasets for example in dataset.examples]
+        examples = joined("rows", "", datasets).examples
         how: dict[str, Any] = {"batch_size": options.batch_size, "bars": progress}
         samples, counts = ablation_losses(
             opened, examples, options.sites, options.chosen_methods, directory=run.directory, **how

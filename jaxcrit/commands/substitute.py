@@ -153,6 +153,7 @@ def run_substitute(
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
+    from jaxcrit.data.dataset import joined
     from jaxcrit.evidence.rows import forget_partial, write_scored
     from jaxcrit.models.model import changed_layers, check_pair, open_model
 
@@ -177,12 +178,12 @@ def run_substitute(
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
-        examples = [example for dataset in datasets for example in dataset.examples]
+        tested = joined("rows", "", datasets)
         losses, tokens, counts = substitution_losses(
             lower,
             upper,
             plan,
-            examples,
+            tested.examples,
             sites=options.sites,
             reverse=options.reverse,
             batch_size=options.batch_size,
@@ -191,7 +192,7 @@ def run_substitute(
         )
         changed = changed_layers(lower, upper)
         result = _result(plan, losses, tokens, changed, reverse=options.reverse) | {"block_evaluations": counts}
-        ids = [example.sample_id for example in examples]
+        ids = tested.sample_ids
         samples = _samples(result, losses, tokens, ids) if plan.centres else None
         scores = {} if samples is None else _scores(options, lower, upper, samples, changed)
         warnings = _warnings(result, lower, upper, scores)
