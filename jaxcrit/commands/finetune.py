@@ -231,7 +231,6 @@ def _train(
     from jaxcrit.training.step import TokenBatch, make_evaluation
 
     model, parts = trainer.model, trainer.parts
-    weights = model.trainable(bars)
     losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh)
     tests = [TokenBatch(*batch) for _, batch in batches_of(held, options.batch_size, model)]
 
@@ -248,7 +247,7 @@ def _train(
         "rows_per_step": data.batch_size,
     }
     found = trainer.run(
-        weights,
+        model.trainable(bars),
         data,
         evaluate,
         tests=20,

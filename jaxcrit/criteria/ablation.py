@@ -80,7 +80,7 @@ def update_sums(decoder: Decoder, batch: Batch, sites: Sites) -> tuple[np.ndarra
         ``[L, D]`` float64, and the number of tokens.
     """
     rows = batch[0].sharding if isinstance(batch[0].sharding, NamedSharding) else None
-    sums, count = processes.whole(_update_sums(decoder.blocks, decoder.embed.get_value(), *batch, sites, rows))
+    sums, count = processes.whole(_update_sums(decoder.blocks, decoder.embed.get_value(), batch, sites, rows))
     return sums.astype(np.float64), int(count)
 
 
@@ -97,14 +97,9 @@ def _zeroed(stack: jax.Array, layer: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("sites", "rows"))
 def _update_sums(
-    blocks: Block,
-    table: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    learn: jax.Array,
-    sites: Sites,
-    rows: NamedSharding | None,
+    blocks: Block, table: jax.Array, batch: Batch, sites: Sites, rows: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
+    tokens, lengths, learn = batch
     x, context = enter(table, tokens, lengths, blocks.config, rows)
     filled = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
     real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & filled[:, None]).astype(jnp.float32)
