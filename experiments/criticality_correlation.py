@@ -24,10 +24,10 @@ from typing import Any
 from jaxcrit.commands.correlate import plain
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
-from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_bytes, write_json, write_text
+from jaxcrit.core.files import write_json, write_text
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
+from jaxcrit.core.layers import read_scores
 from jaxcrit.data.demo import generate
 from jaxcrit.reporting.plots import twin_curves
 from jaxcrit.reporting.report import Figure, on_axes
@@ -134,19 +134,16 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
             **rendering,
         )
     )
-    loss = substituted.scores["substitution"]
-    left = read_deletions(substituted.out, "substitution")
-    found = {}
-    for key in ("delta", "delta_debiased"):
-        score = analysis.scores[key]
-        found[key] = correlate(score, loss, without_each=(read_deletions(analysis.out, key), left))
+    kept = read_scores(analysis.out / "scores.json", deletions=True)
+    loss = read_scores(substituted.out / "scores.json", deletions=True)["substitution"]
+    found = {key: correlate(kept[key], loss) for key in ("delta", "delta_debiased")}
     names = ["δ (biased)", f"loss with {given.window} layers of the base"]
     figure = Figure(
         "curves.png",
         on_axes(twin_curves, analysis.scores["delta"], loss, names),
         "δ and substitution loss of every layer.",
     )
-    write_bytes(out / figure.name, figure.png())
+    figure.write(out)
     like = name if name in DATASETS else FAMILIES.get(name, "")
     published = TABLE_2[given.published][DATASETS.index(like)] if like else None
     return Row(name, substituted.base_loss, substituted.tuned_loss, found["delta"], found["delta_debiased"], published)

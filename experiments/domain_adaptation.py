@@ -26,7 +26,7 @@ from scipy import stats
 
 from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_bytes, write_json, write_text
+from jaxcrit.core.files import write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.selections import default_count
 from jaxcrit.data.demo import generate
@@ -200,8 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "shares_mean_of_means": {arm: shares(curves, arm, "paper_points").tolist() for arm in ARMS},
     }
     write_json(out / "adaptation.json", "jaxcrit.adaptation", result)
-    figure = Figure("adaptation.png", on_axes(loss_curves, mean_curves(curves)), "Test loss of every arm.")
-    write_bytes(out / figure.name, figure.png())
+    Figure("adaptation.png", on_axes(loss_curves, mean_curves(curves)), "Test loss of every arm.").write(out)
     print(table(curves))
     return 0
 

@@ -21,7 +21,7 @@ from removal_report import removal_figure, removal_text
 
 from jaxcrit.core import flags, options
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import write_bytes, write_json
+from jaxcrit.core.files import write_json
 from jaxcrit.core.progress import bars
 
 
@@ -43,7 +43,7 @@ def main(arguments: Sequence[str]) -> None:
             {"config": dataclasses.asdict(config), **computed, "datasets": results},
         )
         for figure in map(removal_figure, found):
-            write_bytes(out / figure.name, figure.png())
+            figure.write(out)
         print(f"removal: {out / 'removal.json'}")
 
 

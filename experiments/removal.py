@@ -270,7 +270,7 @@ def _edits(
         if place in shifts:
             yield place, intervention(shape, shifts={layer: -shifts[place][rows]}, rank=rank)
         else:
-            yield place, removal(fit, [layer], sets[name], mode, shape, rows)
+            yield place, removal(fit, [layer], sets[name], mode, rows)
 
 
 def _random_part(part: np.ndarray, seed: Sequence[int]) -> np.ndarray:

@@ -19,7 +19,7 @@ from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
-from jaxcrit.core.deletions import Deletions, read_deletions
+from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
@@ -339,9 +339,7 @@ def correlate(a: Any, b: Any, *, block: int = 0, seed: int = 0, circular: bool =
     """
     from jaxcrit.selection.correlation import correlate as correlated
 
-    first, second = _one_score(a), _one_score(b)
-    left = (first.deletions, second.deletions)
-    return correlated(first, second, block=block or None, without_each=left, seed=seed, circular=circular)
+    return correlated(_one_score(a), _one_score(b), block=block or None, seed=seed, circular=circular)
 
 
 def _one_score(given: Any) -> LayerScores:
@@ -524,10 +522,7 @@ def open_run(path: str | Path) -> FinishedRun:
     """
     folder = as_path(path)
     record = read_json(folder / "run.json", RUN_FORMAT)
-    found = {}
-    if (folder / "scores.json").exists():
-        for key, one in read_scores(folder / "scores.json").items():
-            found[key] = dataclasses.replace(one, deletions=read_deletions(folder, key))
+    found = read_scores(folder / "scores.json", deletions=True) if (folder / "scores.json").exists() else {}
     layers = LayerSet.load(folder / "layers.json") if (folder / "layers.json").exists() else None
     return FinishedRun(folder, record, Scores(found), layers)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, did_you_mean, listed
-from jaxcrit.core.groups import MeshOptions, ModelOptions, TestedRowOptions
+from jaxcrit.core.groups import SITES, MeshOptions, ModelOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
 from jaxcrit.reporting import tables
@@ -37,9 +37,7 @@ class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers")
     """What ``jaxcrit ablate`` is asked; all datasets are one here."""
 
     methods: str = option("skip,mean", "what a layer adds: skip nothing, mean the average", word="LIST")
-    sites: Literal["blocks", "attn", "mlp"] = option(
-        "blocks", "whole blocks, or their attention or MLP alone", ("blocks", "attn", "mlp")
-    )
+    sites: Literal["blocks", "attn", "mlp"] = option("blocks", "whole blocks, or their attention or MLP alone", SITES)
     generate: bool = option(False, "count right answers too, with each layer skipped")
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
 
@@ -131,55 +129,42 @@ def run_ablate(
     Raises:
         UserError: see `ablate`.
     """
-    from jaxcrit.core.deletions import Deletions, write_deletions
-    from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import ablation_losses, accuracies
-    from jaxcrit.evidence.rows import forget_partial, read_back
+    from jaxcrit.data.dataset import joined
+    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
 
     opened = shared.opened(options, model)
     datasets = opened.read(options, rows, responses=True)
     with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
-        examples = [example for dataset in datasets for example in dataset.examples]
+        examples = joined("rows", "", datasets).examples
         how: dict[str, Any] = {"batch_size": options.batch_size, "bars": progress}
         samples, counts = ablation_losses(
             opened, examples, options.sites, options.chosen_methods, directory=run.directory, **how
         )
         if options.generate:
             samples["skip_accuracy"] = accuracies(opened, examples, options.sites, options.max_new_tokens, **how)
-        scores, left = _scores(options, opened, samples)
-        ids = [example.sample_id for example in examples]
-        scores = {key: dataclasses.replace(one, deletions=Deletions(left[key], ids)) for key, one in scores.items()}
         run.record["result"] = {"block_evaluations": counts}
-        found = Ablated(scores, run.record, run.out)
+        found = Ablated(_scores(options, opened, samples), run.record, run.out)
         if found.out is not None:
-            write_scores(found.out / "scores.json", scores)
-            write_deletions(found.out, left, ids)
+            write_scored(found.out, found.scores)
             report(found).write(found.out, found.run)
-    if found.out is not None:
-        forget_partial(found.out)
+    forget_partial(found.out)
     return found
 
 
-def _scores(
-    options: AblateOptions, model: Model, samples: Mapping[str, SampleLosses]
-) -> tuple[dict[str, LayerScores], dict[str, np.ndarray]]:
-    """Scores by key, and the same with each row left out, ``[N, L]``."""
-    depth = model.config.num_layers
-    meta = {**model.facts, "sites": options.sites}
+def _scores(options: AblateOptions, model: Model, samples: Mapping[str, SampleLosses]) -> dict[str, LayerScores]:
+    depth, meta = model.config.num_layers, {**model.facts, "sites": options.sites}
     scores: dict[str, LayerScores] = {}
-    left: dict[str, np.ndarray] = {}
     for name, one in samples.items():
         key = options.score(name)
         if name == "skip_accuracy":
             scores[key] = one.score(key, depth, {**meta, "max_new_tokens": options.max_new_tokens}, "low")
         else:
             scores |= one.scores(key, depth, {**meta, "method": name})
-            left[f"{key}_per_token"] = one.without_each(depth, per_token=True)
-        left[key] = one.without_each(depth)
-    return scores, left
+    return scores
 
 
 def report(found: Ablated) -> Report:
@@ -208,10 +193,7 @@ def _table(scores: Mapping[str, LayerScores], style: bool = False) -> str:
     header = ["layer", *(f"{key.removeprefix('ablation_')} ± s.e." for key in shown), ""]
     rows = []
     for layer in range(next(iter(shown.values())).num_layers):
-        cells = [
-            f"{score.values[layer]:.4f}" + ("" if score.stderr is None else f" ± {score.stderr[layer]:.4f}")
-            for score in shown.values()
-        ]
+        cells = [tables.estimate(score, layer) for score in shown.values()]
         marks = [key.removeprefix("ablation_") for key, place in worst.items() if place == layer]
         rows.append([str(layer), *cells, f"◀ most needed: {', '.join(marks)}" if marks else ""])
     return tables.table(header, rows, [style and layer in worst.values() for layer in range(len(rows))])
@@ -228,8 +210,6 @@ def _sentences(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> lis
     for key, score in _shown(scores).items():
         told.append(f"{key}: intact {score.meta['unchanged']:.4f}, median over layers {np.median(score.values):.4f}")
     told.append(
-        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
-        f" {depth} layers (a pass each would be {counts['a_pass_each']})"
-        + (f"; {counts['means']} more for the means" if counts["means"] else "")
+        tables.sweep_cost(counts, depth) + (f"; {counts['means']} more for the means" if counts["means"] else "")
     )
     return told

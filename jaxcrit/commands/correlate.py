@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcrit.commands import shared
-from jaxcrit.core.deletions import Deletions, read_deletions
-from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, plain, write_json
 from jaxcrit.core.groups import BY_HASH, WHERE
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.layers import LayerScores, read_scores
+from jaxcrit.core.layers import LayerScores, read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.run import Facts, running
-from jaxcrit.reporting.tables import WIDTH, aligned, number, table
+from jaxcrit.reporting.tables import number, p_value, table, wide_table
 
 if TYPE_CHECKING:
     from jaxcrit.reporting.report import Report
@@ -91,20 +89,14 @@ def run_correlate(options: CorrelateOptions) -> Correlated:
         raise UserError("correlate: expected --scores=FILE[:KEY] twice, or --all=DIR, one of them")
     pair, warnings = None, []
     if options.all:
-        names, scores = _everything(as_path(options.all))
-    else:
-        if len(options.scores) != 2:
-            raise UserError(f"correlate: expected --scores=FILE[:KEY] twice, got it {len(options.scores)} times")
+        read = _everything(as_path(options.all))
+    elif len(options.scores) == 2:
         read = [_read(text) for text in options.scores]
-        names, scores = _short([(path.parent, score.name) for path, score in read]), [score for _, score in read]
-        left = [_deletions(path, score) for path, score in read]
-        pair = correlate(
-            *scores,
-            block=options.block or None,
-            without_each=(left[0], left[1]),
-            seed=options.seed,
-            circular=options.circular,
-        )
+    else:
+        raise UserError(f"correlate: expected --scores=FILE[:KEY] twice, got it {len(options.scores)} times")
+    names, scores = _short(read), [score for _, score in read]
+    if not options.all:
+        pair = correlate(*scores, block=options.block or None, seed=options.seed, circular=options.circular)
         warnings = correlation_cautions(pair, names, scores)
     matrix = spearman_matrix(scores)
     if options.all and not options.circular:
@@ -138,24 +130,12 @@ def _read(text: str) -> tuple[Path, LayerScores]:
         name, _, key = text.rpartition(":")
         path = as_path(name)
     path = path / "scores.json" if path.is_dir() else path
-    scores = read_scores(path)
+    scores = read_scores(path, deletions=True)
     key = key or (_FIRST_CHOICE if _FIRST_CHOICE in scores else next(iter(scores)))
-    if key not in scores:
-        raise UserError(f"{path}: no score {key!r}{did_you_mean(key, scores)}; it holds {', '.join(scores)}")
-    return path, scores[key]
+    return path, score_of(scores, key, path)
 
 
-def _deletions(path: Path, score: LayerScores) -> Deletions | None:
-    left = read_deletions(path.parent, score.name)
-    if left is not None and left.values.shape[1] != score.num_layers:
-        raise UserError(
-            f"{path.parent}: deletions.npz is of {left.values.shape[1]} layers, scores.json of"
-            f" {score.num_layers}; write both again"
-        )
-    return left
-
-
-def _everything(folder: Path) -> tuple[list[str], list[LayerScores]]:
+def _everything(folder: Path) -> list[tuple[Path, LayerScores]]:
     """Every score of every scores.json in and below a folder."""
     if not folder.is_dir():
         raise UserError(f"--all={folder}: expected a directory")
@@ -167,68 +147,41 @@ def _everything(folder: Path) -> tuple[list[str], list[LayerScores]]:
     if len(layers) > 1:
         each = listed([f"{count} layers in {path}" for count, path in sorted(layers.items())])
         raise UserError(f"--all={folder}: expected scores of one model, got {each}")
-    return _short([(path.parent, score.name) for path, score in found]), [score for _, score in found]
+    return found
 
 
-def _short(places: Sequence[tuple[Path, str]]) -> list[str]:
+def _short(read: Sequence[tuple[Path, LayerScores]]) -> list[str]:
     """``FOLDER:KEY``, folders named from where they part; the key alone where all are of one folder."""
-    folders = [folder.resolve().parts for folder, _ in places]
+    folders = [path.parent.resolve().parts for path, _ in read]
     common = 0
     while all(len(parts) > common for parts in folders) and len({parts[common] for parts in folders}) == 1:
         common += 1
     named = ["/".join(parts[common:]) for parts in folders]
-    return [f"{folder}:{key}" if folder else key for folder, (_, key) in zip(named, places, strict=True)]
-
-
-def _p(value: float) -> str:
-    if not math.isfinite(value):
-        return "-"
-    return f"{value:.1e}" if value < 1e-3 else f"{value:.3f}"
+    return [f"{folder}:{one.name}" if folder else one.name for folder, (_, one) in zip(named, read, strict=True)]
 
 
 def pair_table(pair: Correlation, names: Sequence[str]) -> str:
     """One row per statistic: its value, its p, and what the p takes for granted."""
     interval = "not available" if pair.interval is None else " to ".join(number(end, 3) for end in pair.interval)
+    depth = zip("AB", pair.depth, names, strict=True)
     rows = [
-        ["Spearman ρ", number(pair.rho, 3), _p(pair.p_naive), "naive: as if layers were independent"],
-        ["", "", _p(pair.p_shift), f"all circular shifts; never below 1/{pair.num_layers}"],
-        ["", "", _p(pair.p_block), f"permuted blocks of {pair.block} layers"],
+        ["Spearman ρ", number(pair.rho, 3), p_value(pair.p_naive), "naive: as if layers were independent"],
+        ["", "", p_value(pair.p_shift), f"all circular shifts; never below 1/{pair.num_layers}"],
+        ["", "", p_value(pair.p_block), f"permuted blocks of {pair.block} layers"],
         ["Kendall τ", number(pair.tau, 3), "", ""],
-        ["ρ given depth", number(pair.partial, 3), _p(pair.p_partial), "circular shifts of what depth leaves"],
-        *(
-            [f"ρ of {'AB'[index]} with depth", number(value, 3), "", names[index]]
-            for index, value in enumerate(pair.depth)
-        ),
+        ["ρ given depth", number(pair.partial, 3), p_value(pair.p_partial), "circular shifts of what depth leaves"],
+        *([f"ρ of {side} with depth", number(rho, 3), "", name] for side, rho, name in depth),
         ["smallest ρ", number(pair.smallest, 3), "0.05", f"significant of {pair.num_layers} independent layers"],
     ]
-    lines = aligned(["", "value", "p", ""], rows)
-    return "\n".join([*lines, f"95 % interval of ρ over the samples: {interval}"])
+    return f"{table(['', 'value', 'p', ''], rows)}\n95 % interval of ρ over the samples: {interval}"
 
 
 def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
     """Spearman's ρ of every two scores; columns by number, in as many parts as the width takes."""
     longest = min(40, max(map(len, names)))
     short = [name if len(name) <= longest else f"…{name[1 - longest :]}" for name in names]
-    fit = max(1, (WIDTH - longest - 4) // 7)
-    parts = []
-    for start in range(0, len(names), fit):
-        columns = range(start, min(start + fit, len(names)))
-        header = ["", *(str(column + 1) for column in columns), ""]
-        rows = [
-            [str(row + 1), *(number(matrix[row, column], 2) for column in columns), name]
-            for row, name in enumerate(short)
-        ]
-        parts.append(table(header, rows))
-    return "\n\n".join(parts)
-
-
-def headline(found: Correlated) -> str:
-    """What was compared over which layers."""
-    if found.pair is None:
-        return "Spearman's ρ of every two scores; scores whose high values are critical are turned round."
-    pair, (a, b) = found.pair, found.names
-    layers = f"{pair.num_layers} layers ({pair.first} to {pair.last} of {found.scores[0].num_layers})"
-    return f"A {a} against B {b}, {layers}"
+    columns = {str(place): [number(rho, 2) for rho in column] for place, column in enumerate(matrix.T, 1)}
+    return wide_table(["", *columns], columns, ["", *short], margin=longest + 4, least=5)
 
 
 def report(found: Correlated) -> Report:
@@ -237,19 +190,19 @@ def report(found: Correlated) -> Report:
     from jaxcrit.reporting.report import Figure, Report, Section, on_axes
     from jaxcrit.selection.correlation import meaning
 
-    figures, shown = [], ""
-    if found.pair is None:
-        shown = matrix_table(found.names, found.spearman)
+    pair, names, figures = found.pair, found.names, []
+    if pair is None:
+        told = ["Spearman's ρ of every two scores; scores whose high values are critical are turned round."]
+        shown = matrix_table(names, found.spearman)
     else:
-        (a, b), names = found.scores, found.names
-        shown = pair_table(found.pair, names)
+        a, b = found.scores
+        layers = f"{pair.num_layers} layers ({pair.first} to {pair.last} of {a.num_layers})"
+        told = [f"A {names[0]} against B {names[1]}, {layers}", meaning(pair, found.scores, names)]
+        shown = pair_table(pair, names)
         both, each = on_axes(plots.twin_curves, a, b, names), on_axes(plots.score_scatter, a, b, names)
         figures = [
             Figure("layers.png", both, "Both scores over the layers, each on its own axis."),
             Figure("scatter.png", each, "Each layer by both scores; darker is deeper.", (5.6, 5.0)),
         ]
     section = Section("Correlation", "", shown, figures)
-    told = [headline(found)]
-    if found.pair is not None:
-        told.append(meaning(found.pair, found.scores, found.names))
     return Report(told, found.warnings, [section], CAVEATS)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
@@ -18,11 +17,11 @@ from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
+    from jaxcrit.core.progress import Say
     from jaxcrit.data.dataset import Dataset
     from jaxcrit.data.steps import Steps
     from jaxcrit.data.templates import Example
     from jaxcrit.models.model import Bars, Model
-    from jaxcrit.reporting.report import Figure
     from jaxcrit.training.loop import Standing
     from jaxcrit.training.step import State
     from jaxcrit.training.trainer import Trainer
@@ -100,7 +99,7 @@ def run_finetune(
     rows: Any = None,
     chosen: LayerSet | None = None,
     progress: Bars | None = None,
-    say: shared.Say | None = None,
+    say: Say | None = None,
     keep: bool = True,
 ) -> Finetuned:
     """Trains; goes on where an interrupted run of the same options stopped, reads a complete one back.
@@ -122,8 +121,11 @@ def run_finetune(
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import size
     from jaxcrit.parallel.mesh import parse_mesh
-    from jaxcrit.studies.analysis import score_keys
+    from jaxcrit.reporting.plots import loss_curves
+    from jaxcrit.reporting.report import Figure, on_axes
+    from jaxcrit.studies.analysis import score_keys, training_scores
     from jaxcrit.training.data import training_steps
+    from jaxcrit.training.loop import read_metrics
     from jaxcrit.training.optimizer import make_schedule
     from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
 
@@ -132,6 +134,7 @@ def run_finetune(
     spec = LayerSpec.parse(options.layers)
     spec.check_key(score_keys())
     opened = open_model(options.model if model is None else model, mesh=options.mesh, keep=model is not None)
+    depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
     if keep and any(overlay.run is None for overlay in opened.overlays):
         raise UserError(
@@ -139,7 +142,7 @@ def run_finetune(
             " to that training too, or export the model and load that"
         )
     if chosen is None and not spec.needs_scores:
-        chosen = resolve(spec, opened.config.num_layers, model_hash=opened.model_hash)
+        chosen = resolve(spec, depth, model_hash=opened.model_hash)
     if chosen is not None:
         partition_of(options, opened.config, chosen)
     datasets = read_examples(options, opened, rows)
@@ -154,22 +157,27 @@ def run_finetune(
         read_back=True,
     ) as run:
         if run.complete:
-            return _finished(dict(run.earlier), run.path)
+            note = f"{run.path}: complete already; choose another --out to train again"
+            kept = run.earlier["layers"]
+            trained = LayerSet(**{**kept, "layers": tuple(kept["layers"])})
+            return Finetuned(None, dict(run.earlier), read_metrics(run.path), trained, [note], run.path)
         out = run.out
         run.record["attention"] = opened.attention(dtype)
-        layers = chosen or _critical(options, spec, opened, rows, out, progress)
-        parts = partition_of(options, opened.config, layers)
+        if chosen is None:
+            ranked, key, trim = training_scores(options, out, model=opened.apart(), rows=rows, progress=progress)
+            chosen = resolve(spec, depth, scores=ranked, criterion=key, trim=trim, model_hash=opened.model_hash)
+        parts = partition_of(options, opened.config, chosen)
         train, held = (dataset.examples for dataset in datasets)
         data = training_steps(train, options.batch_size * options.accumulate, options.seed)
         trainer = Trainer(options, opened, parts, options.steps or (options.epochs or 1) * data.per_epoch)
         run.precious = True
         if out is not None:
-            layers.save(out / "layers.json")
-        run.record["layers"] = dataclasses.asdict(layers) | {"layers": list(layers.layers)}
+            chosen.save(out / "layers.json")
+        run.record["layers"] = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
         run.record["trained"] = parts.to_json()
         run.save()
         if say is not None:
-            say(summary(options, trainer, layers, data.batch_size))
+            say(summary(options, trainer, chosen, data.batch_size))
         began = time.perf_counter()
         state, best, warnings, rows = _train(options, trainer, data, held, out, progress)
         step = int(state.step)
@@ -182,34 +190,29 @@ def run_finetune(
             "optimizer_bytes": size(state.optimizer),
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
-        run.record["time"] = run.times
-        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step, layers))
-        found = Finetuned(tuned, run.record, rows if out is None else _metrics(out), layers, warnings, out)
+        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step, chosen))
+        found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
-            write_curve(out, {"test loss": found.metrics})
+            curves = {"test loss": [(row["step"], row["loss"]) for row in evaluations(found.metrics)]}
+            Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.").write(out)
     return found
 
 
 def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: int) -> str:
     """What trains and what does not, in words."""
     parts, config = trainer.parts, trainer.model.config
-    told = [
-        f"{name}{' and tied head' if config.tied and path == 'embed' else ''}"
-        f" {'trained' if path in parts.outside else 'frozen'}"
-        for path, name in {"embed": "embeddings", "norm": "final norm", "head": "head"}.items()
-        if not (config.tied and path == "head")
-    ]
-    lora = parts.lora
-    adapters = ""
+    names = {"embed": "embeddings", "norm": "final norm", "head": "head"}
+    if config.tied:
+        names = {"embed": "embeddings and tied head", "norm": "final norm"}
+    told = [f"{name} {'trained' if path in parts.outside else 'frozen'}" for path, name in names.items()]
+    lora, adapters = parts.lora, ""
     if lora is not None:
         adapters = f"; adapters of rank {lora.rank}, alpha {lora.alpha:g}, on {', '.join(lora.targets)}"
-    bank = parts.abstract(trainer.model.mesh, np.float32)
-    counts = {group: sum(leaf.size for leaf in entries.values()) for group, entries in bank.items()}
-    trained = sum(count for group, count in counts.items() if group in parts.trained)
+    frozen, *trained = (sum(math.prod(shape) for _, shape in one.values()) for one in parts.shapes().values())
     return (
-        f"{'freezing' if options.mode == 'freeze' else 'training'} {chosen}{adapters}; {', '.join(told)}: {trained:,}"
-        f" of {sum(counts.values()):,} parameters ({100 * trained / sum(counts.values()):.1f} %) train, for"
-        f" {trainer.steps} steps of {rows} rows"
+        f"{'freezing' if options.mode == 'freeze' else 'training'} {chosen}{adapters}; {', '.join(told)}:"
+        f" {sum(trained):,} of {frozen + sum(trained):,} parameters"
+        f" ({100 * sum(trained) / (frozen + sum(trained)):.1f} %) train, for {trainer.steps} steps of {rows} rows"
     )
 
 
@@ -223,24 +226,19 @@ def _train(
 ) -> tuple[State, Standing, list[str], list[dict[str, Any]]]:
     """Trains; gives the last state and standing, warnings, and the rows of ``metrics.jsonl`` in process 0."""
     from jaxcrit.core import processes
-    from jaxcrit.training.data import evaluation_batches
+    from jaxcrit.evidence.rows import batches_of
     from jaxcrit.training.loop import METRICS, MetricsLog
-    from jaxcrit.training.step import make_evaluation, place
+    from jaxcrit.training.step import TokenBatch, make_evaluation
 
-    mesh, parts = trainer.model.mesh, trainer.parts
-    weights = trainer.model.trainable(bars)
-    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=mesh)
-    tests = [place(batch, mesh) for batch in evaluation_batches(held, options.batch_size)]
+    model, parts = trainer.model, trainer.parts
+    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh)
+    tests = [TokenBatch(*batch) for _, batch in batches_of(held, options.batch_size, model)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
         sums = [losses(params, frozen, batch) for batch in tests]
         return sum(sums[1:], sums[0])
 
-    def listen(state: State) -> contextlib.AbstractContextManager[Any]:
-        if out is None or not (options.tensorboard and processes.first()):
-            return contextlib.nullcontext()
-        return _events(out / "tensorboard", int(state.step))
-
+    events = None if out is None or not (options.tensorboard and processes.first()) else out / "tensorboard"
     log = MetricsLog(None if out is None else out / METRICS)
     meta = {
         "config": dataclasses.asdict(options),
@@ -249,7 +247,7 @@ def _train(
         "rows_per_step": data.batch_size,
     }
     found = trainer.run(
-        weights,
+        model.trainable(bars),
         data,
         evaluate,
         tests=20,
@@ -261,37 +259,28 @@ def _train(
         meta=meta,
         bars=bars,
         name="training",
-        listen=listen,
+        listen=lambda state: _events(events, int(state.step)),
     )
     return *found, log.rows
 
 
 @contextlib.contextmanager
-def _events(folder: Path, step: int) -> Iterator[Callable[[dict[str, Any]], None]]:
+def _events(folder: Path | None, step: int) -> Iterator[Callable[[dict[str, Any]], None] | None]:
     """Writes metrics as event files; TensorBoard is told to forget those of an earlier start beyond this step."""
+    if folder is None:
+        yield None
+        return
     from tensorboardX import SummaryWriter
 
-    writer = SummaryWriter(str(folder), purge_step=step + 1 if step else 0)
+    with contextlib.closing(SummaryWriter(str(folder), purge_step=step + 1 if step else 0)) as writer:
 
-    def listen(row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name not in ("kind", "step"):
-                writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-        writer.flush()
+        def listen(row: dict[str, Any]) -> None:
+            for name, value in row.items():
+                if name not in ("kind", "step"):
+                    writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+            writer.flush()
 
-    try:
         yield listen
-    finally:
-        writer.close()
-
-
-def _critical(
-    options: FinetuneOptions, spec: LayerSpec, model: Model, rows: Any, out: Path | None, progress: Bars | None
-) -> LayerSet:
-    from jaxcrit.studies.analysis import training_scores
-
-    scores, key, trim = training_scores(options, out, model=model.apart(), rows=rows, progress=progress)
-    return resolve(spec, model.config.num_layers, scores=scores, criterion=key, trim=trim, model_hash=model.model_hash)
 
 
 def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> list[Dataset]:
@@ -313,44 +302,9 @@ def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> l
     return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
 
 
-def _finished(run: dict[str, Any], out: Path) -> Finetuned:
-    note = f"{out}: complete already; choose another --out to train again"
-    layers = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
-    return Finetuned(None, run, _metrics(out), layers, [note], out)
-
-
-def _metrics(out: Path) -> list[dict[str, Any]]:
-    from jaxcrit.core import processes
-    from jaxcrit.core.files import read_lines
-    from jaxcrit.training.loop import METRICS
-
-    return list(processes.share(lambda: read_lines(out / METRICS)))
-
-
 def evaluations(metrics: Sequence[Row]) -> list[Row]:
     """The tests among the rows of ``metrics.jsonl``."""
     return [row for row in metrics if row["kind"] == "eval"]
-
-
-def loss_figure(runs: Mapping[str, Sequence[Row]]) -> Figure:
-    """Test losses over steps, a line per run.
-
-    Args:
-        runs: rows of ``metrics.jsonl`` by name of the run.
-    """
-    from jaxcrit.reporting.plots import loss_curves
-    from jaxcrit.reporting.report import Figure, on_axes
-
-    curves = {name: [(row["step"], row["loss"]) for row in evaluations(metrics)] for name, metrics in runs.items()}
-    return Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.")
-
-
-def write_curve(out: Path, runs: Mapping[str, Sequence[Row]]) -> None:
-    """Writes the `loss_figure` into a directory."""
-    from jaxcrit.core.files import write_bytes
-
-    figure = loss_figure(runs)
-    write_bytes(out / figure.name, figure.png())
 
 
 def text(found: Finetuned) -> str:

@@ -124,9 +124,8 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
         )
     named = [path for path in (options.steer_from, options.steer_to) if path]
     steering = [one_dataset(dataclasses.replace(options, data=path, limit=0), model) for path in named]
-    datasets = [dataset]
-    for place, one in enumerate(steering):
-        datasets.append(dataclasses.replace(one, name=f"steer:{one.name}:{place}"))
+    renamed = [dataclasses.replace(one, name=f"steer:{one.name}:{place}") for place, one in enumerate(steering)]
+    datasets = [dataset, *renamed]
     with running("intervene", options, models={"model": model}, datasets=datasets, resolved={"stop": stop}) as run:
         decoder = model.decoder(progress)
         hidden = states(decoder, dataset, model, progress)
@@ -154,8 +153,8 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
             }
         elif components and options.mode != "none":
             fit, chosen = principal_components(hidden, max(components) + 1), list(components)
-            warnings = fit.unidentified(components, layers)
-            edits = removal(fit, layers, components, options.mode, shape, np.full(shape[1], options.prompt_index))
+            warnings = fit.unidentified(chosen, layers)
+            edits = removal(fit, layers, components, options.mode, np.full(shape[1], options.prompt_index))
             words = {str(layer): lens(decoder, fit.directions[layer][chosen], model.tokenizer) for layer in layers}
             found |= {"components": chosen, "of": described(fit, layers, components), "lens": words}
         prompts = prefill(decoder, batch.tokens, batch.lengths, options.max_new_tokens, mesh=model.mesh)
@@ -244,12 +243,7 @@ def lens(decoder: Decoder, directions: np.ndarray, tokenizer: Any, count: int = 
 
 
 def removal(
-    fit: Components,
-    layers: Sequence[int],
-    components: Sequence[int],
-    mode: str,
-    shape: tuple[int, int, int],
-    rows: np.ndarray,
+    fit: Components, layers: Sequence[int], components: Sequence[int], mode: str, rows: np.ndarray
 ) -> Intervention:
     """Takes components out of layers, in the way of a mode.
 
@@ -258,12 +252,12 @@ def removal(
         layers: edited, together.
         components: removed.
         mode: ``paper`` or ``project``, see `InterveneOptions`.
-        shape: (L, B, D).
         rows: ``[B]`` which sample of the fit each row of the batch is.
     """
     from jaxcrit.models.interventions import intervention
 
-    rank = fit.directions.shape[1]
+    depth, rank, width = fit.directions.shape
+    shape = depth, len(rows), width
     if mode == "project":
         about = {layer: (fit.mean[layer], fit.directions[layer][list(components)]) for layer in layers}
         return intervention(shape, projections=about, rank=rank)

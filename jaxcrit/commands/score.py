@@ -23,7 +23,7 @@ from jaxcrit.core.groups import (
 )
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
-from jaxcrit.reporting.tables import WIDTH, table
+from jaxcrit.reporting.tables import wide_table
 
 if TYPE_CHECKING:
     from jaxcrit.data.dataset import Dataset
@@ -242,18 +242,10 @@ def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
 
 def score_table(scores: Mapping[str, LayerScores]) -> str:
     """One row per layer, a column per score with its direction under the name; as many parts as the width takes."""
-    parts: list[list[str]] = [[]]
-    for key in scores:
-        if parts[-1] and 5 + sum(max(len(other), 9) + 2 for other in (*parts[-1], key)) > WIDTH:
-            parts.append([])
-        parts[-1].append(key)
-    lines = []
-    for part in parts:
-        rows = [["", *(f"({scores[key].direction})" for key in part), ""]]
-        for layer in range(scores[part[0]].num_layers):
-            rows.append([str(layer), *(_value(scores[key], layer) for key in part), ""])
-        lines.append(table(["layer", *part, ""], rows))
-    return "\n\n".join(lines)
+    layers = range(next(iter(scores.values())).num_layers)
+    columns = {key: [f"({one.direction})", *(_value(one, layer) for layer in layers)] for key, one in scores.items()}
+    first = ["layer", "", *map(str, layers)]
+    return wide_table(first, columns, [""] * len(first), margin=5, least=9)
 
 
 def _value(score: LayerScores, layer: int) -> str:

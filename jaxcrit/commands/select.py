@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import sys
 
-from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import BY_HASH, SELECTION, WHERE
-from jaxcrit.core.layers import read_scores
+from jaxcrit.core.layers import read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.reporting.exporters import FORMATS, export_selection
@@ -36,10 +36,7 @@ def run(options: SelectOptions) -> int:
     scores = read_scores(options.scores)
     spec = LayerSpec.parse(options.layers)
     key = spec.score_key or options.criterion
-    if key not in scores:
-        nearest = did_you_mean(key, scores)
-        raise UserError(f"{options.scores}: no score {key!r}{nearest}; it holds {', '.join(scores)}")
-    score = scores[key]
+    score = score_of(scores, key, options.scores)
     chosen = resolve(
         spec,
         score.num_layers,

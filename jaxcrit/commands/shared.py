@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from jaxcrit.models.model import Model
     from jaxcrit.reporting.report import Report
 
-Say = Callable[[str], None]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 

@@ -15,7 +15,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions, CaptureOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
-from jaxcrit.reporting.tables import WIDTH, aligned, number, table
+from jaxcrit.reporting.tables import WIDTH, aligned, number, p_value, table
 
 if TYPE_CHECKING:
     from jaxcrit.core.run import Run
@@ -352,8 +352,8 @@ def _tracking_table(found: Tracking) -> str:
     """One row per number of components: how its curve goes along with δ."""
     rows = []
     for name, one in found.correlations.items():
-        cells = [name.removeprefix("cca_"), _signed(one.rho), number(one.p_shift, 3), _signed(one.partial)]
-        cells += [number(one.p_partial, 3), _signed(one.depth[1]), "◀ best" if name == found.best else ""]
+        cells = [name.removeprefix("cca_"), _signed(one.rho), p_value(one.p_shift), _signed(one.partial)]
+        cells += [p_value(one.p_partial), _signed(one.depth[1]), "◀ best" if name == found.best else ""]
         rows.append(cells)
     header = ["k", f"ρ with {_shown(found.reference)}", "p (shifts)", "ρ given depth", "p (shifts)", "ρ with depth", ""]
     return table(header, rows)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.groups import BY_HASH, MeshOptions, TestedRowOptions
+from jaxcrit.core.groups import BY_HASH, SITES, MeshOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
@@ -19,7 +19,6 @@ from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
     from jaxcrit.criteria.substitution import Layers, Plan
-    from jaxcrit.data.templates import Example
     from jaxcrit.evidence.sample_scores import SampleLosses
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.reporting.report import Report
@@ -50,9 +49,7 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
     """What ``jaxcrit substitute`` is asked; all datasets are one here, rendered by the tuned model's template."""
 
     window: int = option(5, "layers taken together, around each in turn; odd", lowest=1)
-    sites: Literal["blocks", "attn", "mlp"] = option(
-        "blocks", "whole blocks, or their attention or MLP alone", ("blocks", "attn", "mlp")
-    )
+    sites: Literal["blocks", "attn", "mlp"] = option("blocks", "whole blocks, or their attention or MLP alone", SITES)
     reverse: bool = option(False, "put layers of the tuned model into the base")
     sets: str = option("", "these sets in place of windows: 3-5,9;first:4;@layers.json", word="SPECS")
     random: int = option(0, "draws of as many random layers, to compare with", lowest=0)
@@ -154,11 +151,10 @@ def run_substitute(
     Raises:
         UserError: see `substitute`.
     """
-    from jaxcrit.core.deletions import Deletions, write_deletions
-    from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
-    from jaxcrit.evidence.rows import forget_partial
+    from jaxcrit.data.dataset import joined
+    from jaxcrit.evidence.rows import forget_partial, write_scored
     from jaxcrit.models.model import changed_layers, check_pair, open_model
 
     if tuned is None and not options.tuned:
@@ -182,12 +178,12 @@ def run_substitute(
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
-        examples = [example for dataset in datasets for example in dataset.examples]
+        tested = joined("rows", "", datasets)
         losses, tokens, counts = substitution_losses(
             lower,
             upper,
             plan,
-            examples,
+            tested.examples,
             sites=options.sites,
             reverse=options.reverse,
             batch_size=options.batch_size,
@@ -196,25 +192,18 @@ def run_substitute(
         )
         changed = changed_layers(lower, upper)
         result = _result(plan, losses, tokens, changed, reverse=options.reverse) | {"block_evaluations": counts}
-        samples = _samples(result, losses, tokens) if plan.centres else None
+        ids = tested.sample_ids
+        samples = _samples(result, losses, tokens, ids) if plan.centres else None
         scores = {} if samples is None else _scores(options, lower, upper, samples, changed)
-        ids = [example.sample_id for example in examples]
-        left = {}
-        if samples is not None:
-            for key, one in scores.items():
-                left[key] = Deletions(samples.without_each(depth, per_token=key.endswith("_per_token")), ids)
-                scores[key] = dataclasses.replace(one, deletions=left[key])
         warnings = _warnings(result, lower, upper, scores)
         run.record |= {"result": result, "warnings": warnings}
         found = Substituted(scores, samples, warnings, run.record, run.out)
         if found.out is not None:
-            _write_losses(found.out, plan, depth, losses, tokens, examples)
+            _write_losses(found.out, plan, depth, losses, tokens, ids)
             if scores:
-                write_scores(found.out / "scores.json", scores)
-                write_deletions(found.out, {key: one.values for key, one in left.items()}, ids)
+                write_scored(found.out, scores)
             report(found).write(found.out, found.run)
-    if found.out is not None:
-        forget_partial(found.out)
+    forget_partial(found.out)
     return found
 
 
@@ -242,14 +231,16 @@ def _scores(
     return samples.scores(options.score, tuned.config.num_layers, meta, "low" if options.reverse else "high")
 
 
-def _samples(result: Mapping[str, Any], losses: np.ndarray, tokens: np.ndarray) -> SampleLosses:
+def _samples(
+    result: Mapping[str, Any], losses: np.ndarray, tokens: np.ndarray, sample_ids: Sequence[str]
+) -> SampleLosses:
     """Losses of the windows that hold a layer in which the two models differ; the others say nothing of theirs."""
     from jaxcrit.evidence.sample_scores import SampleLosses
 
     centres, differs = np.array(result["centres"]), [_differs(entry) for entry in result["sets"]]
     if not any(differs):  # the models are the same, as a warning says
         differs = [True] * len(differs)
-    return SampleLosses(centres[differs], losses[: len(centres)][differs], losses[-2], tokens)
+    return SampleLosses(centres[differs], losses[: len(centres)][differs], losses[-2], tokens, sample_ids)
 
 
 def _differs(entry: Entry) -> bool:
@@ -288,7 +279,7 @@ def _result(
 
 
 def _write_losses(
-    out: Path, plan: Plan, num_layers: int, losses: np.ndarray, tokens: np.ndarray, examples: Sequence[Example]
+    out: Path, plan: Plan, num_layers: int, losses: np.ndarray, tokens: np.ndarray, sample_ids: Sequence[str]
 ) -> None:
     sets = (*plan.sets, *plan.random)
     members = np.zeros((len(sets), num_layers), bool)
@@ -301,7 +292,7 @@ def _write_losses(
         "host": losses[-2],
         "guest": losses[-1],
         "tokens": tokens,
-        "sample_ids": np.array([example.sample_id for example in examples]),
+        "sample_ids": np.array(sample_ids),
     }
     from jaxcrit.core.files import write_npz
 
@@ -320,11 +311,11 @@ def _finished(run: dict[str, Any], out: Path) -> Substituted:
 
     def look() -> dict[str, Any]:
         arrays, _ = read_npz(out / "substitution.npz")
-        found = {name: arrays[name].tolist() for name in ("losses", "host", "guest", "tokens")}
+        found = {name: arrays[name].tolist() for name in ("losses", "host", "guest", "tokens", "sample_ids")}
         return {**found, "losses": [*found["losses"], found["host"], found["guest"]]}
 
-    kept = {name: np.array(values) for name, values in processes.share(look).items()}
-    samples = _samples(run["result"], kept["losses"], kept["tokens"])
+    kept = processes.share(look)
+    samples = _samples(run["result"], np.array(kept["losses"]), np.array(kept["tokens"]), kept["sample_ids"])
     return Substituted(read_back(out), samples, run["warnings"], run, out)
 
 
@@ -438,9 +429,8 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
             f" {int((mine < low).sum())} below that range."
         )
     told.append(
-        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
-        f" {depth} layers ({counts['forward_passes'] / depth:.2f} L; a pass each would be {counts['a_pass_each']});"
-        f" {counts['unsubstituted']} more for the other model as it is"
+        tables.sweep_cost(counts, depth, f"{counts['forward_passes'] / depth:.2f} L; ")
+        + f"; {counts['unsubstituted']} more for the other model as it is"
         + (f", {counts['random']} for random sets" if counts["random"] else "")
     )
     return told

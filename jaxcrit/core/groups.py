@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Literal
+from typing import Literal, get_args
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
@@ -102,6 +102,10 @@ class BatchOptions(Options, title="machine"):
     """How many rows at a time."""
 
     batch_size: int = option(8, "rows per pass", lowest=1, free=SHAPE)
+
+
+Sites = Literal["blocks", "attn", "mlp"]  # of a layer: the whole block, or one of its halves
+SITES: tuple[str, ...] = get_args(Sites)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

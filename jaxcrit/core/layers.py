@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from jaxcrit.core.deletions import Deletions
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_text, read_json, write_json, write_text
+from jaxcrit.core.deletions import Deletions, read_deletions
+from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import as_path, json_text, read_json, write_json, write_text
 
 Direction = Literal["low", "high"]
 SCORES_FORMAT = "jaxcrit.scores"
@@ -92,11 +92,15 @@ def write_scores(path: Path, scores: Mapping[str, LayerScores]) -> None:
     write_json(path, SCORES_FORMAT, {"num_layers": num_layers, "scores": entries})
 
 
-def read_scores(path: str | Path) -> dict[str, LayerScores]:
+def read_scores(path: str | Path, *, deletions: bool = False) -> dict[str, LayerScores]:
     """Reads ``scores.json``.
 
+    Args:
+        path: the file.
+        deletions: whether scores carry what ``deletions.npz`` beside it has of them.
+
     Raises:
-        UserError: absent, of another format, or with columns of unequal length.
+        UserError: absent, of another format, with columns of unequal length, or with deletions of other layers.
     """
     content = read_json(path, SCORES_FORMAT)
     try:
@@ -107,7 +111,27 @@ def read_scores(path: str | Path) -> dict[str, LayerScores]:
         raise UserError(f"{path}: scores.json is damaged ({error!r}); write it again with jaxcrit analyze") from None
     if wrong or not scores:
         raise UserError(f"{path}: expected {content['num_layers']} values in every score, got otherwise in {wrong}")
+    folder = as_path(path).parent
+    for name, score in scores.items() if deletions else ():
+        left = read_deletions(folder, name)
+        if left is not None and left.values.shape[1] != expected:
+            raise UserError(
+                f"{folder}: deletions.npz is of {left.values.shape[1]} layers, scores.json of {expected}; write both"
+                " again"
+            )
+        scores[name] = dataclasses.replace(score, deletions=left)
     return scores
+
+
+def score_of(scores: Mapping[str, LayerScores], key: str, path: str | Path) -> LayerScores:
+    """The score of a key among those of a file.
+
+    Raises:
+        UserError: the file holds none of it.
+    """
+    if key not in scores:
+        raise UserError(f"{path}: no score {key!r}{did_you_mean(key, scores)}; it holds {', '.join(scores)}")
+    return scores[key]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+Say = Callable[[str], None]  # told what goes on, a line at a time
+
 # disable=None: no bar where stderr is not a terminal.
 bars = functools.partial(tqdm, disable=None, unit=" samples", leave=False)
 

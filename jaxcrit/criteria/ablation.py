@@ -18,9 +18,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxcrit.core import processes
+from jaxcrit.core.groups import Sites
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.criteria.substitution import Sites
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.scorers import exact_match
@@ -28,7 +28,15 @@ from jaxcrit.evidence.answers import answers
 from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
-from jaxcrit.evidence.variants import Batch, Variant, enter, planned_evaluations, sweep
+from jaxcrit.evidence.variants import (
+    Batch,
+    Variant,
+    enter,
+    evaluation_counts,
+    own_slots,
+    planned_evaluations,
+    sweep,
+)
 from jaxcrit.models.decoder import Block, Decoder, layer_windows, run
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
@@ -56,27 +64,24 @@ def ablate(sites: Sites) -> Edit:
 def intact(num_layers: int, width: int) -> Variant:
     """The model as it is."""
     edits = (np.zeros(num_layers, bool), jnp.zeros((num_layers, width)))
-    return Variant(_order(num_layers), edits, start=num_layers)
+    return Variant(own_slots(num_layers), edits, start=num_layers)
 
 
 def variants(num_layers: int, shift: jax.Array) -> list[Variant]:
     """The model with each layer in turn out of action; ``shift`` ``[L, D]`` is what it adds, zeros to skip it."""
-    return [
-        Variant(_order(num_layers), (np.arange(num_layers) == layer, shift), start=layer) for layer in range(num_layers)
-    ]
+    layers, slots = np.arange(num_layers), own_slots(num_layers)
+    return [Variant(slots, (layers == layer, shift), start=layer) for layer in range(num_layers)]
 
 
-def update_sums(
-    blocks: Block, outside: Mapping[str, jax.Array], batch: Batch, sites: Sites
-) -> tuple[np.ndarray, int, int]:
+def update_sums(decoder: Decoder, batch: Batch, sites: Sites) -> tuple[np.ndarray, int]:
     """What each layer's site adds to the stream of the intact model, summed over the real tokens of a batch.
 
     Returns:
-        ``[L, D]`` float64, the number of tokens, and the number of block evaluations.
+        ``[L, D]`` float64, and the number of tokens.
     """
     rows = batch[0].sharding if isinstance(batch[0].sharding, NamedSharding) else None
-    sums, count = processes.whole(_update_sums(blocks, outside["embed"], *batch, sites, rows))
-    return sums.astype(np.float64), int(count), blocks.config.num_layers
+    sums, count = processes.whole(_update_sums(decoder.blocks, decoder.embed.get_value(), batch, sites, rows))
+    return sums.astype(np.float64), int(count)
 
 
 def silenced(weights: Mapping[str, jax.Array], layer: int, sites: Sites) -> dict[str, jax.Array]:
@@ -92,14 +97,9 @@ def _zeroed(stack: jax.Array, layer: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("sites", "rows"))
 def _update_sums(
-    blocks: Block,
-    table: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
-    learn: jax.Array,
-    sites: Sites,
-    rows: NamedSharding | None,
+    blocks: Block, table: jax.Array, batch: Batch, sites: Sites, rows: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
+    tokens, lengths, learn = batch
     x, context = enter(table, tokens, lengths, blocks.config, rows)
     filled = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
     real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & filled[:, None]).astype(jnp.float32)
@@ -110,11 +110,6 @@ def _update_sums(
     site, windows = _SITE[sites], layer_windows(blocks.config)
     taps = run(blocks, None, x, context, windows=windows, tap=Tap(added, (site,))).taps
     return taps[site], real.sum()
-
-
-def _order(num_layers: int) -> np.ndarray:
-    layers = np.arange(num_layers, dtype=np.int32)
-    return np.stack([layers, layers], axis=1)
 
 
 def ablation_losses(
@@ -141,37 +136,30 @@ def ablation_losses(
     Returns:
         Losses by method, and counts of block evaluations.
     """
-    depth, width, weights = model.config.num_layers, model.config.width, model.decoder(bars).weights()
-    inside = {path: value for path, value in weights.items() if path.startswith("blocks.")}
-    blocks = Block(model.config, {path.removeprefix("blocks."): value for path, value in inside.items()})
+    depth, width, decoder = model.config.num_layers, model.config.width, model.decoder(bars)
     made = []
     for method in methods:
         shift = jnp.zeros((depth, width))
         if method == "mean":
             total, count = np.zeros((depth, width)), 0
             for _, placed in batches_of(examples, batch_size, model):
-                sums, tokens, _ = update_sums(blocks, weights, placed, sites)
+                sums, tokens = update_sums(decoder, placed, sites)
                 total, count = total + sums, count + tokens
             shift = jnp.asarray(total / count, jnp.float32)
         made += variants(depth, shift)
-    whole = intact(depth, width)
+    whole, weights = intact(depth, width), decoder.weights()
     made.append(whole)
 
     def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
-        found = sweep(blocks, weights, whole, made, batch, edit=ablate(sites), progress=step)
+        found = sweep(decoder.blocks, weights, whole, made, batch, edit=ablate(sites), progress=step)
         return found.losses, found.tokens
 
     planned = planned_evaluations(made, depth)
     losses, counted, batches = sample_losses(examples, batch_size, model, directory, take, len(made), planned, bars)
-    counts = {
-        "sweep": planned,
-        "forward_passes": planned / depth,
-        "a_pass_each": len(made) * depth,
-        "means": depth if "mean" in methods else 0,
-        "batches": batches,
-    }
-    each = {method: losses[place * depth :][:depth] for place, method in enumerate(methods)}
-    return {method: SampleLosses(np.arange(depth), mine, losses[-1], counted) for method, mine in each.items()}, counts
+    counts = evaluation_counts(made, depth, batches, {"means": depth if "mean" in methods else 0})
+    each = zip(methods, np.split(losses[:-1], len(methods)), strict=True)
+    ids = [example.sample_id for example in examples]
+    return {method: SampleLosses(np.arange(depth), mine, losses[-1], counted, ids) for method, mine in each}, counts
 
 
 def accuracies(
@@ -188,7 +176,8 @@ def accuracies(
                 for one in answers(model, decoder, batch, len(examples), max_new_tokens, stop=stop):
                     right[layer, one.row] = exact_match([one.text], [examples[one.row].response or ""])[0]
                     shown.update(1)
-    return SampleLosses(np.arange(depth), right[:-1], right[-1], np.ones(len(examples), np.int64))
+    ids = [example.sample_id for example in examples]
+    return SampleLosses(np.arange(depth), right[:-1], right[-1], np.ones(len(examples), np.int64), ids)
 
 
 CRITERIA = {

@@ -8,26 +8,25 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import Sites
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
-from jaxcrit.evidence.variants import Batch, Variant, planned_evaluations, sweep
+from jaxcrit.evidence.variants import Batch, Variant, evaluation_counts, own_slots, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.weights import HALVES
 
-Sites = Literal["blocks", "attn", "mlp"]
-SITES: tuple[str, ...] = get_args(Sites)
 Layers = tuple[int, ...]
 
 
@@ -49,8 +48,7 @@ def _join(base: jax.Array, tuned: jax.Array) -> jax.Array:
 
 def host_variant(num_layers: int, *, base: bool) -> Variant:
     """One of the two models as it is: the base or the tuned one."""
-    layers = np.arange(num_layers, dtype=np.int32) + (0 if base else num_layers)
-    return Variant(np.stack([layers, layers], axis=1), start=num_layers)
+    return Variant(own_slots(num_layers) + np.int32(0 if base else num_layers), start=num_layers)
 
 
 def variants(
@@ -181,16 +179,8 @@ def substitution_losses(
     losses, tokens, batches = sample_losses(
         examples, batch_size, tuned, directory, take, len(plan.sets) + len(plan.random) + 2, planned, bars
     )
-    mine = planned_evaluations(chosen, depth)
-    counts = {
-        "sweep": mine,
-        "forward_passes": mine / depth,
-        "a_pass_each": len(chosen) * depth,
-        "random": planned_evaluations(random, depth) if random else 0,
-        "unsubstituted": depth,
-        "batches": batches,
-    }
-    return losses, tokens, counts
+    others = {"random": planned_evaluations(random, depth) if random else 0, "unsubstituted": depth}
+    return losses, tokens, evaluation_counts(chosen, depth, batches, others)
 
 
 CRITERIA = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +11,9 @@ import jax
 import numpy as np
 
 from jaxcrit.core import processes
+from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.files import read_npz, write_npz
-from jaxcrit.core.layers import LayerScores, read_scores
+from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
@@ -115,9 +116,17 @@ def read_back(out: Path) -> dict[str, LayerScores]:
     return {key: LayerScores.from_json(key, entry) for key, entry in found.items()}
 
 
-def forget_partial(out: Path) -> None:
-    """Removes what `sample_losses` kept for a resumption."""
-    if processes.first():
+def write_scored(out: Path, scores: Mapping[str, LayerScores]) -> None:
+    """Writes ``scores.json``, and ``deletions.npz`` of the same samples beside it."""
+    write_scores(out / "scores.json", scores)
+    left = {key: score.deletions for key, score in scores.items() if score.deletions is not None}
+    ids = next(iter(left.values())).sample_ids
+    write_deletions(out, {key: one.values for key, one in left.items()}, ids)
+
+
+def forget_partial(out: Path | None) -> None:
+    """Removes what `sample_losses` kept for a resumption, in a run directory if there is one."""
+    if out is not None and processes.first():
         (out / _PARTIAL).unlink(missing_ok=True)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxcrit.core.deletions import jackknife_stderr
+from jaxcrit.core.deletions import Deletions, jackknife_stderr
 from jaxcrit.core.layers import Direction, LayerScores
 
 
@@ -21,12 +21,14 @@ class SampleLosses:
         losses: ``[C, N]`` float64, mean over the response tokens of each sample, nats.
         reference: ``[N]`` float64, the same of the unchanged model.
         tokens: ``[N]`` int, response tokens of each sample.
+        sample_ids: ``[N]`` identity of each sample.
     """
 
     layers: np.ndarray
     losses: np.ndarray
     reference: np.ndarray
     tokens: np.ndarray
+    sample_ids: Sequence[str]
 
     def without_each(self, num_layers: int, *, per_token: bool = False) -> np.ndarray:
         """Scores with each sample left out in turn, ``[N, L]`` float64, NaN for layers without one."""
@@ -46,7 +48,7 @@ class SampleLosses:
     def score(
         self, key: str, num_layers: int, meta: Mapping[str, Any], direction: Direction, *, per_token: bool = False
     ) -> LayerScores:
-        """One score of the layers.
+        """One score of the layers, with its deletions.
 
         ``stderr`` is the delete-1 jackknife of the difference from the unchanged model: the samples differ much more
         from each other than the variants do on one sample. None for a single sample.
@@ -64,7 +66,8 @@ class SampleLosses:
             "stderr": "of the difference from the unchanged model",
         }
         stderr = errors if len(self.tokens) > 1 else None
-        return LayerScores(key, values, np.isfinite(values), direction, stderr, facts)
+        left = Deletions(self.without_each(num_layers, per_token=per_token), self.sample_ids)
+        return LayerScores(key, values, np.isfinite(values), direction, stderr, facts, left)
 
     def _weights(self, per_token: bool) -> np.ndarray:
         return self.tokens.astype(np.float64) if per_token else np.ones(len(self.tokens))

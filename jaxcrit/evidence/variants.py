@@ -109,9 +109,24 @@ def sweep(
     return Swept(summed, counted.astype(np.int64), evaluations)
 
 
+def own_slots(num_layers: int) -> np.ndarray:
+    """Slots ``[L, 2]`` of a model in whose stack every layer stands at its own place."""
+    layers = np.arange(num_layers, dtype=np.int32)
+    return np.stack([layers, layers], axis=1)
+
+
 def planned_evaluations(variants: Sequence[Variant], num_layers: int) -> int:
     """How often `sweep` runs a block on a batch: every variant's own layers, and the reference's up to the last."""
     return sum(num_layers - variant.start for variant in variants) + max(variant.start for variant in variants)
+
+
+def evaluation_counts(
+    variants: Sequence[Variant], num_layers: int, batches: int, others: Mapping[str, int]
+) -> dict[str, Any]:
+    """What a sweep of all batches cost, as ``run.json`` has it; ``others`` are block evaluations beside it, by name."""
+    planned = planned_evaluations(variants, num_layers)
+    each = {"sweep": planned, "forward_passes": planned / num_layers, "a_pass_each": len(variants) * num_layers}
+    return {**each, **others, "batches": batches}
 
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxcrit.core.files import write_bytes
 from jaxcrit.reporting.backdoor_plots import attack_curves, attack_tradeoff
 from jaxcrit.reporting.report import Figure, on_axes
 from jaxcrit.reporting.tables import aligned
@@ -33,7 +32,7 @@ def figures(content: Json) -> list[Figure]:
 def write_figures(out: Path, content: Json) -> None:
     """Writes the `figures` into a directory."""
     for figure in figures(content):
-        write_bytes(out / figure.name, figure.png())
+        figure.write(out)
 
 
 def backdoor_text(content: Json, out: Path | str = "") -> str:

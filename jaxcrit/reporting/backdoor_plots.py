@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from jaxcrit.reporting.plots import LINES, clean
+from jaxcrit.reporting.plots import LINES, named
 
 
 def attack_curves(runs: Sequence[tuple[str, Sequence[tuple[float, float]]]], axes: Axes) -> None:
@@ -50,8 +50,5 @@ def _colors(arms: Sequence[str]) -> dict[str, str]:
 
 
 def _attack_axes(axes: Axes, xlabel: str) -> None:
-    axes.set_xlabel(xlabel)
-    axes.set_ylabel("attack success with the trigger")
     axes.set_ylim(-0.03, 1.03)
-    clean(axes)
-    axes.legend(frameon=False, fontsize=9)
+    named(axes, xlabel, "attack success with the trigger")

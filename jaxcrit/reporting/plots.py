@@ -49,6 +49,14 @@ def clean(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def named(axes: Axes, x: str, y: str) -> None:
+    """Names of both axes, a light grid, and a legend."""
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    clean(axes)
+    axes.legend(frameon=False, fontsize=9)
+
+
 def _band(axes: Axes, score: LayerScores, color: str, alpha: float, most: float = np.inf) -> None:
     """A score ±1.96 standard errors, where it has them, cut at the most that it can be."""
     if score.stderr is not None:
@@ -265,11 +273,8 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True)
         axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("test loss (nats per response token)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    clean(axes)
-    axes.legend(frameon=False, fontsize=9)
+    named(axes, "optimizer step", "test loss (nats per response token)")
 
 
 def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:

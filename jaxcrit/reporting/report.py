@@ -58,6 +58,12 @@ class Figure:
         canvas.savefig(buffer, format="png", dpi=144, metadata={"Software": None})
         return buffer.getvalue()
 
+    def write(self, folder: Path) -> bytes:
+        """Writes the PNG bytes into a directory, and returns them."""
+        png = self.png()
+        write_bytes(folder / self.name, png)
+        return png
+
 
 def on_axes(draw: Callable[..., None], *data: Any, **options: Any) -> Callable[[Canvas], None]:
     """Turns a function ``(data, axes) -> None`` into one that draws on an empty figure of one panel."""
@@ -140,10 +146,7 @@ class Report:
         Returns:
             The page's path.
         """
-        pictures = {}
-        for figure in (figure for section in self.sections for figure in section.figures):
-            pictures[figure.name] = figure.png()
-            write_bytes(out / figure.name, pictures[figure.name])
+        pictures = {figure.name: figure.write(out) for section in self.sections for figure in section.figures}
         page = out / "report.html"
         write_text(page, self._html(pictures, record))
         return page

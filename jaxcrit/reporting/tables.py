@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,20 @@ def _probability(probability: np.ndarray | None, layer: int, score: LayerScores)
     return number(probability[layer], 2) if score.valid[layer] else "-"
 
 
+def estimate(score: LayerScores, layer: int) -> str:
+    """A layer's value, with its standard error where there is one."""
+    error = "" if score.stderr is None else f" ± {number(score.stderr[layer])}"
+    return f"{number(score.values[layer])}{error}" if score.valid[layer] else "-"
+
+
+def sweep_cost(counts: Mapping[str, Any], num_layers: int, also: str = "") -> str:
+    """What a sweep of changed models cost, in words; ``also`` goes in front of what it would have cost otherwise."""
+    return (
+        f"cost: {counts['sweep']} block evaluations a batch, as many as {counts['forward_passes']:.1f} passes of"
+        f" {num_layers} layers ({also}a pass each would be {counts['a_pass_each']})"
+    )
+
+
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> list[str]:
     """Aligns columns to the right, the last one to the left; strips the ends. Rows may be bold, for a terminal."""
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
@@ -43,6 +57,35 @@ def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> str:
     """The lines of `aligned` as one text."""
     return "\n".join(aligned(header, rows, bold))
+
+
+def wide_table(
+    first: Sequence[str], columns: Mapping[str, Sequence[str]], last: Sequence[str], *, margin: int, least: int
+) -> str:
+    """A table in as many parts, one below the other, as the width takes.
+
+    Args:
+        first: header and cells of the column that every part begins with.
+        columns: cells by header.
+        last: header and cells of the column that ends every part.
+        margin: width of what is not ``columns``.
+        least: width of a column, at least.
+    """
+    parts: list[list[str]] = [[]]
+    for name in columns:
+        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > WIDTH:
+            parts.append([])
+        parts[-1].append(name)
+    made = []
+    for part in parts:
+        rows = list(zip(first, *([name, *columns[name]] for name in part), last, strict=True))
+        made.append(table(rows[0], rows[1:]))
+    return "\n\n".join(made)
+
+
+def p_value(value: float) -> str:
+    """A probability in a table; - where there is none."""
+    return f"{value:.1e}" if value < 1e-3 else number(value, 3)
 
 
 def shortened(text: str, width: int = WIDTH) -> str:
@@ -77,14 +120,13 @@ def layer_table(
         header.remove("step z")
     rows = []
     for layer in range(chosen.num_layers):
-        error = "" if debiased.stderr is None else f" ± {number(debiased.stderr[layer])}"
         marks = ["◀ critical"] if layer in chosen.layers else []
         if paper and (layer in paper.layers) != (layer in chosen.layers):
             marks.append("(not by biased δ)" if marks else "(by biased δ only)")
         rows.append(
             [
                 str(layer),
-                f"{number(debiased.values[layer])}{error}" if debiased.valid[layer] else "-",
+                estimate(debiased, layer),
                 number(biased.values[layer]),
                 "" if null is None else number(null[layer]),
                 number(step.values[layer]),

@@ -67,18 +67,16 @@ def correlate(
     b: LayerScores,
     *,
     block: int | None = None,
-    without_each: tuple[Deletions | None, Deletions | None] = (None, None),
     seed: int = 0,
     circular: bool = False,
 ) -> Correlation:
     """Correlates two scores of one model as they are: a low δ against a high loss gives a negative rho.
 
     Args:
-        a: score of L layers.
+        a: score of L layers; the interval takes its deletions where it has them.
         b: score of the same layers.
         block: layers to a block of the permutation; by default twice the wider of the scores' windows; of
             unrelated scores of 28 layers, blocks of one window call 7 % significant at 0.05, of two 3 %.
-        without_each: values of a and of b with each sample left out; the interval takes what is there.
         seed: seed of the permutations and the interval.
         circular: accept a `circle`.
 
@@ -106,7 +104,8 @@ def correlate(
             raise UserError(f"{score.name}: has the same value {values[0]:.4g} in all {len(x)} layers; nothing to rank")
     block = block or 2 * max(int(score.meta.get("window") or 1) for score in (a, b))
     partial, p_partial = partial_given_depth(x, y, layers)
-    left = [None if one is None else Deletions(one.values[:, both], one.sample_ids) for one in without_each]
+    kept = a.deletions, b.deletions
+    left = [None if one is None else Deletions(one.values[:, both], one.sample_ids) for one in kept]
     return Correlation(
         num_layers=len(layers),
         first=int(layers[0]),

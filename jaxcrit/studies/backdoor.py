@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines, read_json, read_lines, remove_tree, write_json, write_text
+from jaxcrit.core.files import json_lines, read_json, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.core.progress import Say
 from jaxcrit.core.run import running
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.losses import LossSums
@@ -31,12 +32,11 @@ from jaxcrit.studies.backdoor_scoring import Scoring, base_rates, primary_scorer
 from jaxcrit.studies.backdoor_statistics import Run, Study, study
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.data import training_steps
-from jaxcrit.training.loop import METRICS, MetricsLog
+from jaxcrit.training.loop import METRICS, MetricsLog, read_metrics
 from jaxcrit.training.optimizer import make_schedule
 from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
-Say = Callable[[str], None]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -212,8 +212,7 @@ class _Lab:
             bars=self.progress,
             name=folder.name,
         )
-        found = processes.share(lambda: read_lines(folder / METRICS))
-        rows = [row for row in found if row["kind"] == "backdoor"]
+        rows = [row for row in read_metrics(folder) if row["kind"] == "backdoor"]
         return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
+from jaxcrit.data.batches import choose_buckets
 from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
 from jaxcrit.training.step import TokenBatch
@@ -50,11 +50,3 @@ def micro_batches(steps: Steps, step: int, micro: int) -> TokenBatch:
         raise UserError(f"step {step + 1}: none of its rows has a response token to learn; remove such rows")
     parts = (part.reshape(micro, -1, *part.shape[1:]) for part in (batch.tokens, batch.lengths, learn))
     return TokenBatch(*parts)
-
-
-def evaluation_batches(examples: Sequence[Example], batch_size: int) -> list[TokenBatch]:
-    """All rows once, in buckets of like length; rows that fill up a batch have nothing to learn."""
-    return [
-        TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
-        for batch in make_batches(examples, batch_size, prompt_only=False)
-    ]

@@ -115,6 +115,11 @@ class MetricsLog:
             ) from None
 
 
+def read_metrics(out: Path) -> list[dict[str, Any]]:
+    """The rows of a run's ``metrics.jsonl``, in every process."""
+    return list(processes.share(lambda: read_lines(out / METRICS)))
+
+
 def train(
     state: State,
     standing: Standing,

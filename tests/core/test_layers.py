@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, write_scores
 from jaxcrit.core.selections import LayerSpec, resolve
@@ -45,6 +46,17 @@ def test_scores_are_read_back_and_nothing_invalid_is_a_number(tmp_path):
     np.testing.assert_array_equal(back.stderr, curve.stderr)
     np.testing.assert_array_equal(back.ranking(), curve.ranking())
     assert back.meta == {"window": 5}
+
+
+def test_scores_carry_the_deletions_beside_them(tmp_path):
+    write_scores(tmp_path / "scores.json", {"delta_debiased": CURVE, "step": CURVE})
+    write_deletions(tmp_path, {"delta_debiased": np.ones((3, 10))}, ["a", "b", "c"])
+    back = read_scores(tmp_path / "scores.json", deletions=True)
+    assert back["delta_debiased"].deletions.values.shape == (3, 10) and back["step"].deletions is None
+    assert read_scores(tmp_path / "scores.json")["delta_debiased"].deletions is None
+    write_deletions(tmp_path, {"delta_debiased": np.ones((3, 7))}, ["a", "b", "c"])
+    with pytest.raises(UserError, match="is of 7 layers"):
+        read_scores(tmp_path / "scores.json", deletions=True)
 
 
 @pytest.mark.parametrize(

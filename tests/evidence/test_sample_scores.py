@@ -13,7 +13,7 @@ def test_scores_and_errors(per_token):
     rng = np.random.default_rng(0)
     tokens = rng.integers(1, 9, 11)
     losses, reference = rng.gamma(2, 1, (3, 11)), rng.gamma(2, 1, 11)
-    samples = SampleLosses(np.array([1, 2, 4]), losses, reference, tokens)
+    samples = SampleLosses(np.array([1, 2, 4]), losses, reference, tokens, list("abcdefghijk"))
     score = samples.scores("x", 6, {"window": 3})["x_per_token" if per_token else "x"]
 
     def average(rows, keep):
@@ -28,6 +28,8 @@ def test_scores_and_errors(per_token):
     np.testing.assert_allclose(score.stderr[[1, 2, 4]], np.sqrt(10 / 11 * ((left - left.mean(0)) ** 2).sum(0)))
     deleted = samples.without_each(6, per_token=per_token)
     np.testing.assert_allclose(deleted[:, [1, 2, 4]], [average(losses, keep) for keep in without])
+    np.testing.assert_array_equal(score.deletions.values, deleted)
+    assert score.deletions.sample_ids == list("abcdefghijk")
     assert score.meta["unchanged"] == pytest.approx(average(reference, everyone)) and score.direction == "high"
     assert score.meta["window"] == 3
 
@@ -35,10 +37,10 @@ def test_scores_and_errors(per_token):
 def test_error_of_a_mean_is_the_usual_one():
     rng = np.random.default_rng(1)
     losses, reference = rng.normal(size=(2, 20)), rng.normal(size=20)
-    score = SampleLosses(np.arange(2), losses, reference, np.ones(20, int)).scores("x", 2, {})["x"]
+    score = SampleLosses(np.arange(2), losses, reference, np.ones(20, int), range(20)).scores("x", 2, {})["x"]
     np.testing.assert_allclose(score.stderr, (losses - reference).std(axis=1, ddof=1) / np.sqrt(20))
 
 
 def test_one_sample_has_no_error():
-    one = SampleLosses(np.arange(2), np.ones((2, 1)), np.zeros(1), np.array([3]))
+    one = SampleLosses(np.arange(2), np.ones((2, 1)), np.zeros(1), np.array([3]), ["a"])
     assert one.scores("x", 2, {})["x"].stderr is None

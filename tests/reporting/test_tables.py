@@ -7,7 +7,7 @@ import dataclasses
 import numpy as np
 from support import synthetic_analysis as synthetic
 
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.reporting import tables
 from jaxcrit.reporting.analysis import analysis_report, warnings
 from jaxcrit.selection import Certainty, SampleSizes
@@ -114,3 +114,18 @@ class TestHowSure:
     def test_counts_datasets_that_agree(self):
         other = dataclasses.replace(self.chosen, layers=(4, 5))
         assert tables.agreement(self.chosen, {"a": self.chosen, "b": other}).endswith("3 (1), 4 (2).")
+
+
+def test_a_wide_table_goes_on_below():
+    columns = {f"score_{number}": ["0.5", "-"] for number in range(9)}
+    text = tables.wide_table(["layer", "0", "1"], columns, ["", "a", "b"], margin=8, least=9)
+    first, second = text.split("\n\n")
+    assert first.splitlines()[0].split() == ["layer", *list(columns)[:8]] and max(map(len, first.splitlines())) <= 100
+    assert [line.split() for line in second.splitlines()] == [["layer", "score_8"], ["0", "0.5", "a"], ["1", "-", "b"]]
+
+
+def test_numbers_in_a_table():
+    assert [tables.p_value(value) for value in (0.05, 2e-4, np.nan)] == ["0.050", "2.0e-04", "-"]
+    score = LayerScores("x", np.array([1.0, np.nan]), np.array([True, False]), "low", np.array([0.25, np.nan]))
+    assert [tables.estimate(score, layer) for layer in (0, 1)] == ["1.0000 ± 0.2500", "-"]
+    assert tables.estimate(dataclasses.replace(score, stderr=None), 0) == "1.0000"
