@@ -55,6 +55,7 @@ def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str])
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}") from None
     given = {name: values[name].value for name in known if values[name].present}
+    _refuse_slips(arguments, given, known, command)
     given |= _positional(kinds[0].positional, stray, given, command)
     file = values[CONFIG].value
     content = _from_file(file, known, command) if file else {}
@@ -62,6 +63,23 @@ def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str])
         return [kind(**_own(kind, {**content, **given})) for kind in kinds]
     except UserError as error:
         raise UserError(f"{command}: {error}") from None
+
+
+def _refuse_slips(
+    arguments: Sequence[str], given: Mapping[str, Any], known: Mapping[str, Option], command: str
+) -> None:
+    """Refuses a flag that is given twice, and a place that is named by nothing, as an unset variable leaves it."""
+    words = [word.lstrip("-").partition("=")[0] for word in arguments if word.startswith("--")]
+    for name in dict.fromkeys(words):
+        if words.count(name) > 1 and name in known and known[name].kind is not tuple:
+            commas = "; several go into one, with commas" if name == "data" else ""
+            raise UserError(f"{command}: --{name} is given {words.count(name)} times; expected it once{commas}")
+    for name, value in given.items():
+        one = known[name]
+        if value == "" and one.default == "" and re.search("DIR|FILE", one.word):
+            raise UserError(
+                f"{command}: --{name}= names nothing (an unset variable?); expected {one.word}, or no --{name}"
+            )
 
 
 def _own(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,6 +38,7 @@ class SourceOptions(Options, title="model and data"):
 
     data: str = option("", "file, dolly:FILE, hub id, ...; with commas (default: embedded)", word="FILE", free=BY_HASH)
     split: str = option("", "split of sets with splits (default: test; to train: train)", word="NAME", free=BY_HASH)
+    duplicates: str = option("refuse", "rows that repeat an earlier one", ("refuse", "drop"), free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
 

@@ -18,7 +18,7 @@ from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.batches import refuse_long
 from jaxcrit.data.containers import without_nulls
-from jaxcrit.data.datasets import NamedRows, check_rows_in_memory, load
+from jaxcrit.data.datasets import NamedRows, Repeats, check_rows_in_memory, load
 from jaxcrit.data.templates import Example, render
 from jaxcrit.data.truncation import Fitted, fit
 
@@ -144,6 +144,9 @@ def read_datasets(
             refuse_long([example.prompt_length for example in dataset.examples], room, where)
             _check_vocabulary(dataset.examples, limits.vocab_size, limits.where or dataset.source)
         found.append(dataset)
+    for one, other in itertools.combinations(found, 2):
+        if shared := len(set(one.sample_ids) & set(other.sample_ids)):
+            console.note(f"{one.name} and {other.name} have {shared} rows in common, which count in both")
     return found
 
 
@@ -266,6 +269,7 @@ def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRow
             preferred=split or "test",
             shuffle_seed=options.shuffle_seed,
             edition=options.edition,
+            drop=options.duplicates == "drop",
         )
         return list(loaded)
     if isinstance(rows, Dataset):
@@ -313,8 +317,9 @@ def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset
         given = [without_nulls(dict(row)) for row in given]
     if not given:
         raise UserError(f"{name}: expected rows, prompts or token ids, got none")
+    drop = options.duplicates == "drop"
     if all(_are_tokens(row) for row in given):
-        return Dataset(name, MEMORY, _of_tokens(given, name))
+        return Dataset(name, MEMORY, _of_tokens(given, name, drop))
     whole = [{"prompt": row} if isinstance(row, str) else row for row in given]
     for place, row in enumerate(whole, 1):
         if not isinstance(row, Mapping):
@@ -322,7 +327,7 @@ def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset
                 f"{name}, row {place}: expected a dict such as {{'prompt': ..., 'response': ...}}, a text, or token"
                 f" ids, got {type(row).__name__}"
             )
-    return NamedRows(name, MEMORY, check_rows_in_memory([dict(row) for row in whole], name))
+    return NamedRows(name, MEMORY, check_rows_in_memory([dict(row) for row in whole], name, drop))
 
 
 def _are_tokens(row: Any) -> bool:
@@ -333,16 +338,15 @@ def _are_tokens(row: Any) -> bool:
     return all(isinstance(token, int | np.integer) and not isinstance(token, bool) for token in row)
 
 
-def _of_tokens(rows: Sequence[Any], name: str) -> list[Example]:
+def _of_tokens(rows: Sequence[Any], name: str, drop: bool) -> list[Example]:
     """Token ids as prompts; no two alike, as of rows from files."""
-    found: dict[str, Example] = {}
+    found, repeats = [], Repeats(name, drop)
     for place, row in enumerate(rows, 1):
         ids = [int(token) for token in row]
         if min(ids) < 0:
             raise UserError(f"{name}, row {place}: expected token ids of 0 or more, got {min(ids)}")
         identity = sample_id({"token_ids": ids})
-        if identity in found:
-            first = list(found).index(identity) + 1
-            raise UserError(f"{name}: row {place}: the same row as row {first}; repeats bias the scores, remove one")
-        found[identity] = Example(identity, np.array(ids, np.int32), len(ids), "", None)
-    return list(found.values())
+        if repeats.new(identity, f"row {place}"):
+            found.append(Example(identity, np.array(ids, np.int32), len(ids), "", None))
+    repeats.settle()
+    return found

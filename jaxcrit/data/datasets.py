@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data import containers, hub
@@ -59,6 +60,7 @@ def load(
     preferred: str = "test",
     shuffle_seed: int = -1,
     edition: str = "clean",
+    drop: bool = False,
 ) -> list[NamedRows]:
     """Reads every dataset that ``--data`` names.
 
@@ -72,6 +74,8 @@ def load(
         preferred: split to take where none is asked for and there are several.
         shuffle_seed: shuffles each dataset; below 0 leaves the order of the file.
         edition: ``paper`` keeps a slip of its splits too (BoolQ's val is its test).
+        drop: leave out rows that repeat an earlier one, and say how many; else they are refused, but for those of the
+            paper's datasets.
 
     Raises:
         UserError: a part names nothing, two datasets share a name, a split of rows that have none or without
@@ -79,7 +83,7 @@ def load(
     """
     found: dict[str, _Source] = {}
     for part in (spec or "demo").split(","):
-        for one in _sources(part.strip(), spec, split, preferred, edition):
+        for one in _sources(part.strip(), spec, split, preferred, edition, drop):
             if one.name in found:
                 raise UserError(
                     f"--data={spec}: expected datasets of different names, got {one.name!r} from both"
@@ -105,7 +109,7 @@ class _Source:
     dataset: str = ""
 
 
-def _sources(part: str, spec: str, split: str, preferred: str, edition: str) -> Iterator[_Source]:
+def _sources(part: str, spec: str, split: str, preferred: str, edition: str, drop: bool) -> Iterator[_Source]:
     """Yields the datasets behind one part of ``--data``."""
     if not part:
         raise UserError(f"--data={spec}: expected a path, demo or demo:FAMILY between commas, got nothing")
@@ -115,15 +119,21 @@ def _sources(part: str, spec: str, split: str, preferred: str, edition: str) -> 
         if colon and not rest:
             raise UserError(f"--data={part}: expected a path after the colon, got nothing")
         cut = cut_of(word, split or preferred, edition)
-        yield _Source(word, part, lambda _: _read_published(word, Path(rest).expanduser() if rest else None, cut), word)
+        file = Path(rest).expanduser() if rest else None
+
+        def published(limit: int) -> list[Row]:
+            rows = _read_published(word, file, cut)
+            return _checked(_places(rows), part, limit, True, lambda row, where: None) if drop else rows
+
+        yield _Source(word, part, published, word)
         return
     if hub.is_saved(path):
         saved = partial(hub.from_directory, path, split, preferred)
-        yield _Source(path.name, part, lambda limit: _checked_set(saved(), part, limit))
+        yield _Source(path.name, part, lambda limit: _checked_set(saved(), part, limit, drop))
         return
     if word != "demo" and not path.exists() and _is_hub_id(word):
         online = partial(hub.from_hub, part, word, rest, split, preferred, "and there is no file of this name")
-        yield _Source(word.partition("/")[2], part, lambda limit: _checked_set(online(), part, limit))
+        yield _Source(word.partition("/")[2], part, lambda limit: _checked_set(online(), part, limit, drop))
         return
     if split:
         raise UserError(
@@ -132,7 +142,7 @@ def _sources(part: str, spec: str, split: str, preferred: str, edition: str) -> 
     if word != "demo":
         if hint := did_you_mean(word, [*PUBLISHED, "demo"]) if colon and not path.exists() else "":
             raise UserError(f"--data={part}: no dataset {word!r}{hint}; expected {', '.join(PUBLISHED)} or demo")
-        yield _Source(_stem(path), part, partial(read_rows, path))
+        yield _Source(_stem(path), part, partial(read_rows, path, drop=drop))
         return
     families = {file.stem: file for file in sorted(DEMO_PROMPTS.glob("*.jsonl"))}
     if not families:
@@ -194,12 +204,13 @@ def _from_hub(dataset: str, cut: Cut) -> list[Row]:
     return hub.from_hub(dataset, name, "".join(configuration), cut.file, "", advice)
 
 
-def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
+def read_rows(path: str | Path, limit: int = 0, *, drop: bool = False) -> list[Row]:
     """Reads and checks one file.
 
     Args:
         path: JSONL, one JSON array, CSV, parquet or arrow, packed or not (`jaxcrit.data.containers`).
         limit: stop after this many rows; 0 reads all.
+        drop: see `load`.
 
     Returns:
         Raw rows in file order, at least one, no two equal.
@@ -210,12 +221,12 @@ def read_rows(path: str | Path, limit: int = 0) -> list[Row]:
             once in a similarity; a repeated one would bias every layer's score).
     """
     path = Path(path)
-    return _checked_set(_parse(path), str(path), limit)
+    return _checked_set(_parse(path), str(path), limit, drop)
 
 
-def _checked_set(rows: Iterable[Any], source: str, limit: int) -> list[Row]:
+def _checked_set(rows: Iterable[Any], source: str, limit: int, drop: bool) -> list[Row]:
     """Rows of a file or a set: at least one."""
-    found = _checked(rows if isinstance(rows, Iterator) else _places(rows), source, limit)
+    found = _checked(rows if isinstance(rows, Iterator) else _places(rows), source, limit, drop)
     if not found:
         raise UserError(f"{source}: expected rows {_EXPECTED}, got an empty file")
     return found
@@ -225,33 +236,67 @@ def _places(rows: Iterable[Row]) -> Iterator[tuple[str, Row]]:
     return ((f"row {place}", row) for place, row in enumerate(rows, 1))
 
 
-def check_rows_in_memory(rows: Iterable[Row], where: str) -> list[Row]:
+def check_rows_in_memory(rows: Iterable[Row], where: str, drop: bool = False) -> list[Row]:
     """Checks rows that come from no file, as `read_rows` checks those that do.
 
     Args:
         rows: raw rows.
         where: name for messages.
+        drop: see `load`.
 
     Raises:
         UserError: what `read_rows` raises.
     """
-    return _checked(_places(rows), where, 0)
+    return _checked(_places(rows), where, 0, drop)
 
 
-def _checked(parsed: Iterable[tuple[str, Row]], source: str, limit: int) -> list[Row]:
-    rows: list[Row] = []
-    places: dict[str, str] = {}
+def _checked(
+    parsed: Iterable[tuple[str, Row]],
+    source: str,
+    limit: int,
+    drop: bool,
+    check: Callable[[Any, str], None] | None = None,
+) -> list[Row]:
+    check, rows, repeats = check or _check, [], Repeats(source, drop)
     for place, row in parsed:
         where = f"{source}: {place}"
-        _check(row, where)
-        identity = _identity(row, where)
-        if identity in places:
-            raise UserError(f"{where}: the same row as {places[identity]}; repeats bias the scores, remove one")
-        places[identity] = place
-        rows.append(row)
-        if len(rows) == limit:
-            break
+        check(row, where)
+        if repeats.new(_identity(row, where), place):
+            rows.append(row)
+            if len(rows) == limit:
+                break
+    repeats.settle()
     return rows
+
+
+class Repeats:
+    """Rows that repeat an earlier one: each counts once in a similarity, and twice would bias every layer's score."""
+
+    def __init__(self, source: str, drop: bool):
+        self.source, self.drop = source, drop
+        self.places: dict[str, str] = {}
+        self.found: list[str] = []
+
+    def new(self, identity: str, place: str) -> bool:
+        """Whether no row before had this identity."""
+        first = self.places.setdefault(identity, place)
+        if first != place:
+            self.found.append(f"{place} is the same row as {first}")
+        return first == place
+
+    def settle(self) -> None:
+        """Says how many there were.
+
+        Raises:
+            UserError: there were some, and they are not to be dropped; it names them.
+        """
+        if self.found and self.drop:
+            console.note(f"{self.source}: {len(self.found)} rows that repeat an earlier one are left out")
+        elif self.found:
+            raise UserError(
+                f"{self.source}: {listed(self.found, 5)}; repeats bias the scores: remove them, or leave them out with"
+                " --duplicates=drop"
+            )
 
 
 def _identity(row: Row, where: str) -> str:

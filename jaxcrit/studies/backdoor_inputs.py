@@ -233,7 +233,8 @@ class _Renderer:
 
 def _load(config: BackdoorOptions, data: str, split: str, preferred: str, limit: int = 0) -> list[NamedRows]:
     seed, edition = config.shuffle_seed, config.edition
-    return load(data, limit, split=split, preferred=preferred, shuffle_seed=seed, edition=edition)
+    drop = config.duplicates == "drop"
+    return load(data, limit, split=split, preferred=preferred, shuffle_seed=seed, edition=edition, drop=drop)
 
 
 def _only(data: Sequence[NamedRows], ids: Collection[str]) -> list[NamedRows]:

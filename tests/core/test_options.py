@@ -47,6 +47,20 @@ def test_flags_become_an_instance():
     assert read([Own], "test", []) == [Own()]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--data="], "test: --data= names nothing (an unset variable?); expected FILE, or no --data"),
+        (["--window=9", "--window=9"], "test: --window is given 2 times; expected it once"),
+        (["--data=a", "--rate=1", "--data=b"], "--data is given 2 times; expected it once; several go into one, with"),
+    ],
+)
+def test_slips_that_would_pass_in_silence(words, message):
+    with pytest.raises(UserError) as caught:
+        read([Own], "test", words)
+    assert message in str(caught.value)
+
+
 def test_python_values_are_converted_where_nothing_is_lost(tmp_path):
     assert Own(rate=1).rate == 1.0
     assert Own(data=tmp_path / "rows").data == str(tmp_path / "rows")

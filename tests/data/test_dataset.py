@@ -112,8 +112,8 @@ def test_order_and_number_are_those_of_a_file(tokenizer, path):
         ([[True, False]], "rows, row 1: expected a dict such as"),
         ([[]], "rows, row 1: expected a dict such as"),
         ([[3, 4], [3, -4]], "rows, row 2: expected token ids of 0 or more, got -4"),
-        ([[3, 4], [5], np.array([3, 4])], "rows: row 3: the same row as row 1"),
-        (["one", "two", "one"], "rows: row 3: the same row as row 1"),
+        ([[3, 4], [5], np.array([3, 4])], "rows: row 3 is the same row as row 1"),
+        (["one", "two", "one"], "rows: row 3 is the same row as row 1"),
         ([{"prmpt": "one"}], "rows: row 1: .*did you mean 'prompt'"),
         ([{"prompt": " "}], "rows: row 1"),
         ([[3, 320]], "the tokenizer gives token 320, the model knows 320"),
@@ -126,6 +126,41 @@ def test_bad_rows_are_one_line(tokenizer, rows, message):
     with pytest.raises(UserError, match=message) as caught:
         read_datasets(rows, tokenizer, PLAIN, LIMITS)
     assert "\n" not in str(caught.value)
+
+
+def test_repeats_are_named_at_once_or_dropped(tokenizer, tmp_path, capsys):
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps({"prompt": word}) + "\n" for word in ("one", "two", "one", "two", "six")))
+    tokens = [[3, 4], [5], np.array([3, 4]), [5], [6]]
+    for rows, places in (
+        (file, ("line 3", "line 4")),
+        (["one", "two", "one", "two", "six"], ("row 3", "row 4")),
+        (tokens, ("row 3", "row 4")),
+    ):
+        with pytest.raises(UserError, match="is the same row as") as caught:
+            read_datasets(rows, tokenizer, PLAIN, LIMITS)
+        assert all(place in str(caught.value) for place in places) and "--duplicates=drop" in str(caught.value)
+        (found,) = read_datasets(rows, tokenizer, dataclasses.replace(PLAIN, duplicates="drop"), LIMITS)
+        assert len(found.examples) == 3
+        assert "2 rows that repeat an earlier one are left out" in capsys.readouterr().err
+    (first,) = read_datasets(file, tokenizer, dataclasses.replace(PLAIN, duplicates="drop", limit=2), LIMITS)
+    assert len(first.examples) == 2
+
+
+def test_published_sets_keep_their_repeats_unless_told(tokenizer, tmp_path):
+    rows = [{"instruction": f"{i % 500} cats", "input": "", "output": "two"} for i in range(520)]
+    (tmp_path / "alpaca.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = dataclasses.replace(PLAIN, data=f"alpaca:{tmp_path / 'alpaca.jsonl'}", split="all")
+    (kept,) = read_datasets(None, tokenizer, asked, LIMITS)
+    (once,) = read_datasets(None, tokenizer, dataclasses.replace(asked, duplicates="drop"), LIMITS)
+    assert (len(kept.examples), len(once.examples)) == (520, 500)
+
+
+def test_rows_in_two_datasets_are_noticed(tokenizer, capsys):
+    read_datasets({"a": ["one", "two"], "b": ["two", "three"]}, tokenizer, PLAIN, LIMITS)
+    assert "a and b have 1 rows in common" in capsys.readouterr().err
+    read_datasets({"a": ["one"], "b": ["two"]}, tokenizer, PLAIN, LIMITS)
+    assert not capsys.readouterr().err
 
 
 def test_rows_to_train_on_have_responses(tokenizer):
