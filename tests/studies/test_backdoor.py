@@ -345,5 +345,6 @@ def test_command(base, tmp_path, capsys):
     assert main(["backdoor", *arguments]) == 0
     text = capsys.readouterr().out
     assert "no primary contrast" in text and "/32" in text and (tmp_path / "run" / "tradeoff.png").exists()
-    assert main(["backdoor", *arguments, "--rate=2"]) == 2
+    others = [word for word in arguments if not word.startswith("--rate=")]
+    assert main(["backdoor", *others, "--rate=2"]) == 2
     assert "--rate=2.0: expected" in capsys.readouterr().err
