@@ -52,7 +52,7 @@ def model_text(model: Model, template: str = "auto") -> str:
 
     Args:
         model: the model, as it was opened.
-        template: as of `render`.
+        template: value of ``--template``, see `render`.
     """
     config = model.config
     told = model.describe()

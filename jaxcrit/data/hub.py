@@ -18,7 +18,7 @@ def from_hub(asked: str, name: str, configuration: str, split: str, preferred: s
     Args:
         asked: text of ``--data``, for the message.
         name: ``owner/name``.
-        configuration: of the set, where it has several; else empty.
+        configuration: name of one of several configurations of the set; else empty.
         split: split by the set's own name; empty for the only one, or the preferred one.
         preferred: split to take of several where none is asked for.
         advice: what else to do, for the message.

@@ -39,7 +39,7 @@ class ModelConfig:
         qk_norm: whether queries and keys are normalised: by ``head``, over ``all`` heads, or (empty) not.
         norms: names of a block's norms, see `Family`.
         norm_offset: number added to norm weights, see `Family`.
-        activation: of the MLP: ``silu`` or ``gelu_pytorch_tanh``.
+        activation: function inside the MLP, ``silu`` or ``gelu_pytorch_tanh``.
         embed_scale: factor on embeddings.
         residual_scale: factor on what each half of a block adds to the stream.
         attention_scale: factor on the scores of attention; None for 1 / sqrt(head_dim).
