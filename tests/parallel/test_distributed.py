@@ -170,7 +170,7 @@ def other_commands(tuned, states):
         ["substitute", f"--tuned={tuned}", rows, "--limit=12", "--window=13", "--out=substitute"],
         ["generate", rows, "--limit=12", "--max_new_tokens=4", "--out=generate"],
         ["generate", rows, "--limit=8", "--max_new_tokens=2", "--out=split", "--mesh=fsdp=8"],
-        ["score", rows, "--limit=12", f"--model={tuned}", "--base=", "--out=score"],
+        ["score", rows, "--limit=12", f"--model={tuned}", "--out=score"],
         [
             "score",
             rows,
