@@ -221,7 +221,7 @@ class TestChoice:
             with pytest.raises(UserError, match=f"--template=chat:brif: no such file, and the tokenizer has {has}"):
                 self.prompt(tokenizer, "chat:brif")
         (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
-        with pytest.raises(UserError, match="bytes: cannot be read"):
+        with pytest.raises(UserError, match="bytes: expected a Jinja template, got something else"):
             self.prompt(make(), f"chat:{tmp_path / 'bytes'}")
         (tmp_path / "broken").write_text("{% for %}")
         with pytest.raises(UserError, match="refuses the conversation"):
