@@ -12,6 +12,7 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -45,8 +46,9 @@ def hidden_states(
     remat: bool = True,
     form: Form | None = None,
     mesh: AnyMesh | None = None,
+    stop: int | None = None,
 ) -> jax.Array:
-    """Runs tokens through the model.
+    """Runs tokens through the model, or through its first layers.
 
     Args:
         partition: partition of the bank.
@@ -57,9 +59,10 @@ def hidden_states(
         remat: recompute blocks in the backward pass instead of keeping their insides.
         form: see above; default `choose_form`.
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
+        stop: layers to run, from the first on, always as ``runs``; default all of them.
 
     Returns:
-        ``[B, T, D]``, the residual stream after the last block.
+        ``[B, T, D]``, the residual stream after the last block that runs.
     """
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -68,9 +71,9 @@ def hidden_states(
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
-    if (form or choose_form(partition)) == "gaps":
+    if stop is None and (form or choose_form(partition)) == "gaps":
         return _gap_form(partition, bank, x, context, remat)
-    return _run_form(partition, bank, x, context, remat)
+    return _run_form(partition, bank, x, context, remat, config.num_layers if stop is None else stop)
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -84,9 +87,12 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rows, None if length % mesh.shape["tensor"] else "tensor"))
 
 
-def _run_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:
+def _run_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, stop: int) -> jax.Array:
     rest = _stack(partition, bank[FROZEN])
-    for part in partition.runs():
+    for whole in partition.runs():
+        part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
+        if not part.layers:
+            break
         windows = layer_windows(partition.config, part.layers)
         if part.group == FROZEN:
             x = run(rest, jnp.asarray(part.slots), x, context, windows=windows, remat=remat).hidden
