@@ -158,7 +158,8 @@ def span_step(
 ) -> jax.Array:
     """One variant's layers ``start`` to ``stop`` on a batch; arguments as of `run_span`."""
     windows = layer_windows(blocks.config)
-    return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    out = run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    return out.hidden
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
