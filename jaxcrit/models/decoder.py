@@ -392,7 +392,7 @@ def run_span(
             for tree in (slots, windows, edits)
         )
         visit, found = visitor(edit, data, tap, context.positions)
-        mine: Stored | None = None if cache is None else (cache, index)
+        mine: Any = None if cache is None else (cache, index)
         x, mine = _take(stack, slot)(x, context, window, mine, visit)
         return x, None if mine is None else mine[0], found
 
