@@ -26,8 +26,8 @@ from jaxcrit.training.step import TokenBatch, place
 
 _PARTIAL = "partial.npz"
 _SAVE_SECONDS = 10.0
-# batch, progress -> losses [V, B] summed over each row's response, tokens [B]
-Take = Callable[[TokenBatch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
+# batch, its rows' places among N, progress -> losses [V, B] summed over each row's response, tokens [B]
+Take = Callable[[TokenBatch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
 def sample_losses(
@@ -81,7 +81,7 @@ def sample_losses(
     try:
         with notice() as leave, bar(progress, **whole, desc="layers", unit=" block evaluations") as shown:
             for number, (rows, batch) in enumerate(left, 1):
-                sums, counts = take(batch, shown.update)
+                sums, counts = take(batch, rows, shown.update)
                 real = rows < len(examples)
                 losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
                 tokens[rows[real]] = counts[real]

@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcrit.evaluation.losses import LossSums, response_loss, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.training.forward import Form, hidden_states, outside
+from jaxcrit.training.forward import Edited, Form, hidden_states, outside
 
 
 @jax.tree_util.register_dataclass
@@ -79,9 +79,11 @@ def batch_loss(
     remat: bool = True,
     form: Form | None = None,
     mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
 ) -> LossSums:
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
-    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh)
+    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
+    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, **how)
     head = outside(bank, "embed" if partition.config.tied else "head")
     given = (hidden, outside(bank, "norm"), head, batch.tokens, batch.learn)
     return response_loss(*given, partition.config, mesh, batch.scored)
@@ -129,6 +131,7 @@ def make_step(
     form: Form | None = None,
     mesh: AnyMesh | None = None,
     shardings: State | None = None,
+    edit: Edited | None = None,
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
 
@@ -143,6 +146,7 @@ def make_step(
         form: see `hidden_states`.
         mesh: see `hidden_states`.
         shardings: shardings of the state, to keep them from step to step.
+        edit: see `hidden_states`.
     """
 
     def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
@@ -150,7 +154,7 @@ def make_step(
 
         def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
             bank = {**params, FROZEN: frozen}
-            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh)
+            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh, edit=edit)
             return sums.loss / total, sums
 
         gradient = jax.grad(loss, has_aux=True)
@@ -171,11 +175,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_evaluation(partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None) -> Evaluate:
+def make_evaluation(
+    partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None, edit: Edited | None = None
+) -> Evaluate:
     """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
 
     def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:
-        return batch_loss(partition, {**params, FROZEN: frozen}, batch, dtype=dtype, remat=False, mesh=mesh)
+        bank = {**params, FROZEN: frozen}
+        return batch_loss(partition, bank, batch, dtype=dtype, remat=False, mesh=mesh, edit=edit)
 
     return jax.jit(evaluate)
 
