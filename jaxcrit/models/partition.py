@@ -23,8 +23,8 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.schema import Count, Positive, Size
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import Lora
-from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import AnyMesh, spec_for
+from jaxcrit.models.weights import placement, table
+from jaxcrit.parallel.mesh import AnyMesh
 
 FROZEN, TRAIN = "frozen", "train"
 OUTSIDE = ("embed", "norm", "head")
@@ -52,6 +52,7 @@ class TrainedRecord(TrainedRequired, total=False):
 
     rates: list[Positive]
     lora: LoraRecord
+    gain: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +148,7 @@ class Partition:
                 path: jax.ShapeDtypeStruct(
                     shape,
                     dtype if group == FROZEN else jnp.float32,
-                    sharding=NamedSharding(mesh, spec_for(axes, shape, mesh, path)),
+                    sharding=NamedSharding(mesh, placement(axes, self.config, mesh, path)),
                 )
                 for path, (axes, shape) in entries.items()
             }

@@ -148,19 +148,23 @@ class Checkpoints:
 
         Returns:
             What was found, or None where there is nothing.
+
+        Raises:
+            UserError: see `Manager.read`.
         """
         skipped: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            wanted = ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                optimizer=ocp.args.StandardRestore(like.optimizer),
-                meta=ocp.args.JsonRestore(),
-            )
+            wanted = {"params": like.params, "optimizer": like.optimizer}
             try:
-                found = self._manager.restore(step, args=wanted)
-                conform(found["meta"], meta, "meta")
+                found = self._manager.read(step, wanted, meta=ocp.args.JsonRestore())
+                fits = _fits(found["meta"], meta)
+            except UserError:
+                raise
             except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
                 skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason_of(error)})")
+                continue
+            if not fits:
+                skipped.append(f"checkpoint of step {step} is damaged and was skipped (its meta entry)")
                 continue
             for broken in [other for other in self._manager.all_steps() if other > step]:
                 self._manager.delete(broken)
@@ -199,6 +203,15 @@ class NoCheckpoints:
 
     def restore(self, like: State, meta: Any = None) -> None:
         """There is nothing to go on from."""
+
+
+def _fits(meta: Any, kind: Any) -> bool:
+    """Whether what was saved with a state is as declared."""
+    try:
+        conform(meta, kind, "meta")
+    except UserError:
+        return False
+    return True
 
 
 def _look_at_bucket(run: Path) -> None:
