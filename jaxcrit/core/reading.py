@@ -147,13 +147,13 @@ def stored_npy(file: IO[bytes], size: int) -> Stored:
     return Stored(shape, whole, dtype)
 
 
-def fitting(shape: Sequence[int], size: int = 4) -> None:
+def fitting(shape: Sequence[int], size: int = 4, advice: str = "for hidden states keep one token per prompt") -> None:
     """Refuses an array that memory does not hold once, of elements of so many bytes."""
     needed, there = float(size) * math.prod(shape), float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     if needed > there:
         raise UserError(
             f"an array of shape {tuple(shape)} takes {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f};"
-            " of hidden states keep one token per prompt, or fewer prompts"
+            f" {advice}"
         )
 
 

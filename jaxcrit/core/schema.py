@@ -136,7 +136,7 @@ def _of_several(value: Any, kinds: tuple[Any, ...]) -> Fault | None:
 
 def _of_container(value: Any, kind: Any, origin: Any, parts: tuple[Any, ...]) -> Fault | None:
     if not isinstance(value, Mapping if origin is dict else origin):
-        return (), "a list" if origin is list else "an object", value
+        return (), "a list" if origin is list else "a JSON object", value
     if origin is list and _plainly(value, parts[0]):
         return None
     if origin is list:
