@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         select,
         states,
         substitute,
+        trace,
     )
     from jaxcrit.core.errors import UserError
 
@@ -56,6 +57,7 @@ __all__ = [
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

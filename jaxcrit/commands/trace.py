@@ -37,7 +37,7 @@ CAVEATS = (
 class TraceOptions(ModelOptions, FactOptions, OutOptions, BatchOptions, MeshOptions, title="trace"):
     """What ``jaxcrit trace`` is asked."""
 
-    limit: int = option(0, "so many of the known facts only, evenly over the file; 0 for all", lowest=0)
+    limit: int = option(0, "so many of the known facts, evenly over the file; 0: all", lowest=0)
     noise: float = option(3.0, "noise on the subject, in deviations of its embeddings", above=0)
     samples: int = option(8, "draws of the noise for each fact", lowest=1)
     window: int = option(0, "layers whose MLPs or attentions are put back; 0 for a fifth", lowest=0)

@@ -253,7 +253,7 @@ def test_python_takes_facts_in_memory(known, monkeypatch):
     [
         (
             {"facts": "bundled"},
-            "facts=bundled: the model knows 0 of 296 facts, and 5 are needed; it does not know 'The",
+            "of 296 facts, and 5 are needed; it does not know 'The",
         ),
         ({"noise": 0.0}, "noise=0.0: expected a number above 0"),
         ({"samples": 0}, "samples=0: expected 1 or more"),
