@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
@@ -41,6 +41,16 @@ class SourceOptions(Options, title="model and data"):
     duplicates: str = option("refuse", "rows that repeat an earlier one", ("refuse", "drop"), free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactOptions(Options, title="model and data"):
+    """Which facts are read; they are completed as plain text."""
+
+    template: ClassVar[str] = "none"
+    edition: ClassVar[str] = "clean"
+
+    facts: str = option("", "rows with prompt, subject, target (default: bundled)", word="FILE", free=BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
