@@ -351,8 +351,8 @@ def run_span(
     slots: jax.Array,
     x: jax.Array,
     context: Context,
-    start: jax.Array,
-    stop: jax.Array,
+    start: jax.Array | int,
+    stop: jax.Array | int,
     *,
     windows: jax.Array | None = None,
     cache: Cache | None = None,
@@ -381,13 +381,13 @@ def run_span(
         Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> Any:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)
         )
         visit, found = visitor(edit, data, tap, context.positions)
-        mine = None if cache is None else (cache, index)
+        mine: Any = None if cache is None else (cache, index)
         x, mine = _take(stack, slot)(x, context, window, mine, visit)
         return x, None if mine is None else mine[0], found
 
