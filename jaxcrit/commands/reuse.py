@@ -290,7 +290,10 @@ def report(made: Reused) -> Report:
     matrix = on_axes(reuse_plots.reuse_matrix, found["groups"], depth)
     groups = Figure("groups.png", matrix, "Damage of every group by its first layer and its size.", (7.0, 5.4))
     steps = sorted({*np.rint(np.linspace(0, depth, _SHOWN)).astype(int).tolist(), len(found["choice"]["layers"])})
-    note = "On the rows that did not choose; each count's best group was chosen on the others."
+    note = (
+        "On the rows that did not choose; each count's best group was chosen on the others. later: the best group that"
+        " begins above layer 0; random and damaging: the worst of the random sets, and the layers of most damage, of n."
+    )
     sections = [
         Section(
             "Recomputed layers", note, _front(found, range(depth + 1)), [front, groups], brief=_front(found, steps)
@@ -317,8 +320,7 @@ def _front(found: Found, counts: Sequence[int] | range) -> str:
         name: {len(one["layers"]): one for one in sorted(found[name], key=lambda one: -one["test"]["kl"])}
         for name in ("random", "most_damaging")
     }
-    header = ["n", "best group", "KL ± s.e.", "first:n", "from above 0", "last:n", "random", "most damaging"]
-    header += ["same top token", "bytes a token", ""]
+    header = ["n", "best group", "KL ± s.e.", "first:n", "later", "last:n", "random", "damaging", "bytes/token", ""]
     rows = []
     for count in counts:
         line = found["front"][count]
@@ -330,7 +332,6 @@ def _front(found: Found, counts: Sequence[int] | range) -> str:
                 f"{best['test']['kl']:.4f} ± {best['test']['stderr']:.4f}",
                 *(_kl(line[name]) for name in ("first", "later", "last")),
                 *(_kl(by_count[name].get(count)) for name in ("random", "most_damaging")),
-                f"{best['test']['top1']:.3f}",
                 str(best["bytes_per_token"]),
                 "◀ chosen" if marks and len(best["layers"]) == count else "",
             ]

@@ -11,6 +11,7 @@ import signal
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
+from support.family_models import one_device
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_model import tiny_checkpoint
 
@@ -106,12 +107,15 @@ def test_the_same_model_is_safe(config, inputs):
     assert (inputs / "rows.jsonl").exists() and made.scores["kv_distance_values"].values.tolist() == [0] * 7
 
 
-def test_one_device_or_small_batches_find_the_same(config):
-    whole = run_reuse(dataclasses.replace(config, out="", mesh="data=8"), keep=False)
-    small = run_reuse(dataclasses.replace(config, out="", mesh="data=2,fsdp=2,tensor=2", batch_size=4), keep=False)
-    np.testing.assert_allclose(small.scores["kv_reuse"].values, whole.scores["kv_reuse"].values, atol=1e-5)
-    for one, other in zip(small.found["groups"], whole.found["groups"], strict=True):
-        np.testing.assert_allclose(one["test"]["kl"], other["test"]["kl"], atol=1e-5)
+def test_devices_and_batches_find_what_one_device_finds(config):
+    one = {name: open_model(getattr(config, name), mesh=one_device()) for name in ("receiver", "sender")}
+    alone = run_reuse(dataclasses.replace(config, mesh=""), **one, keep=False)
+    for mesh, size in (("data=8", 8), ("data=2,fsdp=2,tensor=2", 4)):
+        found = run_reuse(dataclasses.replace(config, mesh=mesh, batch_size=size), keep=False)
+        for key, score in alone.scores.items():
+            np.testing.assert_allclose(found.scores[key].values, score.values, atol=1e-5, err_msg=key)
+        for one, other in zip(found.found["groups"], alone.found["groups"], strict=True):
+            np.testing.assert_allclose(one["test"]["kl"], other["test"]["kl"], atol=1e-5)
 
 
 def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
