@@ -17,6 +17,7 @@ from jaxcrit.commands.ablate import ablate
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
+from jaxcrit.commands.reuse import reuse
 from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
@@ -52,6 +53,7 @@ __all__ = [
     "load",
     "open_run",
     "plot",
+    "reuse",
     "score",
     "screen",
     "select",
@@ -266,11 +268,11 @@ def score(
 
     own = []
     for kind in own_options():
-        given = options.pop(kind.prefix, {})
+        given = options.pop(kind.key, {})
         if not isinstance(given, Mapping):
             example = next(iter(options_of(kind))).field
-            raise UserError(f"{kind.prefix}={given!r}: expected a dict, such as {kind.prefix}={{{example!r}: ...}}")
-        named = {f"{kind.prefix}.{name}": value for name, value in given.items()}
+            raise UserError(f"{kind.key}={given!r}: expected a dict, such as {kind.key}={{{example!r}: ...}}")
+        named = {f"{kind.key}.{name}": value for name, value in given.items()}
         own.append(from_values(kind, named, "options"))
     asked = options_for(ScoreOptions, out, {**options, "criteria": criteria})
     found = run_score(asked, own, model=what, rows=rows, progress=progress, keep=bool(out))

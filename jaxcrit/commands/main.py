@@ -54,6 +54,10 @@ GROUPS = {
             "jaxcrit.commands.substitute",
             "put layers of the base into the tuned model: what each is worth",
         ),
+        "reuse": (
+            "jaxcrit.commands.reuse",
+            "whether a model may go on from another's KV cache, and which layers to recompute",
+        ),
         "backdoor": (
             "jaxcrit.commands.backdoor",
             "whether freezing layers keeps poisoned data from planting a backdoor",
