@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         select,
         states,
         substitute,
+        trace,
     )
     from jaxcrit.core.errors import UserError
 
@@ -58,6 +59,7 @@ __all__ = [
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

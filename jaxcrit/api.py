@@ -20,6 +20,7 @@ from jaxcrit.commands.generate import generate
 from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
+from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
@@ -56,6 +57,7 @@ __all__ = [
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 
