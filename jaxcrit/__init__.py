@@ -31,9 +31,11 @@ if TYPE_CHECKING:
         plot,
         reuse,
         score,
+        screen,
         select,
         states,
         substitute,
+        trace,
     )
     from jaxcrit.core.errors import UserError
 
@@ -55,9 +57,11 @@ __all__ = [
     "plot",
     "reuse",
     "score",
+    "screen",
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

@@ -18,8 +18,10 @@ from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
 from jaxcrit.commands.reuse import reuse
+from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
+from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
@@ -53,9 +55,11 @@ __all__ = [
     "plot",
     "reuse",
     "score",
+    "screen",
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
@@ -42,6 +42,16 @@ class SourceOptions(Options, title="model and data"):
     duplicates: str = option("refuse", "rows that repeat an earlier one", ("refuse", "drop"), free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactOptions(Options, title="model and data"):
+    """Which facts are read; they are completed as plain text."""
+
+    template: ClassVar[str] = "none"
+    edition: ClassVar[str] = "clean"
+
+    facts: str = option("", "rows with prompt, subject, target (default: bundled)", word="FILE", free=BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -305,6 +315,7 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, title="layers"):
 
     layer_rates: str = option("", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES")
     lora_alpha: float = option(0.0, "adapters count alpha/rank times; 0 for twice the rank", lowest=0)
+    gain: str = option("", "gain of a shortcut while it trains, folded in after: 4:attn:0.5", word="L:HALF:G")
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
     tensorboard: bool = option(False, "event files too (needs tensorboardX)", free=WHERE, group="while it runs")

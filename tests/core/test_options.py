@@ -164,6 +164,7 @@ BESIDE = {  # what has to be given for another option to be accepted
 GIVEN = {
     "prefix": "context",
     "methods": "skip",
+    "layers": "first:2",
     "band": "4",
     "target": "no",
     "eval_data": "x",
