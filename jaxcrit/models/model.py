@@ -304,13 +304,13 @@ def _form(config: ModelConfig, dtype: str) -> str:
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
     record = read_json(run / "run.json", RUN_FORMAT)
-    if record.get("command") != "finetune":
+    if record.get("command") not in ("finetune", "edit"):
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
     try:
         base, _, _ = record["model"], record["trained"], record["layers"]
         step = step or str(record.get("result", {}).get("model_step", "last"))
     except KeyError as error:
-        raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
+        raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit {record['command']} run on") from None
     path = "" if base["path"] == "embedded" else base["path"]
     below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
     if below.model_hash != base["hash"]:
