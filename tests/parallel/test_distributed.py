@@ -183,6 +183,7 @@ def other_commands(tuned, states, known):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["trace", f"--model={known[0]}", f"--facts={known[1]}", "--samples=2", "--out=trace"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
