@@ -52,6 +52,7 @@ GROUPS = {
     "train and test": {
         "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
         "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
+        "edit": ("jaxcrit.commands.edit", "change facts in a few layers, and see what else changed"),
         "substitute": (
             "jaxcrit.commands.substitute",
             "put layers of the base into the tuned model: what each is worth",

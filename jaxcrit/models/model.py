@@ -336,10 +336,10 @@ class TunedRun(TunedRequired, total=False):
 
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
     record = read_record(run)
-    if record.get("command") != "finetune":
+    if record.get("command") not in ("finetune", "edit"):
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
     if missing := [key for key in ("model", "trained", "layers") if key not in record]:
-        raise UserError(f"{run}: has no {missing[0]} in run.json yet; let jaxcrit finetune run on")
+        raise UserError(f"{run}: has no {missing[0]} in run.json yet; let jaxcrit {record['command']} run on")
     conform(record, TunedRun, str(run / "run.json"), DAMAGED)
     base = record["model"]
     step = step or str(record.get("result", {}).get("model_step", "last"))
