@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import (
     BY_HASH,
@@ -22,6 +23,7 @@ from jaxcrit.core.groups import (
     RowOptions,
 )
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.reporting.tables import shortened
 
 if TYPE_CHECKING:
@@ -34,6 +36,17 @@ if TYPE_CHECKING:
 GENERATIONS = "generations.jsonl"
 _SHOWN = 3
 Row = dict[str, Any]
+
+
+class Answer(TypedDict):
+    """A row of ``generations.jsonl``."""
+
+    sample_id: str
+    row: Count
+    prompt: str
+    token_ids: list[Count]
+    text: str
+    stopped: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,7 @@ def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_generate(options, progress=bars)))
+    console.tell(text(run_generate(options, progress=bars)))
     return 0
 
 
@@ -235,7 +248,7 @@ def _rows(
 ) -> list[Row]:
     """Answers of one dataset in the order of its rows; those of an interrupted run are in a part that grows."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import GrowingText, json_lines, read_lines, write_text
+    from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines, write_text
     from jaxcrit.core.progress import bar
     from jaxcrit.data.batches import make_batches
     from jaxcrit.parallel.preemption import Preempted, notice
@@ -244,7 +257,11 @@ def _rows(
     if folder is not None:
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
         growing = GrowingText(part)
-        done = {row["row"]: row for row in processes.share(lambda: [*read_lines(part), *read_lines(file)])}
+        done = {
+            row["row"]: row for row in processes.share(lambda: [*read_lines(part, Answer), *read_lines(file, Answer)])
+        }
+        if any(row >= len(dataset.examples) for row in done):
+            raise UserError(f"{part}: expected answers of {len(dataset.examples)} prompts, got more; {DAMAGED}")
         if done:  # whole lines only, whatever an interruption left
             growing.start(json_lines(done.values()))
     count = len(dataset.examples)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SELECTION, MeshOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.layers import LayerSet
@@ -76,7 +77,7 @@ def run(options: InterveneOptions) -> int:
     """Answers one prompt with and without the intervention, and prints both."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_intervene(options, progress=bars)))
+    console.tell(text(run_intervene(options, progress=bars)))
     return 0
 
 

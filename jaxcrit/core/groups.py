@@ -349,3 +349,4 @@ class ProcessOptions(Options, title="processes"):
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )
+    rehash: bool = option(False, "read all weights for their hash, whatever the cache holds", free=SHAPE)
