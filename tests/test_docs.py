@@ -129,9 +129,7 @@ def test_the_file_of_the_guide_is_checked(monkeypatch, tmp_path):
     write_json(tmp_path / "lengths.json", "jaxcrit.lengths", {"longest": 3, "rows": {"a": [3, 0]}})
     assert made.read_lengths(tmp_path / "lengths.json")["rows"] == {"a": [3, 0]}
     write_json(tmp_path / "lengths.json", "jaxcrit.lengths", {"longest": 3, "rows": {"a": [3, "0"]}})
-    with pytest.raises(
-        UserError, match=r"lengths.json: expected rows.a\[1\] to be a whole number of 0 or more, got '0'"
-    ):
+    with pytest.raises(UserError, match=r"lengths.json: expected rows.a\[1\] to be a whole number of 0 or more"):
         made.read_lengths(tmp_path / "lengths.json")
 
 

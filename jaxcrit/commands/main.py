@@ -178,6 +178,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return INTERRUPTED if error.by_hand else PREEMPTED
     except KeyboardInterrupt as error:
         console.tell(f"jaxcrit: interrupted{'; ' if error.args else ''}{''.join(map(str, error.args))}", error=True)
+        processes.leave(INTERRUPTED)  # which would wait for the others
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (| head). Python would complain once more when it closes stdout on exit.

@@ -116,7 +116,7 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
     sites: Literal["blocks", "attn", "mlp"] = option("blocks", "whole blocks, or their attention or MLP alone", SITES)
     reverse: bool = option(False, "put layers of the tuned model into the base")
     sets: str = option("", "these sets in place of windows: 3-5,9;first:4;@layers.json", word="SPECS")
-    random: int = option(0, "draws of as many random layers, to compare with", lowest=0)
+    random: int = option(0, "draws of as many random layers, to compare with", lowest=0, highest=10_000)
     seed: int = option(0, "seed of the random layers", lowest=0)
 
     @property

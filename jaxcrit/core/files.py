@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.reading import Stored, members, parse_json, read_text, stored_npy
+from jaxcrit.core.reading import Stored, members, parse_json, plain_size, read_text, stored_npy
 from jaxcrit.core.schema import Array, conform, conform_arrays, short
 
 FORMAT_VERSION = 1
@@ -186,6 +186,7 @@ def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     """
     if not path.exists():
         return []
+    plain_size(path, "a file of lines")
     *whole, rest = path.read_bytes().split(b"\n")
     rows = [_line(line, kind, f"{path}: line {number}") for number, line in enumerate(whole, 1)]
     with contextlib.suppress(UserError):
@@ -342,6 +343,7 @@ def read_npz(path: str | Path, kind: Npz | None = None, **sizes: int) -> tuple[d
     """
     path = as_path(path)
     try:
+        plain_size(path, "an npz written by jaxcrit")
         with path.open("rb") as file, zipfile.ZipFile(file) as archive, contextlib.ExitStack() as opened:
             held = _headers(archive, file.seek(0, os.SEEK_END), opened)
             meta = parse_json(str(held.pop("meta").read()), "meta")
@@ -355,7 +357,7 @@ def read_npz(path: str | Path, kind: Npz | None = None, **sizes: int) -> tuple[d
             conform_arrays(held, declared, "", DAMAGED, sizes)
             return {name: held[name].read() for name in held if name in declared}, meta
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise (error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")) from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected an npz written by jaxcrit") from None
     except Exception as error:  # zip files can be damaged in ways for which their reader has a dozen errors

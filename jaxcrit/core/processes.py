@@ -26,7 +26,7 @@ from jaxcrit.core.errors import UserError
 _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only life is waited for
 _MOMENT = 5000  # ms that processes may fail apart
 _ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
-_LOOK, _GRACE = 0.5, 4.0  # seconds between looks at it, and from there to the end: before the one that failed is gone
+_LOOK, _GRACE = 0.5, 3.0  # seconds between looks at it, and from there to the end: before the one that failed is gone
 _index, _count = 0, 1
 _said = 0  # things said so far: the same in every process, as all come to the same places
 
@@ -124,8 +124,7 @@ def agree_on_failure(text: str, code: int) -> tuple[bool, bool]:
     """
     if alone():
         return True, True
-    with contextlib.suppress(Exception):  # jax's own error, of no public class: the coordinator is gone
-        _client().key_value_set(f"{_ENDED}{_index}", str(code))
+    _announce(code)
     key = f"jaxcrit/failed/{_said}"
     _client().key_value_set(f"{key}/{_index}", text)
     texts = []
@@ -136,6 +135,18 @@ def agree_on_failure(text: str, code: int) -> tuple[bool, bool]:
             texts.append(None)
             break
     return first() or texts[0] != text, texts == [text] * _count
+
+
+def leave(code: int) -> None:
+    """Ends this process at once where others are in the run, who end with it; alone, it ends as it will."""
+    if not alone():
+        _announce(code)
+        os._exit(code)
+
+
+def _announce(code: int) -> None:
+    with contextlib.suppress(Exception):  # jax's own error, of no public class: the coordinator is gone
+        _client().key_value_set(f"{_ENDED}{_index}", str(code))
 
 
 def end_with_others() -> None:

@@ -36,12 +36,8 @@ def read_text(path: Path, expected: str, largest: int = LARGEST_TEXT) -> str:
         UserError: it is no plain file, too large, cannot be read, or is no UTF-8.
     """
     try:
-        if "://" not in os.fspath(path):
-            about = path.stat()
-            if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
-                raise UserError(f"{path}: expected {expected}, got a device or pipe")
-            if about.st_size > largest:
-                raise UserError(f"{path}: expected {expected}, got {about.st_size:,} bytes; at most {largest:,} are")
+        if (size := plain_size(path, expected)) > largest:
+            raise UserError(f"{path}: expected {expected}, got {size:,} bytes; at most {largest:,} are")
         return path.read_bytes().decode("utf-8")
     except (FileNotFoundError, UserError):
         raise
@@ -49,6 +45,21 @@ def read_text(path: Path, expected: str, largest: int = LARGEST_TEXT) -> str:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected {expected}") from None
     except ValueError as error:
         raise UserError(f"{path}: expected {expected}, got something else ({error})") from None
+
+
+def plain_size(path: Path, expected: str) -> int:
+    """Bytes of a file; 0 for one in a bucket.
+
+    Raises:
+        OSError: there is none.
+        UserError: it is a pipe or a device, which may never end.
+    """
+    if "://" in os.fspath(path):
+        return 0
+    about = path.stat()
+    if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
+        raise UserError(f"{path}: expected {expected}, got a device or pipe")
+    return about.st_size
 
 
 def parse_json(text: str, where: str | Path, expected: str = "JSON") -> Any:

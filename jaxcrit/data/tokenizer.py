@@ -79,12 +79,19 @@ def has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in _VOCABULARIES)
 
 
+class NamedTemplate(TypedDict):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
 class TokenizerConfig(TypedDict, total=False):
     """What is read here of ``tokenizer_config.json``."""
 
     tokenizer_class: str | None
     auto_map: Any
-    chat_template: str | list[dict[str, Any]] | None
+    chat_template: str | list[NamedTemplate] | None
 
 
 def _class(path: Path) -> Any:

@@ -24,7 +24,7 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import FORMAT_VERSION, atomic_path, check_name, local_path
 from jaxcrit.core.groups import AXES
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.core.reading import Stored, fitting, members, parse_json, stored_npy
+from jaxcrit.core.reading import Stored, fitting, members, parse_json, plain_size, stored_npy
 from jaxcrit.core.rundir import read_record
 from jaxcrit.core.schema import conform
 from jaxcrit.evidence.states import HiddenStates, states_from
@@ -131,6 +131,7 @@ class _Arrays(dict[str, Stored]):
 def _opened(path: Path) -> Iterator[_Arrays]:
     """The arrays of a file, whose first bytes say of what kind it is; errors while it is open name it."""
     found = _Arrays()
+    plain_size(path, _KINDS)
     try:
         with path.open("rb") as file, contextlib.ExitStack() as opened:
             begin = file.read(6)

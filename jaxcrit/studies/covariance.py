@@ -16,9 +16,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core import processes
-from jaxcrit.core.files import cache_directory, read_npz, write_npz
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import Npz, cache_directory, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.progress import bar
+from jaxcrit.core.schema import Array
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import Context, Decoder, embed, layer_windows, run
@@ -119,6 +121,9 @@ def _moments(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, layers:
     return found
 
 
+_FORMAT = "jaxcrit.covariance"
+
+
 def _file(model: str, dtype: str, rows: str, layer: int) -> Path:
     name = sha256_json({"model": model, "dtype": dtype, "rows": rows, "layer": layer})
     return cache_directory() / "covariance" / f"{name[:32]}.npz"
@@ -128,14 +133,16 @@ def _kept(file: Path, ff: int) -> np.ndarray | None:
     """What the cache has; nothing of several processes, which need not share a disk."""
     if not processes.alone() or not file.exists():
         return None
-    moment = read_npz(file)[0].get("moment")
-    return moment if moment is not None and moment.shape == (ff, ff) else None
+    try:
+        return read_npz(file, Npz(_FORMAT, {"moment": Array("f", ("F", "F"))}), F=ff)[0]["moment"]
+    except UserError:  # a damaged cache is made again
+        return None
 
 
 def _keep(file: Path, moment: np.ndarray) -> None:
     if processes.alone():
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(file, {"moment": moment}, {"format": "jaxcrit.covariance", "format_version": 1})
+            write_npz(file, {"moment": moment}, {"format": _FORMAT, "format_version": 1})
         except OSError:  # a cache is no reason to fail
             return

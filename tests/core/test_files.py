@@ -7,6 +7,7 @@ import os
 import stat
 import struct
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -180,8 +181,9 @@ def test_json_is_what_its_standard_says_or_one_line(content, message, tmp_path):
 def test_what_never_ends_is_no_file(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", "/dev/zero"):
-        with pytest.raises(UserError, match="got a device or pipe"):
-            read_json(path, "jaxcrit.test")
+        for read in (read_npz, lambda file: read_json(file, "jaxcrit.test"), lambda file: read_lines(Path(file))):
+            with pytest.raises(UserError, match="got a device or pipe"):
+                read(path)
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
     with pytest.raises(UserError, match="1,099,511,627,776 bytes"):

@@ -112,7 +112,7 @@ WHOLE = {"LAYERS": "2", "VALUES": "[1, 2]", "DIRECTION": '"low"', "ERRORS": "nul
     ("changes", "message"),
     [
         ({"LAYERS": "NaN"}, "NaN is no number of JSON"),
-        ({"LAYERS": "2e9"}, "expected num_layers to be a positive whole number"),
+        ({"LAYERS": "2e9"}, "expected num_layers to be a whole number of at most 10,000"),
         ({"VALUES": "[1, 1e999]"}, r"expected scores.d.values\[1\] to be a number, got inf"),
         ({"VALUES": f"[1, {10**400}]"}, r"expected scores.d.values\[1\] to be a number"),
         ({"DIRECTION": '"up"'}, "expected scores.d.direction to be low or high, got 'up'"),

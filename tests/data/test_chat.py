@@ -243,7 +243,7 @@ class TestChoice:
 
 BOMBS = {
     "time": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
-    "memory": "{{ ('a' * 1000000000)|length }}{{ ('b' * 1000000000)|length }}",
+    "memory": "{{ ('a' * 3000000000)|length }}",
 }
 
 

@@ -321,16 +321,21 @@ REFUSED = {
         {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
         "the parameters of RoPE (yarn) give no frequencies",
     ),
-    "frequencies of one band": (
+    "frequencies of a context of one token": (
         {
+            "max_position_embeddings": 1,
             "rope_scaling": {
-                "rope_type": "llama3",
-                "factor": 8.0,
-                "low_freq_factor": 1e-300,
-                "high_freq_factor": 1e-300,
-            }
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0] * 4,
+                "factor": 2.0,
+            },
         },
-        "the parameters of RoPE (llama3) give",
+        "the parameters of RoPE (longrope) give no frequencies",
+    ),
+    "frequencies beyond floats": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1e-60] * 4, "long_factor": [1.0] * 4}},
+        "give frequencies that are no finite numbers",
     ),
     "tied by a word": (
         {"tie_word_embeddings": "false"},
