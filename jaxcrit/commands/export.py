@@ -204,6 +204,10 @@ def _write_adapter(model: Model, dtype: str, out: Path) -> None:
 
     *below, last = model.overlays
     parts, config = last.partition, model.config
+    if last.gains:
+        raise UserError(
+            f"--adapter: {last.run} has gains folded into layers that its adapters are not of; export without --adapter"
+        )
     if parts.lora is None:
         raise UserError(f"--adapter: {last.run} trained the layers themselves; export it without, or with --delta_only")
     if below:
@@ -230,7 +234,7 @@ def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:
     from jaxcrit.models.weights import table, to_hf
 
     parts = [tuned.partition for tuned in model.overlays]
-    layers = sorted({layer for one in parts for group in one.trained for layer in one.members(group)})
+    layers = sorted({layer for one in model.overlays for layer in one.layers})
     outside = {path for one in parts for path in one.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()

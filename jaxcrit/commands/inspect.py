@@ -93,7 +93,9 @@ def _overlays(model: Model) -> list[str]:
         lora = overlay.partition.lora
         what = f"adapters of rank {lora.rank} on {', '.join(lora.targets)}" if lora else "weights"
         outside = f"; whole: {', '.join(told['outside'])}" if told["outside"] else ""
-        lines.append(f"on top, from {overlay.run or 'memory'}: {what} of layers {_ranges(told['layers'])}{outside}")
+        gains = f"; folded in: gains {', '.join(map(str, overlay.gains))}" if overlay.gains else ""
+        where = overlay.run or "memory"
+        lines.append(f"on top, from {where}: {what} of layers {_ranges(told['layers'])}{outside}{gains}")
     return lines
 
 

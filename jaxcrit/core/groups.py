@@ -276,6 +276,7 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, title="layers"):
 
     layer_rates: str = option("", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES")
     lora_alpha: float = option(0.0, "adapters count alpha/rank times; 0 for twice the rank", lowest=0)
+    gain: str = option("", "gain of a shortcut while it trains, folded in after: 4:attn:0.5", word="L:HALF:G")
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
     tensorboard: bool = option(False, "event files too (needs tensorboardX)", free=WHERE, group="while it runs")

@@ -23,7 +23,7 @@ from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_firs
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
-from jaxcrit.models.sites import Edit, Tap, Visit, visitor
+from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, placement, table
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
@@ -119,17 +119,17 @@ class Block(nnx.Module):
             window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
                 where there are several, see `layer_windows`.
             cache: keys and values of all blocks, and which of them is this one; or this block's own.
-            visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
+            visit: function ``(site, before, after) -> after``, called at ``attn``, ``ff``, ``mlp`` and ``block``.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
         """
-        visit = visit or (lambda site, before, after: after)
+        visit = visit or _untouched
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
             middle = visit("attn", x, x + self.added(mixed, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            mapped = self.mlp(self.norm(middle, "mlp_norm"))
+            mapped = self.mlp(self.norm(middle, "mlp_norm"), visit)
             after = visit("mlp", middle, middle + self.added(mapped, "mlp_post_norm"))
         return visit("block", x, after), cache
 
@@ -201,10 +201,11 @@ class Block(nnx.Module):
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
         return visible
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
+    def mlp(self, x: jax.Array, visit: Visit | None = None) -> jax.Array:
+        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``; ``visit`` as of the call."""
         gate, up = self.gate_up(x)
-        return self.linear(_ACTIVATIONS[self.config.activation](gate) * up, "down")
+        inner = _ACTIVATIONS[self.config.activation](gate) * up
+        return self.linear((visit or _untouched)("ff", inner, inner), "down")
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""
@@ -215,6 +216,10 @@ class Block(nnx.Module):
         """RMSNorm with the weight of that name; x itself where a block has no such norm."""
         param = getattr(self, name, None)
         return x if param is None else rms_norm(x, param[...], self.config)
+
+
+def _untouched(site: Site, before: jax.Array, after: jax.Array) -> jax.Array:
+    return after
 
 
 class Decoder(nnx.Module):
@@ -359,9 +364,11 @@ def run_span(
     stop: jax.Array,
     *,
     windows: jax.Array | None = None,
+    cache: Cache | None = None,
     edit: Edit | None = None,
     edits: Any = None,
-) -> jax.Array:
+    tap: Tap | None = None,
+) -> Output:
     """Runs steps ``start`` to ``stop`` (half-open) of an order; the bounds are data too, so any span compiles once.
 
     It has no gradient: a loop of unknown length is not differentiable in reverse.
@@ -374,22 +381,34 @@ def run_span(
         start: int32 scalar.
         stop: int32 scalar; none runs where it is not above ``start``.
         windows: windows of the whole order; see `run`.
+        cache: keys and values of the whole order; see `run`.
         edit: see `run`.
         edits: edits of the whole order; see `run`.
+        tap: see `run`.
 
     Returns:
-        ``[B, T, D]`` residual stream after step ``stop - 1``.
+        Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def step(index: jax.Array, x: jax.Array) -> jax.Array:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)
         )
-        visit, _ = visitor(edit, data, None, context.positions)
-        return _take(stack, slot)(x, context, window, visit=visit)[0]
+        visit, found = visitor(edit, data, tap, context.positions)
+        mine: Any = None if cache is None else (cache, index)
+        x, mine = _take(stack, slot)(x, context, window, mine, visit)
+        return x, None if mine is None else mine[0], found
 
-    return jax.lax.fori_loop(start, stop, step, x)
+    def step(index: jax.Array, carry: tuple[jax.Array, Cache | None, dict[str, Any]]) -> Any:
+        x, cache, kept = carry
+        x, cache, found = block(index, x, cache)
+        return x, cache, jax.tree.map(lambda whole, one: whole.at[index].set(one), kept, found)
+
+    tapped = {} if tap is None else jax.eval_shape(block, jnp.int32(0), x, cache)[2]
+    kept = jax.tree.map(lambda one: jnp.zeros((len(slots), *one.shape), one.dtype), tapped)
+    x, cache, kept = jax.lax.fori_loop(start, stop, step, (x, cache, kept))
+    return Output(x, kept, cache)
 
 
 def _take(stack: Block, slot: jax.Array) -> Block:
@@ -425,6 +444,7 @@ def forward(
     segments: jax.Array | None = None,
     cache: Any = None,
     blocks: Sequence[Block] | None = None,
+    offset: jax.Array | None = None,
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
@@ -442,7 +462,8 @@ def forward(
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
         blocks: the decoder's blocks apart, which then take its stack's place; the cache is one of each layer.
-        edit: see `run`; acts at ``embed`` too.
+        offset: ``[B, T, D]`` added to the embeddings, or None.
+        edit: see `run`; acts at ``embed`` too, behind the offset.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
         remat: see `run`.
@@ -462,6 +483,7 @@ def forward(
     context = Context(positions, *config.rope.cos_sin(positions, lengths), segments)
     with jax.named_scope("embed"):
         x = embed(decoder, tokens, dtype)
+        x = x if offset is None else x + offset.astype(x.dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
         visit, found = visitor(edit, edits, tap, positions)

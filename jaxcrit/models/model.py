@@ -25,6 +25,7 @@ from jaxcrit.models.attention import ASKED, Attention, choose_attention, platfor
 from jaxcrit.models.checkpoint import DTYPES, Checkpoint, load, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.gains import fold
 from jaxcrit.models.overlays import Overlay, read_overlay
 from jaxcrit.models.partition import TRAIN, partition
 from jaxcrit.models.weights import hf_shapes, table
@@ -219,7 +220,7 @@ class Model:
         for overlay in self.overlays:
             # What an overlay below has changed is a copy already; all else is still the array that others hold.
             held = [path for path, value in weights.items() if value is shared.get(path)]
-            weights = overlay.partition.merge(weights, overlay.params, held=held)
+            weights = fold(self.config, overlay.partition.merge(weights, overlay.params, held=held), overlay.gains)
         return Decoder(self.config, weights)
 
     def _read(self, bars: Bars | None) -> Decoder:
@@ -332,7 +333,7 @@ def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
             break
         below += 1
     own = (*base.overlays[below:], *tuned.overlays[below:])
-    changed = {layer for overlay in own for layer in overlay.partition.layers}
+    changed = {layer for overlay in own for layer in overlay.layers}
     if base.checkpoint.path != tuned.checkpoint.path:
         ours, theirs = base.checkpoint.digests(), tuned.checkpoint.digests()
         names = [row.hf for row in table(base.config) if row.stacked]
