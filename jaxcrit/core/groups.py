@@ -99,7 +99,7 @@ class PrefixOptions(Options, title="rendering"):
     """Which beginning of a prompt another model has read."""
 
     prefix: str = option(
-        "0.8", "what the sender has read: a share of a prompt's tokens, or to its context's end", word="SHARE|context"
+        "0.8", "what the sender read: a prompt's share or its context", word="SHARE|context"
     )
 
     def check(self) -> None:
