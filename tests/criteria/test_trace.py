@@ -204,8 +204,11 @@ def test_a_run_leaves_what_it_found(known, tmp_path, monkeypatch, capsys):
     for name in ("trace.png", "report.html", "deletions.npz"):
         assert (tmp_path / "run" / name).exists()
     assert not (tmp_path / "run" / "partial.npz").exists()
-    again = run_trace(options)
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxcrit.criteria.trace.traced", None)  # what is found is found
+        again = run_trace(dataclasses.replace(options, scores=""))
     np.testing.assert_array_equal(again.scores["trace"].values, found.scores["trace"].values)
+    assert not again.run["result"]["beside"] and again.layers == found.layers
     if found.layers is not None:
         stored = LayerSet.load(tmp_path / "run" / "layers.json")
         assert stored == found.layers and stored.rule == "trace:band"
