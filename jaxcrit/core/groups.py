@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 from typing import ClassVar, Literal, get_args
@@ -91,6 +92,34 @@ def check_template(template: str) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions(SourceOptions, RenderingOptions):
     """Which rows are read, and how they become tokens; the options of every command that reads data are some."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixOptions(Options, title="rendering"):
+    """Which beginning of a prompt another model has read."""
+
+    prefix: str = option(
+        "0.8", "what the sender read: a prompt's share or its context", word="SHARE|context"
+    )
+
+    def check(self) -> None:
+        """Refuses what is neither a share nor the word."""
+        super().check()
+        _ = self.share
+
+    @property
+    def share(self) -> float | None:
+        """Share of a prompt's tokens; None up to the end of a row's context.
+
+        Raises:
+            UserError: neither a share nor ``context``.
+        """
+        if self.prefix == "context":
+            return None
+        with contextlib.suppress(ValueError):
+            if 0 < (share := float(self.prefix)) < 1:
+                return share
+        raise UserError(f"--prefix={self.prefix}: expected context, or a share between 0 and 1 such as 0.8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -320,3 +349,4 @@ class ProcessOptions(Options, title="processes"):
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )
+    rehash: bool = option(False, "read all weights for their hash, whatever the cache holds", free=SHAPE)

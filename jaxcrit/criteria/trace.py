@@ -28,12 +28,13 @@ from jaxcrit.data.facts import Placed
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.criterion import Criterion, Measured, mean_over
 from jaxcrit.evidence.rows import sample_losses
-from jaxcrit.evidence.variants import Batch, Variant, loss_step, own_slots, planned_evaluations, sweep
+from jaxcrit.evidence.variants import Variant, loss_step, own_slots, planned_evaluations, sweep
 from jaxcrit.models.decoder import Decoder, forward, look_up
 from jaxcrit.models.interventions import Patch, patch
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import batch_sharding
+from jaxcrit.training.step import TokenBatch
 
 SITES: tuple[Site, ...] = ("attn", "mlp", "block")
 KINDS = ("stream", "last", "mlp", "attn", "severed")
@@ -105,8 +106,10 @@ def traced(
     rows = [_first_token(fact.example) for fact in facts for _ in range(samples)]
     changes = [*_changes(depth, window), _Change(depth, _SUBJECT, _nowhere(depth))]  # the last one changes nothing
 
-    def take(batch: Batch, places: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
-        ids, lengths, learn = batch
+    def take(
+        batch: TokenBatch, places: np.ndarray, step: Callable[[int], None] | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        ids, lengths = batch.tokens, batch.lengths
         at, offset = np.zeros((len(places), 2), np.int32), np.zeros((*ids.shape, width), np.float32)
         for row, place in enumerate(places.tolist()):
             if place < len(rows):
@@ -118,7 +121,7 @@ def traced(
         with jax.default_matmul_precision("highest"):
             hidden, clean = _parts(decoder, ids, lengths, at, None, mesh=model.mesh)
             _, under = _parts(decoder, ids, lengths, at, offset, mesh=model.mesh)
-            known, _ = loss_step(weights, hidden, ids, learn, model.config, NamedSharding(model.mesh, PartitionSpec()))
+            known, _ = loss_step(weights, hidden, batch, model.config, NamedSharding(model.mesh, PartitionSpec()))
         if step is not None:
             step(2 * depth)
         held = {**clean, "mlp": under["mlp"]}
@@ -155,6 +158,18 @@ def band(score: LayerScores) -> tuple[int, ...]:
             break
         found.append(layer)
     return tuple(found[::-1])
+
+
+def plateau(effects: np.ndarray) -> list[int]:
+    """Layers whose mean over the facts is not below the highest one's by two paired standard errors.
+
+    Args:
+        effects: ``[F, L]``.
+    """
+    highest = int(np.argmax(effects.mean(axis=0)))
+    below = effects[:, [highest]] - effects
+    error = below.std(axis=0, ddof=1) / np.sqrt(len(effects))
+    return np.flatnonzero(below.mean(axis=0) <= 2 * error).tolist()
 
 
 def rises(last: np.ndarray) -> np.ndarray:

@@ -360,8 +360,8 @@ def run_span(
     slots: jax.Array,
     x: jax.Array,
     context: Context,
-    start: jax.Array,
-    stop: jax.Array,
+    start: jax.Array | int,
+    stop: jax.Array | int,
     *,
     windows: jax.Array | None = None,
     cache: Cache | None = None,
@@ -390,7 +390,7 @@ def run_span(
         Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> Any:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)

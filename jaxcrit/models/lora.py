@@ -52,7 +52,7 @@ class Lora:
 
     def shapes(self, config: ModelConfig, count: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Logical axes and shape of each adapter array, stacked over ``count`` layers."""
-        found = {}
+        found: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
         for row in self.rows(config):
             (layers, out, inside), (outs, ins) = row.axes, row.hf_shape(config)
             found[row.path + A] = (layers, "rank", inside), (count, self.rank, ins)

@@ -29,6 +29,7 @@ from jaxcrit.models.model import open_model
 from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.parallel.preemption import Preempted
+from jaxcrit.training.step import TokenBatch
 
 DEPTH, PLANT = 7, 3
 HOW = {"noise": 3.0, "samples": 2, "window": 2, "seed": 0, "batch_size": 16, "directory": None, "bars": None}
@@ -120,7 +121,7 @@ def test_all_positions_put_back_is_the_whole_effect(model, known):
         learn[row, fact.example.prompt_length] = True
         offset[row, list(fact.subject)] = np.random.default_rng(row).normal(size=(len(fact.subject), 24))
     lengths = np.array([len(fact.example.token_ids) for fact in facts], np.int32)
-    batch = tuple(map(jnp.asarray, (tokens, lengths, learn)))
+    batch = TokenBatch(*map(jnp.asarray, (tokens, lengths, learn)))
     tap = Tap(lambda site, before, after, positions: after, ("block",))
     clean = forward(decoder, batch[0], lengths=batch[1], tap=tap).taps["block"]
     at = np.broadcast_to(np.arange(length, dtype=np.int32), (DEPTH, 4, length))

@@ -183,6 +183,16 @@ def other_commands(tuned, states, known):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
+        [
+            "generate",
+            rows,
+            f"--sender={tuned}",
+            "--recompute=first:4",
+            "--limit=8",
+            "--max_new_tokens=2",
+            "--out=mixed",
+        ],
         ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["trace", f"--model={known[0]}", f"--facts={known[1]}", "--samples=2", "--out=trace"],
@@ -244,7 +254,7 @@ def test_every_other_command(tmp_path):
     assert silent == "" and "warning" not in told.lower()
     assert list(folders[1].iterdir()) == []
     scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
-    assert len(scored) == 10
+    assert len(scored) == 11
     for path in scored:
         ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
         assert ours.keys() == theirs.keys()
@@ -253,6 +263,8 @@ def test_every_other_command(tmp_path):
     for path in (
         "generate/generations.jsonl",
         "split/generations.jsonl",
+        "mixed/generations.jsonl",
+        "reuse/layers.json",
         "data/examples.jsonl",
         "selected.json",
         "export/model.safetensors",

@@ -91,6 +91,8 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, parameters(f"{BUCKET}/tuned"), parameters(tuned))
     run("substitute", f"--base={model}", f"--tuned={BUCKET}/tuned", f"--data={data}", out="swapped", twin=True)
+    pair = [f"--receiver={model}", f"--sender={BUCKET}/tuned", f"--data={data}"]
+    run("reuse", *pair, "--max_new_tokens=2", "--random=1", out="reused", twin=True)
     run("analyze", f"--model={BUCKET}/tuned", f"--data={data}", out="analysis-tuned")
     run("compare", f"--a={BUCKET}/analysis", f"--b={BUCKET}/analysis-tuned", out="compared", twin=True)
     run("spectrum", f"--run={BUCKET}/analysis", "--k=2", out="spectrum", twin=True)
