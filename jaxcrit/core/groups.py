@@ -174,6 +174,7 @@ class CaptureOptions(
     window: int = option(5, "layers that δ averages over; odd", lowest=3, group="scores")
     include_self: bool = option(True, "count the layer itself in its window", group="scores")
     bias: str = option("debiased", "which δ selects", ("debiased", "biased"), group="selection")
+    fingerprint: bool = option(False, "keep whole Grams, beyond 10 MB too", group="capture")
 
     def check(self) -> None:
         """Refuses an even window, which has no middle."""
