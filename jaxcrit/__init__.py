@@ -29,10 +29,13 @@ if TYPE_CHECKING:
         load,
         open_run,
         plot,
+        reuse,
         score,
+        screen,
         select,
         states,
         substitute,
+        trace,
     )
     from jaxcrit.core.errors import UserError
 
@@ -52,10 +55,13 @@ __all__ = [
     "load",
     "open_run",
     "plot",
+    "reuse",
     "score",
+    "screen",
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

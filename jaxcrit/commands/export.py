@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, WHERE
 from jaxcrit.core.options import Options, option
@@ -86,10 +87,10 @@ def run(options: ExportOptions) -> int:
     with bar(bars, total=1, desc="weights", unit=" tensors") as shown:
         exported = export_model(options.model or options.run, options.out, **given, progress=moved(shown))
     if exported.step is not None:
-        print(f"checkpoint of step {exported.step}")
+        console.tell(f"checkpoint of step {exported.step}")
     if exported.rounding is not None:
-        print(exported.rounding)
-    print(exported.out)
+        console.tell(str(exported.rounding))
+    console.tell(str(exported.out))
     return 0
 
 
@@ -204,6 +205,10 @@ def _write_adapter(model: Model, dtype: str, out: Path) -> None:
 
     *below, last = model.overlays
     parts, config = last.partition, model.config
+    if last.gains:
+        raise UserError(
+            f"--adapter: {last.run} has gains folded into layers that its adapters are not of; export without --adapter"
+        )
     if parts.lora is None:
         raise UserError(f"--adapter: {last.run} trained the layers themselves; export it without, or with --delta_only")
     if below:
@@ -230,13 +235,13 @@ def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:
     from jaxcrit.models.weights import table, to_hf
 
     parts = [tuned.partition for tuned in model.overlays]
-    layers = sorted({layer for one in parts for group in one.trained for layer in one.members(group)})
+    layers = sorted({layer for one in model.overlays for layer in one.layers})
     outside = {path for one in parts for path in one.outside}
     tensors = dict(to_hf(decoder, tuple(layers))) if layers else {}
     weights = decoder.weights()
     for row in table(model.config):
         if row.path in outside:
-            tensors[row.hf] = np.asarray(weights[row.path]).reshape(row.hf_shape(model.config))
+            tensors[row.hf] = np.asarray(weights[row.path])
     kinds = {name: DTYPES[dtype or model.checkpoint.dtypes[name]] for name in tensors}
     held = {name: np.ascontiguousarray(value.astype(kinds[name])) for name, value in tensors.items()}
     notes = {"base": str(model.checkpoint.path), "layers": ",".join(map(str, layers))}

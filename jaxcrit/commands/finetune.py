@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import ChosenLayers, LayerSet
+from jaxcrit.core.schema import AtLeastZero, Count
 from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
@@ -28,6 +30,30 @@ if TYPE_CHECKING:
 
 OPTIONS = FinetuneOptions
 Row = Mapping[str, Any]
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    steps: Count
+    best_step: Count
+    best_loss: float
+    trained_bytes: Count
+    optimizer_bytes: Count
+
+
+class Times(TypedDict):
+    """What the report takes from ``time`` of ``run.json``."""
+
+    training_seconds: AtLeastZero
+
+
+class FinetunedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    layers: ChosenLayers
+    result: Result
+    time: Times
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -55,7 +81,7 @@ def run(options: FinetuneOptions) -> int:
     """Trains, draws the test loss, prints what came of it."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_finetune(options, progress=bars, say=shared.say)))
+    console.tell(text(run_finetune(options, progress=bars, say=shared.say)))
     return 0
 
 
@@ -117,6 +143,7 @@ def run_finetune(
         UserError: see `finetune`; or another run in ``out``.
     """
     from jaxcrit.core.run import running
+    from jaxcrit.models.gains import edit, gain_data, parse_gains
     from jaxcrit.models.model import open_model
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import size
@@ -136,6 +163,7 @@ def run_finetune(
     opened = open_model(options.model if model is None else model, mesh=options.mesh, keep=model is not None)
     depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
+    gains = parse_gains(options.gain, opened.config)
     if keep and any(overlay.run is None for overlay in opened.overlays):
         raise UserError(
             f"--out={options.out}: the model was tuned in memory, so a run on it could not be opened again; give --out"
@@ -154,13 +182,14 @@ def run_finetune(
         datasets=datasets,
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
-        read_back=True,
+        read_back=FinetunedRun,
     ) as run:
         if run.complete:
             note = f"{run.path}: complete already; choose another --out to train again"
-            kept = run.earlier["layers"]
-            trained = LayerSet(**{**kept, "layers": tuple(kept["layers"])})
-            return Finetuned(None, dict(run.earlier), read_metrics(run.path), trained, [note], run.path)
+            trained, rows = LayerSet.from_json(run.earlier["layers"], f"{run.path}/run.json"), read_metrics(run.path)
+            if not evaluations(rows):
+                raise UserError(f"{run.path}: expected tests in its metrics, found none; choose another --out")
+            return Finetuned(None, dict(run.earlier), rows, trained, [note], run.path)
         out = run.out
         run.record["attention"] = opened.attention(dtype)
         if chosen is None:
@@ -169,12 +198,14 @@ def run_finetune(
         parts = partition_of(options, opened.config, chosen)
         train, held = (dataset.examples for dataset in datasets)
         data = training_steps(train, options.batch_size * options.accumulate, options.seed)
-        trainer = Trainer(options, opened, parts, options.steps or (options.epochs or 1) * data.per_epoch)
+        steps = options.steps or (options.epochs or 1) * data.per_epoch
+        under = (edit, gain_data(gains, depth)) if gains else None
+        trainer = Trainer(options, opened, parts, steps, under)
         run.precious = True
         if out is not None:
             chosen.save(out / "layers.json")
         run.record["layers"] = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
-        run.record["trained"] = parts.to_json()
+        run.record["trained"] = parts.to_json() | ({"gain": options.gain} if gains else {})
         run.save()
         if say is not None:
             say(summary(options, trainer, chosen, data.batch_size))
@@ -190,7 +221,8 @@ def run_finetune(
             "optimizer_bytes": size(state.optimizer),
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
-        tuned = opened.with_overlay(Overlay(parts, state.params, None if out is None else out.resolve(), step, chosen))
+        place = None if out is None else out.resolve()
+        tuned = opened.with_overlay(Overlay(parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
             curves = {"test loss": [(row["step"], row["loss"]) for row in evaluations(found.metrics)]}
@@ -213,6 +245,7 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f"{'freezing' if options.mode == 'freeze' else 'training'} {chosen}{adapters}; {', '.join(told)}:"
         f" {sum(trained):,} of {frozen + sum(trained):,} parameters"
         f" ({100 * sum(trained) / (frozen + sum(trained)):.1f} %) train, for {trainer.steps} steps of {rows} rows"
+        f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
     )
 
 
@@ -228,11 +261,11 @@ def _train(
     from jaxcrit.core import processes
     from jaxcrit.evidence.rows import batches_of
     from jaxcrit.training.loop import METRICS, MetricsLog
-    from jaxcrit.training.step import TokenBatch, make_evaluation
+    from jaxcrit.training.step import make_evaluation
 
     model, parts = trainer.model, trainer.parts
-    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh)
-    tests = [TokenBatch(*batch) for _, batch in batches_of(held, options.batch_size, model)]
+    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh, edit=trainer.edit)
+    tests = [batch for _, batch in batches_of(held, options.batch_size, model)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
         sums = [losses(params, frozen, batch) for batch in tests]

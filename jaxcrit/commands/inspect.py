@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import TEMPLATES, ModelOptions
 from jaxcrit.core.options import option
@@ -43,7 +44,7 @@ def run(options: InspectOptions) -> int:
     """Opens the model and prints what there is to say."""
     from jaxcrit.models.model import open_model
 
-    print(model_text(open_model(options.model, step=options.step), options.template))
+    console.tell(model_text(open_model(options.model, step=options.step), options.template))
     return 0
 
 
@@ -93,7 +94,9 @@ def _overlays(model: Model) -> list[str]:
         lora = overlay.partition.lora
         what = f"adapters of rank {lora.rank} on {', '.join(lora.targets)}" if lora else "weights"
         outside = f"; whole: {', '.join(told['outside'])}" if told["outside"] else ""
-        lines.append(f"on top, from {overlay.run or 'memory'}: {what} of layers {_ranges(told['layers'])}{outside}")
+        gains = f"; folded in: gains {', '.join(map(str, overlay.gains))}" if overlay.gains else ""
+        where = overlay.run or "memory"
+        lines.append(f"on top, from {where}: {what} of layers {_ranges(told['layers'])}{outside}{gains}")
     return lines
 
 

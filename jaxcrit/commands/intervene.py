@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SELECTION, MeshOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.layers import LayerSet
@@ -47,6 +48,7 @@ class InterveneOptions(ModelOptions, RowOptions, OutOptions, MeshOptions, title=
     steer_from: str = option("", "rows whose mean state is taken away (steer)", word="FILE", free=BY_HASH)
     steer_to: str = option("", "rows whose mean state is added (steer)", word="FILE", free=BY_HASH)
     strength: float = option(1.0, "factor of that difference")
+    at: str = option("all", "new tokens it acts on: all, the first, or those after it", ("all", "first", "later"))
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1, group="generation")
     stop: str = option(
         "", "more tokens that end an answer, ids or texts, with commas", word="TOKENS", group="generation"
@@ -75,7 +77,7 @@ def run(options: InterveneOptions) -> int:
     """Answers one prompt with and without the intervention, and prints both."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_intervene(options, progress=bars)))
+    console.tell(text(run_intervene(options, progress=bars)))
     return 0
 
 
@@ -137,6 +139,7 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
             "sample_id": prompt.sample_id,
             "mode": options.mode,
             "layers": list(layers),
+            "at": options.at,
         }
         (batch,) = make_batches([prompt], batch_rows(1, model.mesh))
         shape, warnings = (model.config.num_layers, len(batch.rows), model.config.width), []
@@ -160,8 +163,10 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
         prompts = prefill(decoder, batch.tokens, batch.lengths, options.max_new_tokens, mesh=model.mesh)
         samples = np.where(batch.rows == 0, options.prompt_index, -1)
         scores = {}
-        for name, data in zip(_ANSWERS, (intervention(shape, rank=edits.basis.shape[1]), edits), strict=True):
-            answer = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=data)
+        nothing = intervention(shape, rank=edits.basis.shape[1])
+        changed = tuple(nothing if options.at == other else edits for other in ("later", "first"))
+        for name, (first, later) in zip(_ANSWERS, ((nothing, nothing), changed), strict=True):
+            answer = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=later, first=first)
             ids, scores[name] = answer.token_ids[0], processes.whole(answer.scores)[0]
             values, tokens = jax.lax.top_k(jax.nn.softmax(scores[name]), min(_LIKELY, len(scores[name])))
             likely = zip(tokens.tolist(), values.tolist(), strict=True)
@@ -277,7 +282,8 @@ def text(done: Intervened) -> str:
     layers = ", ".join(map(str, found["layers"]))
     what = _WHAT[found["mode"]].format(", ".join(map(str, found.get("components", ()))) or "none", **found)
     lines = [f"warning: {text}" for text in done.warnings]
-    lines += [f"prompt {found['prompt_index']}: {found['prompt']}", f"layers {layers}: {what}", ""]
+    at = {"all": "", "first": ", for the first new token alone", "later": ", after the first new token"}[found["at"]]
+    lines += [f"prompt {found['prompt_index']}: {found['prompt']}", f"layers {layers}: {what}{at}", ""]
     lines += [f"{name:>6}: {found[name]['text']!r}{'' if found[name]['stopped'] else ' …'}" for name in _ANSWERS]
     lines += ["", f"next token: KL {max(found['next_token_kl'], 0):.3f} nats"]
     for name in _ANSWERS:

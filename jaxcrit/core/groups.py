@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
@@ -41,6 +42,16 @@ class SourceOptions(Options, title="model and data"):
     duplicates: str = option("refuse", "rows that repeat an earlier one", ("refuse", "drop"), free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactOptions(Options, title="model and data"):
+    """Which facts are read; they are completed as plain text."""
+
+    template: ClassVar[str] = "none"
+    edition: ClassVar[str] = "clean"
+
+    facts: str = option("", "rows with prompt, subject, target (default: bundled)", word="FILE", free=BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +92,32 @@ def check_template(template: str) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions(SourceOptions, RenderingOptions):
     """Which rows are read, and how they become tokens; the options of every command that reads data are some."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixOptions(Options, title="rendering"):
+    """Which beginning of a prompt another model has read."""
+
+    prefix: str = option("0.8", "what the sender read: a prompt's share or its context", word="SHARE|context")
+
+    def check(self) -> None:
+        """Refuses what is neither a share nor the word."""
+        super().check()
+        _ = self.share
+
+    @property
+    def share(self) -> float | None:
+        """Share of a prompt's tokens; None up to the end of a row's context.
+
+        Raises:
+            UserError: neither a share nor ``context``.
+        """
+        if self.prefix == "context":
+            return None
+        with contextlib.suppress(ValueError):
+            if 0 < (share := float(self.prefix)) < 1:
+                return share
+        raise UserError(f"--prefix={self.prefix}: expected context, or a share between 0 and 1 such as 0.8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -277,6 +314,7 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, title="layers"):
 
     layer_rates: str = option("", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES")
     lora_alpha: float = option(0.0, "adapters count alpha/rank times; 0 for twice the rank", lowest=0)
+    gain: str = option("", "gain of a shortcut while it trains, folded in after: 4:attn:0.5", word="L:HALF:G")
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
     tensorboard: bool = option(False, "event files too (needs tensorboardX)", free=WHERE, group="while it runs")
@@ -310,3 +348,4 @@ class ProcessOptions(Options, title="processes"):
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )
+    rehash: bool = option(False, "read all weights for their hash, whatever the cache holds", free=SHAPE)

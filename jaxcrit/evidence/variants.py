@@ -22,8 +22,8 @@ from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run_span
 from jaxcrit.models.sites import Edit
+from jaxcrit.training.step import TokenBatch
 
-Batch = tuple[Any, Any, Any]  # tokens [B, T] int32, lengths [B] int32, learn [B, T] bool
 _PRECISION = "highest"  # differences between variants are small; only this makes float32 exact on TPU and recent GPUs
 
 
@@ -62,9 +62,10 @@ def sweep(
     outside: Mapping[str, jax.Array],
     reference: Variant,
     variants: Sequence[Variant],
-    batch: Batch,
+    batch: TokenBatch,
     *,
     edit: Edit | None = None,
+    offset: jax.Array | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Swept:
     """Runs all variants on one batch.
@@ -78,17 +79,18 @@ def sweep(
         variants: in any order.
         batch: on the devices.
         edit: see `jaxcrit.models.decoder.run`; its function stays the same object, or it compiles anew.
+        offset: ``[B, T, D]`` added to the embeddings of every variant and of the reference.
         progress: called with the number of block evaluations just done.
     """
     config, depth = blocks.config, blocks.config.num_layers
-    tokens, lengths, learn = batch
+    tokens, lengths = batch.tokens, batch.lengths
     rows = everywhere = None
     if isinstance(tokens.sharding, NamedSharding):  # of several processes, each sees its own devices only
         rows, everywhere = tokens.sharding, NamedSharding(tokens.sharding.mesh, PartitionSpec())
     losses: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
-        state, context = enter(outside["embed"], tokens, lengths, config, rows)
+        state, context = enter(outside["embed"], tokens, lengths, config, rows, offset)
 
         def span(variant: Variant, x: jax.Array, start: int, stop: int) -> jax.Array:
             nonlocal evaluations
@@ -101,7 +103,7 @@ def sweep(
             variant, before = variants[place], evaluations
             state, at = span(reference, state, at, variant.start), variant.start
             hidden = span(variant, state, at, depth)
-            losses[place], counts = loss_step(outside, hidden, tokens, learn, config, everywhere)
+            losses[place], counts = loss_step(outside, hidden, batch, config, everywhere)
             if progress is not None:
                 losses[place].block_until_ready()
                 progress(evaluations - before)
@@ -131,11 +133,20 @@ def evaluation_counts(
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
 def enter(
-    table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig, rows: NamedSharding | None
+    table: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    config: ModelConfig,
+    rows: NamedSharding | None,
+    offset: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
-    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context."""
+    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context.
+
+    An ``offset`` ``[B, T, D]`` is added to the embeddings.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = look_up(table, tokens, config)
+    x = x if offset is None else x + offset.astype(x.dtype)
     if rows is not None:  # XLA left to itself splits the width, as the table is split, and keeps all rows everywhere
         x = jax.lax.with_sharding_constraint(x, rows)
     return x, Context(positions, *config.rope.cos_sin(positions, lengths))
@@ -147,22 +158,23 @@ def span_step(
 ) -> jax.Array:
     """One variant's layers ``start`` to ``stop`` on a batch; arguments as of `run_span`."""
     windows = layer_windows(blocks.config)
-    return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    out = run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    return out.hidden
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
 def loss_step(
     outside: Mapping[str, jax.Array],
     hidden: jax.Array,
-    tokens: jax.Array,
-    learn: jax.Array,
+    batch: TokenBatch,
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
     """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
     head = outside.get("head", outside["embed"])
     mesh = None if sharding is None else sharding.mesh
-    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config, mesh)
+    given = (hidden, outside["norm"], head, batch.tokens, batch.learn)
+    losses, counted = response_losses(*given, config, mesh, batch.scored)
     sums = losses.sum(axis=1), counted.sum(axis=1)
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 

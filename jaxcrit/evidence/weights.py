@@ -10,6 +10,7 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.evidence.criterion import Measured
+from jaxcrit.models.gains import fold
 from jaxcrit.models.model import Model
 from jaxcrit.models.partition import FROZEN
 from jaxcrit.models.weights import offsets, sizes, table
@@ -64,13 +65,13 @@ def layer_tensors(model: Model) -> Iterator[dict[str, np.ndarray]]:
                 raise UserError(f"{model.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
         for tuned in model.overlays:
             group, lora = tuned.partition.groups[layer], tuned.partition.lora
-            if group == FROZEN:
-                continue
             slot = tuned.partition.members(group).index(layer)
-            mine = {path: value[slot : slot + 1] for path, value in tuned.params[group].items() if _inside(path)}
+            own = tuned.params[group].items() if group != FROZEN else ()
+            mine = {path: value[slot : slot + 1] for path, value in own if _inside(path)}
             for path, value in mine.items() if lora is None else lora.changes(config, mine):
                 found = np.asarray(processes.whole(value), np.float32).reshape(tensors[path].shape)
                 tensors[path] = found if lora is None else tensors[path] + found
+            tensors |= {path: np.asarray(value) for path, value in fold(config, tensors, tuned.gains, layer).items()}
         yield tensors
 
 

@@ -1,7 +1,8 @@
 """The decoder: one file to read top to bottom, for every family; what differs between them is data in ModelConfig.
 
-Weights keep the orientation of the checkpoint, [out, in], so that loading and export are reshapes, never
-transposes (contracting the last axis costs the same on CPU: 14.7 ms against 14.7 ms for 1024x768 by 2048x768).
+Weights are matrices [out, in] as in the checkpoint, so that loading and export change nothing (contracting the last
+axis costs the same on CPU: 14.7 ms against 14.7 ms for 1024x768 by 2048x768). Those of attention are too: as
+[heads, head_dim, in] each would be transposed for its product, in every layer and pass.
 Blocks are stacked [L, ...] and run by one `jax.lax.scan` over slots of the stack.
 """
 
@@ -22,9 +23,9 @@ from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_firs
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
-from jaxcrit.models.sites import Edit, Tap, Visit, visitor
-from jaxcrit.models.weights import HALVES, Weight, halves, table
-from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
+from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
+from jaxcrit.models.weights import HALVES, Weight, halves, placement, table
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Stored = tuple[Cache, jax.Array] | LayerCache
 _EVERYTHING = 2**30  # a window wider than any context
@@ -92,13 +93,13 @@ class Block(nnx.Module):
         own = {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         return Block(self.config, {**own, **weights})
 
-    def linear(self, x: jax.Array, name: str, inside: str, out: str) -> jax.Array:
-        """A linear layer from the axes ``inside`` to the axes ``out``, behind batch and time."""
-        y = jnp.einsum(f"bt{inside},{out}{inside}->bt{out}", x, self.weight(name, x))
+    def linear(self, x: jax.Array, name: str) -> jax.Array:
+        """The linear layer of that name, ``[B, T, in]`` to ``[B, T, out]``."""
+        y = jnp.einsum("bti,oi->bto", x, self.weight(name, x))
         lower = self.weight(f"{name}_lora_a", x)
         if lower is not None:
-            low = jnp.einsum(f"bt{inside},r{inside}->btr", x, lower)
-            y += jnp.einsum(f"btr,{out}r->bt{out}", low, self.weight(f"{name}_lora_b", x))
+            low = jnp.einsum("bti,ri->btr", x, lower)
+            y += jnp.einsum("btr,or->bto", low, self.weight(f"{name}_lora_b", x))
         bias = self.weight(f"{name}_bias", x)
         return y if bias is None else y + bias
 
@@ -118,17 +119,17 @@ class Block(nnx.Module):
             window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
                 where there are several, see `layer_windows`.
             cache: keys and values of all blocks, and which of them is this one; or this block's own.
-            visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
+            visit: function ``(site, before, after) -> after``, called at ``attn``, ``ff``, ``mlp`` and ``block``.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
         """
-        visit = visit or (lambda site, before, after: after)
+        visit = visit or _untouched
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
             middle = visit("attn", x, x + self.added(mixed, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            mapped = self.mlp(self.norm(middle, "mlp_norm"))
+            mapped = self.mlp(self.norm(middle, "mlp_norm"), visit)
             after = visit("mlp", middle, middle + self.added(mapped, "mlp_post_norm"))
         return visit("block", x, after), cache
 
@@ -141,7 +142,10 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Stored | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
         q, k, v = self.qkv(x)
-        if self.config.qk_norm:
+        if self.config.qk_norm == "all":
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
+        if self.config.qk_norm == "head":
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         cos, sin = context.cos, context.sin
         if self.config.rope.others:
@@ -175,16 +179,16 @@ class Block(nnx.Module):
         return self.out(attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)), cache
 
     def qkv(self, x: jax.Array) -> Sequence[jax.Array]:
-        """Queries ``[B, T, H, head_dim]``, keys and values ``[B, T, K, head_dim]``."""
-        return [self.linear(x, name, "d", "hk") for name in ("q", "k", "v")]
+        """Queries ``[B, T, H head_dim]``, keys and values ``[B, T, K head_dim]``, head behind head."""
+        return [self.linear(x, name) for name in ("q", "k", "v")]
 
     def out(self, mixed: jax.Array) -> jax.Array:
-        """What attention adds to the stream, ``[B, T, D]``, from what its heads give."""
-        return self.linear(mixed, "o", "hk", "d")
+        """What attention adds to the stream, ``[B, T, D]``, from what its heads give, ``[B, T, H, head_dim]``."""
+        return self.linear(mixed.reshape(*mixed.shape[:2], -1), "o")
 
     def gate_up(self, x: jax.Array) -> Sequence[jax.Array]:
         """The two inner projections of the MLP, each ``[B, T, F]``."""
-        return [self.linear(x, name, "d", "f") for name in ("gate", "up")]
+        return [self.linear(x, name) for name in ("gate", "up")]
 
     @staticmethod
     def visible(context: Context, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
@@ -197,10 +201,11 @@ class Block(nnx.Module):
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
         return visible
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
+    def mlp(self, x: jax.Array, visit: Visit | None = None) -> jax.Array:
+        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``; ``visit`` as of the call."""
         gate, up = self.gate_up(x)
-        return self.linear(_ACTIVATIONS[self.config.activation](gate) * up, "down", "f", "d")
+        inner = _ACTIVATIONS[self.config.activation](gate) * up
+        return self.linear((visit or _untouched)("ff", inner, inner), "down")
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""
@@ -211,6 +216,10 @@ class Block(nnx.Module):
         """RMSNorm with the weight of that name; x itself where a block has no such norm."""
         param = getattr(self, name, None)
         return x if param is None else rms_norm(x, param[...], self.config)
+
+
+def _untouched(site: Site, before: jax.Array, after: jax.Array) -> jax.Array:
+    return after
 
 
 class Decoder(nnx.Module):
@@ -236,9 +245,9 @@ class Decoder(nnx.Module):
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the weight's axes, in float32, then scaled as transformers does for the family."""
-    wide, axes = x.astype(jnp.float32), tuple(range(-weight.ndim, 0))
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + config.norm_eps)
+    """Root-mean-square norm over the last axis, in float32, then scaled as transformers does for the family."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
     if config.norm_offset is None:
         return weight.astype(x.dtype) * normed.astype(x.dtype)
     return ((weight.astype(jnp.float32) + config.norm_offset) * normed).astype(x.dtype)
@@ -249,7 +258,7 @@ def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None 
 
     def like(row: Weight) -> jax.ShapeDtypeStruct:
         shape = row.shape(config)
-        place = None if mesh is None else NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.path))
+        place = None if mesh is None else NamedSharding(mesh, placement(row.axes, config, mesh, row.path))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     return Decoder(config, {row.path: like(row) for row in table(config)})
@@ -351,13 +360,15 @@ def run_span(
     slots: jax.Array,
     x: jax.Array,
     context: Context,
-    start: jax.Array,
-    stop: jax.Array,
+    start: jax.Array | int,
+    stop: jax.Array | int,
     *,
     windows: jax.Array | None = None,
+    cache: Cache | None = None,
     edit: Edit | None = None,
     edits: Any = None,
-) -> jax.Array:
+    tap: Tap | None = None,
+) -> Output:
     """Runs steps ``start`` to ``stop`` (half-open) of an order; the bounds are data too, so any span compiles once.
 
     It has no gradient: a loop of unknown length is not differentiable in reverse.
@@ -370,22 +381,34 @@ def run_span(
         start: int32 scalar.
         stop: int32 scalar; none runs where it is not above ``start``.
         windows: windows of the whole order; see `run`.
+        cache: keys and values of the whole order; see `run`.
         edit: see `run`.
         edits: edits of the whole order; see `run`.
+        tap: see `run`.
 
     Returns:
-        ``[B, T, D]`` residual stream after step ``stop - 1``.
+        Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def step(index: jax.Array, x: jax.Array) -> jax.Array:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> Any:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)
         )
-        visit, _ = visitor(edit, data, None, context.positions)
-        return _take(stack, slot)(x, context, window, visit=visit)[0]
+        visit, found = visitor(edit, data, tap, context.positions)
+        mine: Any = None if cache is None else (cache, index)
+        x, mine = _take(stack, slot)(x, context, window, mine, visit)
+        return x, None if mine is None else mine[0], found
 
-    return jax.lax.fori_loop(start, stop, step, x)
+    def step(index: jax.Array, carry: tuple[jax.Array, Cache | None, dict[str, Any]]) -> Any:
+        x, cache, kept = carry
+        x, cache, found = block(index, x, cache)
+        return x, cache, jax.tree.map(lambda whole, one: whole.at[index].set(one), kept, found)
+
+    tapped = {} if tap is None else jax.eval_shape(block, jnp.int32(0), x, cache)[2]
+    kept = jax.tree.map(lambda one: jnp.zeros((len(slots), *one.shape), one.dtype), tapped)
+    x, cache, kept = jax.lax.fori_loop(start, stop, step, (x, cache, kept))
+    return Output(x, kept, cache)
 
 
 def _take(stack: Block, slot: jax.Array) -> Block:
@@ -421,6 +444,7 @@ def forward(
     segments: jax.Array | None = None,
     cache: Any = None,
     blocks: Sequence[Block] | None = None,
+    offset: jax.Array | None = None,
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
@@ -438,7 +462,8 @@ def forward(
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
         blocks: the decoder's blocks apart, which then take its stack's place; the cache is one of each layer.
-        edit: see `run`; acts at ``embed`` too.
+        offset: ``[B, T, D]`` added to the embeddings, or None.
+        edit: see `run`; acts at ``embed`` too, behind the offset.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
         remat: see `run`.
@@ -458,6 +483,7 @@ def forward(
     context = Context(positions, *config.rope.cos_sin(positions, lengths), segments)
     with jax.named_scope("embed"):
         x = embed(decoder, tokens, dtype)
+        x = x if offset is None else x + offset.astype(x.dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
         visit, found = visitor(edit, edits, tap, positions)

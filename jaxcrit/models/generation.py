@@ -130,8 +130,13 @@ def decode(
     samples: np.ndarray | None = None,
     edit: Edit | None = None,
     edits: Any = None,
+    first: Any = None,
 ) -> Generated:
-    """Continues prompts that have been run; arguments as of `generate`. The prompts can be continued again."""
+    """Continues prompts that have been run. The prompts can be continued again.
+
+    ``first`` is the data of the edit at the last prompt token, which the first new token is read from (default:
+    ``edits``, which is that of the tokens after it); other arguments as of `generate`.
+    """
     numbers = np.arange(len(prompts.lengths)) if samples is None else samples
     places = jax.device_put(np.asarray(numbers, np.int32), _rows(prompts.mesh))
     new, done, scores = decode_step(
@@ -143,6 +148,7 @@ def decode(
         jax.random.key(seed),
         places,
         edits,
+        first=edits if first is None else first,
         max_new_tokens=prompts.max_new_tokens,
         sampling=sampling,
         edit=edit,
@@ -175,7 +181,7 @@ def prefill_step(
     decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None
 ) -> Cache:
     """The cache of prompts ``[B, T]`` with room for the new tokens."""
-    empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
+    empty = dataclasses.replace(empty_cache(decoder, *tokens.shape, max_new_tokens, mesh), fresh=True)
     found = forward(decoder, tokens, lengths=lengths, cache=empty, mesh=mesh).cache
     assert found is not None
     return dataclasses.replace(found, fresh=False)
@@ -192,6 +198,7 @@ def decode_step(
     samples: jax.Array,
     edits: Any,
     *,
+    first: Any = None,
     max_new_tokens: int,
     sampling: Sampling,
     edit: Edit | None,
@@ -212,7 +219,7 @@ def decode_step(
         at = lengths[:, None] + jnp.arange(max_new_tokens)
         so_far = jnp.pad(tokens, ((0, 0), (0, max_new_tokens))).at[rows[:, None], at].set(new)
         some = None if edit is None else _from_position(edit, lengths - 1)
-        known = {"cache": cache, "blocks": blocks, "edit": some, "edits": edits, "mesh": mesh}
+        known = {"cache": cache, "blocks": blocks, "edit": some, "edits": (first, edits), "mesh": mesh}
         out = forward(decoder, so_far, lengths=lengths + step, **known)
         passes = (lengths + step == boundary + 1)[:, None, None, None]
         return jax.tree.map(lambda fresh, old: jnp.where(passes, fresh, old), out.cache, cache)
@@ -222,13 +229,14 @@ def decode_step(
         return (step < max_new_tokens) & ~jnp.all(done)
 
     def advance(state: tuple[Any, ...]) -> tuple[Any, ...]:
-        step, token, cache, done, new, seen, first = state
+        step, token, cache, done, new, seen, begun = state
         if crosses:
             passing = (step > 0) & jnp.any(lengths + step == boundary + 1)
             cache = jax.lax.cond(passing, rerun, lambda _, __, cache: cache, step, new, cache)
         positions = (lengths - 1 + step)[:, None].astype(jnp.int32)
         ends = lengths + step
-        known = {"cache": cache, "blocks": blocks, "edit": edit, "edits": edits, "mesh": mesh}
+        now = jax.tree.map(lambda one, other: jnp.where(step == 0, one, other), first, edits)
+        known = {"cache": cache, "blocks": blocks, "edit": edit, "edits": now, "mesh": mesh}
         out = forward(decoder, token[:, None], positions=positions, lengths=ends, **known)
         scores = logits(decoder, out.hidden[:, 0]).astype(jnp.float32)
         token = pick(scores, seen, jax.vmap(jax.random.fold_in, (0, None))(keys, step), sampling)
@@ -236,27 +244,28 @@ def decode_step(
             seen = seen.at[rows, token].set(True)
         new = new.at[:, step].set(token)
         done = done | jnp.any(token[:, None] == stop, axis=1)
-        return step + 1, token, out.cache, done, new, seen, jnp.where(step == 0, scores, first)
+        return step + 1, token, out.cache, done, new, seen, jnp.where(step == 0, scores, begun)
 
     seen = jnp.zeros((batch, vocabulary if sampling.repetition_penalty != 1 else 0), bool)
     real = jnp.arange(length) < lengths[:, None]
     seen = seen.at[rows[:, None], jnp.where(real, tokens, vocabulary)].set(True, mode="drop")
     last = jnp.take_along_axis(tokens, lengths[:, None] - 1, axis=1)[:, 0]
     new = jnp.zeros((batch, max_new_tokens), jnp.int32)
-    first = jnp.zeros((batch, vocabulary), jnp.float32)
-    state = (jnp.int32(0), last, kept, samples < 0, new, seen, first)
-    _, _, _, done, new, _, first = jax.lax.while_loop(unfinished, advance, state)
+    begun = jnp.zeros((batch, vocabulary), jnp.float32)
+    state = (jnp.int32(0), last, kept, samples < 0, new, seen, begun)
+    _, _, _, done, new, _, begun = jax.lax.while_loop(unfinished, advance, state)
     if mesh is not None:  # every process reads all rows
         new, done = jax.lax.with_sharding_constraint((new, done), NamedSharding(mesh, PartitionSpec()))
-    return new, done, first
+    return new, done, begun
 
 
 def _from_position(edit: Edit, first: jax.Array) -> Edit:
-    """The edit, at positions from ``first`` ``[B]`` on; before them the stream passes unchanged."""
+    """The edit, at position ``first`` ``[B]`` with the first of two data, behind it with the second, not before it."""
 
     def change(site: Site, before: jax.Array, after: jax.Array, data: Any, positions: jax.Array) -> jax.Array:
-        edited = (positions >= first[:, None])[..., None]
-        return jnp.where(edited, edit.change(site, before, after, data, positions), after)
+        begun, later = (edit.change(site, before, after, one, positions) for one in data)
+        behind = (positions - first[:, None])[..., None]
+        return jnp.where(behind == 0, begun, jnp.where(behind > 0, later, after))
 
     return Edit(change, edit.sites)
 
@@ -265,13 +274,15 @@ def _rows(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else batch_sharding(mesh)
 
 
-def _empty_cache(decoder: Decoder, batch: int, length: int, mesh: Mesh | None) -> Cache:
+@functools.partial(jax.jit, static_argnames=("batch", "length", "room", "mesh"))
+def empty_cache(decoder: Decoder, batch: int, length: int, room: int, mesh: Mesh | None) -> Cache:
+    """A cache for prompts of ``length`` tokens and ``room`` more."""
     config = decoder.config
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, length + room, config.num_kv_heads, config.head_dim)
     empty = jnp.zeros(shape, decoder.embed[...].dtype)
     if mesh is not None:
         empty = jax.lax.with_sharding_constraint(empty, cache_sharding(config, mesh))
-    return Cache(empty, empty, fresh=True)
+    return Cache(empty, empty)
 
 
 def cache_sharding(config: ModelConfig, mesh: AnyMesh) -> NamedSharding:

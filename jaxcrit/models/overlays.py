@@ -11,8 +11,10 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.gains import Gain, parse_gains
 from jaxcrit.models.partition import Bank, Partition, partition_of_json, split
 from jaxcrit.parallel.mesh import AnyMesh
 
@@ -28,6 +30,7 @@ class Overlay:
             where it was made in memory.
         step: optimizer step of the checkpoint read; 0 where there is none.
         chosen: layers that were asked for, and what they were chosen by; None where nobody chose.
+        gains: gains under which ``params`` were trained; the model has them folded into its weights.
     """
 
     partition: Partition
@@ -35,6 +38,13 @@ class Overlay:
     run: Path | None
     step: int
     chosen: LayerSet | None = None
+    gains: tuple[Gain, ...] = ()
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """Layers whose weights change: those that were trained, and all that gains are folded into."""
+        first = min((gain.layer for gain in self.gains), default=self.partition.config.num_layers)
+        return tuple(sorted({*self.partition.layers, *range(first, self.partition.config.num_layers)}))
 
     def identity(self) -> dict[str, Any]:
         """JSON values that tell it apart: what changes, and a digest of every array."""
@@ -43,7 +53,8 @@ class Overlay:
             for group, entries in self.params.items()
             for path, value in entries.items()
         }
-        return {"trained": self.partition.to_json(), "params": digests}
+        found = {"trained": self.partition.to_json(), "params": digests}
+        return found | {"gains": list(map(str, self.gains))} if self.gains else found
 
 
 def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[str, Any], step: str) -> Overlay:
@@ -61,8 +72,12 @@ def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[
     """
     from jaxcrit.models.trained import trained_parameters  # orbax takes 25 MB, and plans do without
 
-    parts = partition_of_json(config, record["trained"])
+    try:
+        parts = partition_of_json(config, record["trained"])
+        chosen = LayerSet.from_json(record["layers"], "layers")
+        gains = parse_gains(record["trained"].get("gain", ""), config)
+    except UserError as error:
+        raise UserError(f"{run / 'run.json'}: {error}") from None
     like, _ = split(parts.abstract(mesh, np.float32))
     params, found = trained_parameters(run, like, step)
-    chosen = LayerSet(**{**record["layers"], "layers": tuple(record["layers"]["layers"])})
-    return Overlay(parts, params, run.resolve(), found, chosen)
+    return Overlay(parts, params, run.resolve(), found, chosen, gains)

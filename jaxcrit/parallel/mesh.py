@@ -37,8 +37,13 @@ _REPLICATED_IF_UNEVEN = ("kv_heads",)
 
 def batch_rows(asked: int, mesh: AnyMesh) -> int:
     """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_parts(mesh)
     return -(-asked // parts) * parts
+
+
+def row_parts(mesh: AnyMesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:
@@ -102,7 +107,7 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, na
 
     Args:
         axes: logical axis of each dimension (a key of `RULES`), or None.
-        shape: sizes of the dimensions.
+        shape: sizes of the dimensions; of one made of heads, their number.
         mesh: from `make_mesh`.
         name: the tensor's, for errors.
 

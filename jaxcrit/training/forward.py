@@ -12,6 +12,8 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,9 +23,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
+from jaxcrit.models.sites import Edit, Visit, visitor
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Form = Literal["runs", "gaps"]
+Edited = tuple[Edit, Any]  # an edit and its data, arrays [L, ...]
 
 
 def choose_form(partition: Partition) -> Form:
@@ -45,8 +49,10 @@ def hidden_states(
     remat: bool = True,
     form: Form | None = None,
     mesh: AnyMesh | None = None,
+    stop: int | None = None,
+    edit: Edited | None = None,
 ) -> jax.Array:
-    """Runs tokens through the model.
+    """Runs tokens through the model, or through its first layers.
 
     Args:
         partition: partition of the bank.
@@ -57,9 +63,11 @@ def hidden_states(
         remat: recompute blocks in the backward pass instead of keeping their insides.
         form: see above; default `choose_form`.
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
+        stop: layers to run, from the first on, always as ``runs``; default all of them.
+        edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
 
     Returns:
-        ``[B, T, D]``, the residual stream after the last block.
+        ``[B, T, D]``, the residual stream after the last block that runs.
     """
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -68,9 +76,9 @@ def hidden_states(
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
-    if (form or choose_form(partition)) == "gaps":
-        return _gap_form(partition, bank, x, context, remat)
-    return _run_form(partition, bank, x, context, remat)
+    if stop is None and (form or choose_form(partition)) == "gaps":
+        return _gap_form(partition, bank, x, context, remat, edit)
+    return _run_form(partition, bank, x, context, remat, edit, config.num_layers if stop is None else stop)
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -84,32 +92,42 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(rows, None if length % mesh.shape["tensor"] else "tensor"))
 
 
-def _run_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:
+def _run_form(
+    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None, stop: int
+) -> jax.Array:
     rest = _stack(partition, bank[FROZEN])
-    for part in partition.runs():
-        windows = layer_windows(partition.config, part.layers)
+    for whole in partition.runs():
+        part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
+        if not part.layers:
+            break
+        how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat}
+        if edit is not None:
+            how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}
         if part.group == FROZEN:
-            x = run(rest, jnp.asarray(part.slots), x, context, windows=windows, remat=remat).hidden
+            x = run(rest, jnp.asarray(part.slots), x, context, **how).hidden
             continue
         own = _own(partition, bank[part.group])
         if len(part.layers) < len(partition.members(part.group)):
             own = jax.tree.map(lambda leaf, part=part: leaf[part.slots[0] : part.slots[-1] + 1], own)
         if isinstance(own, Block):
-            x = run(own, None, x, context, windows=windows, remat=remat).hidden
+            x = run(own, None, x, context, **how).hidden
         else:
             base = jnp.asarray(part.layers)
-            x = run(rest, base, x, context, windows=windows, adapters=own, remat=remat).hidden
+            x = run(rest, base, x, context, adapters=own, **how).hidden
     return x
 
 
-def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool) -> jax.Array:
+def _gap_form(
+    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None
+) -> jax.Array:
     config, (group,) = partition.config, partition.trained
     trained, frozen = partition.members(group), partition.blocks(FROZEN)
     own, rest = _own(partition, bank[group]), _stack(partition, bank[FROZEN])
     below = range(trained[0])
     if below:
         windows = layer_windows(config, below)
-        x = run(rest, jnp.arange(len(below)), x, context, windows=windows, remat=remat).hidden
+        how: dict[str, Any] = {} if edit is None else {"edit": edit[0], "edits": _of_layers(edit, below)}
+        x = run(rest, jnp.arange(len(below)), x, context, windows=windows, remat=remat, **how).hidden
     gaps = _gaps(partition)
     longest = max(gaps)
     steps = np.arange(longest)
@@ -119,6 +137,10 @@ def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, 
     slots = np.minimum(np.asarray(first)[:, None] + steps, len(frozen) - 1)
     windows = layer_windows(config, trained)
     between = None if windows is None else layer_windows(config, frozen)
+    edits = _of_layers(edit, trained), _of_layers(edit, frozen)
+
+    def visits(data: Any) -> Visit | None:
+        return None if edit is None else visitor(edit[0], data, None, context.positions)[0]
 
     def frozen_block(slot: jax.Array) -> Block:
         return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, slot, keepdims=False), rest)
@@ -127,16 +149,17 @@ def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, 
         slot, real = at
 
         def through(x: jax.Array) -> jax.Array:
-            return frozen_block(slot)(x, context, None if between is None else between[slot])[0]
+            window, data = jax.tree.map(lambda leaf: leaf[slot], (between, edits[1]))
+            return frozen_block(slot)(x, context, window, visit=visits(data))[0]
 
         return jax.lax.cond(real, through, lambda x: x, x), None
 
     def trained_then_gap(x: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        own, layer, window, slots, real = step
+        own, layer, window, slots, real, data = step
 
         def through(own: Any, x: jax.Array) -> jax.Array:
             block = own if isinstance(own, Block) else frozen_block(layer).beside(own)
-            return block(x, context, window)[0]
+            return block(x, context, window, visit=visits(data))[0]
 
         x = kept(through)(own, x)
         return jax.lax.scan(kept(skip_or_run), x, (slots, real))[0], None
@@ -144,8 +167,14 @@ def _gap_form(partition: Partition, bank: Bank, x: jax.Array, context: Context, 
     def kept(function: Any) -> Any:
         return jax.checkpoint(function) if remat else function
 
-    each = (own, jnp.asarray(trained), windows, jnp.asarray(slots), jnp.asarray(live))
+    each = (own, jnp.asarray(trained), windows, jnp.asarray(slots), jnp.asarray(live), edits[0])
     return jax.lax.scan(trained_then_gap, x, each)[0]
+
+
+def _of_layers(edit: Edited | None, layers: Sequence[int]) -> Any:
+    """The data of an edit, of some layers."""
+    at = np.asarray(layers, np.int32)
+    return None if edit is None else jax.tree.map(lambda leaf: jnp.asarray(leaf)[at], edit[1])
 
 
 def _gaps(partition: Partition) -> list[int]:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.evaluation.losses import LossSums, response_loss, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.training.forward import Form, hidden_states, outside
+from jaxcrit.training.forward import Edited, Form, hidden_states, outside
 
 
 @jax.tree_util.register_dataclass
@@ -27,11 +27,13 @@ class TokenBatch:
         tokens: ``[B, T]`` int32, right padded.
         lengths: ``[B]`` int32 true lengths.
         learn: ``[B, T]`` bool, tokens whose prediction counts.
+        scored: positions that the head runs on, see `at_responses`; None for all. Compiled in.
     """
 
     tokens: Any
     lengths: Any
     learn: Any
+    scored: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -77,11 +79,14 @@ def batch_loss(
     remat: bool = True,
     form: Form | None = None,
     mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
 ) -> LossSums:
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
-    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, dtype=dtype, remat=remat, form=form, mesh=mesh)
+    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
+    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, **how)
     head = outside(bank, "embed" if partition.config.tied else "head")
-    return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config, mesh)
+    given = (hidden, outside(bank, "norm"), head, batch.tokens, batch.learn)
+    return response_loss(*given, partition.config, mesh, batch.scored)
 
 
 def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:
@@ -126,6 +131,7 @@ def make_step(
     form: Form | None = None,
     mesh: AnyMesh | None = None,
     shardings: State | None = None,
+    edit: Edited | None = None,
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
 
@@ -140,6 +146,7 @@ def make_step(
         form: see `hidden_states`.
         mesh: see `hidden_states`.
         shardings: shardings of the state, to keep them from step to step.
+        edit: see `hidden_states`.
     """
 
     def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
@@ -147,7 +154,7 @@ def make_step(
 
         def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
             bank = {**params, FROZEN: frozen}
-            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh)
+            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh, edit=edit)
             return sums.loss / total, sums
 
         gradient = jax.grad(loss, has_aux=True)
@@ -168,11 +175,14 @@ def make_step(
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
-def make_evaluation(partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None) -> Evaluate:
+def make_evaluation(
+    partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None, edit: Edited | None = None
+) -> Evaluate:
     """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
 
     def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:
-        return batch_loss(partition, {**params, FROZEN: frozen}, batch, dtype=dtype, remat=False, mesh=mesh)
+        bank = {**params, FROZEN: frozen}
+        return batch_loss(partition, bank, batch, dtype=dtype, remat=False, mesh=mesh, edit=edit)
 
     return jax.jit(evaluate)
 
@@ -184,5 +194,10 @@ def _shardings(mesh: Mesh, micro: bool) -> NamedSharding:
 
 
 def place(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
-    """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``."""
+    """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``.
+
+    Where the batch does not say on how many positions the head is to run, it is `rounded_scored`.
+    """
+    if batch.scored is None:
+        batch = dataclasses.replace(batch, scored=rounded_scored(batch.learn, mesh))
     return jax.device_put(batch, _shardings(mesh, batch.tokens.ndim == 3))

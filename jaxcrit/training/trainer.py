@@ -25,8 +25,9 @@ from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
+from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints, Saved, SavedStanding
 from jaxcrit.training.data import micro_batches
+from jaxcrit.training.forward import Edited
 from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import (
@@ -45,8 +46,10 @@ from jaxcrit.training.step import (
 class Trainer:
     """What trains one partition of a model: optimizer, compiled step, loop. One serves any number of trainings."""
 
-    def __init__(self, options: TrainingOptions, model: Model, parts: Partition, steps: int):
-        self.options, self.model, self.parts, self.steps = options, model, parts, steps
+    def __init__(
+        self, options: TrainingOptions, model: Model, parts: Partition, steps: int, edit: Edited | None = None
+    ):
+        self.options, self.model, self.parts, self.steps, self.edit = options, model, parts, steps, edit
         self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
         self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(
@@ -101,7 +104,13 @@ class Trainer:
         shardings = state_shardings(like, mesh)
         like = with_shardings(like, shardings)
         self.step = step = self.step or make_step(
-            self.parts, self.optimizer, dtype=self.dtype, remat=options.remat, mesh=mesh, shardings=shardings
+            self.parts,
+            self.optimizer,
+            dtype=self.dtype,
+            remat=options.remat,
+            mesh=mesh,
+            shardings=shardings,
+            edit=self.edit,
         )
         taken = 0
 
@@ -119,9 +128,11 @@ class Trainer:
         )
         kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
         with notice() as leave, kept as checkpoints:
-            found = checkpoints.restore(like)
+            found = checkpoints.restore(like, Saved)
             if found and found.state is not None:
-                state, standing = found.state, Standing(**found.meta["standing"])
+                kept_standing = found.meta["standing"]
+                state = found.state
+                standing = Standing(**{name: kept_standing[name] for name in SavedStanding.__annotations__})
                 log.cut(int(state.step))
             else:
                 state, standing = initial_state(self.parts, self.optimizer, params, mesh), Standing()

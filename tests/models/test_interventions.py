@@ -10,7 +10,7 @@ from jaxcrit.data.batches import Batch
 from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.generation import compiled_programs, decode, generate, prefill
-from jaxcrit.models.interventions import edit, intervention
+from jaxcrit.models.interventions import Patch, edit, intervention, patch
 from jaxcrit.models.sites import Edit, Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.similarity import principal_components
@@ -106,22 +106,37 @@ def test_paper_mode_subtracts_the_same_vector_at_every_step_and_project_the_curr
         assert found.token_ids != generate(decoder, tokens, LENGTHS, NEW).token_ids
 
 
+def test_the_first_new_token_has_data_of_its_own(decoder, prompts, tokens, components):
+    """All nine pairs of removals, the empty one among them, against a loop over whole sequences; nothing compiles."""
+    empty, one, other = intervention(SHAPE, rank=3), *(removal(components, layer, [0, 1]) for layer in (1, 2))
+    decode(decoder, prompts, edit=edit, edits=one)
+    before, answers = compiled_programs(), []
+    for first in (empty, one, other):
+        for later in (empty, one, other):
+            answers.append(decode(decoder, prompts, edit=edit, edits=later, first=first).token_ids)
+            assert answers[-1] == recomputed(decoder, tokens, LENGTHS, later, first)
+    assert compiled_programs() == before
+    assert len({str(answer) for answer in answers}) > 6
+
+
 @jax.jit
-def whole(decoder, sequence, ends, inside, edits):
-    """Logits of a sequence run at once, edited where ``inside`` says."""
+def whole(decoder, sequence, ends, behind, edits):
+    """Logits of a sequence run at once, edited with the first of two data where ``behind`` is 0, then the second."""
 
     def some(site, before, after, data, positions):
-        return jnp.where(inside, edit.change(site, before, after, data, positions), after)
+        first, later = (edit.change(site, before, after, one, positions) for one in data)
+        return jnp.select([behind == 0, behind > 0], [first, later], after)
 
     out = forward(decoder, sequence, lengths=ends, edit=Edit(some, edit.sites), edits=edits)
     return logits(decoder, out.hidden)
 
 
-def recomputed(decoder, tokens, lengths, edits):
+def recomputed(decoder, tokens, lengths, edits, first=None):
     sequence = np.pad(tokens, ((0, 0), (0, NEW)))
-    inside = (np.arange(sequence.shape[1]) >= lengths[:, None] - 1)[..., None]
+    behind = (np.arange(sequence.shape[1]) - lengths[:, None] + 1)[..., None]
     for step in range(NEW):
-        scores = np.asarray(whole(decoder, sequence, lengths + step, inside, edits))
+        data = (edits if first is None else first, edits)
+        scores = np.asarray(whole(decoder, sequence, lengths + step, behind, data))
         for row, end in enumerate(lengths + step):
             sequence[row, end] = scores[row, end - 1].argmax()
     return [sequence[row, start : start + NEW].tolist() for row, start in enumerate(lengths)]
@@ -150,3 +165,37 @@ def test_an_edit_also_holds_where_longropes_boundary_is_passed(tmp_path):
     found = generate(decoder, tokens, np.array([13]), NEW, edit=edit, edits=edits)
     assert found.token_ids == recomputed(decoder, tokens, np.array([13]), edits)
     assert found.token_ids != generate(decoder, tokens, np.array([13]), NEW).token_ids
+    lengths, empty = np.array([13]), intervention((LAYERS, 1, WIDTH))
+    begun = prefill(decoder, tokens, lengths, NEW)
+    for first, later in ((edits, empty), (empty, edits)):
+        found = decode(decoder, begun, edit=edit, edits=later, first=first)
+        assert found.token_ids == recomputed(decoder, tokens, lengths, later, first)
+
+
+def test_a_patch_puts_vectors_at_positions(decoder, tokens):
+    """Each row at positions of its own: the stream behind a block, or what its halves add; elsewhere bit for bit."""
+    rng = np.random.default_rng(5)
+    at = np.full((LAYERS, BATCH, 2), -1, np.int32)
+    at[:, :, 0] = LENGTHS - 1
+    at[:, 0, 1] = 3
+    sites = ("attn", "mlp", "block")
+    values = {site: rng.normal(size=(LAYERS, BATCH, 2, WIDTH)).astype(np.float32) for site in sites}
+    tap = Tap(lambda site, before, after, positions: (before, after), sites)
+
+    @jax.jit
+    def taps(active):
+        data = Patch(at, active, values)
+        return forward(decoder, jnp.asarray(tokens), edit=patch, edits=data, tap=tap).taps
+
+    none = {site: np.zeros(LAYERS, bool) for site in sites}
+    plain = forward(decoder, jnp.asarray(tokens), tap=tap).taps
+    idle = taps(none)
+    jax.tree.map(np.testing.assert_array_equal, idle, jax.jit(lambda: plain)())
+    here = (np.arange(9) == at[1, :, :, None]).any(axis=1)
+    for site in sites:
+        before, after = (np.asarray(part[1]) for part in taps({**none, site: np.arange(LAYERS) == 1})[site])
+        put = after if site == "block" else after - before
+        found = put[np.arange(BATCH), LENGTHS - 1]
+        np.testing.assert_allclose(found, values[site][1, :, 0], rtol=0, atol=0 if site == "block" else 1e-6)
+        np.testing.assert_allclose(put[0, 3], values[site][1, 0, 1], rtol=0, atol=0 if site == "block" else 1e-6)
+        np.testing.assert_array_equal(after[~here], np.asarray(idle[site][1][1])[~here])

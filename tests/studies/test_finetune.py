@@ -15,6 +15,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors import safe_open
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
@@ -27,8 +28,9 @@ from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.evaluation.losses import LossSums
+from jaxcrit.evidence.weights import layer_tensors
 from jaxcrit.models.checkpoint import load, open_checkpoint
-from jaxcrit.models.model import open_model
+from jaxcrit.models.model import changed_layers, open_model
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.training.trainer import partition_of, rate_factors
 
@@ -98,6 +100,40 @@ def test_a_run(finished):
     assert train[-1]["loss"] < train[0]["loss"] and {"loss_per_sample", "gradient_norm", "tokens"} <= train[0].keys()
     result = run["result"]
     assert abs(result["optimizer_bytes"] - 2 * result["trained_bytes"]) <= 16
+
+
+def test_a_run_under_a_gain_is_a_model_without_one(base, finished, model, data, tmp_path):
+    """What is written does without the gain what was trained with it: the loss that training saw at its end."""
+    config = dataclasses.replace(base, gain="3:attn:0.5", out=str(tmp_path / "run"))
+    found = run_finetune(config)
+    assert found.run["trained"] == {"layers": [2, 4], "outside": [], "gain": "3:attn:0.5"}
+    tuned, plain = open_model(str(tmp_path / "run")), open_model(str(model))
+    again = run_finetune(dataclasses.replace(base, model=str(tmp_path / "run"), steps=1, out=str(tmp_path / "again")))
+    ends = [row for row in found.metrics if row["kind"] == "eval"][-1], again.metrics[0]
+    np.testing.assert_allclose(*(row["loss"] for row in ends), rtol=1e-5)
+    before, trained, folded = (jax.device_get(one) for one in (plain.weights(), found.model.overlays[0].params, {}))
+    for one in (tuned, found.model):
+        folded = jax.device_get(one.decoder().weights())
+        np.testing.assert_array_equal(folded["blocks.q"][[2, 4]], trained["train"]["blocks.q"])
+        np.testing.assert_array_equal(folded["blocks.down"][:3], [*before["blocks.down"][:2], folded["blocks.down"][2]])
+        np.testing.assert_allclose(folded["blocks.o"][[3, 5, 6]], 2 * before["blocks.o"][[3, 5, 6]], rtol=1e-6)
+        np.testing.assert_allclose(folded["blocks.down"][4], 2 * trained["train"]["blocks.down"][1], rtol=1e-6)
+    # The layers in which it differs from its base are those of the gain too; scores of weights see what is folded.
+    assert changed_layers(plain, tuned) == (2, 3, 4, 5, 6) and tuned.trained["layers"] == [2, 4]
+    for layer, tensors in enumerate(layer_tensors(tuned)):
+        np.testing.assert_allclose(tensors["blocks.down"], folded["blocks.down"][layer], rtol=1e-6)
+    assert tuned.model_hash == found.model.model_hash != open_model(str(finished.out)).model_hash
+    export_model(str(tmp_path / "run"), str(tmp_path / "whole"))
+    exported = load(open_checkpoint(tmp_path / "whole")).weights()
+    np.testing.assert_array_equal(exported["blocks.o"], folded["blocks.o"])
+    export_model(str(tmp_path / "run"), str(tmp_path / "delta"), delta_only=True)
+    with safe_open(tmp_path / "delta" / "delta.safetensors", "np") as file:
+        layers = {int(name.split(".")[2]) for name in file.keys()}  # noqa: SIM118
+        assert layers == {2, 3, 4, 5, 6} and file.metadata()["layers"] == "2,3,4,5,6"
+    with pytest.raises(UserError, match="gains folded into layers"):
+        adapters = dataclasses.replace(config, lora_rank=2, steps=1, out=str(tmp_path / "adapters"))
+        run_finetune(adapters)
+        export_model(str(tmp_path / "adapters"), str(tmp_path / "peft"), adapter=True)
 
 
 def test_the_run_is_a_model_that_differs_in_the_trained_layers_alone(finished, model):
@@ -355,6 +391,8 @@ def mistakes():
     yield {"layer_rates": "7:2"}, "layer_rates=7: expected layers 0 to 6"
     yield {"layer_rates": "step:2:0.5"}, "expected LAYERS:FACTOR .* go in as @layers.json"
     yield {"layer_rates": "first:4"}, "layer_rates=first: expected first:K"
+    yield {"gain": "7:mlp:0.5"}, "--gain=7:mlp:0.5: expected layers 0 to 6"
+    yield {"gain": "2:mlp:0"}, "nothing is left of the prompt"
     yield {"layers": "fisher:2"}, "no score 'fisher'.*; there are delta, delta_debiased, step"
 
 

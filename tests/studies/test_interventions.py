@@ -77,6 +77,17 @@ def test_no_components_and_mode_none_change_nothing(config, tmp_path):
         assert found["before"] == found["after"] and found["next_token_kl"] == 0
 
 
+def test_the_first_new_token_alone_or_all_others(config, tmp_path):
+    found = {}
+    for at in ("all", "first", "later"):
+        done = run_intervene(dataclasses.replace(config, out=str(tmp_path / at), at=at, components="0,1,2"))
+        found[at] = done.found
+        assert ("first new token" in intervention_text(done)) == (at != "all")
+    assert found["first"]["next_token_kl"] == found["all"]["next_token_kl"] > 0 == found["later"]["next_token_kl"]
+    answers = {at: one["after"]["token_ids"] for at, one in found.items()}
+    assert answers["first"][0] == answers["all"][0] and answers["later"][0] == found["all"]["before"]["token_ids"][0]
+
+
 def test_steering_adds_the_difference_of_means(config, tmp_path):
     sets = [prompts_file(tmp_path / f"{name}.jsonl", count=5, seed=seed) for seed, name in enumerate("ab", 5)]
     steer = dataclasses.replace(config, mode="steer", steer_from=str(sets[0]), steer_to=str(sets[1]), strength=-3.0)

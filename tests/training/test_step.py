@@ -16,7 +16,10 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.data.templates import Example
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, forward
+from jaxcrit.models.gains import edit
+from jaxcrit.models.lora import Lora, make_lora
 from jaxcrit.models.partition import FROZEN, partition, size
+from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.data import micro_batches, training_steps
 from jaxcrit.training.forward import hidden_states
@@ -176,6 +179,52 @@ def test_each_layer_turns_by_its_own_base_in_both_forms(form):
     found = hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, form=form)
     expected = forward(Decoder(config, weights), batch.tokens, lengths=batch.lengths).hidden
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("lora", [None, Lora(2, 4.0, ("up", "down"))])
+def test_the_first_layers_alone(lora):
+    """Stopped within a run of trained layers, between runs, and before the first layer."""
+    weights = {path: jnp.asarray(value) for path, value in random_weights(CONFIG).items()}
+    batch, parts = jax.tree.map(lambda leaf: leaf[0], BATCHES[0]), partition(CONFIG, (1, 2, 4), lora=lora)
+    bank = parts.gather(dict(weights), one_device(), jnp.float32, 0)
+    tap = Tap(lambda site, before, after, positions: after, ("embed", "block"))
+    taps = forward(Decoder(CONFIG, weights), batch.tokens, lengths=batch.lengths, tap=tap).taps
+    for stop in (0, 2, 4, CONFIG.num_layers):
+        found = hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, stop=stop)
+        expected = taps["block"][stop - 1] if stop else taps["embed"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("layers", "form"), [((1, 2, 4), "runs"), ((1, 3, 6), "gaps")], ids=str)
+@pytest.mark.parametrize("lora", [None, make_lora(CONFIG, 2, 3.0)], ids=["whole", "adapters"])
+def test_an_edit_acts_in_training_as_it_does_forward(layers, form, lora):
+    """At each layer with its own data, in both forms, trained or not; switched off it is no edit to the bit."""
+    rng = np.random.default_rng(3)
+    data = rng.uniform(0.3, 1.5, (7, 2)).astype(np.float32), rng.random((7, 2)) < 0.7
+    weights = {path: jnp.asarray(value) for path, value in random_weights().items()}
+    batch, parts = jax.tree.map(lambda leaf: leaf[0], BATCHES[0]), partition(CONFIG, layers, lora=lora)
+    bank = parts.gather(dict(weights), one_device(), jnp.float32, 0)
+
+    def states(bank, edit=None):
+        return hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, form=form, edit=edit)
+
+    expected = forward(Decoder(CONFIG, weights), batch.tokens, lengths=batch.lengths, edit=edit, edits=data).hidden
+    found = states(bank, (edit, data))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert np.abs(found - states(bank)).max() > 0.01
+    same = jax.jit(lambda bank, data: states(bank, (edit, data)))(bank, (data[0], data[1] & False))
+    np.testing.assert_array_equal(same, jax.jit(states)(bank))
+
+
+def test_gradients_under_an_edit_agree_in_both_forms():
+    data = np.full((7, 2), 0.6, np.float32), np.ones((7, 2), bool)
+    found = []
+    for options in ({"form": "runs"}, {"form": "gaps"}, {"form": "runs", "edit": None}):
+        trainer = Trainer((1, 3, 6), optimizer="sgd", **{"edit": (edit, data), **options})
+        trainer.run(BATCHES[0])
+        found.append(trainer.params())
+    close(*found[:2], 1e-6)
+    assert np.abs(found[0]["train"]["blocks.q"] - found[2]["train"]["blocks.q"]).max() > 1e-5
 
 
 @functools.cache
