@@ -150,7 +150,7 @@ def ablation_losses(
     whole, weights = intact(depth, width), decoder.weights()
     made.append(whole)
 
-    def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+    def take(batch: Batch, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
         found = sweep(decoder.blocks, weights, whole, made, batch, edit=ablate(sites), progress=step)
         return found.losses, found.tokens
 

@@ -170,7 +170,7 @@ def substitution_losses(
     sweeps = [(made, model) for made, model in sweeps if made]
     planned = sum(planned_evaluations(made, depth) for made, _ in sweeps)
 
-    def take(batch: Batch, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+    def take(batch: Batch, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
         found = [sweep(blocks, arrays[model], as_it_is[model], made, batch, progress=step) for made, model in sweeps]
         rows = [one.losses for one in found]
         # The host comes with the chosen sets; it belongs behind the random ones.

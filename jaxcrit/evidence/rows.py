@@ -25,8 +25,8 @@ from jaxcrit.parallel.preemption import Preempted, notice
 
 _PARTIAL = "partial.npz"
 _SAVE_SECONDS = 10.0
-# batch, progress -> losses [V, B] summed over each row's response, tokens [B]
-Take = Callable[[Batch, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
+# batch, its rows' places among N, progress -> losses [V, B] summed over each row's response, tokens [B]
+Take = Callable[[Batch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
 def sample_losses(
@@ -80,7 +80,7 @@ def sample_losses(
     try:
         with notice() as leave, bar(progress, **whole, desc="layers", unit=" block evaluations") as shown:
             for number, (rows, batch) in enumerate(left, 1):
-                sums, counts = take(batch, shown.update)
+                sums, counts = take(batch, rows, shown.update)
                 real = rows < len(examples)
                 losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
                 tokens[rows[real]] = counts[real]

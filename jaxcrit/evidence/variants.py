@@ -65,6 +65,7 @@ def sweep(
     batch: Batch,
     *,
     edit: Edit | None = None,
+    offset: jax.Array | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Swept:
     """Runs all variants on one batch.
@@ -78,6 +79,7 @@ def sweep(
         variants: in any order.
         batch: on the devices.
         edit: see `jaxcrit.models.decoder.run`; its function stays the same object, or it compiles anew.
+        offset: ``[B, T, D]`` added to the embeddings of every variant and of the reference.
         progress: called with the number of block evaluations just done.
     """
     config, depth = blocks.config, blocks.config.num_layers
@@ -88,7 +90,7 @@ def sweep(
     losses: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
-        state, context = enter(outside["embed"], tokens, lengths, config, rows)
+        state, context = enter(outside["embed"], tokens, lengths, config, rows, offset)
 
         def span(variant: Variant, x: jax.Array, start: int, stop: int) -> jax.Array:
             nonlocal evaluations
@@ -131,11 +133,20 @@ def evaluation_counts(
 
 @functools.partial(jax.jit, static_argnames=("config", "rows"))
 def enter(
-    table: jax.Array, tokens: jax.Array, lengths: jax.Array, config: ModelConfig, rows: NamedSharding | None
+    table: jax.Array,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    config: ModelConfig,
+    rows: NamedSharding | None,
+    offset: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
-    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context."""
+    """What the first block is given: embeddings ``[B, T, D]`` of tokens ``[B, T]``, placed as ``rows``; the context.
+
+    An ``offset`` ``[B, T, D]`` is added to the embeddings.
+    """
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     x = look_up(table, tokens, config)
+    x = x if offset is None else x + offset.astype(x.dtype)
     if rows is not None:  # XLA left to itself splits the width, as the table is split, and keeps all rows everywhere
         x = jax.lax.with_sharding_constraint(x, rows)
     return x, Context(positions, *config.rope.cos_sin(positions, lengths))

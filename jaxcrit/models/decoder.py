@@ -22,7 +22,7 @@ from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_firs
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
-from jaxcrit.models.sites import Edit, Tap, Visit, visitor
+from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, table
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
 
@@ -118,17 +118,17 @@ class Block(nnx.Module):
             window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
                 where there are several, see `layer_windows`.
             cache: keys and values of all blocks, and which of them is this one; or this block's own.
-            visit: function ``(site, before, after) -> after``, called behind ``attn``, ``mlp`` and ``block``.
+            visit: function ``(site, before, after) -> after``, called at ``attn``, ``ff``, ``mlp`` and ``block``.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
         """
-        visit = visit or (lambda site, before, after: after)
+        visit = visit or _untouched
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.norm(x, "attn_norm"), context, window, cache)
             middle = visit("attn", x, x + self.added(mixed, "attn_post_norm"))
         with jax.named_scope("mlp"):
-            mapped = self.mlp(self.norm(middle, "mlp_norm"))
+            mapped = self.mlp(self.norm(middle, "mlp_norm"), visit)
             after = visit("mlp", middle, middle + self.added(mapped, "mlp_post_norm"))
         return visit("block", x, after), cache
 
@@ -197,10 +197,11 @@ class Block(nnx.Module):
             visible &= context.segments[:, :, None] == context.segments[:, None, :]
         return visible
 
-    def mlp(self, x: jax.Array) -> jax.Array:
-        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``."""
+    def mlp(self, x: jax.Array, visit: Visit | None = None) -> jax.Array:
+        """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``; ``visit`` as of the call."""
         gate, up = self.gate_up(x)
-        return self.linear(_ACTIVATIONS[self.config.activation](gate) * up, "down", "f", "d")
+        inner = _ACTIVATIONS[self.config.activation](gate) * up
+        return self.linear((visit or _untouched)("ff", inner, inner), "down", "f", "d")
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""
@@ -211,6 +212,10 @@ class Block(nnx.Module):
         """RMSNorm with the weight of that name; x itself where a block has no such norm."""
         param = getattr(self, name, None)
         return x if param is None else rms_norm(x, param[...], self.config)
+
+
+def _untouched(site: Site, before: jax.Array, after: jax.Array) -> jax.Array:
+    return after
 
 
 class Decoder(nnx.Module):
@@ -421,6 +426,7 @@ def forward(
     segments: jax.Array | None = None,
     cache: Any = None,
     blocks: Sequence[Block] | None = None,
+    offset: jax.Array | None = None,
     edit: Edit | None = None,
     edits: Any = None,
     tap: Tap | None = None,
@@ -438,7 +444,8 @@ def forward(
         segments: ``[B, T]`` int32 for packed rows.
         cache: keys and values to read and extend.
         blocks: the decoder's blocks apart, which then take its stack's place; the cache is one of each layer.
-        edit: see `run`; acts at ``embed`` too.
+        offset: ``[B, T, D]`` added to the embeddings, or None.
+        edit: see `run`; acts at ``embed`` too, behind the offset.
         edits: see `run`; ``[L, ...]``.
         tap: see `run`; reads ``embed`` too, and what it returns there is not stacked.
         remat: see `run`.
@@ -458,6 +465,7 @@ def forward(
     context = Context(positions, *config.rope.cos_sin(positions, lengths), segments)
     with jax.named_scope("embed"):
         x = embed(decoder, tokens, dtype)
+        x = x if offset is None else x + offset.astype(x.dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, batch_sharding(mesh))
         visit, found = visitor(edit, edits, tap, positions)

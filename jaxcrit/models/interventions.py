@@ -1,7 +1,9 @@
-"""Interventions on the residual stream, as data of one edit: adding a vector, and projecting directions out.
+"""Interventions on the residual stream, as data of two edits.
 
+`edit` adds a vector and projects directions out, at every position; `patch` puts given vectors at given positions.
 Which layers, which vectors and how strongly is data: a sweep over layers, components and controls, the empty
-intervention among them, compiles once. `jaxcrit.models.generation.generate` applies it from the last prompt token on.
+intervention among them, compiles once. `jaxcrit.models.generation.generate` applies `edit` from the last prompt token
+on.
 """
 
 from __future__ import annotations
@@ -42,6 +44,34 @@ def _change(site: Site, before: jax.Array, after: jax.Array, data: Intervention,
 
 
 edit = Edit(_change, ("block",))  # of an `Intervention`
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Patch:
+    """What `patch` puts where; all leaves ``[L, ...]``.
+
+    Attributes:
+        at: ``[L, B, K]`` int32 positions in each row, all different; -1 for none.
+        active: by site, ``[L]`` bool; where False the stream passes bit for bit.
+        values: by site, ``[L, B, K, D]``: at ``attn`` and ``mlp`` what the half is to add there, at ``block`` the
+            stream itself.
+    """
+
+    at: jax.Array | np.ndarray
+    active: Mapping[Site, jax.Array | np.ndarray]
+    values: Mapping[Site, jax.Array | np.ndarray]
+
+
+def _put(site: Site, before: jax.Array, after: jax.Array, data: Patch, positions: jax.Array) -> jax.Array:
+    if site not in data.active:
+        return after
+    here = positions[..., None] == data.at[:, None]  # [B, T, K]; a sum with one term, for a product would round
+    put = jnp.where(here[..., None], data.values[site][:, None], 0).sum(axis=2).astype(after.dtype)
+    return jnp.where(data.active[site] & here.any(axis=-1)[..., None], put + (0 if site == "block" else before), after)
+
+
+patch = Edit(_put, ("attn", "mlp", "block"))  # of a `Patch`
 
 
 def intervention(

@@ -12,6 +12,7 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -49,8 +50,9 @@ def hidden_states(
     form: Form | None = None,
     mesh: AnyMesh | None = None,
     edit: Edited | None = None,
+    stop: int | None = None,
 ) -> jax.Array:
-    """Runs tokens through the model.
+    """Runs tokens through the model, or through its first layers.
 
     Args:
         partition: partition of the bank.
@@ -62,9 +64,10 @@ def hidden_states(
         form: see above; default `choose_form`.
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
         edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
+        stop: layers to run, from the first on, always as ``runs``; default all of them.
 
     Returns:
-        ``[B, T, D]``, the residual stream after the last block.
+        ``[B, T, D]``, the residual stream after the last block that runs.
     """
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
@@ -73,9 +76,9 @@ def hidden_states(
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
-    if (form or choose_form(partition)) == "gaps":
+    if stop is None and (form or choose_form(partition)) == "gaps":
         return _gap_form(partition, bank, x, context, remat, edit)
-    return _run_form(partition, bank, x, context, remat, edit)
+    return _run_form(partition, bank, x, context, remat, config.num_layers if stop is None else stop, edit)
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -90,10 +93,13 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
 
 
 def _run_form(
-    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None
+    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, stop: int, edit: Edited | None
 ) -> jax.Array:
     rest = _stack(partition, bank[FROZEN])
-    for part in partition.runs():
+    for whole in partition.runs():
+        part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
+        if not part.layers:
+            break
         how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat}
         if edit is not None:
             how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}

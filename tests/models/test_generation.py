@@ -14,7 +14,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models import generation
 from jaxcrit.models.generation import compiled_programs, generate
 from jaxcrit.models.sampling import Sampling, pick, restrict
-from jaxcrit.models.sites import SITES, Edit
+from jaxcrit.models.sites import Edit
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 NEW = 6
@@ -99,8 +99,8 @@ def test_prompts_of_mixed_length_continue_as_alone():
 def test_edits_and_draws_are_those_of_the_stack(tmp_path, monkeypatch):
     decoder = load_path(write_model(tmp_path, raw_config("qwen2-mixed-sliding")))
     tokens, _ = sequences(96, lengths=(9, 4))
-    # At the embedding the data are those of all layers.
-    push = Edit(lambda site, before, after, data, positions: after + (data[0] if site == "embed" else data), SITES)
+    sites = ("embed", "attn", "mlp", "block")  # at the embedding the data are those of all layers
+    push = Edit(lambda site, before, after, data, positions: after + (data[0] if site == "embed" else data), sites)
     data = np.random.default_rng(0).standard_normal((decoder.config.num_layers, decoder.config.width)).astype("float32")
     found = {}
     for name, least in (("stack", 10**9), ("apart", 1)):

@@ -10,7 +10,7 @@ from jaxcrit.data.batches import Batch
 from jaxcrit.evidence.capture import capture
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.generation import compiled_programs, decode, generate, prefill
-from jaxcrit.models.interventions import edit, intervention
+from jaxcrit.models.interventions import Patch, edit, intervention, patch
 from jaxcrit.models.sites import Edit, Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.similarity import principal_components
@@ -170,3 +170,32 @@ def test_an_edit_also_holds_where_longropes_boundary_is_passed(tmp_path):
     for first, later in ((edits, empty), (empty, edits)):
         found = decode(decoder, begun, edit=edit, edits=later, first=first)
         assert found.token_ids == recomputed(decoder, tokens, lengths, later, first)
+
+
+def test_a_patch_puts_vectors_at_positions(decoder, tokens):
+    """Each row at positions of its own: the stream behind a block, or what its halves add; elsewhere bit for bit."""
+    rng = np.random.default_rng(5)
+    at = np.full((LAYERS, BATCH, 2), -1, np.int32)
+    at[:, :, 0] = LENGTHS - 1
+    at[:, 0, 1] = 3
+    sites = ("attn", "mlp", "block")
+    values = {site: rng.normal(size=(LAYERS, BATCH, 2, WIDTH)).astype(np.float32) for site in sites}
+    tap = Tap(lambda site, before, after, positions: (before, after), sites)
+
+    @jax.jit
+    def taps(active):
+        data = Patch(at, active, values)
+        return forward(decoder, jnp.asarray(tokens), edit=patch, edits=data, tap=tap).taps
+
+    none = {site: np.zeros(LAYERS, bool) for site in sites}
+    plain = forward(decoder, jnp.asarray(tokens), tap=tap).taps
+    idle = taps(none)
+    jax.tree.map(np.testing.assert_array_equal, idle, jax.jit(lambda: plain)())
+    here = (np.arange(9) == at[1, :, :, None]).any(axis=1)
+    for site in sites:
+        before, after = (np.asarray(part[1]) for part in taps({**none, site: np.arange(LAYERS) == 1})[site])
+        put = after if site == "block" else after - before
+        found = put[np.arange(BATCH), LENGTHS - 1]
+        np.testing.assert_allclose(found, values[site][1, :, 0], rtol=0, atol=0 if site == "block" else 1e-6)
+        np.testing.assert_allclose(put[0, 3], values[site][1, 0, 1], rtol=0, atol=0 if site == "block" else 1e-6)
+        np.testing.assert_array_equal(after[~here], np.asarray(idle[site][1][1])[~here])

@@ -15,6 +15,7 @@ from jaxcrit.models.sites import SITES, Edit, Tap
 from jaxcrit.models.weights import halves, table
 
 LENGTH, LAYERS, WIDTH = 12, 3, 32
+STREAM = tuple(site for site in SITES if site != "ff")  # the places of the residual stream
 POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
 
 
@@ -59,7 +60,7 @@ def by_hand(decoder, tokens, changed, data):
     """Runs block by block, changed at one site or none; by site, the streams before and after it."""
     config = decoder.config
     context = Context(POSITIONS, *config.rope.cos_sin(POSITIONS, jnp.full(2, LENGTH)))
-    seen = {site: [] for site in SITES}
+    seen = {site: [] for site in STREAM}
 
     def visit(site, before, after, layer):
         place, shift = data[0][layer], data[1][layer]
@@ -78,7 +79,7 @@ def by_hand(decoder, tokens, changed, data):
     return x, {site: np.array(streams) for site, streams in seen.items()}
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", STREAM)
 def test_an_edit_at_a_site_and_a_position_is_that_of_a_loop_over_blocks(decoder, tokens, data, site):
     edit, plain = Edit(change, (site,)), by_hand(decoder, tokens, None, data)[0]
     found = jax.jit(lambda data: forward(decoder, tokens, edit=edit, edits=data).hidden)(data)
@@ -92,9 +93,9 @@ def test_an_edit_at_a_site_and_a_position_is_that_of_a_loop_over_blocks(decoder,
 def test_a_tap_at_every_site_reads_the_streams_of_a_loop_over_blocks(decoder, tokens, data, changed):
     """With an edit, what the edit left."""
     edit = None if changed is None else Edit(change, (changed,))
-    taps = jax.jit(lambda data: forward(decoder, tokens, edit=edit, edits=data, tap=Tap(read, SITES)).taps)(data)
+    taps = jax.jit(lambda data: forward(decoder, tokens, edit=edit, edits=data, tap=Tap(read, STREAM)).taps)(data)
     _, expected = by_hand(decoder, tokens, changed, data)
-    assert set(taps) == set(SITES)
+    assert set(taps) == set(STREAM)
     for site, found in taps.items():
         layers = () if site == "embed" else (LAYERS,)
         streams = expected[site][0] if site == "embed" else expected[site].swapaxes(0, 1)
@@ -102,6 +103,29 @@ def test_a_tap_at_every_site_reads_the_streams_of_a_loop_over_blocks(decoder, to
             assert error(np.asarray(found[one]), value) < 1e-6, (site, one)
         np.testing.assert_array_equal(found["site"], np.full(layers, len(site)))
         np.testing.assert_array_equal(found["positions"], np.broadcast_to(POSITIONS, (*layers, *POSITIONS.shape)))
+
+
+def test_what_down_reads_is_read_and_changed(decoder, tokens):
+    """What the MLP adds is ``down`` of what the tap reads there, and follows what an edit leaves there."""
+    tap = Tap(lambda site, before, after, positions: after if site == "ff" else after - before, ("ff", "mlp"))
+    halve = Edit(lambda site, before, after, data, positions: after * data, ("ff",))
+    taps = jax.jit(lambda data: forward(decoder, tokens, edit=halve, edits=data, tap=tap).taps)
+    for factors in (jnp.ones(LAYERS), jnp.array([1.0, 0.5, 0.0])):
+        found = taps(factors)
+        expected = jnp.einsum("lbtf,ldf->lbtd", found["ff"], decoder.blocks.down[...], precision="highest")
+        assert found["ff"].shape[-1] == decoder.config.ff_width
+        assert error(np.asarray(found["mlp"]), np.asarray(expected)) < 1e-5
+    assert not np.asarray(found["mlp"][2]).any() and np.asarray(found["mlp"][1]).any()
+
+
+def test_an_offset_is_added_to_the_embeddings(decoder, tokens):
+    offset = jnp.asarray(np.random.default_rng(2).normal(size=(2, LENGTH, WIDTH)), jnp.float32)
+    found = forward(decoder, tokens, offset=offset, tap=Tap(keep, ("embed",)))
+    np.testing.assert_array_equal(found.taps["embed"], embed(decoder, tokens) + offset)
+    context = Context(POSITIONS, *decoder.config.rope.cos_sin(POSITIONS, jnp.full(2, LENGTH)))
+    x = embed(decoder, tokens) + offset
+    expected = run(decoder.blocks, jnp.arange(LAYERS), x, context, windows=layer_windows(decoder.config)).hidden
+    assert error(np.asarray(found.hidden), np.asarray(expected)) < 1e-6
 
 
 def test_a_tap_gives_the_sites_it_names_alone(decoder, tokens):
@@ -113,7 +137,7 @@ def test_a_tap_gives_the_sites_it_names_alone(decoder, tokens):
     assert taps(()) == forward(decoder, tokens).taps == {}
 
 
-@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("site", STREAM)
 def test_positions_are_absolute_behind_a_cache(decoder, tokens, data, site):
     """The last tokens behind a cache of the first are edited at the same positions as in one pass over all."""
     edit, first = Edit(change, (site,)), 7
@@ -136,8 +160,8 @@ def test_layers_and_positions_are_data(decoder, tokens, data):
         calls.append(site)
         return change(site, before, after, data, positions)
 
-    edit = Edit(counted, SITES)
-    run_it = jax.jit(lambda data: forward(decoder, tokens, edit=edit, edits=data, tap=Tap(keep, SITES)).taps)
+    edit = Edit(counted, STREAM)
+    run_it = jax.jit(lambda data: forward(decoder, tokens, edit=edit, edits=data, tap=Tap(keep, STREAM)).taps)
     results = [run_it((jnp.full(LAYERS, -1).at[layer].set(4), data[1]))["block"] for layer in range(LAYERS)]
     assert run_it._cache_size() == 1 and calls == ["embed", "attn", "mlp", "block"]
     for one, other in itertools.pairwise(results):
@@ -183,7 +207,9 @@ def test_a_site_that_nobody_reads_costs_nothing(decoder, tokens):
 
 @pytest.mark.parametrize("kind", [Edit, Tap])
 def test_sites_that_are_none(kind):
-    with pytest.raises(UserError, match=r"^sites: expected embed, attn, mlp, block, got 'atn' .did you mean 'attn'"):
+    with pytest.raises(
+        UserError, match=r"^sites: expected embed, attn, ff, mlp, block, got 'atn' .did you mean 'attn'"
+    ):
         kind(keep, ("block", "atn"))
     with pytest.raises(UserError, match=r"^sites='attn': expected a tuple of sites, such as \('attn',\)$"):
         kind(keep, "attn")

@@ -186,11 +186,11 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
     done, sweep = [], sweeps.sample_losses
 
     def interrupted(examples, batch_size, session, directory, take, *rest):
-        def some(batch, step):
+        def some(batch, rows, step):
             if len(done) == 2:
                 raise KeyboardInterrupt
             done.append(1)
-            return take(batch, step)
+            return take(batch, rows, step)
 
         return sweep(examples, batch_size, session, directory, some, *rest)
 
@@ -218,9 +218,9 @@ def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
     sweep = sweeps.sample_losses
 
     def told(examples, batch_size, session, directory, take, *rest):
-        def some(batch, step):
+        def some(batch, rows, step):
             os.kill(os.getpid(), signal.SIGTERM)
-            return take(batch, step)
+            return take(batch, rows, step)
 
         return sweep(examples, batch_size, session, directory, some, *rest)
 
