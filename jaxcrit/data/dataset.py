@@ -278,7 +278,7 @@ def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRow
         if not rows:
             raise UserError("rows: expected one dataset or more by name, got none")
         return [_in_memory(_checked_name(name), one, options) for name, one in rows.items()]
-    if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset) for row in rows):
+    if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset | NamedRows) for row in rows):
         names = [row.name for row in rows]
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
             raise UserError(f"rows: expected datasets of different names, got two called {twice[0]!r}; rename one")
