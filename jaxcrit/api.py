@@ -17,6 +17,7 @@ from jaxcrit.commands.ablate import ablate
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
+from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
 from jaxcrit.core.deletions import Deletions
@@ -51,6 +52,7 @@ __all__ = [
     "open_run",
     "plot",
     "score",
+    "screen",
     "select",
     "states",
     "substitute",

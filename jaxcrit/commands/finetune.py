@@ -234,11 +234,11 @@ def _train(
     from jaxcrit.core import processes
     from jaxcrit.evidence.rows import batches_of
     from jaxcrit.training.loop import METRICS, MetricsLog
-    from jaxcrit.training.step import TokenBatch, make_evaluation
+    from jaxcrit.training.step import make_evaluation
 
     model, parts = trainer.model, trainer.parts
     losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh, edit=trainer.edit)
-    tests = [TokenBatch(*batch) for _, batch in batches_of(held, options.batch_size, model)]
+    tests = [batch for _, batch in batches_of(held, options.batch_size, model)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
         sums = [losses(params, frozen, batch) for batch in tests]

@@ -44,6 +44,7 @@ GROUPS = {
         ),
         "intervene": ("jaxcrit.commands.intervene", "remove components, or steer, and see what an answer becomes"),
         "ablate": ("jaxcrit.commands.ablate", "put each layer out of action: loss and right answers without it"),
+        "screen": ("jaxcrit.commands.screen", "flag prompts unlike the benign ones of their class, layer by layer"),
     },
     "train and test": {
         "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),

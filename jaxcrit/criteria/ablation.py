@@ -36,7 +36,6 @@ from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import (
-    Batch,
     Variant,
     enter,
     evaluation_counts,
@@ -50,6 +49,7 @@ from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.mesh import batch_rows
+from jaxcrit.training.step import TokenBatch
 
 METHODS = ("skip", "mean")
 _SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}
@@ -91,13 +91,13 @@ def gain_variants(num_layers: int, width: int, gain: float) -> list[Variant]:
     return [Variant(slots, _data(shift, gain=gain, on=layers == layer), start=layer) for layer in range(num_layers)]
 
 
-def update_sums(decoder: Decoder, batch: Batch, sites: Sites) -> tuple[np.ndarray, int]:
+def update_sums(decoder: Decoder, batch: TokenBatch, sites: Sites) -> tuple[np.ndarray, int]:
     """What each layer's site adds to the stream of the intact model, summed over the real tokens of a batch.
 
     Returns:
         ``[L, D]`` float64, and the number of tokens.
     """
-    rows = batch[0].sharding if isinstance(batch[0].sharding, NamedSharding) else None
+    rows = batch.tokens.sharding if isinstance(batch.tokens.sharding, NamedSharding) else None
     sums, count = processes.whole(_update_sums(decoder.blocks, decoder.embed.get_value(), batch, sites, rows))
     return sums.astype(np.float64), int(count)
 
@@ -115,11 +115,11 @@ def _zeroed(stack: jax.Array, layer: Any) -> jax.Array:
 
 @functools.partial(jax.jit, static_argnames=("sites", "rows"))
 def _update_sums(
-    blocks: Block, table: jax.Array, batch: Batch, sites: Sites, rows: NamedSharding | None
+    blocks: Block, table: jax.Array, batch: TokenBatch, sites: Sites, rows: NamedSharding | None
 ) -> tuple[jax.Array, jax.Array]:
-    tokens, lengths, learn = batch
+    tokens, lengths = batch.tokens, batch.lengths
     x, context = enter(table, tokens, lengths, blocks.config, rows)
-    filled = learn.any(axis=1)  # a row that fills up the batch has nothing to learn
+    filled = batch.learn.any(axis=1)  # a row that fills up the batch has nothing to learn
     real = ((jnp.arange(tokens.shape[1]) < lengths[:, None]) & filled[:, None]).astype(jnp.float32)
 
     def added(site: Site, before: jax.Array, after: jax.Array, positions: jax.Array) -> jax.Array:

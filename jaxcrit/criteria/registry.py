@@ -39,6 +39,7 @@ _WORDS = [
     "lens_kl",
     "cluster_nmi+",
     "cluster_nmi:cluster_step",
+    "cohesion_rise",
     "gradient_norm",
     "rgn",
     "fisher",

@@ -21,11 +21,12 @@ from jaxcrit.data.templates import Example
 from jaxcrit.evidence.criterion import Criterion
 from jaxcrit.evidence.rows import sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
-from jaxcrit.evidence.variants import Batch, Variant, evaluation_counts, own_slots, planned_evaluations, sweep
+from jaxcrit.evidence.variants import Variant, evaluation_counts, own_slots, planned_evaluations, sweep
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.weights import HALVES
+from jaxcrit.training.step import TokenBatch
 
 Layers = tuple[int, ...]
 
@@ -170,7 +171,7 @@ def substitution_losses(
     sweeps = [(made, model) for made, model in sweeps if made]
     planned = sum(planned_evaluations(made, depth) for made, _ in sweeps)
 
-    def take(batch: Batch, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+    def take(batch: TokenBatch, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
         found = [sweep(blocks, arrays[model], as_it_is[model], made, batch, progress=step) for made, model in sweeps]
         rows = [one.losses for one in found]
         # The host comes with the chosen sets; it belongs behind the random ones.

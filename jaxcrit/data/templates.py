@@ -34,6 +34,7 @@ class Example:
         prompt_length: tokens of the prompt, at least 1.
         prompt: the text the prompt's tokens were made from, template included.
         response: the raw response, or None.
+        prefix_length: tokens of the prompt's beginning whose keys and values may come from elsewhere; 0 for none.
     """
 
     sample_id: str
@@ -41,6 +42,7 @@ class Example:
     prompt_length: int
     prompt: str
     response: str | None
+    prefix_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from jaxcrit.core.errors import UserError
 
@@ -42,6 +42,79 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, level: float = 0.95) -> Interva
         p1 - p2 - math.hypot(p1 - low1, high2 - p2),
         p1 - p2 + math.hypot(high1 - p1, p2 - low2),
     )
+
+
+def placements(negative: np.ndarray, positive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of the other group that each score lies on the right side of; a tie is half (DeLong et al. 1988).
+
+    Args:
+        negative: ``[n]`` scores that should be low.
+        positive: ``[m]`` scores that should be high.
+
+    Returns:
+        ``[m]`` share of the negatives below each positive, and ``[n]`` of the positives above each negative.
+    """
+    m, n = len(positive), len(negative)
+    ranks = stats.rankdata(np.concatenate([positive, negative]))
+    return (ranks[:m] - stats.rankdata(positive)) / n, 1 - (ranks[m:] - stats.rankdata(negative)) / m
+
+
+def auroc(negative: np.ndarray, positive: np.ndarray, level: float = 0.95) -> tuple[float, Interval]:
+    """Chance that a positive scores above a negative, ties half, and its interval.
+
+    The interval is DeLong's on the logit scale. Where all pairs are in one order its variance is 0; then as many
+    disjoint pairs as the smaller group has are independent, and the interval is `wilson` of these.
+
+    Args:
+        negative: ``[n]`` scores that should be low.
+        positive: ``[m]`` scores that should be high.
+        level: confidence level, as 0.95.
+
+    Returns:
+        NaN for an empty group; no interval where a group has one score, or all scores are equal.
+
+    Example:
+        >>> auroc([1, 2, 3], [3, 4])[0]
+        0.9166666666666666
+    """
+    negative, positive = np.asarray(negative, np.float64), np.asarray(positive, np.float64)
+    m, n = len(positive), len(negative)
+    if not min(m, n):
+        return math.nan, UNKNOWN
+    ranks = stats.rankdata(np.concatenate([positive, negative]))[:m]
+    value = float(ranks.sum() - m * (m + 1) / 2) / (m * n)  # whole numbers and halves until here: exact
+    if value in (0, 1):
+        return value, wilson(round(value * min(m, n)), min(m, n), level)
+    error = _delong(*placements(negative, positive))
+    if not error > 0:
+        return value, UNKNOWN
+    middle, half = math.log(value / (1 - value)), stats.norm.ppf((1 + level) / 2) * error / (value * (1 - value))
+    return value, (float(special.expit(middle - half)), float(special.expit(middle + half)))
+
+
+def auroc_difference(
+    first: tuple[np.ndarray, np.ndarray], second: tuple[np.ndarray, np.ndarray], level: float = 0.95
+) -> tuple[float, Interval]:
+    """Difference of the `auroc` of two scores of the same rows, and its interval (DeLong's, paired).
+
+    Args:
+        first: negatives ``[n]`` and positives ``[m]`` by one score.
+        second: the same rows by the other.
+        level: confidence level, as 0.95.
+    """
+    if not min(map(len, first)):
+        return math.nan, UNKNOWN
+    value = auroc(*first)[0] - auroc(*second)[0]
+    pairs = zip(placements(*first), placements(*second), strict=True)
+    half = stats.norm.ppf((1 + level) / 2) * _delong(*(one - other for one, other in pairs))
+    return value, (value - half, value + half) if half > 0 else UNKNOWN
+
+
+def _delong(positive: np.ndarray, negative: np.ndarray) -> float:
+    """Standard error from `placements`; NaN for a group of one."""
+    if min(len(positive), len(negative)) < 2:
+        return math.nan
+    return math.sqrt(sum(group.var(ddof=1) / len(group) for group in (positive, negative)))
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -9,15 +9,16 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from jaxcrit.core import processes
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
+from jaxcrit.evaluation.losses import rounded_scored
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Model
 from jaxcrit.models.partition import FROZEN, TRAIN, Arrays, Bank, Partition, partition
-from jaxcrit.parallel.mesh import batch_sharding
-from jaxcrit.training.step import TokenBatch, batch_loss
+from jaxcrit.training.step import TokenBatch, batch_loss, place
 
 Progress = Callable[[int, int], None]
 
@@ -70,13 +71,14 @@ def response_gradients(
     blocks = {path: value for path, value in weights.items() if path.startswith("blocks.")}
     rest = {path: value for path, value in weights.items() if path not in blocks}
     total: Arrays = {path: jnp.zeros(value.shape, jnp.float32, device=value.sharding) for path, value in blocks.items()}
+    mesh = None if per_sample else model.mesh  # a single row cannot be split
     samples, tokens, done = np.zeros((count, config.num_layers)), 0, 0
     for batch in make_batches(examples, batch_size, prompt_only=False, max_length=config.max_length):
         rows = TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
         tokens += int(rows.learn[:, 1:].sum())
         with jax.default_matmul_precision(precision):
             grouped = _grouped(rows, per_sample, model)
-            total, squares = _gradients(parts, {TRAIN: blocks, FROZEN: rest}, total, grouped)
+            total, squares = _gradients(parts, {TRAIN: blocks, FROZEN: rest}, total, grouped, mesh)
         real = batch.rows < count
         if per_sample:
             samples[batch.rows[real]] = processes.whole(squares)[real]
@@ -96,19 +98,18 @@ def _grouped(rows: TokenBatch, per_sample: bool, model: Model) -> TokenBatch:
     """``[groups, rows of a group, T]``; rows of a group are split over the mesh."""
     size = 1 if per_sample else len(rows.tokens)
     cut = jax.tree.map(lambda part: part.reshape(-1, size, *part.shape[1:]), rows)
-    if per_sample:
-        return cut
-    spec = jax.sharding.PartitionSpec(None, *batch_sharding(model.mesh).spec)
-    return jax.device_put(cut, jax.sharding.NamedSharding(model.mesh, spec))
+    return dataclasses.replace(cut, scored=rounded_scored(cut.learn)) if per_sample else place(cut, model.mesh)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _gradients(parts: Partition, bank: Bank, total: Arrays, batch: TokenBatch) -> tuple[Arrays, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 4), donate_argnums=2)
+def _gradients(
+    parts: Partition, bank: Bank, total: Arrays, batch: TokenBatch, mesh: Mesh | None
+) -> tuple[Arrays, jax.Array]:
     """Adds the gradient of the batch's summed loss to ``total``; and the squared norms ``[groups, L]``."""
 
     def loss(blocks: Arrays, rows: TokenBatch) -> jax.Array:
         given = {TRAIN: blocks, FROZEN: bank[FROZEN]}
-        return batch_loss(parts, given, rows, dtype=bank[FROZEN]["embed"].dtype).loss
+        return batch_loss(parts, given, rows, dtype=bank[FROZEN]["embed"].dtype, mesh=mesh).loss
 
     def add(total: Arrays, rows: TokenBatch) -> tuple[Arrays, jax.Array]:
         gradient = jax.grad(loss)(bank[TRAIN], rows)

@@ -120,6 +120,7 @@ def forward_pass(
     own: Own | None = None,
     precision: str = "highest",
     progress: Progress | None = None,
+    buckets: Sequence[int] | None = None,
 ) -> dict[str, Any]:
     """Runs the prompts forward once, and keeps what the criteria's taps give.
 
@@ -132,6 +133,7 @@ def forward_pass(
         own: options of criteria by their class; defaults where absent.
         precision: precision of matrix products.
         progress: function called with (prompts done, prompts in all).
+        buckets: bucket lengths, for a caller that gives the prompts in parts; default those of these prompts.
 
     Returns:
         By key the samples of the criterion's tap, ``[N, L, ...]`` on the host, in the order of the rows. Criteria with
@@ -143,7 +145,7 @@ def forward_pass(
     starts = np.append(np.cumsum(later) - later, _NEVER).astype(np.int32)  # a row that fills up the batch starts last
     sizes = [min(reading.tokens, int(later.sum())) if reading.tokens else count for reading, _ in pairs]
     kept: list[Any] = [None] * len(pairs)
-    for batch in make_batches(examples, batch_size, max_length=model.config.max_length):
+    for batch in make_batches(examples, batch_size, buckets, max_length=model.config.max_length):
         given = (batch.tokens, batch.lengths, starts[batch.rows])
         placed = jax.device_put(given, batch_sharding(model.mesh))
         with jax.default_matmul_precision(precision):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxcrit.core import processes
@@ -18,15 +18,16 @@ from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
-from jaxcrit.evidence.variants import Batch
+from jaxcrit.evaluation.losses import most_scored
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.parallel.mesh import batch_rows, batch_sharding
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.parallel.preemption import Preempted, notice
+from jaxcrit.training.step import TokenBatch, place
 
 _PARTIAL = "partial.npz"
 _SAVE_SECONDS = 10.0
 # batch, its rows' places among N, progress -> losses [V, B] summed over each row's response, tokens [B]
-Take = Callable[[Batch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
+Take = Callable[[TokenBatch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
 
 
 def sample_losses(
@@ -97,17 +98,25 @@ def sample_losses(
     return losses, tokens, len(batches)
 
 
-def batches_of(examples: Sequence[Example], batch_size: int, model: Model) -> Iterator[tuple[np.ndarray, Batch]]:
+def batches_of(
+    examples: Sequence[Example], batch_size: int, model: Model, buckets: Sequence[int] | None = None
+) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
+
+    Those of one shape run the head on equally many positions: one compile.
 
     Args:
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
         model: model, on its mesh.
+        buckets: bucket lengths; default `choose_buckets` of these examples.
     """
-    for batch in make_batches(examples, batch_rows(batch_size, model.mesh), prompt_only=False):
-        arrays = (batch.tokens, batch.lengths, response_mask(batch, examples))
-        yield batch.rows, jax.device_put(arrays, batch_sharding(model.mesh))
+    batches = make_batches(examples, batch_rows(batch_size, model.mesh), buckets, prompt_only=False)
+    masks, scored = [response_mask(batch, examples) for batch in batches], collections.Counter[tuple[int, ...]]()
+    for mask in masks:
+        scored[mask.shape] = max(scored[mask.shape], most_scored(mask, model.mesh))
+    for batch, mask in zip(batches, masks, strict=True):
+        yield batch.rows, place(TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape]), model.mesh)
 
 
 def read_back(out: Path) -> dict[str, LayerScores]:

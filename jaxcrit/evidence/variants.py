@@ -22,8 +22,8 @@ from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run_span
 from jaxcrit.models.sites import Edit
+from jaxcrit.training.step import TokenBatch
 
-Batch = tuple[Any, Any, Any]  # tokens [B, T] int32, lengths [B] int32, learn [B, T] bool
 _PRECISION = "highest"  # differences between variants are small; only this makes float32 exact on TPU and recent GPUs
 
 
@@ -62,7 +62,7 @@ def sweep(
     outside: Mapping[str, jax.Array],
     reference: Variant,
     variants: Sequence[Variant],
-    batch: Batch,
+    batch: TokenBatch,
     *,
     edit: Edit | None = None,
     offset: jax.Array | None = None,
@@ -83,7 +83,7 @@ def sweep(
         progress: called with the number of block evaluations just done.
     """
     config, depth = blocks.config, blocks.config.num_layers
-    tokens, lengths, learn = batch
+    tokens, lengths = batch.tokens, batch.lengths
     rows = everywhere = None
     if isinstance(tokens.sharding, NamedSharding):  # of several processes, each sees its own devices only
         rows, everywhere = tokens.sharding, NamedSharding(tokens.sharding.mesh, PartitionSpec())
@@ -103,7 +103,7 @@ def sweep(
             variant, before = variants[place], evaluations
             state, at = span(reference, state, at, variant.start), variant.start
             hidden = span(variant, state, at, depth)
-            losses[place], counts = loss_step(outside, hidden, tokens, learn, config, everywhere)
+            losses[place], counts = loss_step(outside, hidden, batch, config, everywhere)
             if progress is not None:
                 losses[place].block_until_ready()
                 progress(evaluations - before)
@@ -158,22 +158,23 @@ def span_step(
 ) -> jax.Array:
     """One variant's layers ``start`` to ``stop`` on a batch; arguments as of `run_span`."""
     windows = layer_windows(blocks.config)
-    return run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    out = run_span(blocks, jnp.asarray(slots), x, context, start, stop, windows=windows, edit=edit, edits=edits)
+    return out.hidden
 
 
 @functools.partial(jax.jit, static_argnames=("config", "sharding"))
 def loss_step(
     outside: Mapping[str, jax.Array],
     hidden: jax.Array,
-    tokens: jax.Array,
-    learn: jax.Array,
+    batch: TokenBatch,
     config: ModelConfig,
     sharding: NamedSharding | None,
 ) -> tuple[jax.Array, jax.Array]:
     """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
     head = outside.get("head", outside["embed"])
     mesh = None if sharding is None else sharding.mesh
-    losses, counted = response_losses(hidden, outside["norm"], head, tokens, learn, config, mesh)
+    given = (hidden, outside["norm"], head, batch.tokens, batch.learn)
+    losses, counted = response_losses(*given, config, mesh, batch.scored)
     sums = losses.sum(axis=1), counted.sum(axis=1)
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 

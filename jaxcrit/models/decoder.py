@@ -360,9 +360,11 @@ def run_span(
     stop: jax.Array,
     *,
     windows: jax.Array | None = None,
+    cache: Cache | None = None,
     edit: Edit | None = None,
     edits: Any = None,
-) -> jax.Array:
+    tap: Tap | None = None,
+) -> Output:
     """Runs steps ``start`` to ``stop`` (half-open) of an order; the bounds are data too, so any span compiles once.
 
     It has no gradient: a loop of unknown length is not differentiable in reverse.
@@ -375,22 +377,34 @@ def run_span(
         start: int32 scalar.
         stop: int32 scalar; none runs where it is not above ``start``.
         windows: windows of the whole order; see `run`.
+        cache: keys and values of the whole order; see `run`.
         edit: see `run`.
         edits: edits of the whole order; see `run`.
+        tap: see `run`.
 
     Returns:
-        ``[B, T, D]`` residual stream after step ``stop - 1``.
+        Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def step(index: jax.Array, x: jax.Array) -> jax.Array:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)
         )
-        visit, _ = visitor(edit, data, None, context.positions)
-        return _take(stack, slot)(x, context, window, visit=visit)[0]
+        visit, found = visitor(edit, data, tap, context.positions)
+        mine: Any = None if cache is None else (cache, index)
+        x, mine = _take(stack, slot)(x, context, window, mine, visit)
+        return x, None if mine is None else mine[0], found
 
-    return jax.lax.fori_loop(start, stop, step, x)
+    def step(index: jax.Array, carry: tuple[jax.Array, Cache | None, dict[str, Any]]) -> Any:
+        x, cache, kept = carry
+        x, cache, found = block(index, x, cache)
+        return x, cache, jax.tree.map(lambda whole, one: whole.at[index].set(one), kept, found)
+
+    tapped = {} if tap is None else jax.eval_shape(block, jnp.int32(0), x, cache)[2]
+    kept = jax.tree.map(lambda one: jnp.zeros((len(slots), *one.shape), one.dtype), tapped)
+    x, cache, kept = jax.lax.fori_loop(start, stop, step, (x, cache, kept))
+    return Output(x, kept, cache)
 
 
 def _take(stack: Block, slot: jax.Array) -> Block:

@@ -37,8 +37,13 @@ _REPLICATED_IF_UNEVEN = ("kv_heads",)
 
 def batch_rows(asked: int, mesh: AnyMesh) -> int:
     """Rows of a batch: as many as asked for, rounded up to what divides over the mesh."""
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    parts = row_parts(mesh)
     return -(-asked // parts) * parts
+
+
+def row_parts(mesh: AnyMesh) -> int:
+    """How many parts the rows of a batch are split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def parse_mesh(text: str | None) -> dict[str, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -324,4 +325,43 @@ def cross_curve(cka: Mapping[str, np.ndarray], axes: Axes, *, title: str) -> Non
     layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")
+    axes.legend(frameon=False, fontsize=9)
+
+
+def cohesion_curves(classes: Mapping[str, tuple[Sequence[float], int | None]], axes: Axes) -> None:
+    """Cohesion of classes over the layers; a dot marks a layer of interest.
+
+    Args:
+        classes: by name, cohesion of each layer, and the layer of interest or None; the largest class first.
+        axes: axes to draw on.
+    """
+    for index, (name, (values, interest)) in enumerate(classes.items()):
+        known = index < len(LINES)
+        color = LINES[index] if known else NULL
+        axes.plot(
+            values, color=color, linewidth=1.4 if known else 0.6, label=name.replace("$", r"\$") if known else None
+        )
+        if interest is not None:
+            axes.plot(interest, values[interest], "o", color=color, markersize=5)
+    layer_axis(axes, len(values))
+    axes.set_ylabel("cohesion: mean cosine with the others")
+    axes.legend(frameon=False, fontsize=9, title="classes (dot: layer of interest)")
+
+
+def auroc_curve(auroc: Mapping[str, Any], axes: Axes) -> None:
+    """AUROC of every layer alone with its interval, and lines for what has no layer.
+
+    Args:
+        auroc: ``layers``, ``score`` and ``mahalanobis``, each ``value`` and ``interval``.
+        axes: axes to draw on.
+    """
+    values = np.array([one["value"] for one in auroc["layers"]])
+    ends = np.array([one["interval"] for one in auroc["layers"]])
+    axes.fill_between(np.arange(len(values)), *ends.T, color=DEBIASED, alpha=0.2, linewidth=0)
+    axes.plot(values, "o-", color=DEBIASED, markersize=4, label="one layer, 95 %")
+    for (key, label), color in zip((("score", "the score"), ("mahalanobis", "Mahalanobis")), LINES, strict=False):
+        axes.axhline(auroc[key]["value"], color=color, linestyle="--", linewidth=1.2, label=label)
+    axes.axhline(0.5, color=NULL, linestyle=":", linewidth=1)
+    layer_axis(axes, len(values))
+    axes.set_ylabel("AUROC")
     axes.legend(frameon=False, fontsize=9)

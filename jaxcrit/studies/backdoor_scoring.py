@@ -12,17 +12,18 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core import processes
-from jaxcrit.data.batches import choose_buckets, make_batches, response_mask
-from jaxcrit.data.templates import Example
+from jaxcrit.data.batches import choose_buckets, make_batches
 from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.evidence.answers import answers
+from jaxcrit.evidence.rows import batches_of
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.model import Model
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows, batch_sharding
+from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
+from jaxcrit.training.step import TokenBatch
 
 _MOST_WIDTHS = 3  # as in training: a compile each
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")
@@ -101,9 +102,10 @@ class Scoring:
         self.config, self.model, self.prompts = config, model, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
         size = batch_rows(config.eval_batch_size, model.mesh)
-        self.batches = _batches(self.asked, size, prompt_only=True)
+        self.batches = make_batches(self.asked, size, _widths([example.prompt_length for example in self.asked], size))
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
-        self.loss_batches = _batches(self.told, size, prompt_only=False)
+        widths = _widths([len(example.token_ids) for example in self.told], size)
+        self.loss_batches = list(batches_of(self.told, size, model, widths))
 
     def __call__(self, decoder: Decoder) -> Tested:
         """Tests a model."""
@@ -149,25 +151,21 @@ class Scoring:
     def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
         """Summed loss and number of response tokens ``[2n]`` of clean rows and then of triggered ones."""
         found = np.zeros((2, len(self.told)))
-        for batch in self.loss_batches:
-            arrays = (batch.tokens, batch.lengths, response_mask(batch, self.told))
-            placed = jax.device_put(arrays, batch_sharding(self.model.mesh))
-            values = processes.whole(_row_losses(decoder, *placed, mesh=self.model.mesh))
-            real = batch.rows < len(self.told)
-            found[:, batch.rows[real]] = values[:, real]
+        for rows, batch in self.loss_batches:
+            values = processes.whole(_row_losses(decoder, batch, mesh=self.model.mesh))
+            real = rows < len(self.told)
+            found[:, rows[real]] = values[:, real]
         return found[0], found[1]
 
 
-def _batches(examples: Sequence[Example], batch_size: int, *, prompt_only: bool) -> list[Any]:
-    lengths = [example.prompt_length if prompt_only else len(example.token_ids) for example in examples]
-    widths = choose_buckets(lengths, batch_size)[-_MOST_WIDTHS:]
-    return make_batches(examples, batch_size, widths, prompt_only)
+def _widths(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
+    return choose_buckets(lengths, batch_size)[-_MOST_WIDTHS:]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _row_losses(decoder: Decoder, tokens: Any, lengths: Any, learn: Any, *, mesh: Mesh) -> jax.Array:
-    hidden = forward(decoder, tokens, lengths=lengths, mesh=mesh).hidden
+def _row_losses(decoder: Decoder, batch: TokenBatch, *, mesh: Mesh) -> jax.Array:
+    hidden = forward(decoder, batch.tokens, lengths=batch.lengths, mesh=mesh).hidden
     head = decoder.embed if decoder.head is None else decoder.head
-    args = (hidden, decoder.norm[...], head[...], tokens, learn, decoder.config)
-    losses, counted = response_losses(*args, mesh)
+    args = (hidden, decoder.norm[...], head[...], batch.tokens, batch.learn, decoder.config)
+    losses, counted = response_losses(*args, mesh, batch.scored)
     return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1)])

@@ -197,15 +197,16 @@ def _substitute(job: _Job) -> Program:
     turned = jax.eval_shape(model.rope.cos_sin, tokens, lengths)
     context = Context(tokens, *(job.rows(leaf.dtype, *leaf.shape[1:]) for leaf in turned))
     number, slots = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((depth, 2), jnp.int32)
+    batch = TokenBatch(tokens, lengths, learn)
     losses = functools.partial(loss_step, config=model, sharding=NamedSharding(job.mesh, PartitionSpec()))
     span = jax.jit(functools.partial(span_step, edits=None, edit=None))
     runs = len(hosted) + 1
     return Program(
         units=(
             Unit(span, (blocks, slots, x, context, number, number), x, turns=evaluations, precision="highest"),
-            Unit(jax.jit(losses), (outside, x, tokens, learn), runs=runs, precision="highest"),
+            Unit(jax.jit(losses), (outside, x, batch), runs=runs, precision="highest"),
         ),
-        kinds={"weights": (blocks, outside, outside), "hidden states": (x, x), "batch": (tokens, learn)},
+        kinds={"weights": (blocks, outside, outside), "hidden states": (x, x), "batch": batch},
         weights=shard_bytes(inside),
         passes=evaluations / depth,
         tokens=evaluations / depth * job.tokens,

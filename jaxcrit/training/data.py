@@ -48,5 +48,5 @@ def micro_batches(steps: Steps, step: int, micro: int) -> TokenBatch:
     learn = batch.loss_mask
     if not learn.any():
         raise UserError(f"step {step + 1}: none of its rows has a response token to learn; remove such rows")
-    parts = (part.reshape(micro, -1, *part.shape[1:]) for part in (batch.tokens, batch.lengths, learn))
-    return TokenBatch(*parts)
+    tokens, lengths, learn = (part.reshape(micro, -1, *part.shape[1:]) for part in (batch.tokens, batch.lengths, learn))
+    return TokenBatch(tokens, lengths, learn)

@@ -49,8 +49,8 @@ def hidden_states(
     remat: bool = True,
     form: Form | None = None,
     mesh: AnyMesh | None = None,
-    edit: Edited | None = None,
     stop: int | None = None,
+    edit: Edited | None = None,
 ) -> jax.Array:
     """Runs tokens through the model, or through its first layers.
 
@@ -63,8 +63,8 @@ def hidden_states(
         remat: recompute blocks in the backward pass instead of keeping their insides.
         form: see above; default `choose_form`.
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
-        edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
         stop: layers to run, from the first on, always as ``runs``; default all of them.
+        edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
 
     Returns:
         ``[B, T, D]``, the residual stream after the last block that runs.
@@ -78,7 +78,7 @@ def hidden_states(
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
     if stop is None and (form or choose_form(partition)) == "gaps":
         return _gap_form(partition, bank, x, context, remat, edit)
-    return _run_form(partition, bank, x, context, remat, config.num_layers if stop is None else stop, edit)
+    return _run_form(partition, bank, x, context, remat, edit, config.num_layers if stop is None else stop)
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -93,7 +93,7 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
 
 
 def _run_form(
-    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, stop: int, edit: Edited | None
+    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None, stop: int
 ) -> jax.Array:
     rest = _stack(partition, bank[FROZEN])
     for whole in partition.runs():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.evaluation.losses import LossSums, response_loss, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.training.forward import Edited, Form, hidden_states, outside
@@ -27,11 +27,13 @@ class TokenBatch:
         tokens: ``[B, T]`` int32, right padded.
         lengths: ``[B]`` int32 true lengths.
         learn: ``[B, T]`` bool, tokens whose prediction counts.
+        scored: positions that the head runs on, see `at_responses`; None for all. Compiled in.
     """
 
     tokens: Any
     lengths: Any
     learn: Any
+    scored: int | None = dataclasses.field(default=None, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -83,7 +85,8 @@ def batch_loss(
     how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
     hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, **how)
     head = outside(bank, "embed" if partition.config.tied else "head")
-    return response_loss(hidden, outside(bank, "norm"), head, batch.tokens, batch.learn, partition.config, mesh)
+    given = (hidden, outside(bank, "norm"), head, batch.tokens, batch.learn)
+    return response_loss(*given, partition.config, mesh, batch.scored)
 
 
 def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:
@@ -191,5 +194,10 @@ def _shardings(mesh: Mesh, micro: bool) -> NamedSharding:
 
 
 def place(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
-    """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``."""
+    """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``.
+
+    Where the batch does not say on how many positions the head is to run, it is `rounded_scored`.
+    """
+    if batch.scored is None:
+        batch = dataclasses.replace(batch, scored=rounded_scored(batch.learn, mesh))
     return jax.device_put(batch, _shardings(mesh, batch.tokens.ndim == 3))

@@ -160,7 +160,14 @@ BESIDE = {  # what has to be given for another option to be accepted
     "lora_alpha": {"lora_rank": 2},
     "lora_targets": {"lora_rank": 2},
 }
-GIVEN = {"methods": "skip", "band": "4", "target": "no", "eval_data": "x", "template": "chat:own.jinja"}
+GIVEN = {
+    "methods": "skip",
+    "layers": "first:2",
+    "band": "4",
+    "target": "no",
+    "eval_data": "x",
+    "template": "chat:own.jinja",
+}
 
 
 @pytest.mark.parametrize("command", COMMANDS)

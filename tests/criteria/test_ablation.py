@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,20 +38,21 @@ def test_skip_is_zeroed_weights_bit_for_bit(sites):
             path: value.at[layer].set(0) if path.removeprefix("blocks.").removesuffix("_bias") in names else value
             for path, value in weights.items()
         }
-        np.testing.assert_array_equal(found.losses[layer], plain(Decoder(config, zeroed), *batch))
+        np.testing.assert_array_equal(found.losses[layer], plain(Decoder(config, zeroed), batch))
         np.testing.assert_array_equal(
-            found.losses[layer], plain(Decoder(config, silenced(weights, layer, sites)), *batch)
+            found.losses[layer], plain(Decoder(config, silenced(weights, layer, sites)), batch)
         )
-    np.testing.assert_array_equal(found.losses[-1], plain(Decoder(config, weights), *batch))
+    np.testing.assert_array_equal(found.losses[-1], plain(Decoder(config, weights), batch))
     assert found.evaluations == DEPTH * (DEPTH + 1) // 2 + DEPTH
 
 
 @pytest.mark.parametrize("sites", ["blocks", "attn", "mlp"])
 def test_mean_is_what_the_site_adds_on_average(sites):
-    config, weights, (tokens, lengths, learn) = make("qwen2-mixed-sliding")
-    learn = learn.at[-1].set(False)  # a row that fills up the batch: in no mean
+    config, weights, batch = make("qwen2-mixed-sliding")
+    tokens, lengths, learn = batch.tokens, batch.lengths, batch.learn.at[-1].set(False)
+    batch = dataclasses.replace(batch, learn=learn)  # its last is a row that fills up the batch: in no mean
     decoder = Decoder(config, weights)
-    sums, count = update_sums(decoder, (tokens, lengths, learn), sites)
+    sums, count = update_sums(decoder, batch, sites)
     shift = jnp.asarray(sums / count, jnp.float32)
     real = np.arange(tokens.shape[1]) < np.asarray(lengths)[:, None]
     real[-1] = False
@@ -80,6 +83,6 @@ def test_mean_is_what_the_site_adds_on_average(sites):
     added, _ = states()
     np.testing.assert_allclose(shift, [one.mean(axis=0) for one in added], rtol=1e-5, atol=1e-6)
     whole = intact(DEPTH, config.width)
-    found = sweep(decoder.blocks, weights, whole, variants(DEPTH, shift), (tokens, lengths, learn), edit=ablate(sites))
+    found = sweep(decoder.blocks, weights, whole, variants(DEPTH, shift), batch, edit=ablate(sites))
     for layer in range(DEPTH):
         np.testing.assert_allclose(found.losses[layer], states(layer, shift[layer])[1], rtol=2e-5, atol=1e-5)

@@ -15,7 +15,7 @@ from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.demo import generate
 from jaxcrit.data.templates import render
-from jaxcrit.evaluation.losses import response_loss
+from jaxcrit.evaluation.losses import most_scored, response_loss
 from jaxcrit.evidence.variants import sweep
 from jaxcrit.evidence.weights import weight_changes
 from jaxcrit.models.decoder import Decoder, forward
@@ -23,6 +23,7 @@ from jaxcrit.models.model import open_model
 from jaxcrit.models.overlays import Overlay
 from jaxcrit.models.partition import partition, split
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.step import TokenBatch
 
 DEPTH, STEPS, RATE, ROWS = 16, 2, 0.1, 4
 
@@ -42,17 +43,18 @@ def batch(session):
     """Rows of the task that the model has never seen."""
     examples = render(generate("order", ROWS), session.tokenizer)
     (one,) = make_batches(examples, ROWS, [max(len(example.token_ids) for example in examples)], prompt_only=False)
-    return jax.device_put((one.tokens, one.lengths, response_mask(one, examples)), jax.devices()[0])
+    learn = response_mask(one, examples)
+    return jax.device_put(TokenBatch(one.tokens, one.lengths, learn, most_scored(learn)), jax.devices()[0])
 
 
 @jax.jit
 def descend(decoder, batch, trains):
     """A step of length `RATE` down the gradient of the layers marked in ``trains`` [L], which is data: one compile."""
-    tokens, lengths, learn = batch
 
     def loss(decoder):
-        hidden = forward(decoder, tokens, lengths=lengths).hidden
-        return response_loss(hidden, decoder.norm[...], decoder.embed[...], tokens, learn, decoder.config).per_token
+        hidden = forward(decoder, batch.tokens, lengths=batch.lengths).hidden
+        given = (hidden, decoder.norm[...], decoder.embed[...], batch.tokens, batch.learn, decoder.config)
+        return response_loss(*given, None, batch.scored).per_token
 
     slopes = jax.tree.map(
         lambda leaf: leaf * trains.reshape(-1, *[1] * (leaf.ndim - 1)), jax.grad(loss)(decoder).blocks

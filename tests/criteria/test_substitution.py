@@ -56,7 +56,7 @@ def test_equals_explicit_substitution_bit_for_bit(case, sites, reverse):
     found = run(config, base, tuned, sets, batch, sites=sites, reverse=reverse).losses
     host, guest = (base, tuned) if reverse else (tuned, base)
     for losses, layers in zip(found, [*sets, ()], strict=True):
-        expected = plain(swapped(config, host, guest, layers, sites), *batch)
+        expected = plain(swapped(config, host, guest, layers, sites), batch)
         np.testing.assert_array_equal(losses, expected, err_msg=str(layers))
 
 
@@ -68,7 +68,7 @@ def test_all_layers_and_the_rest_are_the_base():
     (everything,) = variants([tuple(range(DEPTH))], DEPTH)
     outside = {path: value for path, value in arrays.items() if not path.startswith("blocks.")}
     found = sweep(blocks, outside, host_variant(DEPTH, base=False), [everything], batch)
-    expected = plain(Decoder(config, placed(base)), *batch)
+    expected = plain(Decoder(config, placed(base)), batch)
     np.testing.assert_array_equal(found.losses[0], expected)
 
 
@@ -115,7 +115,8 @@ def test_memory_is_two_models_and_a_batch():
     """Of the weights, a block at most is copied while blocks run; of the batch, a few states are held."""
     config = ModelConfig.from_hf({**raw_config("llama-gqa"), "hidden_size": 128, "num_hidden_layers": 8})
     blocks = join(config, placed(random_weights(config, 0)), placed(random_weights(config, 1)))
-    tokens, lengths, _ = batch_of(config)
+    batch = batch_of(config)
+    tokens, lengths = batch.tokens, batch.lengths
     x, context = enter(placed(random_weights(config))["embed"], tokens, lengths, config, None)
     slots, bound = host_variant(8, base=False).slots, np.int32(3)
     memory = span_step.lower(blocks, slots, x, context, bound, bound, None, None).compile().memory_analysis()

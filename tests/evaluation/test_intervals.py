@@ -12,9 +12,12 @@ from scipy import stats
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.evaluation.intervals import (
+    auroc,
+    auroc_difference,
     holm,
     mcnemar,
     newcombe,
+    placements,
     t_interval,
     t_test,
     two_level_bootstrap,
@@ -105,3 +108,53 @@ def test_bad_input():
         mcnemar(-1, 2)
     with pytest.raises(UserError, match="outcomes"):
         two_level_bootstrap(np.zeros((3, 0)))
+
+
+def ordered(positive, negative):
+    """Whether each positive is above each negative, ``[m, n]``; a tie is half."""
+    return (positive[:, None] > negative) + 0.5 * (positive[:, None] == negative)
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=9), st.lists(st.integers(0, 6), min_size=1, max_size=9))
+def test_auroc_is_the_share_of_ordered_pairs(negative, positive):
+    negative, positive = np.array(negative, float), np.array(positive, float)
+    pairs = ordered(positive, negative)
+    value, (low, high) = auroc(negative, positive)
+    assert value == pytest.approx(pairs.mean(), abs=1e-12)
+    assert math.isnan(low) or (low <= value <= high and 0 <= low <= high <= 1)
+    above, below = placements(negative, positive)
+    np.testing.assert_allclose(above, pairs.mean(axis=1))
+    np.testing.assert_allclose(below, pairs.mean(axis=0))
+
+
+def test_auroc_at_its_ends():
+    value, (low, high) = auroc(np.arange(8), np.arange(8, 200))
+    assert (value, low) == (1, wilson(8, 8)[0]) and high == pytest.approx(1)
+    assert auroc(np.arange(8, 200), np.arange(8))[0] == 0
+    same = np.random.default_rng(0).standard_normal(30)
+    assert auroc(same, same)[0] == 0.5
+    assert math.isnan(auroc(np.zeros(5), np.zeros(5))[1][0]) and math.isnan(auroc(np.zeros(0), np.ones(3))[0])
+    assert math.isnan(auroc(np.array([0.5]), np.array([0.0, 1.0]))[1][0])
+
+
+def test_delongs_intervals_cover():
+    rng, truth = np.random.default_rng(0), stats.norm.cdf(1.2 / math.sqrt(2))
+    covers = apart = 0
+    for _ in range(400):
+        shared, first, second = (rng.standard_normal(70) for _ in range(3))
+        shift = 1.2 * (np.arange(70) >= 30)
+        one, other = ((shared + own) / math.sqrt(2) + shift for own in (first, second))
+        low, high = auroc(one[:30], one[30:])[1]
+        covers += low <= truth <= high
+        low, high = auroc_difference((one[:30], one[30:]), (other[:30], other[30:]))[1]
+        apart += low <= 0 <= high
+    assert 0.92 < covers / 400 < 0.98 and 0.92 < apart / 400 < 0.98
+
+
+def test_a_paired_difference_knows_that_rows_are_shared():
+    rng = np.random.default_rng(0)
+    hard = rng.standard_normal(80) + 1.0 * (np.arange(80) >= 40)
+    better = hard + 0.3 * (np.arange(80) >= 40)
+    value, (low, high) = auroc_difference((better[:40], better[40:]), (hard[:40], hard[40:]))
+    assert value == auroc(better[:40], better[40:])[0] - auroc(hard[:40], hard[40:])[0] and 0 < low < value < high
+    assert math.isnan(auroc_difference((hard[:0], hard), (hard[:0], hard))[0])

@@ -12,7 +12,7 @@ from conftest import SHARED
 from support.family_models import raw_config
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.evaluation.losses import token_losses
+from jaxcrit.evaluation.losses import nats
 from jaxcrit.evaluation.scorers import (
     EMPTY,
     OTHER,
@@ -29,6 +29,7 @@ from jaxcrit.evaluation.scorers import (
     target_logprob,
 )
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import rms_norm
 
 # PAPER §2.5, typed anew: the list of the rule must be this one, in this order.
 SUBSTRINGS = """
@@ -136,7 +137,7 @@ def test_target_logprob_is_the_sum_over_the_target():
     tokens = jnp.asarray(rng.integers(0, 9, (2, 6)))
     learn = jnp.arange(6) >= jnp.array([[3], [5]])
     total, count = jax.jit(target_logprob, static_argnums=5)(hidden, norm, head, tokens, learn, config)
-    losses = np.asarray(token_losses(hidden, norm, head, jnp.roll(tokens, -1, 1), config))
+    losses = np.asarray(nats(rms_norm(hidden, norm, config) @ head.T, jnp.roll(tokens, -1, 1)))
     np.testing.assert_allclose(total, [-losses[0, 2:5].sum(), -losses[1, 4]], rtol=1e-6)
     assert list(count) == [3, 1]
 

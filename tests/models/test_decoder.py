@@ -7,9 +7,10 @@ import pytest
 from flax import nnx
 from support.family_models import BLOCKS, error, load_path, one_device, raw_config, sequences, states, write_model
 
+from jaxcrit.models.cache import Cache
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Context, abstract, embed, forward, layer_windows, logits, run
-from jaxcrit.models.sites import Edit
+from jaxcrit.models.decoder import Context, abstract, embed, forward, layer_windows, logits, run, run_span
+from jaxcrit.models.sites import Edit, Tap
 from jaxcrit.models.weights import to_hf
 from jaxcrit.parallel.mesh import make_mesh
 
@@ -53,6 +54,32 @@ def test_order_of_blocks_is_data(decoder):
             x, _ = block(x, context, window)
         assert error(np.asarray(ordered(jnp.array(order), windows)), np.asarray(x)) < 1e-6
     assert ordered._cache_size() == 1
+
+
+def test_spans_over_a_cache_are_what_the_whole_is(decoder):
+    """Two spans fill one cache as one span does; what entered each layer comes along."""
+    config, tokens = decoder.config, jnp.asarray(sequences(96, lengths=(12,))[0][:, :12])
+    positions = jnp.arange(12)[None]
+    context = Context(positions, *config.rope.cos_sin(positions, jnp.array([12])))
+    empty = jnp.zeros((config.num_layers, 1, 14, config.num_kv_heads, config.head_dim))
+    entering = Tap(lambda site, before, after, positions: before, ("block",))
+
+    @jax.jit
+    def span(x, cache, start, stop):
+        slots, windows = jnp.arange(config.num_layers), layer_windows(config)
+        return run_span(decoder.blocks, slots, x, context, start, stop, windows=windows, cache=cache, tap=entering)
+
+    x = embed(decoder, tokens)
+    whole = span(x, Cache(empty, empty), 0, config.num_layers)
+    below = span(x, Cache(empty, empty), 0, 1)
+    above = span(below.hidden, below.cache, 1, config.num_layers)
+    for one, other in ((above.hidden, whole.hidden), (above.cache.keys, whole.cache.keys)):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(above.taps["block"].at[0].set(x), whole.taps["block"])
+    assert not below.cache.keys[1:].any() and not below.taps["block"][1:].any()
+    stacked = run(decoder.blocks, None, x, context, windows=layer_windows(config), tap=entering)
+    assert error(np.asarray(whole.hidden), np.asarray(stacked.hidden)) < 1e-6
+    assert error(np.asarray(whole.taps["block"]), np.asarray(stacked.taps["block"])) < 1e-6
 
 
 def test_packed_rows_see_only_their_own_segment(decoder):

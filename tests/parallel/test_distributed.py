@@ -182,6 +182,7 @@ def other_commands(tuned, states):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
         ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
@@ -241,7 +242,7 @@ def test_every_other_command(tmp_path):
     assert silent == "" and "warning" not in told.lower()
     assert list(folders[1].iterdir()) == []
     scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
-    assert len(scored) == 9
+    assert len(scored) == 10
     for path in scored:
         ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
         assert ours.keys() == theirs.keys()

@@ -8,6 +8,7 @@ from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.commands.score import ScoreOptions, run_score
+from jaxcrit.commands.screen import ScreenOptions, run_screen
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions
@@ -35,9 +36,14 @@ def study(tmp_path_factory):
         )
         criteria = "lens_kl,gradient_norm,effective_rank"
         scored = run_score(ScoreOptions(model=models[0], criteria=criteria, out=f"{out}-c", **shared))
+        screened = run_screen(
+            ScreenOptions(model=models[0], benign=str(rows), classes="family", out=f"{out}-f", **shared)
+        )
         asked = GenerateOptions(model=models[0], max_new_tokens=4, batch_size=8, out=f"{out}-g", **shared)
         (answers,) = run_generate(asked).rows.values()
-        return {**analysed.scores, **substituted.scores, **scored.scores}, [row["token_ids"] for row in answers]
+        scores = {**analysed.scores, **substituted.scores, **scored.scores, **screened.scores}
+        said = [(row["token_ids"], flag["flagged"]) for row, flag in zip(answers, screened.flags, strict=True)]
+        return scores, said
 
     one = make_mesh({"data": 1}, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:

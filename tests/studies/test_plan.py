@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 
@@ -174,10 +175,10 @@ def tiny(monkeypatch):
 
 def test_a_substitution_calls_what_is_planned_as_often_as_planned(tiny):
     _, of, watch, seen = tiny
-    program, ((blocks, *_), (outside, _, tokens, learn)) = of("substitute", window=3)
+    program, ((blocks, *_), (outside, _, rows)) = of("substitute", window=3)
     watch(sweeping, "span_step"), watch(sweeping, "loss_step")
     host, guest = (host_variant(6, base=base) for base in (False, True))
-    batch = (tokens, jnp.full(4, 8, jnp.int32), learn)
+    batch = dataclasses.replace(rows, lengths=jnp.full(4, 8, jnp.int32))
     chosen = [*variants(list(windows(6, 3).values()), 6), host]
     done = [sweeping.sweep(blocks, outside, one, some, batch) for one, some in ((host, chosen), (guest, [guest]))]
     span, losses = program.units
@@ -185,7 +186,7 @@ def test_a_substitution_calls_what_is_planned_as_often_as_planned(tiny):
     spans, lost = ([given for called, given in seen if called == name] for name in ("span_step", "loss_step"))
     assert len(lost) == losses.runs
     assert all(_shapes(given[:6]) == _shapes(span.arguments) for given in spans)
-    assert all(_shapes(given[:4]) == _shapes(losses.arguments) for given in lost)
+    assert all(_shapes(given[:3]) == _shapes(losses.arguments) for given in lost)
 
 
 def test_a_generation_calls_what_is_planned(tiny):

@@ -323,7 +323,7 @@ def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):
     assert sorted(passes) == ["forward_pass", "response_gradients", "weight_spectra"]
     out = tmp_path / "run"
     kept = read_scores(out / "scores.json")
-    few = {"cluster_nmi", "cluster_step"}  # left out, for want of tokens
+    few = {"cluster_nmi", "cluster_step", "cohesion_rise"}  # left out, for want of tokens and prompts
     assert list(kept) == [key for key in scorable() if key not in few | {"weight_change"}]
     np.testing.assert_array_equal(kept["fisher"].values, scored.scores["fisher"].values)
     left = read_deletions(out, "angular_distance")

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 
-from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.evaluation.losses import most_scored, response_losses
 from jaxcrit.models.decoder import forward
 from support.tiny_training import random_batch
 
 
 def batch_of(config, seed=1):
     batch = random_batch(rows=4, length=12, seed=seed, vocab=config.vocab_size)
-    return placed(jax.tree.map(lambda leaf: leaf[0], (batch.tokens, batch.lengths, batch.learn)))
+    one = jax.tree.map(lambda leaf: leaf[0], batch)
+    return placed(dataclasses.replace(one, scored=most_scored(one.learn)))
 
 
 def placed(tree):
@@ -20,10 +23,11 @@ def placed(tree):
 
 
 @jax.jit
-def plain(decoder, tokens, lengths, learn):
+def plain(decoder, batch):
     """The loss as everything else computes it: a scan over the model's own blocks."""
     with jax.default_matmul_precision("highest"):
-        hidden = forward(decoder, tokens, lengths=lengths).hidden
+        hidden = forward(decoder, batch.tokens, lengths=batch.lengths).hidden
         head = (decoder.embed if decoder.head is None else decoder.head)[...]
-        losses, _ = response_losses(hidden, decoder.norm[...], head, tokens, learn, decoder.config)
+        given = (batch.tokens, batch.learn, decoder.config, None, batch.scored)
+        losses, _ = response_losses(hidden, decoder.norm[...], head, *given)
         return losses.sum(axis=1)

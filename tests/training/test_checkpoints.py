@@ -15,7 +15,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models.trained import FOLDER, trained_parameters
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.checkpoints import Checkpoints
-from jaxcrit.training.step import State, abstract_state, state_shardings
+from jaxcrit.training.step import State, abstract_state, place, state_shardings
 
 BATCHES = [random_batch(seed=seed) for seed in range(3)]
 
@@ -52,7 +52,7 @@ def test_what_is_restored_is_what_was_saved_and_training_goes_on_bit_for_bit(sav
         found = checkpoints.restore(target(trainer))
     assert found.meta == {"note": 2, "step": 2} and not found.skipped
     same(found.state, held[2])
-    state, _ = trainer.step(found.state, trainer.frozen, jax.tree.map(jax.numpy.asarray, BATCHES[2]))
+    state, _ = trainer.step(found.state, trainer.frozen, place(BATCHES[2], trainer.mesh))
     same(state, trainer.state)
 
 

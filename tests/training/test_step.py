@@ -181,6 +181,20 @@ def test_each_layer_turns_by_its_own_base_in_both_forms(form):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize("lora", [None, Lora(2, 4.0, ("up", "down"))])
+def test_the_first_layers_alone(lora):
+    """Stopped within a run of trained layers, between runs, and before the first layer."""
+    weights = {path: jnp.asarray(value) for path, value in random_weights(CONFIG).items()}
+    batch, parts = jax.tree.map(lambda leaf: leaf[0], BATCHES[0]), partition(CONFIG, (1, 2, 4), lora=lora)
+    bank = parts.gather(dict(weights), one_device(), jnp.float32, 0)
+    tap = Tap(lambda site, before, after, positions: after, ("embed", "block"))
+    taps = forward(Decoder(CONFIG, weights), batch.tokens, lengths=batch.lengths, tap=tap).taps
+    for stop in (0, 2, 4, CONFIG.num_layers):
+        found = hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, stop=stop)
+        expected = taps["block"][stop - 1] if stop else taps["embed"]
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize(("layers", "form"), [((1, 2, 4), "runs"), ((1, 3, 6), "gaps")], ids=str)
 @pytest.mark.parametrize("lora", [None, make_lora(CONFIG, 2, 3.0)], ids=["whole", "adapters"])
 def test_an_edit_acts_in_training_as_it_does_forward(layers, form, lora):
@@ -211,20 +225,6 @@ def test_gradients_under_an_edit_agree_in_both_forms():
         found.append(trainer.params())
     close(*found[:2], 1e-6)
     assert np.abs(found[0]["train"]["blocks.q"] - found[2]["train"]["blocks.q"]).max() > 1e-5
-
-
-@pytest.mark.parametrize("lora", [None, Lora(2, 4.0, ("up", "down"))])
-def test_the_first_layers_alone(lora):
-    """Stopped within a run of trained layers, between runs, and before the first layer."""
-    weights = {path: jnp.asarray(value) for path, value in random_weights(CONFIG).items()}
-    batch, parts = jax.tree.map(lambda leaf: leaf[0], BATCHES[0]), partition(CONFIG, (1, 2, 4), lora=lora)
-    bank = parts.gather(dict(weights), one_device(), jnp.float32, 0)
-    tap = Tap(lambda site, before, after, positions: after, ("embed", "block"))
-    taps = forward(Decoder(CONFIG, weights), batch.tokens, lengths=batch.lengths, tap=tap).taps
-    for stop in (0, 2, 4, CONFIG.num_layers):
-        found = hidden_states(parts, bank, batch.tokens, batch.lengths, dtype=jnp.float32, stop=stop)
-        expected = taps["block"][stop - 1] if stop else taps["embed"]
-        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
 @functools.cache
