@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
@@ -119,8 +120,8 @@ class Ablated:
 
     Attributes:
         scores: scores by key, of the rows of all datasets together: ``ablation_METHOD`` is the mean over rows of each
-            row's mean loss, in nats; the same ``_per_token`` weighs tokens alike; ``ablation_METHOD_SCORE`` is the share
-            of right answers; ``shortcut_...`` is what gains cost.
+            row's mean loss, in nats; the same ``_per_token`` weighs tokens alike; ``ablation_METHOD_SCORE`` is the
+            share of right answers; ``shortcut_...`` is what gains cost.
         tasks: the same by dataset, where there are several.
         run: content of ``run.json``; ``result`` has the counts, and how alike the tasks are.
         out: run directory; None where nothing is written.
@@ -212,9 +213,7 @@ def run_ablate(
 
     opened = shared.opened(options, model)
     datasets, tasks = _read(options, opened, rows)
-    everything = list(tasks.values())[0]
-    for task in list(tasks.values())[1:]:
-        everything = everything.joined(task)
+    everything = functools.reduce(_Task.joined, tasks.values())
     parts = {"": everything} | (tasks if len(tasks) > 1 else {})
     examples = [example for dataset in datasets for example in dataset.examples]
     tested, judge = [examples[row] for row in everything.rows], exact_match

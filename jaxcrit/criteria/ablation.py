@@ -171,7 +171,7 @@ class Changed:
             per_token: whether log-probabilities are divided by the number of tokens; else their sum counts.
         """
         ends = np.cumsum([question.options for question in questions])
-        weights = 1 if per_token else self.tokens
+        weights = np.ones_like(self.tokens) if per_token else self.tokens
         found = []
         for losses in (self.losses[method], self.loss):
             each = np.split(losses * weights, ends[:-1], axis=-1)
@@ -213,8 +213,8 @@ def ablations(
         if method == "mean":
             total, count = np.zeros((depth, width)), 0
             for _, placed in batches_of(means_of, batch_size, model):
-                sums, tokens = update_sums(decoder, placed, sites)
-                total, count = total + sums, count + tokens
+                sums, real = update_sums(decoder, placed, sites)
+                total, count = total + sums, count + real
             shift = jnp.asarray(total / count, jnp.float32)
         made += variants(depth, shift) if method in METHODS else gain_variants(depth, width, float(method))
     whole, weights = intact(depth, width), decoder.weights()
@@ -229,10 +229,11 @@ def ablations(
     values, tokens, batches = sample_losses(examples, batch_size, model, directory, take, 2 * len(made), planned, bars)
     losses, exact = values[: len(made)], values[len(made) :] == 1
     counts = evaluation_counts(made, depth, batches, {"means": depth if "mean" in methods else 0})
-    by_method = [
-        dict(zip(methods, found[:-1].reshape(len(methods), depth, -1), strict=True)) for found in (losses, exact)
-    ]
-    return Changed(*by_method, losses[-1], exact[-1], tokens, ids), counts
+    by_loss, by_exact = (
+        dict(zip(methods, found[:-1].reshape(len(methods), depth, len(examples)), strict=True))
+        for found in (losses, exact)
+    )
+    return Changed(by_loss, by_exact, losses[-1], exact[-1], tokens, ids), counts
 
 
 def answered(
@@ -269,8 +270,8 @@ def accuracy(
 ) -> LayerScores:
     """Share of right answers with each layer changed.
 
-    ``meta`` gets ``unchanged``, the share in the model as it is; ``relative``, the share of it that is lost; ``chance``;
-    and ``p_holm``, McNemar's exact p of each layer against the model as it is, adjusted over the layers.
+    ``meta`` gets ``unchanged``, the share in the model as it is; ``relative``, the share of it that is lost;
+    ``chance``; ``p_holm``, McNemar's exact p of each layer against the model as it is, adjusted over the layers.
 
     Args:
         key: score key.

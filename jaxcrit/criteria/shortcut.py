@@ -85,7 +85,7 @@ def _less(one: Measured, other: Measured) -> Measured:
 
 
 def _steepest(attacked: Changed, gains: Sequence[float]) -> Measured:
-    """Largest (ASR_t - ASR_{t-1}) / exp(ASR_{t-1}) over ascending gains t, the model as it is (a gain of 1) among them."""
+    """Largest (ASR_t - ASR_{t-1}) / exp(ASR_{t-1}) over ascending gains t, 1 (the model as it is) among them."""
     right, count = attacked.right, len(attacked.right)
     depth = len(next(iter(attacked.exact.values())))
     rows = []

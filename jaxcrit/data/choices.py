@@ -44,8 +44,9 @@ def with_options(named: NamedRows) -> tuple[NamedRows, list[Question]]:
             raise UserError(f"{where}: choices: expected two different texts or more, got {choices!r:.60}")
         questions.append(Question(sample_id(row), len(choices), gold))
         for choice in choices:
-            said = {"messages": [*asked["messages"], {"role": "assistant", "content": choice}]}
-            rows.append(asked | (said if "messages" in asked else {"response": choice}))
+            turns = asked.get("messages")
+            answer = {"role": "assistant", "content": choice}
+            rows.append(asked | ({"response": choice} if turns is None else {"messages": [*turns, answer]}))
     return dataclasses.replace(named, rows=rows, dataset=""), questions
 
 
