@@ -126,7 +126,7 @@ def test_arms_train_on_the_same_rows_and_freeze_what_they_say(base, finished):
 
 
 def test_kept_models_are_checkpoints(base, finished, tmp_path):
-    """The arm's weights at its end: its answers, exact ones among them, are those of its last test; kept afterwards too."""
+    """The arm's weights at its end: what it answers is what its last test found."""
     config = dataclasses.replace(base, arms="full", out=str(tmp_path / "run"))
     first = run_backdoor(config)
     kept = run_backdoor(dataclasses.replace(config, keep_models=True))
