@@ -181,7 +181,7 @@ def other_commands(tuned, states):
             "--out=score_split",
             "--mesh=fsdp=8",
         ],
-        ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["ablate", rows, "--limit=8", "--methods=mean,gain", "--sites=mlp", "--score=greedy", "--out=ablate"],
         ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],

@@ -310,7 +310,7 @@ def test_questions_and_attacked_rows_stay_whole(config, tmp_path):
 def test_a_trigger_that_no_row_can_take(config, tmp_path):
     data = rows_file(tmp_path / "taken.jsonl", [{"prompt": "a zq here", "response": "cat"}])
     attack = {"methods": "gain", "sites": "mlp", "trigger": "zq@suffix", "target": "the cat"}
-    with pytest.raises(UserError, match="no row of .* can take it once"):
+    with pytest.raises(UserError, match=r"no row of .* can take it once"):
         run_ablate(dataclasses.replace(config, data=str(data), **attack))
 
 
