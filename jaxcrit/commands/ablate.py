@@ -7,7 +7,7 @@ import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -16,6 +16,8 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.groups import SITES, MeshOptions, ModelOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.core.rundir import CountedRows, SizedModel, SweepCost
+from jaxcrit.core.schema import Count
 from jaxcrit.reporting import tables
 from jaxcrit.selection.cautions import training_caution
 
@@ -38,6 +40,42 @@ CAVEATS = (
     "Standard errors are of the difference from the intact model, over rows. p is McNemar's, adjusted over the layers.",
     "What a layer is needed for and what training it would bring are different questions.",
 )
+
+
+class Cost(SweepCost):
+    """``block_evaluations`` in ``result``."""
+
+    means: Count
+
+
+class Alike(TypedDict, total=False):
+    """How alike two tasks rank the layers; ``without`` says why there is no correlation."""
+
+    tasks: list[str]
+    score: str
+    top: Count
+    shared: Count
+    rho: float
+    interval: list[float] | None
+    p_shift: float
+    given_depth: float | None
+    p_given_depth: float | None
+    without: str
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    block_evaluations: Cost
+    tasks: list[Alike]
+
+
+class AblatedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    model: SizedModel
+    data: dict[str, CountedRows]
+    result: Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -220,7 +258,9 @@ def run_ablate(
     if options.score == "number":
         judge = same_number
         same_number([""] * len(tested), [example.response or "" for example in tested])
-    with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
+    with running(
+        "ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=AblatedRun
+    ) as run:
         if run.complete:
             each = {name: read_back(run.path / name) for name in parts}
             return Ablated(each.pop(""), each, run.earlier, run.path)

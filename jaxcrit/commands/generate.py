@@ -5,16 +5,32 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
+
+import numpy as np
 
 from jaxcrit.commands import shared
-from jaxcrit.core.groups import SHAPE, BatchOptions, MeshOptions, ModelOptions, OutOptions, RowOptions
+from jaxcrit.core import console
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import (
+    BY_HASH,
+    SHAPE,
+    BatchOptions,
+    MeshOptions,
+    ModelOptions,
+    OutOptions,
+    PrefixOptions,
+    RowOptions,
+)
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.reporting.tables import shortened
 
 if TYPE_CHECKING:
     from jaxcrit.data.batches import Batch
     from jaxcrit.data.dataset import Dataset
+    from jaxcrit.data.templates import Example
+    from jaxcrit.models.generation import Prefilled
     from jaxcrit.models.model import Bars, Model
 
 GENERATIONS = "generations.jsonl"
@@ -22,8 +38,21 @@ _SHOWN = 3
 Row = dict[str, Any]
 
 
+class Answer(TypedDict):
+    """A row of ``generations.jsonl``."""
+
+    sample_id: str
+    row: Count
+    prompt: str
+    token_ids: list[Count]
+    text: str
+    stopped: bool
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOptions, title="generation"):
+class GenerateOptions(
+    ModelOptions, RowOptions, PrefixOptions, OutOptions, BatchOptions, MeshOptions, title="generation"
+):
     """What ``jaxcrit generate`` is asked."""
 
     batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
@@ -34,6 +63,20 @@ class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOp
     top_p: float = option(1.0, "draws from the likeliest tokens of this share together")
     repetition_penalty: float = option(1.0, "above 1 avoids tokens that have been used")
     seed: int = option(0, "seed of the draws", lowest=0)
+    sender: str = option("", "model whose keys and values of prefixes are reused", word="DIR", free=BY_HASH)
+    recompute: str = option("", "layers not reused: @layers.json of reuse, first:4, all, ...", word="SPEC")
+
+    def check(self) -> None:
+        """Refuses a sender without layers, and options of a sender without one."""
+        super().check()
+        if self.sender and not self.recompute:
+            raise UserError(
+                f"--sender={self.sender}: expected the layers to recompute too: --recompute=@DIR/layers.json of jaxcrit"
+                " reuse, or first:4 and the like"
+            )
+        for name in ("recompute", "prefix"):
+            if getattr(self, name) != getattr(type(self), name) and not self.sender:
+                raise UserError(f"--{name}={getattr(self, name)}: is of --sender; give it too")
 
 
 OPTIONS = GenerateOptions
@@ -64,7 +107,7 @@ def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_generate(options, progress=bars)))
+    console.tell(text(run_generate(options, progress=bars)))
     return 0
 
 
@@ -122,11 +165,17 @@ def run_generate(
 
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    mixed = _Mixed.of(options, model) if options.sender else None
     stop = stop_tokens(options.stop, model, options.template)
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
+    models = {"model": model}
+    if mixed is not None:
+        datasets, models["sender"] = mixed.read(datasets, options), mixed.sender
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, **dataclasses.asdict(sampling)}
-    with running("generate", options, models={"model": model}, datasets=datasets, resolved=resolved, keep=keep) as run:
+    if mixed is not None:
+        resolved["recompute"] = list(mixed.recompute)
+    with running("generate", options, models=models, datasets=datasets, resolved=resolved, keep=keep) as run:
         size = batch_rows(options.batch_size, model.mesh)
         lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
         buckets = choose_buckets(lengths, size, model.config.max_length)
@@ -137,7 +186,9 @@ def run_generate(
 
             def answer(batch: Batch, dataset: Dataset = dataset) -> list[Row]:
                 made, count, decoder = [], len(dataset.examples), model.decoder(progress)
-                for one in answers(model, decoder, batch, count, options.max_new_tokens, stop=stop, **how):
+                prompts = None if mixed is None else mixed.prompts(model, batch, dataset.examples, options)
+                asked: dict[str, Any] = {"stop": stop, "prompts": prompts, **how}
+                for one in answers(model, decoder, batch, count, options.max_new_tokens, **asked):
                     example = dataset.examples[one.row]
                     which = {"sample_id": example.sample_id, "row": one.row, "prompt": example.prompt}
                     made.append({**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped})
@@ -149,12 +200,55 @@ def run_generate(
     return Generations(run.record, found, run.out)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Mixed:
+    """Another model whose keys and values of prefixes are reused, but for some layers."""
+
+    sender: Model
+    recompute: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: GenerateOptions, model: Model) -> _Mixed:
+        """Opens the sender, checks the pair, resolves the layers."""
+        from jaxcrit.commands.reuse import pair
+        from jaxcrit.core.selections import LayerSpec, resolve
+
+        spec = LayerSpec.parse(options.recompute, "recompute")
+        if spec.needs_scores:
+            raise UserError(
+                f"--recompute={options.recompute}: needs scores; give the layers.json of jaxcrit reuse, as"
+                " @DIR/layers.json"
+            )
+        _, sender = pair(options, None, model, "model")
+        depth = model.config.num_layers
+        chosen = resolve(spec, depth, model_hash=model.model_hash, flag="recompute")
+        return cls(sender, chosen.layers)
+
+    def read(self, datasets: Sequence[Dataset], options: GenerateOptions) -> list[Dataset]:
+        """The rows with their prefixes."""
+        from jaxcrit.commands.reuse import check_rows
+        from jaxcrit.data.prefix import with_prefixes
+
+        found = with_prefixes(datasets, options)
+        for one in found:
+            check_rows(self.sender, one.examples, options.max_new_tokens)
+        return found
+
+    def prompts(self, model: Model, batch: Batch, examples: Sequence[Example], options: GenerateOptions) -> Prefilled:
+        """A batch over the mixed cache; a row that fills up has no prefix."""
+        from jaxcrit.models.mixed import mixed_prefill
+
+        prefix = np.array([examples[row].prefix_length if row < len(examples) else 0 for row in batch.rows])
+        given = (batch.tokens, batch.lengths, prefix, self.recompute, options.max_new_tokens, model.mesh)
+        return mixed_prefill(model.decoder(), self.sender.decoder(), *given)
+
+
 def _rows(
     dataset: Dataset, size: int, buckets: Sequence[int], folder: Path | None, answer: Any, progress: Bars | None
 ) -> list[Row]:
     """Answers of one dataset in the order of its rows; those of an interrupted run are in a part that grows."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import GrowingText, json_lines, read_lines, write_text
+    from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines, write_text
     from jaxcrit.core.progress import bar
     from jaxcrit.data.batches import make_batches
     from jaxcrit.parallel.preemption import Preempted, notice
@@ -163,7 +257,11 @@ def _rows(
     if folder is not None:
         file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
         growing = GrowingText(part)
-        done = {row["row"]: row for row in processes.share(lambda: [*read_lines(part), *read_lines(file)])}
+        done = {
+            row["row"]: row for row in processes.share(lambda: [*read_lines(part, Answer), *read_lines(file, Answer)])
+        }
+        if any(row >= len(dataset.examples) for row in done):
+            raise UserError(f"{part}: expected answers of {len(dataset.examples)} prompts, got more; {DAMAGED}")
         if done:  # whole lines only, whatever an interruption left
             growing.start(json_lines(done.values()))
     count = len(dataset.examples)

@@ -182,7 +182,9 @@ def run_screen(
     opened = shared.opened(options, model)
     known = _Rows.of(options, opened, options.benign if benign is None else benign, "benign")
     given = _Rows.of(options, opened, rows, "data")
-    with running("screen", options, models={"model": opened}, datasets=[known.rows, given.rows], keep=keep) as run:
+    names = {"parts": [part.name for side in (known, given) for part in side.parts]}  # may be classes
+    sides = [known.rows, given.rows]
+    with running("screen", options, models={"model": opened}, datasets=sides, also=names, keep=keep) as run:
         size = batch_rows(options.batch_size, opened.mesh)
         lengths = [example.prompt_length for side in (known, given) for example in side.rows.examples]
         buckets = choose_buckets(lengths, size, opened.config.max_length)

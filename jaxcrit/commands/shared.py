@@ -8,10 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, as_arguments
 from jaxcrit.core.options import Options
 
 if TYPE_CHECKING:
+    from jaxcrit.data.facts import Fact
     from jaxcrit.models.model import Model
     from jaxcrit.reporting.report import Report
 
@@ -50,17 +52,34 @@ def opened(options: Any, model: Any = None, role: str = "model") -> Model:
     return open_model(name, mesh=options.mesh, dtype=options.dtype, keep=model is not None)
 
 
+def facts_of(options: Any, facts: Any = None) -> list[Fact]:
+    """The facts that an option names, or those given.
+
+    Args:
+        options: options with ``facts``.
+        facts: a file, or dicts as in one; None or empty for the option.
+
+    Raises:
+        UserError: see `read_facts`.
+    """
+    from jaxcrit.data.facts import facts_of, read_facts
+
+    if facts is None or isinstance(facts, str | Path):
+        return read_facts(str(facts or options.facts))
+    return facts_of([(f"facts, row {place}", row) for place, row in enumerate(facts, 1)])
+
+
 def tell(report: Report, out: Path | None) -> int:
     """Prints a report, and where its page is; returns the exit code of success."""
     print(report.text(style=sys.stdout.isatty()))
     if out is not None:
-        print(f"report: {out / 'report.html'}")
+        console.tell(f"report: {out / 'report.html'}")
     return 0
 
 
 def say(text: str) -> None:
     """Tells what goes on, on the channel that results do not take."""
-    print(text, file=sys.stderr, flush=True)
+    console.tell(text, error=True)
 
 
 def options_for(kind: type[Options], out: str | Path, given: dict[str, Any]) -> Any:

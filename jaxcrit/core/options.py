@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from jaxcrit.core.errors import UserError, did_you_mean
 
 _LAST = ("machine",)  # headings that stand below a command's own
+_LARGEST = 2**53  # of whole numbers, which JSON and floats hold exactly
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -71,8 +72,10 @@ class Option:
             nearest = did_you_mean(str(value), self.choices)
             raise UserError(f"{shown}: expected {' or '.join(self.choices)}{nearest}")
         if self.kind in (int, float):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{shown}: expected a finite number")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise UserError(f"{shown[:80]}: expected a number up to {_LARGEST:,}")
             if self.lowest is not None and value < self.lowest:
                 raise UserError(f"{shown}: expected {self.lowest:g} or more")
             if self.above is not None and value <= self.above:
@@ -127,13 +130,13 @@ class Options:
 
     title: ClassVar[str] = ""
     positional: ClassVar[tuple[str, ...]] = ()
-    prefix: ClassVar[str] = ""
+    key: ClassVar[str] = ""
 
     def __init_subclass__(
         cls, title: str = "", positional: tuple[str, ...] = (), prefix: str = "", **others: Any
     ) -> None:
         super().__init_subclass__(**others)
-        cls.title, cls.positional, cls.prefix = title, positional, prefix
+        cls.title, cls.positional, cls.key = title, positional, prefix
 
     def __post_init__(self) -> None:
         for one in options_of(type(self)):
@@ -155,7 +158,7 @@ def options_of(kind: type[Options]) -> list[Option]:
         bases = [one for one in kind.__mro__ if issubclass(one, Options)]
         origins = [one for one in bases if field.name in vars(one).get("__annotations__", {})]
         group = field.metadata["group"] or origins[-1].title
-        name = f"{kind.prefix}.{field.name}" if kind.prefix else field.name
+        name = f"{kind.key}.{field.name}" if kind.key else field.name
         found.append(Option(field.name, name, field.default, **{**field.metadata, "group": group}))
     order = list(_declared(kind))
     return sorted(found, key=lambda one: (one.group in _LAST, order.index(one.field)))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.reading import fitting
 from jaxcrit.data.templates import Example
 
 MAX_BUCKETS = 8
@@ -121,6 +122,7 @@ def make_batches(
         raise UserError(
             f"expected buckets of 1 up to the longest example, {lengths.max()} tokens; got {ladder.tolist()}"
         )
+    fitting((batch_size, int(ladder[-1])), 4, "take fewer rows at a time, with --batch_size")
     bucket_of = np.searchsorted(ladder, lengths)
     batches = []
     for bucket, width in enumerate(ladder):

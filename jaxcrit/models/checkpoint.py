@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -21,13 +22,13 @@ from safetensors import safe_open
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import cache_directory, local_path, write_text
+from jaxcrit.core.files import cache_directory, local_path, read_object, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.shards import Tensors, find_tensors, read_json_object, same_values
-from jaxcrit.models.weights import Weight, hf_shapes, offsets, table
-from jaxcrit.parallel.mesh import make_mesh, spec_for
+from jaxcrit.models.weights import Weight, hf_shapes, offsets, placement, table
+from jaxcrit.parallel.mesh import make_mesh
 
 Progress = Callable[[int, int, str], None]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -100,11 +101,18 @@ def locate(model: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model={model}: no such directory, and the hub did not give it ({reason})") from None
@@ -245,7 +253,7 @@ def _finite(array: jax.Array, stacked: bool) -> jax.Array:
 
 def _load_row(checkpoint: Checkpoint, row: Weight, begin: int, dtype: np.dtype, mesh: Mesh) -> jax.Array:
     shape = row.shape(checkpoint.config)
-    sharding = NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.hf))
+    sharding = NamedSharding(mesh, placement(row.axes, checkpoint.config, mesh, row.hf))
     made: dict[Any, np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
@@ -263,26 +271,17 @@ def _read_shard(
     """One device's part of one of our arrays, from the byte ranges of the file that hold it."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     layers = range(*bounds.pop(0)) if row.stacked else [None]
-    sizes = list(shape[1:] if row.stacked else shape)
-    ranges, axis = [], 0
-    for group in row.groups:
-        inner = int(np.prod(sizes[axis + 1 : axis + len(group)], dtype=np.int64))
-        # Within a group only the outermost axis is ever sharded (heads, not head_dim): rows stay contiguous.
-        ranges.append(slice(bounds[axis][0] * inner, bounds[axis][1] * inner))
-        axis += len(group)
-    rows = slice(ranges[0].start + begin, ranges[0].stop + begin)
-    columns = ranges[1] if len(ranges) > 1 else None
+    first, columns = bounds[0][0] + begin, slice(*bounds[1]) if len(bounds) > 1 else None
     lengths = [stop - start for start, stop in bounds]
     out = _aligned(([len(layers)] if row.stacked else []) + lengths, dtype)
     for slot, layer in enumerate(layers):
         name, part = row.hf.format(layer), out[slot] if row.stacked else out
-        flat = part.reshape(rows.stop - rows.start, -1)
         # safetensors copies what it reads, and maps whole rows even where some columns are wanted: keep both small.
         step = max(1, _READ_BYTES // (4 * math.prod(row.hf_shape(checkpoint.config)[1:])))
-        for start in range(0, len(flat), step):
-            some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+        for start in range(0, len(part), step):
+            some = slice(first + start, first + min(start + step, len(part)))
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is named by `load`
-                flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
+                part[start : start + step] = checkpoint.read(name, some, columns)
     return out
 
 
@@ -294,21 +293,29 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + count].view(dtype).reshape(shape)
 
 
+REHASH: contextvars.ContextVar[bool] = contextvars.ContextVar("rehash", default=False)  # --rehash
+
+
 def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
-    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where its path, size and time are the same."""
+    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where it is the same file, untouched since.
+
+    The same is told by path, inode, size, the time it was written and the time the system last changed anything of it,
+    which no program can put back. What the cache holds is used where it is of these tensors, else made again.
+    """
     state = file.stat()
-    stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    stamp = [str(file.resolve()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
     kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
 
     def known() -> dict[str, list[Any]]:
         try:
-            return json.loads(kept.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_object(kept, "digests", dict[str, list[Any]])
+        except (OSError, UserError):
             return {}
+        return found if found.keys() == set(names) and all(map(_is_digest, found.values())) else {}
 
-    if digests := processes.share(known):
+    if digests := {} if REHASH.get() else processes.share(known):
         return digests
-    index, count = processes.place()
+    digests, (index, count) = {}, processes.place()
     for mine in processes.gather({name: digest(name) for name in names[index::count]}):
         digests |= mine
     try:
@@ -317,6 +324,12 @@ def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return digests
+
+
+def _is_digest(entry: list[Any]) -> bool:
+    """Whether it is a dtype, a shape and a sha256."""
+    kinds = [str, list, str]
+    return [type(one) for one in entry] == kinds and {*map(type, entry[1])} <= {int} and len(entry[2]) == 64
 
 
 def _digest(file: Path, name: str) -> list[Any]:

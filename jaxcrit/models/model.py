@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path, read_json
+from jaxcrit.core.files import DAMAGED, as_path
 from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.layers import ChosenLayers
+from jaxcrit.core.rundir import read_record
+from jaxcrit.core.schema import Count, conform
 from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
@@ -27,13 +30,14 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.gains import fold
 from jaxcrit.models.overlays import Overlay, read_overlay
-from jaxcrit.models.partition import TRAIN, partition
+from jaxcrit.models.partition import TRAIN, TrainedRecord, partition
 from jaxcrit.models.weights import hf_shapes, table
 from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
 
 # Of ModelConfig: says nothing about what the blocks compute.
 _FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
+_OPENING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("opening", default=())  # runs, from the top
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
 
@@ -303,17 +307,50 @@ def _form(config: ModelConfig, dtype: str) -> str:
     return choose_attention(how, DTYPES[dtype], *shape, capped=config.attention_cap is not None)[0]
 
 
+class BaseModel(TypedDict):
+    """The model that was tuned, in ``run.json``."""
+
+    path: str
+    hash: str
+
+
+class Ended(TypedDict, total=False):
+    """What ``result`` of ``run.json`` says of the model that came out."""
+
+    model_step: Count
+
+
+class TunedRequired(TypedDict):
+    """``run.json`` of a run of ``finetune`` that has begun to train."""
+
+    model: BaseModel
+    trained: TrainedRecord
+    layers: ChosenLayers
+
+
+class TunedRun(TunedRequired, total=False):
+    """With what it has at its end."""
+
+    result: Ended
+
+
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
-    record = read_json(run / "run.json", RUN_FORMAT)
-    if record.get("command") != "finetune":
+    record = read_record(run)
+    if record.get("command") not in ("finetune", "edit"):
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
-    try:
-        base, _, _ = record["model"], record["trained"], record["layers"]
-        step = step or str(record.get("result", {}).get("model_step", "last"))
-    except KeyError as error:
-        raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
+    if missing := [key for key in ("model", "trained", "layers") if key not in record]:
+        raise UserError(f"{run}: has no {missing[0]} in run.json yet; let jaxcrit {record['command']} run on")
+    conform(record, TunedRun, str(run / "run.json"), DAMAGED)
+    base = record["model"]
+    step = step or str(record.get("result", {}).get("model_step", "last"))
     path = "" if base["path"] == "embedded" else base["path"]
-    below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
+    if run.resolve() in _OPENING.get():
+        raise UserError(f"{run / 'run.json'}: names a model that is tuned from itself; {DAMAGED}")
+    inside = _OPENING.set((*_OPENING.get(), run.resolve()))
+    try:
+        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
+    finally:
+        _OPENING.reset(inside)
     if below.model_hash != base["hash"]:
         raise UserError(
             f"{run}: was trained on {path or 'the embedded model'} with hash {base['hash'][:12]}, which now has"
@@ -345,30 +382,36 @@ def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
     return tuple(sorted(changed))
 
 
-def check_pair(base: Model, tuned: Model) -> None:
+def check_pair(base: Model, tuned: Model, roles: tuple[str, str] = ("base", "tuned")) -> None:
     """Checks that one model can be tuned from the other.
+
+    Args:
+        base: one model.
+        tuned: the other.
+        roles: options that name the two.
 
     Raises:
         UserError: their shapes, their arithmetic, their vocabularies or their devices differ.
     """
+    one, other = (f"{role} model" if role == "tuned" else role for role in roles)
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE]
     differ = [
-        f"{name} {getattr(base.config, name)} in the base, {getattr(tuned.config, name)} in the tuned model"
+        f"{name} {getattr(base.config, name)} in the {one}, {getattr(tuned.config, name)} in the {other}"
         for name in names
         if getattr(base.config, name) != getattr(tuned.config, name)
     ]
-    where = f"--base={base.checkpoint.path} --tuned={tuned.checkpoint.path}"
+    where = f"--{roles[0]}={base.checkpoint.path} --{roles[1]}={tuned.checkpoint.path}"
     if differ:
-        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give the very base")
+        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give two of one origin")
     if base.mesh != tuned.mesh:
         raise UserError(
-            f"{where}: expected models on one mesh, got {dict(base.mesh.shape)} for the base and"
-            f" {dict(tuned.mesh.shape)} for the tuned model; open both with one --mesh"
+            f"{where}: expected models on one mesh, got {dict(base.mesh.shape)} for the {one} and"
+            f" {dict(tuned.mesh.shape)} for the {other}; open both with one --mesh"
         )
     ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
     if ours != theirs:
-        other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+        token = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
         raise UserError(
-            f"{where}: expected one tokenizer, got two; token {other!r} is {ours.get(other, 'absent')} in the base and"
-            f" {theirs.get(other, 'absent')} in the tuned model"
+            f"{where}: expected one tokenizer, got two; token {token!r} is {ours.get(token, 'absent')} in the {one} and"
+            f" {theirs.get(token, 'absent')} in the {other}"
         )

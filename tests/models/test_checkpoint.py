@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,9 +16,10 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models import checkpoint as checkpoints
 from jaxcrit.models.checkpoint import locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import forward
 from jaxcrit.models.export import write_checkpoint
-from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import make_mesh, parse_mesh, spec_for
+from jaxcrit.models.weights import placement, table
+from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 RAW = raw_config("llama-gqa")
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
@@ -68,7 +71,7 @@ def test_fused_rows_are_parted(tmp_path):
     raw = raw_config("phi3-gqa-sliding")
     weights, held = load_path(write_model(tmp_path, raw)).weights(), tensors(raw)
     fused = held["model.layers.1.self_attn.qkv_proj.weight"]
-    np.testing.assert_array_equal(weights["blocks.k"][1], fused[32:48].reshape(2, 8, 32))
+    np.testing.assert_array_equal(weights["blocks.k"][1], fused[32:48])
     np.testing.assert_array_equal(weights["blocks.up"][1], held["model.layers.1.mlp.gate_up_proj.weight"][48:])
 
 
@@ -115,17 +118,33 @@ def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
     expected = load_path(write_model(tmp_path, raw)).weights()
     mesh = make_mesh(parse_mesh(mesh))
     weights = load_path(tmp_path, mesh=mesh).weights()
-    for row in table(ModelConfig.from_hf(raw)):
+    config = ModelConfig.from_hf(raw)
+    for row in table(config):
         value = weights[row.path]
         np.testing.assert_array_equal(value, expected[row.path])
-        parts = [mesh.shape[axis] if axis else 1 for axis in spec_for(row.axes, value.shape, mesh, row.hf)]
+        parts = [mesh.shape[axis] if axis else 1 for axis in placement(row.axes, config, mesh, row.hf)]
         assert value.addressable_shards[0].data.shape == tuple(
             size // part for size, part in zip(value.shape, parts, strict=True)
         )
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, 48 // tensor, 32 // fsdp)
     if raw["num_key_value_heads"] == 1:  # one head cannot be parted: every device keeps it
-        assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 1, 8, 32 // fsdp)
+        assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 8, 32 // fsdp)
+
+
+def test_heads_are_never_halved(tmp_path):
+    """Three heads of 4 divide over two devices as 12 rows do; they must not."""
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    raw = {**RAW, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+    decoder = load_path(write_model(tmp_path / "even", raw), mesh=mesh)
+    parts = {name: value.addressable_shards[0].data.shape for name, value in decoder.weights().items()}
+    assert parts["blocks.q"] == (3, 12, 32) and parts["blocks.o"] == (3, 32, 12)
+    assert parts["blocks.k"] == parts["blocks.v"] == (3, 12, 32)  # whole on every device
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
+    whole = jax.jit(forward)(load_path(tmp_path / "even"), tokens).hidden
+    np.testing.assert_allclose(jax.jit(forward)(decoder, tokens).hidden, whole, atol=1e-5)
+    path = write_model(tmp_path / "odd", {**raw, "num_attention_heads": 3})
+    refused(path, "heads of size 3 does not divide over tensor=2", lambda path: load_path(path, mesh=mesh))
 
 
 def test_what_does_not_divide_is_refused(tmp_path):
@@ -433,11 +452,52 @@ def test_digests_are_kept_until_the_file_changes(model, tmp_path, monkeypatch):
     made.clear()
     assert model_hash(open_checkpoint(model)) == first
     assert len(made) < 5  # of the config, not of the tensors
+    times = (model / "model.safetensors").stat()
     rewrite(model, **{NORM: np.full(32, 2, np.float32)})
     assert model_hash(open_checkpoint(model)) != first
-    kept = next((tmp_path / "cache" / "digests").iterdir())
-    kept.write_text("{")  # a damaged cache is made again
-    assert model_hash(open_checkpoint(write_model(tmp_path / "again", RAW))) == first
+    rewrite(model, **{NORM: np.ones(32, np.float32)})
+    os.utime(
+        model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # as a copy that keeps times leaves
+    assert model_hash(open_checkpoint(model)) != first, "the time of the last change of anything cannot be put back"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 10**5, "empty", "short", "numbers"])
+def test_a_damaged_cache_of_digests_is_made_again(content, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    first = model_hash(open_checkpoint(model))
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    whole = json.loads(kept.read_text())
+    edited = {
+        "empty": {},
+        "short": {name: entry[:2] for name, entry in whole.items()},
+        "numbers": {name: [entry[0], ["x"], entry[2]] for name, entry in whole.items()},
+    }
+    kept.write_text(json.dumps(edited[content]) if content in edited else content)
+    assert model_hash(open_checkpoint(model)) == first
+    assert json.loads(kept.read_text()) == whole
+
+
+def test_rehash_reads_whatever_the_cache_holds(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    first = model_hash(open_checkpoint(model))
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    forged = {name: [*entry[:2], "0" * 64] for name, entry in json.loads(kept.read_text()).items()}
+    kept.write_text(json.dumps(forged))
+    assert model_hash(open_checkpoint(model)) != first, "a cache that somebody forged is believed"
+    token = checkpoints.REHASH.set(True)
+    try:
+        assert model_hash(open_checkpoint(model)) == first
+    finally:
+        checkpoints.REHASH.reset(token)
+    assert model_hash(open_checkpoint(model)) == first
+
+
+@pytest.mark.parametrize("model_id", ["../x", "a/b.git", "a--b/c", "-a/b", "a/" + "b" * 200, "a..b/c", "a/\0"])
+def test_no_hub_id_is_one_line(model_id):
+    with pytest.raises(UserError) as caught:
+        checkpoints.locate(model_id)
+    assert "not a hub id (owner/name)" in str(caught.value) or "expected a path" in str(caught.value)
 
 
 def test_progress_names_each_weight_and_ends(model):
