@@ -144,7 +144,7 @@ class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers")
             found.add(gain)
         return sorted(found)
 
-    def key(self, what: str) -> str:
+    def score_key(self, what: str) -> str:
         """Score key of what is measured at the sites."""
         return f"{what}{'' if self.sites == 'blocks' else f'_{self.sites}'}"
 
@@ -360,8 +360,8 @@ def _scores(
         if method == "gain":
             continue
         about = {**meta, "method": method}
-        scores |= mine.samples(method).scores(options.key(f"ablation_{method}"), depth, about)
-        key = options.key(f"ablation_{method}_{options.score}")
+        scores |= mine.samples(method).scores(options.score_key(f"ablation_{method}"), depth, about)
+        key = options.score_key(f"ablation_{method}_{options.score}")
         if options.score == "greedy":
             scores[key] = accuracy(key, mine.exact[method], mine.right, task.ids, about)
         elif options.score == "choice":
@@ -376,7 +376,7 @@ def _scores(
     if "gain" in options.chosen_methods:
         about = {**meta, "method": "gain", "gain": middle(options.chosen_gains), "num_samples": len(task.rows)}
         for name, one in shortcut_scores(mine, attacked, options.chosen_gains).items():
-            score = CRITERIA[name].scores(options.key(name), one, about)
+            score = CRITERIA[name].scores(options.score_key(name), one, about)
             left = None if one.without_each is None else Deletions(one.without_each, task.ids)
             scores[score.name] = dataclasses.replace(score, deletions=left)
     return scores
