@@ -104,6 +104,8 @@ def known(model: str, out: Path, most: int) -> list[dict[str, str]]:
     )
     texts = run_generate(asked).texts
     found = [row for row, text in zip(rows, texts, strict=True) if text.startswith(row["response"])]
+    if not found:
+        raise UserError(f"--model={model}: knows none of the {len(rows)} facts; there is nothing to lose")
     print(f"{len(found)} of {len(rows)} facts are known, {min(most, len(found))} taken", file=sys.stderr, flush=True)
     return found[:most] if len(found) <= most else [found[i] for i in np.linspace(0, len(found) - 1, most).astype(int)]
 
