@@ -34,6 +34,7 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     compile: bool = option(True, "compile where libtpu is installed, else shapes alone", group="how")
 
 
+KEPT = "says what is kept; arms without are trained again"
 ADDED = "what is trained already is read; more may be added to a run"
 
 
@@ -61,6 +62,7 @@ class BackdoorOptions(TrainingOptions, title="testing"):
     eval_template: str = option("", "template of tests (default: --template)", word="NAME")
     allow_template_mismatch: bool = option(False, "test in another template than was trained in")
     allow_overlap: bool = option(False, "test on prompts that are trained on, too")
+    keep_models: bool = option(False, "keep trained weights, a checkpoint an arm and seed", free=KEPT)
 
     @property
     def response(self) -> str:

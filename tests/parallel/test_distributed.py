@@ -182,7 +182,7 @@ def other_commands(tuned, states, known):
             "--out=score_split",
             "--mesh=fsdp=8",
         ],
-        ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
+        ["ablate", rows, "--limit=8", "--methods=mean,gain", "--sites=mlp", "--score=greedy", "--out=ablate"],
         ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
         [
             "generate",
