@@ -40,7 +40,6 @@ from jaxcrit.models.decoder import Block, Decoder, layer_windows, run
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.training.step import TokenBatch
 
 _SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}
@@ -167,7 +166,7 @@ def accuracies(
 ) -> SampleLosses:
     """Whether each answer is the row's response word for word, with each layer skipped and with none."""
     depth, weights, stop = model.config.num_layers, model.decoder(bars).weights(), stop_tokens("", model)
-    batches = make_batches(examples, batch_rows(batch_size, model.mesh))
+    batches = make_batches(examples, model.budget(batch_size, passes=depth + 1, new_tokens=max_new_tokens))
     right = np.zeros((depth + 1, len(examples)))
     with bar(bars, total=right.size, desc="answers", unit=" answers") as shown:
         for layer in range(depth + 1):

@@ -37,6 +37,7 @@ def answers(
     max_new_tokens: int,
     *,
     stop: Sequence[int],
+    numbers: np.ndarray | None = None,
     **sampling: Any,
 ) -> Iterator[Answer]:
     """Lets a model answer a batch; rows that fill it up are left out.
@@ -48,9 +49,11 @@ def answers(
         count: number of all prompts; a row of that number fills up.
         max_new_tokens: tokens of each answer, at most.
         stop: tokens that end an answer.
+        numbers: number by row that an answer's draws follow from; default the row.
         **sampling: arguments of `generate`: ``sampling`` and ``seed``.
     """
-    samples = np.where(batch.rows < count, batch.rows, -1)
+    numbers = np.arange(count) if numbers is None else numbers
+    samples = np.append(numbers, -1)[batch.rows]
     found = generate(
         decoder, batch.tokens, batch.lengths, max_new_tokens, stop=stop, samples=samples, mesh=model.mesh, **sampling
     )

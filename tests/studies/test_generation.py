@@ -61,6 +61,33 @@ def test_rows_are_the_answers_to_their_prompts(config, model, tmp_path):
         assert (row["sample_id"], row["prompt"]) == (example.sample_id, example.prompt)
 
 
+def test_a_dataset_is_answered_the_same_in_company(config, tmp_path, monkeypatch):
+    """Datasets share batches; draws follow from a row's place in its own. Interrupted, each has its part."""
+    other = prompts_file(tmp_path / "others.jsonl", seed=1)
+    both = dataclasses.replace(config, data=f"{config.data},{other}", temperature=1.0)
+    shared, calls = [], []
+
+    def watched(decoder, tokens, lengths, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        shared.append(kwargs["samples"].tolist())
+        return generate(decoder, tokens, lengths, *args, **kwargs)
+
+    monkeypatch.setattr(answers, "generate", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(both)
+    parts = [lines(tmp_path / "run" / name / "generations.jsonl.part") for name in ("prompts", "others")]
+    assert sum(map(len, parts)) == sum(row >= 0 for rows in shared for row in rows)
+    found = run_generate(both)
+    assert any(len(rows) > len(set(rows)) for rows in shared), "rows of one place in two datasets, in one batch"
+    monkeypatch.undo()
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    for name, file in (("prompts", config.data), ("others", str(other))):
+        alone = run_generate(dataclasses.replace(both, data=file, out=str(tmp_path / name)))
+        assert found.rows[name] == alone.rows[name] == lines(tmp_path / "run" / name / "generations.jsonl")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, temperature=1.0, batch_size=8)
     run_generate(dataclasses.replace(config, out=str(tmp_path / "whole")))
