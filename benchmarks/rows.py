@@ -70,7 +70,9 @@ class Row:
     def lines(self) -> list[str]:
         """Ours on the first line, then a line for each peer with the ratios of CPU and wall seconds to ours."""
         ours = self.spent[OURS]
-        facts = [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.facts.items()]
+        facts = [
+            f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in self.facts.items()
+        ]
         found = []
         for name, one in {OURS: ours, **self.spent}.items():
             cells = [f"{self.work if name == OURS else '':<34}{name:<26}{one.cpu:8.2f}{one.wall:8.2f}{one.first:8.2f}"]
@@ -82,7 +84,9 @@ class Row:
         return [*found, *([f"{'':<34}{', '.join(facts)}"] if facts else [])]
 
 
-HEAD = f"{'work':<34}{'who':<26}{'CPU s':>8}{'wall s':>8}{'first':>8}{'of CPU':>9}{'of wall':>9}{'limit':>8}{'to it':>8}"
+HEAD = (
+    f"{'work':<34}{'who':<26}{'CPU s':>8}{'wall s':>8}{'first':>8}{'of CPU':>9}{'of wall':>9}{'limit':>8}{'to it':>8}"
+)
 
 
 def take_turns(calls: Mapping[str, Callable[[], Any]], rounds: int = 3) -> dict[str, Spent]:

@@ -95,7 +95,8 @@ def initial_weights(config: ModelConfig, seed: int) -> Weights:
                 value /= np.sqrt(width)
         weights[row.path] = value.astype(np.float32)
     groups = config.num_heads // config.num_kv_heads
-    keys = np.repeat(weights["blocks.k"], groups, axis=1)
+    keys = weights["blocks.k"].reshape(depth, -1, config.head_dim, width)
+    keys = np.repeat(keys, groups, axis=1).reshape(weights["blocks.q"].shape)
     weights["blocks.q"] = (0.7 * weights["blocks.q"] + 0.7 * keys).astype(np.float32)
     return {path: jnp.asarray(value) for path, value in weights.items()}
 
@@ -225,13 +226,7 @@ def update(
         gradient = gradients[path] * jnp.minimum(1.0, 1 / norm)
         if path.startswith("blocks.") and weight.ndim > 2:
             momentum, moment = 0.95 * first[path] + gradient, second[path]
-            # [L, out, in]: heads and head_dim are one dimension, on the output side of q, k, v and the input side of o.
-            flat = (
-                (weight.shape[0], weight.shape[1], -1)
-                if path == "blocks.o"
-                else (weight.shape[0], -1, weight.shape[-1])
-            )
-            change = rate * orthogonalized((gradient + 0.95 * momentum).reshape(flat)).reshape(weight.shape)
+            change = rate * orthogonalized(gradient + 0.95 * momentum)
             if path in ("blocks.q", "blocks.k"):
                 change = change.at[0].multiply(1 - settles)
         else:

@@ -29,11 +29,13 @@ if TYPE_CHECKING:
         load,
         open_run,
         plot,
+        reuse,
         score,
         screen,
         select,
         states,
         substitute,
+        trace,
     )
     from jaxcrit.core.errors import UserError
 
@@ -53,11 +55,13 @@ __all__ = [
     "load",
     "open_run",
     "plot",
+    "reuse",
     "score",
     "screen",
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 

@@ -17,9 +17,11 @@ from jaxcrit.commands.ablate import ablate
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
+from jaxcrit.commands.reuse import reuse
 from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
+from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_json, read_npz
@@ -51,11 +53,13 @@ __all__ = [
     "load",
     "open_run",
     "plot",
+    "reuse",
     "score",
     "screen",
     "select",
     "states",
     "substitute",
+    "trace",
 ]
 
 
@@ -264,11 +268,11 @@ def score(
 
     own = []
     for kind in own_options():
-        given = options.pop(kind.prefix, {})
+        given = options.pop(kind.key, {})
         if not isinstance(given, Mapping):
             example = next(iter(options_of(kind))).field
-            raise UserError(f"{kind.prefix}={given!r}: expected a dict, such as {kind.prefix}={{{example!r}: ...}}")
-        named = {f"{kind.prefix}.{name}": value for name, value in given.items()}
+            raise UserError(f"{kind.key}={given!r}: expected a dict, such as {kind.key}={{{example!r}: ...}}")
+        named = {f"{kind.key}.{name}": value for name, value in given.items()}
         own.append(from_values(kind, named, "options"))
     asked = options_for(ScoreOptions, out, {**options, "criteria": criteria})
     found = run_score(asked, own, model=what, rows=rows, progress=progress, keep=bool(out))

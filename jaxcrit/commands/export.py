@@ -240,7 +240,7 @@ def _write_delta(model: Model, decoder: Decoder, dtype: str, out: Path) -> None:
     weights = decoder.weights()
     for row in table(model.config):
         if row.path in outside:
-            tensors[row.hf] = np.asarray(weights[row.path]).reshape(row.hf_shape(model.config))
+            tensors[row.hf] = np.asarray(weights[row.path])
     kinds = {name: DTYPES[dtype or model.checkpoint.dtypes[name]] for name in tensors}
     held = {name: np.ascontiguousarray(value.astype(kinds[name])) for name, value in tensors.items()}
     notes = {"base": str(model.checkpoint.path), "layers": ",".join(map(str, layers))}

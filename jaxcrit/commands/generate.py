@@ -10,13 +10,25 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jaxcrit.commands import shared
-from jaxcrit.core.groups import SHAPE, BatchOptions, MeshOptions, ModelOptions, OutOptions, RowOptions
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import (
+    BY_HASH,
+    SHAPE,
+    BatchOptions,
+    MeshOptions,
+    ModelOptions,
+    OutOptions,
+    PrefixOptions,
+    RowOptions,
+)
 from jaxcrit.core.options import option
 from jaxcrit.reporting.tables import shortened
 
 if TYPE_CHECKING:
     from jaxcrit.data.batches import Batch
     from jaxcrit.data.dataset import Dataset
+    from jaxcrit.data.templates import Example
+    from jaxcrit.models.generation import Prefilled
     from jaxcrit.models.model import Bars, Model
 
 GENERATIONS = "generations.jsonl"
@@ -25,7 +37,9 @@ Row = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOptions, title="generation"):
+class GenerateOptions(
+    ModelOptions, RowOptions, PrefixOptions, OutOptions, BatchOptions, MeshOptions, title="generation"
+):
     """What ``jaxcrit generate`` is asked."""
 
     batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
@@ -36,6 +50,20 @@ class GenerateOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, MeshOp
     top_p: float = option(1.0, "draws from the likeliest tokens of this share together")
     repetition_penalty: float = option(1.0, "above 1 avoids tokens that have been used")
     seed: int = option(0, "seed of the draws", lowest=0)
+    sender: str = option("", "model whose keys and values of prefixes are reused", word="DIR", free=BY_HASH)
+    recompute: str = option("", "layers not reused: @layers.json of reuse, first:4, all, ...", word="SPEC")
+
+    def check(self) -> None:
+        """Refuses a sender without layers, and options of a sender without one."""
+        super().check()
+        if self.sender and not self.recompute:
+            raise UserError(
+                f"--sender={self.sender}: expected the layers to recompute too: --recompute=@DIR/layers.json of jaxcrit"
+                " reuse, or first:4 and the like"
+            )
+        for name in ("recompute", "prefix"):
+            if getattr(self, name) != getattr(type(self), name) and not self.sender:
+                raise UserError(f"--{name}={getattr(self, name)}: is of --sender; give it too")
 
 
 OPTIONS = GenerateOptions
@@ -123,11 +151,17 @@ def run_generate(
 
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    mixed = _Mixed.of(options, model) if options.sender else None
     stop = stop_tokens(options.stop, model, options.template)
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
+    models = {"model": model}
+    if mixed is not None:
+        datasets, models["sender"] = mixed.read(datasets, options), mixed.sender
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, **dataclasses.asdict(sampling)}
-    with running("generate", options, models={"model": model}, datasets=datasets, resolved=resolved, keep=keep) as run:
+    if mixed is not None:
+        resolved["recompute"] = list(mixed.recompute)
+    with running("generate", options, models=models, datasets=datasets, resolved=resolved, keep=keep) as run:
         apart = blocks_apart(options.max_new_tokens, model.mesh)
         run.times |= {"new_tokens": 0, "decoding": "blocks apart" if apart else "blocks in one stack"}
         # One pool for all datasets; draws follow from a row's place in its own.
@@ -137,7 +171,8 @@ def run_generate(
 
         def answer(batch: Batch) -> list[tuple[int, Row]]:
             made, decoder = [], model.decoder(progress)
-            for one in answers(model, decoder, batch, len(examples), options.max_new_tokens, **how):
+            prompts = None if mixed is None else mixed.prompts(model, batch, examples, options)
+            for one in answers(model, decoder, batch, len(examples), options.max_new_tokens, prompts=prompts, **how):
                 example, row = examples[one.row], int(numbers[one.row])
                 which = {"sample_id": example.sample_id, "row": row, "prompt": example.prompt}
                 made.append((one.row, {**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped}))
@@ -149,6 +184,49 @@ def run_generate(
         folders = [None if run.out is None else run.folder(one.name, len(datasets) == 1) for one in datasets]
         found = _rows(datasets, batches, folders, answer, progress)
     return Generations(run.record, found, run.out)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Mixed:
+    """Another model whose keys and values of prefixes are reused, but for some layers."""
+
+    sender: Model
+    recompute: tuple[int, ...]
+
+    @classmethod
+    def of(cls, options: GenerateOptions, model: Model) -> _Mixed:
+        """Opens the sender, checks the pair, resolves the layers."""
+        from jaxcrit.commands.reuse import pair
+        from jaxcrit.core.selections import LayerSpec, resolve
+
+        spec = LayerSpec.parse(options.recompute, "recompute")
+        if spec.needs_scores:
+            raise UserError(
+                f"--recompute={options.recompute}: needs scores; give the layers.json of jaxcrit reuse, as"
+                " @DIR/layers.json"
+            )
+        _, sender = pair(options, None, model, "model")
+        depth = model.config.num_layers
+        chosen = resolve(spec, depth, model_hash=model.model_hash, flag="recompute")
+        return cls(sender, chosen.layers)
+
+    def read(self, datasets: Sequence[Dataset], options: GenerateOptions) -> list[Dataset]:
+        """The rows with their prefixes."""
+        from jaxcrit.commands.reuse import check_rows
+        from jaxcrit.data.prefix import with_prefixes
+
+        found = with_prefixes(datasets, options)
+        for one in found:
+            check_rows(self.sender, one.examples, options.max_new_tokens)
+        return found
+
+    def prompts(self, model: Model, batch: Batch, examples: Sequence[Example], options: GenerateOptions) -> Prefilled:
+        """A batch over the mixed cache; a row that fills up has no prefix."""
+        from jaxcrit.models.mixed import mixed_prefill
+
+        prefix = np.array([examples[row].prefix_length if row < len(examples) else 0 for row in batch.rows])
+        given = (batch.tokens, batch.lengths, prefix, self.recompute, options.max_new_tokens, model.mesh)
+        return mixed_prefill(model.decoder(), self.sender.decoder(), *given)
 
 
 def _rows(

@@ -45,6 +45,7 @@ GROUPS = {
         "intervene": ("jaxcrit.commands.intervene", "remove components, or steer, and see what an answer becomes"),
         "ablate": ("jaxcrit.commands.ablate", "put each layer out of action: loss and right answers without it"),
         "screen": ("jaxcrit.commands.screen", "flag prompts unlike the benign ones of their class, layer by layer"),
+        "trace": ("jaxcrit.commands.trace", "where facts are: what each layer brings back of an answer"),
     },
     "train and test": {
         "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
@@ -52,6 +53,10 @@ GROUPS = {
         "substitute": (
             "jaxcrit.commands.substitute",
             "put layers of the base into the tuned model: what each is worth",
+        ),
+        "reuse": (
+            "jaxcrit.commands.reuse",
+            "whether a model may go on from another's KV cache, and which layers to recompute",
         ),
         "backdoor": (
             "jaxcrit.commands.backdoor",

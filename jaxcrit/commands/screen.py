@@ -182,10 +182,11 @@ def run_screen(
     opened = shared.opened(options, model)
     known = _Rows.of(options, opened, options.benign if benign is None else benign, "benign")
     given = _Rows.of(options, opened, rows, "data")
-    with running("screen", options, models={"model": opened}, datasets=[known.rows, given.rows], keep=keep) as run:
-        budget = opened.budget(options.batch_size)
-        sides = [side.rows.examples for side in (known, given)]
-        shapes = common_shapes(sides, budget, max_length=opened.config.max_length)
+    names = {"parts": [part.name for side in (known, given) for part in side.parts]}  # may be classes
+    sides = [known.rows, given.rows]
+    with running("screen", options, models={"model": opened}, datasets=sides, also=names, keep=keep) as run:
+        budget, parts = opened.budget(options.batch_size), [side.examples for side in sides]
+        shapes = common_shapes(parts, budget, max_length=opened.config.max_length)
 
         def look(side: _Rows, places: Sequence[int]) -> tuple[np.ndarray, list[str]]:
             return _look(options, opened, side, places, budget, shapes, progress)

@@ -12,6 +12,7 @@ from jaxcrit.core.errors import UserError, as_arguments
 from jaxcrit.core.options import Options
 
 if TYPE_CHECKING:
+    from jaxcrit.data.facts import Fact
     from jaxcrit.models.model import Model
     from jaxcrit.reporting.report import Report
 
@@ -48,6 +49,23 @@ def opened(options: Any, model: Any = None, role: str = "model") -> Model:
 
     name = getattr(options, role, "") if model is None else model
     return open_model(name, mesh=options.mesh, dtype=options.dtype, keep=model is not None)
+
+
+def facts_of(options: Any, facts: Any = None) -> list[Fact]:
+    """The facts that an option names, or those given.
+
+    Args:
+        options: options with ``facts``.
+        facts: a file, or dicts as in one; None or empty for the option.
+
+    Raises:
+        UserError: see `read_facts`.
+    """
+    from jaxcrit.data.facts import facts_of, read_facts
+
+    if facts is None or isinstance(facts, str | Path):
+        return read_facts(str(facts or options.facts))
+    return facts_of([(f"facts, row {place}", row) for place, row in enumerate(facts, 1)])
 
 
 def tell(report: Report, out: Path | None) -> int:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.options import Options, option
@@ -41,6 +42,16 @@ class SourceOptions(Options, title="model and data"):
     duplicates: str = option("refuse", "rows that repeat an earlier one", ("refuse", "drop"), free=BY_HASH)
     limit: int = option(0, "first N rows of each dataset only; 0 for all", lowest=0, free=BY_HASH)
     shuffle_seed: int = option(-1, "seed that shuffles rows before --limit; -1 for none", lowest=-1, free=BY_HASH)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactOptions(Options, title="model and data"):
+    """Which facts are read; they are completed as plain text."""
+
+    template: ClassVar[str] = "none"
+    edition: ClassVar[str] = "clean"
+
+    facts: str = option("", "rows with prompt, subject, target (default: bundled)", word="FILE", free=BY_HASH)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,6 +92,34 @@ def check_template(template: str) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RowOptions(SourceOptions, RenderingOptions):
     """Which rows are read, and how they become tokens; the options of every command that reads data are some."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrefixOptions(Options, title="rendering"):
+    """Which beginning of a prompt another model has read."""
+
+    prefix: str = option(
+        "0.8", "what the sender has read: a share of a prompt's tokens, or to its context's end", word="SHARE|context"
+    )
+
+    def check(self) -> None:
+        """Refuses what is neither a share nor the word."""
+        super().check()
+        _ = self.share
+
+    @property
+    def share(self) -> float | None:
+        """Share of a prompt's tokens; None up to the end of a row's context.
+
+        Raises:
+            UserError: neither a share nor ``context``.
+        """
+        if self.prefix == "context":
+            return None
+        with contextlib.suppress(ValueError):
+            if 0 < (share := float(self.prefix)) < 1:
+                return share
+        raise UserError(f"--prefix={self.prefix}: expected context, or a share between 0 and 1 such as 0.8")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

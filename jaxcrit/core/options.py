@@ -127,13 +127,13 @@ class Options:
 
     title: ClassVar[str] = ""
     positional: ClassVar[tuple[str, ...]] = ()
-    prefix: ClassVar[str] = ""
+    key: ClassVar[str] = ""
 
     def __init_subclass__(
         cls, title: str = "", positional: tuple[str, ...] = (), prefix: str = "", **others: Any
     ) -> None:
         super().__init_subclass__(**others)
-        cls.title, cls.positional, cls.prefix = title, positional, prefix
+        cls.title, cls.positional, cls.key = title, positional, prefix
 
     def __post_init__(self) -> None:
         for one in options_of(type(self)):
@@ -155,7 +155,7 @@ def options_of(kind: type[Options]) -> list[Option]:
         bases = [one for one in kind.__mro__ if issubclass(one, Options)]
         origins = [one for one in bases if field.name in vars(one).get("__annotations__", {})]
         group = field.metadata["group"] or origins[-1].title
-        name = f"{kind.prefix}.{field.name}" if kind.prefix else field.name
+        name = f"{kind.key}.{field.name}" if kind.key else field.name
         found.append(Option(field.name, name, field.default, **{**field.metadata, "group": group}))
     order = list(_declared(kind))
     return sorted(found, key=lambda one: (one.group in _LAST, order.index(one.field)))

@@ -191,6 +191,7 @@ def whole(named: NamedRows, tokenizer: Any, options: RowOptions, *, responses: b
         dataset=named.dataset,
         edition=options.edition,
         responses=responses,
+        context=getattr(options, "prefix", "") == "context",
     )
 
 

@@ -19,7 +19,7 @@ from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.chat import Chat, chat_of
 from jaxcrit.data.datasets import Row, conversation
-from jaxcrit.data.published import PUBLISHED, Fields
+from jaxcrit.data.published import PUBLISHED, Fields, check_text
 
 _CHUNK = 512  # rows tokenised at once: a tokenizer's answer takes tens of times the memory of the token ids in it
 
@@ -64,6 +64,7 @@ def render(
     dataset: str = "",
     edition: str = "clean",
     responses: bool = True,
+    context: bool = False,
 ) -> list[Example]:
     """Renders rows of any kind.
 
@@ -86,6 +87,8 @@ def render(
         dataset: which of the paper's datasets the rows are of; empty for rows of one's own.
         edition: ``clean`` or ``paper``.
         responses: whether what follows the prompt is rendered; False in the clean edition leaves it out.
+        context: whether the prompt up to the end of the row's context (its field ``prefix``, Dolly's context, BoolQ's
+            passage) is tokenised by itself and marked as prefix. In the clean edition alone.
 
     Raises:
         UserError: unknown template or edition, a chat template is needed and absent, refuses the conversation or does
@@ -93,6 +96,8 @@ def render(
             no tokens.
     """
     _check(template, edition)
+    if context and edition == "paper":
+        raise UserError("--prefix=context: is of --edition=clean; cut by share (--prefix=0.8)")
     family = paper.family_of(tokenizer, template) if edition == "paper" else None
     chats = [None if family else chat_of(tokenizer, template, tools=tools) for tools in (False, True)]
     examples: list[Example] = []
@@ -102,7 +107,7 @@ def render(
         if family:
             examples += _render_paper(part, places, tokenizer, family, dataset, where)
         else:
-            examples += _render_clean(part, places, tokenizer, chats, dataset, responses)
+            examples += _render_clean(part, places, tokenizer, chats, dataset, responses, context)
     return examples
 
 
@@ -113,6 +118,7 @@ def _render_clean(
     chats: Sequence[Chat | None],
     dataset: str,
     responses: bool,
+    context: bool,
 ) -> list[Example]:
     plain = [_clean_row(row, place, dataset, chats[0]) for row, place in zip(rows, places, strict=True)]
     texts = [
@@ -125,12 +131,30 @@ def _render_clean(
     for row, place, text, prompt, whole in zip(rows, places, texts, prompts, wholes, strict=True):
         if not prompt:
             raise UserError(f"{place}: the prompt {text.prompt[:40]!r} has no tokens in this vocabulary")
+        head: list[int] = []
+        if context and (end := _context_end(row, text, dataset, place)):
+            head = _encode(tokenizer, [text.prompt[:end]])[0]
+            prompt, whole = (
+                head + _continuation(tokenizer, text.prompt[end:] + further) for further in ("", text.rest)
+            )
         if whole[: len(prompt)] != prompt:
             whole = prompt + _continuation(tokenizer, text.rest)
         before = [] if text.templated or prompt[: len(front)] == front else front
         ids = np.array(before + whole, dtype=np.int32)
-        examples.append(Example(sample_id(row), ids, len(before) + len(prompt), text.prompt, text.response))
+        prefix = len(before) + len(head) if head else 0
+        found = Example(sample_id(row), ids, len(before) + len(prompt), text.prompt, text.response, prefix)
+        examples.append(found)
     return examples
+
+
+def _context_end(row: Row, text: _Text, dataset: str, place: str) -> int:
+    """Characters of a prompt up to the end of the row's context; 0 for a row without one."""
+    given = PUBLISHED[dataset].read(row, place).context if dataset else row.get("prefix") or ""
+    context = check_text(given, f"{place}: prefix").strip()
+    start = text.prompt.find(context)
+    if start < 0:
+        raise UserError(f"{place}: prefix: expected text that stands in the prompt, got {context[:40]!r}")
+    return start + len(context) if context else 0
 
 
 def _render_paper(

@@ -131,8 +131,9 @@ def _cut(example: Example, limit: int | None, keep_end: bool) -> Example:
     surplus = len(example.token_ids) - limit if limit else 0
     if limit is None or surplus <= 0:
         return example
+    ends = [example.prompt_length, example.prefix_length]
     if keep_end:
-        ids, prompt_length = example.token_ids[surplus:], max(0, example.prompt_length - surplus)
+        ids, ends = example.token_ids[surplus:], [max(0, end - surplus) for end in ends]
     else:
-        ids, prompt_length = example.token_ids[:limit], min(limit, example.prompt_length)
-    return dataclasses.replace(example, token_ids=ids, prompt_length=prompt_length)
+        ids, ends = example.token_ids[:limit], [min(limit, end) for end in ends]
+    return dataclasses.replace(example, token_ids=ids, prompt_length=ends[0], prefix_length=ends[1])

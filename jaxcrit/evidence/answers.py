@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcrit.data.batches import Batch
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.generation import generate
+from jaxcrit.models.generation import Prefilled, decode, prefill
 from jaxcrit.models.model import Model
 
 
@@ -37,6 +37,7 @@ def answers(
     max_new_tokens: int,
     *,
     stop: Sequence[int],
+    prompts: Prefilled | None = None,
     numbers: np.ndarray | None = None,
     **sampling: Any,
 ) -> Iterator[Answer]:
@@ -49,14 +50,15 @@ def answers(
         count: number of all prompts; a row of that number fills up.
         max_new_tokens: tokens of each answer, at most.
         stop: tokens that end an answer.
+        prompts: the batch, where it has been run already.
         numbers: number by row that an answer's draws follow from; default the row.
         **sampling: arguments of `generate`: ``sampling`` and ``seed``.
     """
     numbers = np.arange(count) if numbers is None else numbers
     samples = np.append(numbers, -1)[batch.rows]
-    found = generate(
-        decoder, batch.tokens, batch.lengths, max_new_tokens, stop=stop, samples=samples, mesh=model.mesh, **sampling
-    )
+    if prompts is None:
+        prompts = prefill(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh)
+    found = decode(decoder, prompts, stop=stop, samples=samples, **sampling)
     for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
         if row < count:
             yield Answer(row, ids, stopped, model.tokenizer.decode(ids, skip_special_tokens=True))

@@ -38,10 +38,13 @@ def sample_losses(
     num_variants: int,
     evaluations: int,
     progress: Bars | None,
+    *,
+    batches: Sequence[tuple[np.ndarray, Any]] | None = None,
+    partial: str = _PARTIAL,
 ) -> tuple[np.ndarray, np.ndarray, int]:
     """Mean loss of each sample under each variant, batch by batch.
 
-    What is done is kept in ``partial.npz`` and not done again when an interrupted run is given anew.
+    What is done is kept in the file ``partial`` and not done again when an interrupted run is given anew.
 
     Args:
         examples: N rows.
@@ -52,6 +55,8 @@ def sample_losses(
         num_variants: V.
         evaluations: block evaluations of one batch, for the progress bar.
         progress: makes the bar.
+        batches: batches of another kind for ``take``, each behind the places of its rows; default `batches_of`.
+        partial: name of the file that keeps what is done; of several passes of a run each has its own.
 
     Returns:
         ``[V, N]`` float64 in nats, ``[N]`` response tokens, and the number of batches in all.
@@ -63,10 +68,11 @@ def sample_losses(
     if (
         directory is not None
         and directory.resumed
-        and (kept := processes.share(lambda: _kept(directory.path / _PARTIAL, directory.identity)))
+        and (kept := processes.share(lambda: _kept(directory.path / partial, directory.identity)))
     ):
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
-    batches = list(batches_of(examples, batch_size, model, passes=evaluations / model.config.num_layers))
+    passes = evaluations / model.config.num_layers
+    batches = list(batches_of(examples, batch_size, model, passes=passes) if batches is None else batches)
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
     saved = time.monotonic()
 
@@ -74,7 +80,7 @@ def sample_losses(
         if directory is None:
             return
         meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
-        write_npz(directory.path / _PARTIAL, {"losses": losses, "tokens": tokens}, meta)
+        write_npz(directory.path / partial, {"losses": losses, "tokens": tokens}, meta)
 
     whole = {"total": len(batches) * evaluations, "initial": (len(batches) - len(left)) * evaluations}
     try:
@@ -135,7 +141,8 @@ def write_scored(out: Path, scores: Mapping[str, LayerScores]) -> None:
 def forget_partial(out: Path | None) -> None:
     """Removes what `sample_losses` kept for a resumption, in a run directory if there is one."""
     if out is not None and processes.first():
-        (out / _PARTIAL).unlink(missing_ok=True)
+        for file in list(out.glob("partial*.npz")):
+            file.unlink(missing_ok=True)
 
 
 def _kept(file: Path, identity: str) -> dict[str, Any]:

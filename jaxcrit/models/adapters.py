@@ -151,11 +151,10 @@ def read_adapter(place: Place, config: ModelConfig, mesh: AnyMesh) -> Overlay:
         entries = {name: np.zeros(shape, np.float32) for name, (_, shape) in shapes.items()}
     for (row_path, layer), (a, b) in found.items():
         slot, lower, upper = layers.index(layer), entries[row_path + A], entries[row_path + B]
-        lower[slot, : len(a)] = a.reshape(-1, *lower.shape[2:])
-        upper[slot, ..., : len(a)] = b.reshape(*upper.shape[1:-1], -1)
+        lower[slot, : len(a)], upper[slot, :, : len(a)] = a, b
     like = parts.abstract(mesh, np.float32)[TRAIN]
     given = {**entries, **whole}
-    placed = {name: jax.device_put(given[name].reshape(one.shape), one.sharding) for name, one in like.items()}
+    placed = {name: jax.device_put(given[name], one.sharding) for name, one in like.items()}
     return Overlay(parts, {TRAIN: placed}, Path(place.named), 0)
 
 

@@ -26,8 +26,8 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.shards import Tensors, find_tensors, read_json_object, same_values
-from jaxcrit.models.weights import Weight, hf_shapes, offsets, table
-from jaxcrit.parallel.mesh import make_mesh, spec_for
+from jaxcrit.models.weights import Weight, hf_shapes, offsets, placement, table
+from jaxcrit.parallel.mesh import make_mesh
 
 Progress = Callable[[int, int, str], None]
 DTYPES: dict[str, Any] = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
@@ -245,7 +245,7 @@ def _finite(array: jax.Array, stacked: bool) -> jax.Array:
 
 def _load_row(checkpoint: Checkpoint, row: Weight, begin: int, dtype: np.dtype, mesh: Mesh) -> jax.Array:
     shape = row.shape(checkpoint.config)
-    sharding = NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.hf))
+    sharding = NamedSharding(mesh, placement(row.axes, checkpoint.config, mesh, row.hf))
     made: dict[Any, np.ndarray] = {}
 
     def shard(index: Any) -> np.ndarray:
@@ -263,26 +263,17 @@ def _read_shard(
     """One device's part of one of our arrays, from the byte ranges of the file that hold it."""
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
     layers = range(*bounds.pop(0)) if row.stacked else [None]
-    sizes = list(shape[1:] if row.stacked else shape)
-    ranges, axis = [], 0
-    for group in row.groups:
-        inner = int(np.prod(sizes[axis + 1 : axis + len(group)], dtype=np.int64))
-        # Within a group only the outermost axis is ever sharded (heads, not head_dim): rows stay contiguous.
-        ranges.append(slice(bounds[axis][0] * inner, bounds[axis][1] * inner))
-        axis += len(group)
-    rows = slice(ranges[0].start + begin, ranges[0].stop + begin)
-    columns = ranges[1] if len(ranges) > 1 else None
+    first, columns = bounds[0][0] + begin, slice(*bounds[1]) if len(bounds) > 1 else None
     lengths = [stop - start for start, stop in bounds]
     out = _aligned(([len(layers)] if row.stacked else []) + lengths, dtype)
     for slot, layer in enumerate(layers):
         name, part = row.hf.format(layer), out[slot] if row.stacked else out
-        flat = part.reshape(rows.stop - rows.start, -1)
         # safetensors copies what it reads, and maps whole rows even where some columns are wanted: keep both small.
         step = max(1, _READ_BYTES // (4 * math.prod(row.hf_shape(checkpoint.config)[1:])))
-        for start in range(0, len(flat), step):
-            some = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+        for start in range(0, len(part), step):
+            some = slice(first + start, first + min(start + step, len(part)))
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is named by `load`
-                flat[start : start + step] = checkpoint.read(name, some, columns).reshape(-1, flat.shape[1])
+                part[start : start + step] = checkpoint.read(name, some, columns)
     return out
 
 

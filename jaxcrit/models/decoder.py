@@ -1,7 +1,8 @@
 """The decoder: one file to read top to bottom, for every family; what differs between them is data in ModelConfig.
 
-Weights keep the orientation of the checkpoint, [out, in], so that loading and export are reshapes, never
-transposes (contracting the last axis costs the same on CPU: 14.7 ms against 14.7 ms for 1024x768 by 2048x768).
+Weights are matrices [out, in] as in the checkpoint, so that loading and export change nothing (contracting the last
+axis costs the same on CPU: 14.7 ms against 14.7 ms for 1024x768 by 2048x768). Those of attention are too: as
+[heads, head_dim, in] each would be transposed for its product, in every layer and pass.
 Blocks are stacked [L, ...] and run by one `jax.lax.scan` over slots of the stack.
 """
 
@@ -23,8 +24,8 @@ from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
 from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
-from jaxcrit.models.weights import HALVES, Weight, halves, table
-from jaxcrit.parallel.mesh import AnyMesh, batch_sharding, spec_for
+from jaxcrit.models.weights import HALVES, Weight, halves, placement, table
+from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Stored = tuple[Cache, jax.Array] | LayerCache
 _EVERYTHING = 2**30  # a window wider than any context
@@ -92,13 +93,13 @@ class Block(nnx.Module):
         own = {name: value.get_value() for name, value in vars(self).items() if isinstance(value, nnx.Param)}
         return Block(self.config, {**own, **weights})
 
-    def linear(self, x: jax.Array, name: str, inside: str, out: str) -> jax.Array:
-        """A linear layer from the axes ``inside`` to the axes ``out``, behind batch and time."""
-        y = jnp.einsum(f"bt{inside},{out}{inside}->bt{out}", x, self.weight(name, x))
+    def linear(self, x: jax.Array, name: str) -> jax.Array:
+        """The linear layer of that name, ``[B, T, in]`` to ``[B, T, out]``."""
+        y = jnp.einsum("bti,oi->bto", x, self.weight(name, x))
         lower = self.weight(f"{name}_lora_a", x)
         if lower is not None:
-            low = jnp.einsum(f"bt{inside},r{inside}->btr", x, lower)
-            y += jnp.einsum(f"btr,{out}r->bt{out}", low, self.weight(f"{name}_lora_b", x))
+            low = jnp.einsum("bti,ri->btr", x, lower)
+            y += jnp.einsum("btr,or->bto", low, self.weight(f"{name}_lora_b", x))
         bias = self.weight(f"{name}_bias", x)
         return y if bias is None else y + bias
 
@@ -141,7 +142,10 @@ class Block(nnx.Module):
     ) -> tuple[jax.Array, Stored | None]:
         """Grouped-query attention with rotary positions; arguments as of the call."""
         q, k, v = self.qkv(x)
-        if self.config.qk_norm:
+        if self.config.qk_norm == "all":
+            q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
+        q, k, v = (part.reshape(*part.shape[:2], -1, self.config.head_dim) for part in (q, k, v))
+        if self.config.qk_norm == "head":
             q, k = self.norm(q, "q_norm"), self.norm(k, "k_norm")
         cos, sin = context.cos, context.sin
         if self.config.rope.others:
@@ -175,16 +179,16 @@ class Block(nnx.Module):
         return self.out(attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)), cache
 
     def qkv(self, x: jax.Array) -> Sequence[jax.Array]:
-        """Queries ``[B, T, H, head_dim]``, keys and values ``[B, T, K, head_dim]``."""
-        return [self.linear(x, name, "d", "hk") for name in ("q", "k", "v")]
+        """Queries ``[B, T, H head_dim]``, keys and values ``[B, T, K head_dim]``, head behind head."""
+        return [self.linear(x, name) for name in ("q", "k", "v")]
 
     def out(self, mixed: jax.Array) -> jax.Array:
-        """What attention adds to the stream, ``[B, T, D]``, from what its heads give."""
-        return self.linear(mixed, "o", "hk", "d")
+        """What attention adds to the stream, ``[B, T, D]``, from what its heads give, ``[B, T, H, head_dim]``."""
+        return self.linear(mixed.reshape(*mixed.shape[:2], -1), "o")
 
     def gate_up(self, x: jax.Array) -> Sequence[jax.Array]:
         """The two inner projections of the MLP, each ``[B, T, F]``."""
-        return [self.linear(x, name, "d", "f") for name in ("gate", "up")]
+        return [self.linear(x, name) for name in ("gate", "up")]
 
     @staticmethod
     def visible(context: Context, key_positions: jax.Array, window: jax.Array | None) -> jax.Array:
@@ -201,7 +205,7 @@ class Block(nnx.Module):
         """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``; ``visit`` as of the call."""
         gate, up = self.gate_up(x)
         inner = _ACTIVATIONS[self.config.activation](gate) * up
-        return self.linear((visit or _untouched)("ff", inner, inner), "down", "f", "d")
+        return self.linear((visit or _untouched)("ff", inner, inner), "down")
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""
@@ -241,9 +245,9 @@ class Decoder(nnx.Module):
 
 
 def rms_norm(x: jax.Array, weight: jax.Array, config: ModelConfig) -> jax.Array:
-    """Root-mean-square norm over the weight's axes, in float32, then scaled as transformers does for the family."""
-    wide, axes = x.astype(jnp.float32), tuple(range(-weight.ndim, 0))
-    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=axes, keepdims=True) + config.norm_eps)
+    """Root-mean-square norm over the last axis, in float32, then scaled as transformers does for the family."""
+    wide = x.astype(jnp.float32)
+    normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + config.norm_eps)
     if config.norm_offset is None:
         return weight.astype(x.dtype) * normed.astype(x.dtype)
     return ((weight.astype(jnp.float32) + config.norm_offset) * normed).astype(x.dtype)
@@ -254,7 +258,7 @@ def abstract(config: ModelConfig, dtype: Any = np.float32, mesh: AnyMesh | None 
 
     def like(row: Weight) -> jax.ShapeDtypeStruct:
         shape = row.shape(config)
-        place = None if mesh is None else NamedSharding(mesh, spec_for(row.axes, shape, mesh, row.path))
+        place = None if mesh is None else NamedSharding(mesh, placement(row.axes, config, mesh, row.path))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=place)
 
     return Decoder(config, {row.path: like(row) for row in table(config)})
@@ -356,8 +360,8 @@ def run_span(
     slots: jax.Array,
     x: jax.Array,
     context: Context,
-    start: jax.Array,
-    stop: jax.Array,
+    start: jax.Array | int,
+    stop: jax.Array | int,
     *,
     windows: jax.Array | None = None,
     cache: Cache | None = None,
@@ -386,7 +390,7 @@ def run_span(
         Output with taps of the whole order ``[n, ...]``, zeros at steps that are not run.
     """
 
-    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache | None, dict[str, Any]]:
+    def block(index: jax.Array, x: jax.Array, cache: Cache | None) -> Any:
         slot, window, data = (
             jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), tree)
             for tree in (slots, windows, edits)

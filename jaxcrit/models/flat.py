@@ -1,8 +1,7 @@
 """Blocks laid out for generation on a CPU, where a step of a few tokens is bound by memory: each weight is read once.
 
-In a stack, every step would copy each layer's weights out of it, and transpose those of attention besides: 60 to 65 %
-of the time of a step of one row. Here each block has its own arrays, the projections that read the same input are one
-matrix, and keys and values lie heads first, as products read them.
+In a stack, every step would copy each layer's weights out of it. Here each block has its own arrays, the projections
+that read the same input are one matrix, and keys and values lie heads first, as products read them.
 """
 
 from __future__ import annotations
@@ -20,41 +19,34 @@ from jaxcrit.models.decoder import Block
 
 
 class FlatBlock(Block):
-    """A decoder block whose ``attn_in`` (q, k, v), ``mlp_in`` (gate, up) and ``o`` are matrices ``[out, in]``."""
+    """A decoder block in which q, k and v are one matrix ``attn_in``, gate and up one matrix ``mlp_in``."""
 
     def qkv(self, x: jax.Array) -> list[jax.Array]:
         """Queries, keys and values from one product."""
         config = self.config
         counts = (config.num_heads, config.num_kv_heads, config.num_kv_heads)
         ends = np.cumsum(counts)[:-1] * config.head_dim
-        parts = jnp.split(self.linear(x, "attn_in", "d", "o"), ends, axis=-1)
-        return [part.reshape(*x.shape[:-1], count, config.head_dim) for part, count in zip(parts, counts, strict=True)]
-
-    def out(self, mixed: jax.Array) -> jax.Array:
-        """What attention adds, from the heads side by side."""
-        return self.linear(mixed.reshape(*mixed.shape[:-2], -1), "o", "h", "d")
+        return jnp.split(self.linear(x, "attn_in"), ends, axis=-1)
 
     def gate_up(self, x: jax.Array) -> list[jax.Array]:
         """Both inner projections from one product."""
-        return jnp.split(self.linear(x, "mlp_in", "d", "f"), 2, axis=-1)
+        return jnp.split(self.linear(x, "mlp_in"), 2, axis=-1)
 
 
 def flat_blocks(stack: Block) -> tuple[FlatBlock, ...]:
     """The blocks of a stack, each with its own arrays."""
     weights = {name: value.get_value() for name, value in vars(stack).items() if isinstance(value, nnx.Param)}
-    width = stack.config.width
 
     def block(layer: int) -> FlatBlock:
         own: dict[str, Any] = {name: value[layer] for name, value in weights.items()}
 
         def joined(name: str, parts: Sequence[str]) -> None:
-            own[name] = jnp.concatenate([own.pop(part).reshape(-1, width) for part in parts])
-            if f"{parts[0]}_bias" in own:
-                own[f"{name}_bias"] = jnp.concatenate([own.pop(f"{part}_bias").reshape(-1) for part in parts])
+            for end in ("", "_bias"):
+                if parts[0] + end in own:
+                    own[name + end] = jnp.concatenate([own.pop(part + end) for part in parts])
 
         joined("attn_in", ("q", "k", "v"))
         joined("mlp_in", ("gate", "up"))
-        own["o"] = own["o"].reshape(width, -1)
         return FlatBlock(stack.config, own)
 
     return tuple(block(layer) for layer in range(stack.config.num_layers))

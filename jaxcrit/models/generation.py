@@ -181,7 +181,7 @@ def prefill_step(
     decoder: Decoder, tokens: jax.Array, lengths: jax.Array, max_new_tokens: int, mesh: Mesh | None
 ) -> Cache:
     """The cache of prompts ``[B, T]`` with room for the new tokens."""
-    empty = _empty_cache(decoder, len(tokens), tokens.shape[1] + max_new_tokens, mesh)
+    empty = dataclasses.replace(empty_cache(decoder, *tokens.shape, max_new_tokens, mesh), fresh=True)
     found = forward(decoder, tokens, lengths=lengths, cache=empty, mesh=mesh).cache
     assert found is not None
     return dataclasses.replace(found, fresh=False)
@@ -274,13 +274,15 @@ def _rows(mesh: Mesh | None) -> NamedSharding | None:
     return None if mesh is None else batch_sharding(mesh)
 
 
-def _empty_cache(decoder: Decoder, batch: int, length: int, mesh: Mesh | None) -> Cache:
+@functools.partial(jax.jit, static_argnames=("batch", "length", "room", "mesh"))
+def empty_cache(decoder: Decoder, batch: int, length: int, room: int, mesh: Mesh | None) -> Cache:
+    """A cache for prompts of ``length`` tokens and ``room`` more."""
     config = decoder.config
-    shape = (config.num_layers, batch, length, config.num_kv_heads, config.head_dim)
+    shape = (config.num_layers, batch, length + room, config.num_kv_heads, config.head_dim)
     empty = jnp.zeros(shape, decoder.embed[...].dtype)
     if mesh is not None:
         empty = jax.lax.with_sharding_constraint(empty, cache_sharding(config, mesh))
-    return Cache(empty, empty, fresh=True)
+    return Cache(empty, empty)
 
 
 def cache_sharding(config: ModelConfig, mesh: AnyMesh) -> NamedSharding:

@@ -59,8 +59,8 @@ class Patch:
     """
 
     at: jax.Array | np.ndarray
-    active: Mapping[Site, jax.Array | np.ndarray]
-    values: Mapping[Site, jax.Array | np.ndarray]
+    active: Mapping[str, jax.Array | np.ndarray]
+    values: Mapping[str, jax.Array | np.ndarray]
 
 
 def _put(site: Site, before: jax.Array, after: jax.Array, data: Patch, positions: jax.Array) -> jax.Array:

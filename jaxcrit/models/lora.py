@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.weights import Weight, offsets, sizes, table
+from jaxcrit.models.weights import Weight, offsets, table
 
 A, B = "_lora_a", "_lora_b"
 
@@ -52,12 +52,11 @@ class Lora:
 
     def shapes(self, config: ModelConfig, count: int) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
         """Logical axes and shape of each adapter array, stacked over ``count`` layers."""
-        length = sizes(config) | {"layers": count, "rank": self.rank}
-        found = {}
+        found: dict[str, tuple[tuple[str, ...], tuple[int, ...]]] = {}
         for row in self.rows(config):
-            out, inside = row.groups
-            for end, axes in ((A, ("layers", "rank", *inside)), (B, ("layers", *out, "rank"))):
-                found[row.path + end] = (axes, tuple(length[axis] for axis in axes))
+            (layers, out, inside), (outs, ins) = row.axes, row.hf_shape(config)
+            found[row.path + A] = (layers, "rank", inside), (count, self.rank, ins)
+            found[row.path + B] = (layers, out, "rank"), (count, outs, self.rank)
         return found
 
     def initial(self, config: ModelConfig, layers: Sequence[int], seed: int) -> dict[str, jax.Array]:
@@ -68,7 +67,7 @@ class Lora:
             if row.path + A not in shapes:
                 continue
             (_, lower), (_, upper) = shapes[row.path + A], shapes[row.path + B]
-            bound = 1 / math.sqrt(math.prod(lower[2:]))
+            bound = 1 / math.sqrt(lower[2])
             key = jax.random.fold_in(jax.random.key(seed), number)
             draws = [
                 jax.random.uniform(jax.random.fold_in(key, layer), lower[1:], jnp.float32, -bound, bound)
@@ -89,9 +88,7 @@ class Lora:
         """By path, what is added to the weights ``[n, ...]``, float32; one after the other."""
         for row in self.rows(config):
             a, b = (entries[row.path + end] for end in (A, B))
-            flat = b.reshape(b.shape[0], -1, self.rank), a.reshape(*a.shape[:2], -1)
-            product = jnp.einsum("nor,nri->noi", *flat, precision=jax.lax.Precision.HIGHEST)
-            yield row.path, self.scale * product.reshape(b.shape[0], *b.shape[1:-1], *a.shape[2:])
+            yield row.path, self.scale * jnp.einsum("nor,nri->noi", b, a, precision=jax.lax.Precision.HIGHEST)
 
 
 def linears(config: ModelConfig) -> list[Weight]:
@@ -137,13 +134,11 @@ def peft_tensors(
     for slot, layer in enumerate(layers):
         for hf, rows in _modules(config, lora).items():
             out = sum(shapes[row.path][0] for row in table(config) if row.hf == hf)
-            lower = [np.asarray(entries[row.path + A][slot]).reshape(lora.rank, -1) for row in rows]
+            lower = [np.asarray(entries[row.path + A][slot]) for row in rows]
             upper = np.zeros((out, lora.rank * len(rows)), np.float32)
             for number, row in enumerate(rows):
                 here = slice(begin[row.path], begin[row.path] + shapes[row.path][0])
-                upper[here, number * lora.rank : (number + 1) * lora.rank] = np.asarray(
-                    entries[row.path + B][slot]
-                ).reshape(-1, lora.rank)
+                upper[here, number * lora.rank : (number + 1) * lora.rank] = entries[row.path + B][slot]
             name = "base_model.model." + hf.format(layer).removesuffix(".weight")
             tensors |= {f"{name}.lora_A.weight": np.concatenate(lower), f"{name}.lora_B.weight": upper}
     return tensors

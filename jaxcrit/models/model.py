@@ -370,30 +370,36 @@ def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
     return tuple(sorted(changed))
 
 
-def check_pair(base: Model, tuned: Model) -> None:
+def check_pair(base: Model, tuned: Model, roles: tuple[str, str] = ("base", "tuned")) -> None:
     """Checks that one model can be tuned from the other.
+
+    Args:
+        base: one model.
+        tuned: the other.
+        roles: options that name the two.
 
     Raises:
         UserError: their shapes, their arithmetic, their vocabularies or their devices differ.
     """
+    one, other = (f"{role} model" if role == "tuned" else role for role in roles)
     names = [field.name for field in dataclasses.fields(ModelConfig) if field.name not in _FREE]
     differ = [
-        f"{name} {getattr(base.config, name)} in the base, {getattr(tuned.config, name)} in the tuned model"
+        f"{name} {getattr(base.config, name)} in the {one}, {getattr(tuned.config, name)} in the {other}"
         for name in names
         if getattr(base.config, name) != getattr(tuned.config, name)
     ]
-    where = f"--base={base.checkpoint.path} --tuned={tuned.checkpoint.path}"
+    where = f"--{roles[0]}={base.checkpoint.path} --{roles[1]}={tuned.checkpoint.path}"
     if differ:
-        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give the very base")
+        raise UserError(f"{where}: expected models of one shape, got {'; '.join(differ)}; give two of one origin")
     if base.mesh != tuned.mesh:
         raise UserError(
-            f"{where}: expected models on one mesh, got {dict(base.mesh.shape)} for the base and"
-            f" {dict(tuned.mesh.shape)} for the tuned model; open both with one --mesh"
+            f"{where}: expected models on one mesh, got {dict(base.mesh.shape)} for the {one} and"
+            f" {dict(tuned.mesh.shape)} for the {other}; open both with one --mesh"
         )
     ours, theirs = base.tokenizer.get_vocab(), tuned.tokenizer.get_vocab()
     if ours != theirs:
-        other = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
+        token = next(token for token in {**ours, **theirs} if ours.get(token) != theirs.get(token))
         raise UserError(
-            f"{where}: expected one tokenizer, got two; token {other!r} is {ours.get(other, 'absent')} in the base and"
-            f" {theirs.get(other, 'absent')} in the tuned model"
+            f"{where}: expected one tokenizer, got two; token {token!r} is {ours.get(token, 'absent')} in the {one} and"
+            f" {theirs.get(token, 'absent')} in the {other}"
         )

@@ -22,8 +22,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import Lora
-from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import AnyMesh, spec_for
+from jaxcrit.models.weights import placement, table
+from jaxcrit.parallel.mesh import AnyMesh
 
 FROZEN, TRAIN = "frozen", "train"
 OUTSIDE = ("embed", "norm", "head")
@@ -124,7 +124,7 @@ class Partition:
                 path: jax.ShapeDtypeStruct(
                     shape,
                     dtype if group == FROZEN else jnp.float32,
-                    sharding=NamedSharding(mesh, spec_for(axes, shape, mesh, path)),
+                    sharding=NamedSharding(mesh, placement(axes, self.config, mesh, path)),
                 )
                 for path, (axes, shape) in entries.items()
             }

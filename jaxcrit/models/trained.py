@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import logging
+import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
@@ -20,6 +24,7 @@ from jaxcrit.models.partition import Bank
 
 FOLDER = "checkpoints"
 _LOGGER = logging.getLogger("absl")
+_HANDLER = ocp.StandardCheckpointHandler()
 # What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
 _SYSTEM = re.compile(
     "|".join(
@@ -29,7 +34,52 @@ _SYSTEM = re.compile(
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager, which reads what it can of a damaged directory."""
+    """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
+
+    def read(self, step: int, like: Mapping[str, Any], **further: ocp.args.CheckpointArgs) -> dict[str, Any]:
+        """Reads items of a checkpoint.
+
+        Runs made before weights of attention were matrices stored them by head, ``[n, heads, head_dim, in]``: they are
+        read so and take their new shape.
+
+        Args:
+            step: number of the checkpoint.
+            like: trees of abstract arrays with shardings, by item.
+            further: how other items are read.
+
+        Raises:
+            UserError: an array of another size than expected.
+        """
+        self.wait_until_finished()  # what is being written has no shapes yet
+        stored = {item: _HANDLER.metadata(self.directory / str(step) / item).tree for item in like}
+
+        def as_stored(item: str, keys: Any, leaf: Any) -> Any:
+            name = _named(keys)
+            shape = shapes[item].get(name, leaf.shape)
+            if shape == leaf.shape:
+                return leaf
+            if math.prod(shape) != math.prod(leaf.shape):
+                raise UserError(
+                    f"{self.directory}: the checkpoint of step {step} holds {name} of shape {shape}, expected"
+                    f" {leaf.shape}; it is of an older jaxcrit that stored this otherwise: finish the run with that one"
+                )
+            everywhere = NamedSharding(leaf.sharding.mesh, PartitionSpec())
+            return jax.ShapeDtypeStruct(shape, leaf.dtype, sharding=everywhere)
+
+        shapes = {
+            item: {
+                _named(keys): tuple(leaf.shape or ())
+                for keys, leaf in jax.tree_util.tree_leaves_with_path(stored[item])
+            }
+            for item in like
+        }
+        wanted = {
+            item: jax.tree_util.tree_map_with_path(functools.partial(as_stored, item), tree)
+            for item, tree in like.items()
+        }
+        arrays = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
+        found = self.restore(step, args=ocp.args.Composite(**arrays, **further))
+        return {**found, **{item: jax.tree.map(_shaped, found[item], tree) for item, tree in like.items()}}
 
     def metrics(self, step: int) -> Any:
         """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
@@ -82,11 +132,22 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         reason = ""
         for candidate in wanted:
             try:
-                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(like)))
-                return found["params"], candidate
+                return manager.read(candidate, {"params": like})["params"], candidate
+            except UserError:
+                raise
             except Exception as error:
                 reason = reason_of(error)
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
+
+
+def _named(keys: Any) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator=".")
+
+
+def _shaped(found: Any, like: Any) -> Any:
+    if found.shape == like.shape:
+        return found
+    return jax.jit(jnp.reshape, static_argnums=1, out_shardings=like.sharding)(found, like.shape)
 
 
 @contextlib.contextmanager

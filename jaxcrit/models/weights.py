@@ -1,8 +1,8 @@
 """The weight table: one row per kind of weight. Shapes, file tensors, shardings, loading and export follow from it.
 
-A row's axes are its shape: their names give the sizes (from the config) and the placement (from the mesh
-rules). Grouped axes are one dimension in the file, so a row's layout change is a reshape, or, where several
-rows share a tensor (Phi-3's fused projections), a slice of its first dimension.
+A row's axes give its shape (sizes from the config) and its placement (rules of the mesh). An array has the dimensions
+of the file's tensor, ``[out, in]``: heads and what is in them are one, so that a product reads a weight as it lies.
+What several rows share a tensor (Phi-3's fused projections) are slices of its first dimension.
 """
 
 from __future__ import annotations
@@ -13,9 +13,11 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
+from jax.sharding import PartitionSpec
 
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.families import FAMILIES
+from jaxcrit.parallel.mesh import AnyMesh, spec_for
 
 if TYPE_CHECKING:  # the decoder reads this table
     from jaxcrit.models.decoder import Decoder
@@ -48,13 +50,13 @@ class Weight:
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """Logical axes of our array, with ``layers`` in front where stacked."""
-        inside = tuple(axis for group in self.groups for axis in group)
-        return ("layers", *inside) if self.stacked else inside
+        """The axis by which each dimension of our array may be split, with ``layers`` in front where stacked."""
+        outermost = tuple(group[0] for group in self.groups)
+        return ("layers", *outermost) if self.stacked else outermost
 
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of our array."""
-        return tuple(sizes(config)[axis] for axis in self.axes)
+        return (config.num_layers, *self.hf_shape(config)) if self.stacked else self.hf_shape(config)
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of this row's part of the file's tensor, for one layer."""
@@ -72,6 +74,16 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "head_dim": config.head_dim,
         "ff": config.ff_width,
     }
+
+
+def placement(axes: Sequence[str], config: ModelConfig, mesh: AnyMesh, name: str) -> PartitionSpec:
+    """Places an array by its `Weight.axes`: a dimension made of heads is split between heads, never inside of one.
+
+    Raises:
+        UserError: see `spec_for`.
+    """
+    length = sizes(config)
+    return spec_for(axes, [length.get(axis, 1) for axis in axes], mesh, name)
 
 
 _EMBED, _FF = ("embed",), ("ff",)
@@ -157,8 +169,5 @@ def to_hf(decoder: Decoder, layers: Sequence[int] | None = None) -> Iterator[tup
     for hf, rows in parts.items():
         stacked = rows[0].stacked
         for layer in (range(config.num_layers) if layers is None else layers) if stacked else range(1):
-            pieces = [
-                np.asarray(weights[row.path][layer] if stacked else weights[row.path]).reshape(row.hf_shape(config))
-                for row in rows
-            ]
+            pieces = [np.asarray(weights[row.path][layer] if stacked else weights[row.path]) for row in rows]
             yield hf.format(layer), pieces[0] if len(pieces) == 1 else np.concatenate(pieces)

@@ -107,7 +107,7 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, na
 
     Args:
         axes: logical axis of each dimension (a key of `RULES`), or None.
-        shape: sizes of the dimensions.
+        shape: sizes of the dimensions; of one made of heads, their number.
         mesh: from `make_mesh`.
         name: the tensor's, for errors.
 

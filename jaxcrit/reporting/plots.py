@@ -365,3 +365,39 @@ def auroc_curve(auroc: Mapping[str, Any], axes: Axes) -> None:
     layer_axis(axes, len(values))
     axes.set_ylabel("AUROC")
     axes.legend(frameon=False, fontsize=9)
+
+
+def trace_panels(
+    scores: Mapping[str, LayerScores],
+    layers: Sequence[int],
+    jump: int,
+    beside: Mapping[str, LayerScores],
+    figure: Figure,
+) -> None:
+    """Effects of putting things back: at the subject, in windows, at the last token; ±1.96 standard errors.
+
+    Args:
+        scores: ``trace``, ``trace_recall``, ``trace_mlp``, ``trace_attn``, ``trace_last``.
+        layers: layers to shade in the first panel.
+        jump: layer where ``trace_last`` rises most, marked in the third.
+        beside: other scores of the model, drawn on an axis of their own in the third.
+        figure: figure to draw on, empty.
+    """
+    panels = figure.subplots(3, 1, sharex=True)
+    groups = (("trace", "trace_recall"), ("trace_mlp", "trace_attn"), ("trace_last",))
+    for axes, keys in zip(panels, groups, strict=True):
+        for index, key in enumerate(keys):
+            score, color = scores[key], LINES[index]
+            axes.plot(np.arange(score.num_layers), score.values, "o-", color=color, markersize=3.5, label=key)
+            _band(axes, score, color, 0.18)
+        layer_axis(axes, scores["trace"].num_layers)
+        axes.set_ylabel("probability brought back")
+        axes.legend(frameon=False, fontsize=9, loc="upper right")
+    mark(panels[0], layers)
+    panels[2].axvline(jump, color=NULL, linestyle=":", linewidth=1)
+    if beside:
+        right = panels[2].twinx()
+        for index, (key, score) in enumerate(beside.items(), 1):
+            right.plot(np.arange(score.num_layers), score.values, "s--", color=LINES[index], markersize=2.5, label=key)
+        right.spines["top"].set_visible(False)
+        right.legend(frameon=False, fontsize=9, loc="lower left")

@@ -50,18 +50,16 @@ class Bounds:
 
     Attributes:
         size: benign prompts n.
-        cohesion: ``[L]`` mean cosine of each with the mean of the others.
         interest: layer of interest; None where cohesion rises nowhere in the second half.
         layers: layers that the score is made of.
         weights: their weights, of sum 1.
         centroid: ``[L, D]`` mean state.
-        mean: ``[L]`` cohesion by layer again, and of the score behind it; ``[L + 1]``.
+        mean: ``[L + 1]`` means of the benign cosines by layer, each with the mean of the others, and of the score.
         spread: ``[L + 1]`` standard deviations of the same.
         threshold: score below which a prompt is flagged.
     """
 
     size: int
-    cohesion: np.ndarray
     interest: int | None
     layers: tuple[int, ...]
     weights: np.ndarray
@@ -74,8 +72,7 @@ class Bounds:
     def of(cls, states: np.ndarray, rule: Rule) -> Bounds:
         """Bounds of a class from its benign states ``[n, L, D]``."""
         cosines = leave_one_out(states)
-        cohesion = cosines.mean(axis=0)
-        rises = rise(cohesion)
+        rises = rise(cosines.mean(axis=0))
         if rule.normed:
             rises[-1] = np.nan
         interest = layer_of_interest(rises)
@@ -86,7 +83,12 @@ class Bounds:
         centroid = states.mean(axis=0, dtype=np.float64)
         mean, spread = whole.mean(axis=0), whole.std(axis=0)
         threshold = rule.threshold(whole[:, -1])
-        return cls(len(states), cohesion, interest, layers, weights, centroid, mean, spread, threshold)
+        return cls(len(states), interest, layers, weights, centroid, mean, spread, threshold)
+
+    @property
+    def cohesion(self) -> np.ndarray:
+        """Mean cosine of each benign prompt with the mean of the others, ``[L]``."""
+        return self.mean[:-1]
 
     def cosines(self, states: np.ndarray) -> np.ndarray:
         """Cosines with the centroid by layer, and behind them the score, their sum; ``[m, L, D]`` to ``[m, L + 1]``."""

@@ -129,16 +129,17 @@ class Checkpoints:
 
         Returns:
             What was found, or None where there is nothing.
+
+        Raises:
+            UserError: see `Manager.read`.
         """
         skipped: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            wanted = ocp.args.Composite(
-                params=ocp.args.StandardRestore(like.params),
-                optimizer=ocp.args.StandardRestore(like.optimizer),
-                meta=ocp.args.JsonRestore(),
-            )
+            wanted = {"params": like.params, "optimizer": like.optimizer}
             try:
-                found = self._manager.restore(step, args=wanted)
+                found = self._manager.read(step, wanted, meta=ocp.args.JsonRestore())
+            except UserError:
+                raise
             except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
                 skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason_of(error)})")
                 continue

@@ -4,6 +4,7 @@ import hashlib
 import json
 import struct
 
+import jax
 import ml_dtypes
 import numpy as np
 import pytest
@@ -14,9 +15,10 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.models import checkpoint as checkpoints
 from jaxcrit.models.checkpoint import locate, model_hash, open_checkpoint
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import forward
 from jaxcrit.models.export import write_checkpoint
-from jaxcrit.models.weights import table
-from jaxcrit.parallel.mesh import make_mesh, parse_mesh, spec_for
+from jaxcrit.models.weights import placement, table
+from jaxcrit.parallel.mesh import make_mesh, parse_mesh
 
 RAW = raw_config("llama-gqa")
 NORM, DOWN = "model.norm.weight", "model.layers.1.mlp.down_proj.weight"
@@ -68,7 +70,7 @@ def test_fused_rows_are_parted(tmp_path):
     raw = raw_config("phi3-gqa-sliding")
     weights, held = load_path(write_model(tmp_path, raw)).weights(), tensors(raw)
     fused = held["model.layers.1.self_attn.qkv_proj.weight"]
-    np.testing.assert_array_equal(weights["blocks.k"][1], fused[32:48].reshape(2, 8, 32))
+    np.testing.assert_array_equal(weights["blocks.k"][1], fused[32:48])
     np.testing.assert_array_equal(weights["blocks.up"][1], held["model.layers.1.mlp.gate_up_proj.weight"][48:])
 
 
@@ -115,17 +117,33 @@ def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
     expected = load_path(write_model(tmp_path, raw)).weights()
     mesh = make_mesh(parse_mesh(mesh))
     weights = load_path(tmp_path, mesh=mesh).weights()
-    for row in table(ModelConfig.from_hf(raw)):
+    config = ModelConfig.from_hf(raw)
+    for row in table(config):
         value = weights[row.path]
         np.testing.assert_array_equal(value, expected[row.path])
-        parts = [mesh.shape[axis] if axis else 1 for axis in spec_for(row.axes, value.shape, mesh, row.hf)]
+        parts = [mesh.shape[axis] if axis else 1 for axis in placement(row.axes, config, mesh, row.hf)]
         assert value.addressable_shards[0].data.shape == tuple(
             size // part for size, part in zip(value.shape, parts, strict=True)
         )
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
     assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, 48 // tensor, 32 // fsdp)
     if raw["num_key_value_heads"] == 1:  # one head cannot be parted: every device keeps it
-        assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 1, 8, 32 // fsdp)
+        assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 8, 32 // fsdp)
+
+
+def test_heads_are_never_halved(tmp_path):
+    """Three heads of 4 divide over two devices as 12 rows do; they must not."""
+    mesh = make_mesh({"data": 4, "tensor": 2})
+    raw = {**RAW, "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 4}
+    decoder = load_path(write_model(tmp_path / "even", raw), mesh=mesh)
+    parts = {name: value.addressable_shards[0].data.shape for name, value in decoder.weights().items()}
+    assert parts["blocks.q"] == (3, 12, 32) and parts["blocks.o"] == (3, 32, 12)
+    assert parts["blocks.k"] == parts["blocks.v"] == (3, 12, 32)  # whole on every device
+    tokens = np.arange(24, dtype=np.int32).reshape(4, 6)
+    whole = jax.jit(forward)(load_path(tmp_path / "even"), tokens).hidden
+    np.testing.assert_allclose(jax.jit(forward)(decoder, tokens).hidden, whole, atol=1e-5)
+    path = write_model(tmp_path / "odd", {**raw, "num_attention_heads": 3})
+    refused(path, "heads of size 3 does not divide over tensor=2", lambda path: load_path(path, mesh=mesh))
 
 
 def test_what_does_not_divide_is_refused(tmp_path):

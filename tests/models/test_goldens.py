@@ -86,14 +86,15 @@ def test_a_mistake_in_a_row_shows(mistake, tmp_path):
 @pytest.mark.parametrize("name", ["q_norm", "k_norm"])
 def test_a_norm_by_head_instead_of_over_all_heads_shows(name, tmp_path, monkeypatch):
     right = decoder_of("olmo2", tmp_path)
-    assert right.weights()[f"blocks.{name}"].ndim == 3
+    assert right.weights()[f"blocks.{name}"].ndim == 2
     norm = Block.norm
 
     def by_head(self, x, asked):
         if asked != name:
             return norm(self, x, asked)
-        plain = jnp.ones(x.shape[-1])
-        return rms_norm(x, plain, self.config) * getattr(self, name)[...]
+        heads = x.reshape(*x.shape[:2], -1, self.config.head_dim)
+        normed = rms_norm(heads, jnp.ones(self.config.head_dim), self.config)
+        return normed.reshape(x.shape) * getattr(self, name)[...]
 
     monkeypatch.setattr(Block, "norm", by_head)
     # Another config, or the program compiled before would be taken.

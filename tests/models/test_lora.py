@@ -61,6 +61,9 @@ def test_a_begins_uniform_as_in_peft_and_follows_from_seed_and_layer():
         inside = row.hf_shape(CONFIG)[1]
         assert not b.any() and a.shape[:2] == (2, 3) and a[0].size == 3 * inside
         assert 0.8 < np.abs(a).max() * np.sqrt(inside) <= 1 and abs(a.mean()) * np.sqrt(inside) < 0.25
+    first = functools.reduce(jax.random.fold_in, (0, 1), jax.random.key(7))  # of the first linear layer, in layer 1
+    by_head = jax.random.uniform(first, (3, CONFIG.num_heads, CONFIG.head_dim), minval=-0.25, maxval=0.25)
+    np.testing.assert_array_equal(made["blocks.o_lora_a"][0], by_head.reshape(3, -1))  # as runs before matrices drew
     alone, other = LORA.initial(CONFIG, (4,), seed=7), LORA.initial(CONFIG, (4,), seed=8)
     np.testing.assert_array_equal(alone["blocks.q_lora_a"][0], made["blocks.q_lora_a"][1])
     assert (np.asarray(alone["blocks.q_lora_a"]) != np.asarray(other["blocks.q_lora_a"])).all()

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.known_facts import knowing_checkpoint
 
 import jaxcrit
 from jaxcrit.core.errors import UserError
@@ -163,7 +164,7 @@ def wait_for_step(out, step, processes):
         time.sleep(0.05)
 
 
-def other_commands(tuned, states):
+def other_commands(tuned, states, known):
     """Every command that is not tested above; those that run a model in front, with a mesh across the processes."""
     rows = f"--data={ROWS}"
     return [
@@ -183,7 +184,18 @@ def other_commands(tuned, states):
         ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
         ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
+        ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
+        [
+            "generate",
+            rows,
+            f"--sender={tuned}",
+            "--recompute=first:4",
+            "--limit=8",
+            "--max_new_tokens=2",
+            "--out=mixed",
+        ],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
+        ["trace", f"--model={known[0]}", f"--facts={known[1]}", "--samples=2", "--out=trace"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
         ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
         ["analyze", rows, "--limit=16", "--form=tiled", "--out=tiled"],
@@ -232,7 +244,7 @@ def test_every_other_command(tmp_path):
         f"--out={tuned}",
     ]
     capture = ["analyze", f"--data={ROWS}", "--limit=16", "--save_activations", f"--out={tmp_path / 'states'}"]
-    commands = other_commands(tuned, tmp_path / "states")
+    commands = other_commands(tuned, tmp_path / "states", knowing_checkpoint(tmp_path / "known"))
     alone(json.dumps([train, capture, *commands]), folder=one, program=COMMANDS)
     for name in ("substitute", "generate"):
         shutil.copytree(one / name, folders[0] / name)
@@ -251,6 +263,8 @@ def test_every_other_command(tmp_path):
     for path in (
         "generate/generations.jsonl",
         "split/generations.jsonl",
+        "mixed/generations.jsonl",
+        "reuse/layers.json",
         "data/examples.jsonl",
         "selected.json",
         "export/model.safetensors",

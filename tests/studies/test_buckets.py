@@ -11,6 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from support.known_facts import knowing_checkpoint
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
@@ -90,6 +91,8 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
     jax.tree.map(np.testing.assert_array_equal, parameters(f"{BUCKET}/tuned"), parameters(tuned))
     run("substitute", f"--base={model}", f"--tuned={BUCKET}/tuned", f"--data={data}", out="swapped", twin=True)
+    pair = [f"--receiver={model}", f"--sender={BUCKET}/tuned", f"--data={data}"]
+    run("reuse", *pair, "--max_new_tokens=2", "--random=1", out="reused", twin=True)
     run("analyze", f"--model={BUCKET}/tuned", f"--data={data}", out="analysis-tuned")
     run("compare", f"--a={BUCKET}/analysis", f"--b={BUCKET}/analysis-tuned", out="compared", twin=True)
     run("spectrum", f"--run={BUCKET}/analysis", "--k=2", out="spectrum", twin=True)
@@ -103,6 +106,8 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     )
     run("select", f"--scores={BUCKET}/analysis/scores.json", "--layers=critical:2", out="layers.json")
     run("data", f"--model={model}", f"--data={data}", out="rendered", twin=True)
+    knowing, facts, _ = knowing_checkpoint(tmp_path / "known")
+    run("trace", f"--model={knowing}", f"--facts={facts}", "--samples=1", out="traced", twin=True)
     assert main(["export", f"--run={BUCKET}/tuned", f"--out={tmp_path / 'checkpoint'}"]) == 0
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
     # Models are local, runs excepted.

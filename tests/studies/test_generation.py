@@ -18,7 +18,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.evidence import answers
-from jaxcrit.models.generation import generate
+from jaxcrit.models.generation import decode, generate
 from jaxcrit.models.model import open_model
 from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.preemption import Preempted
@@ -67,14 +67,14 @@ def test_a_dataset_is_answered_the_same_in_company(config, tmp_path, monkeypatch
     both = dataclasses.replace(config, data=f"{config.data},{other}", temperature=1.0)
     shared, calls = [], []
 
-    def watched(decoder, tokens, lengths, *args, **kwargs):
+    def watched(*args, **kwargs):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
         shared.append(kwargs["samples"].tolist())
-        return generate(decoder, tokens, lengths, *args, **kwargs)
+        return decode(*args, **kwargs)
 
-    monkeypatch.setattr(answers, "generate", watched)
+    monkeypatch.setattr(answers, "decode", watched)
     with pytest.raises(KeyboardInterrupt):
         run_generate(both)
     parts = [lines(tmp_path / "run" / name / "generations.jsonl.part") for name in ("prompts", "others")]
@@ -97,9 +97,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypa
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*args, **kwargs)
+        return decode(*args, **kwargs)
 
-    monkeypatch.setattr(answers, "generate", twice)
+    monkeypatch.setattr(answers, "decode", twice)
     with pytest.raises(KeyboardInterrupt):
         run_generate(config)
     part = tmp_path / "run" / "generations.jsonl.part"
@@ -119,10 +119,10 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
 
     def told(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return generate(*args, **kwargs)
+        return decode(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"with \d+ of 12 prompts answered"):
-        patch.setattr(answers, "generate", told)
+        patch.setattr(answers, "decode", told)
         run_generate(config)
     kept = (tmp_path / "run/generations.jsonl.part").read_text().splitlines()
     assert 4 <= len(kept) <= 8

@@ -62,7 +62,7 @@ def test_restored_onto_another_mesh(saved):
     with Checkpoints(run) as checkpoints:
         state = checkpoints.restore(target(other)).state
     same(state, held[2])
-    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (2, 4, 4, 16)]
+    moments = [leaf for leaf in jax.tree.leaves(state.optimizer) if leaf.shape == (2, 16, 16)]
     assert moments and all("fsdp" in str(leaf.sharding.spec) for leaf in moments)
 
 
@@ -169,3 +169,45 @@ def test_the_best_and_the_newest_are_kept_even_of_a_run_that_goes_on(tmp_path):
                 checkpoints.save(trainer.state, {}, loss)
     assert sorted(int(path.name) for path in (tmp_path / FOLDER).iterdir()) == [2, 6, 7]
     assert trained_parameters(tmp_path, target(trainer).params, "best")[1] == 2
+
+
+def by_head(tree, config):
+    """Arrays of attention as runs stored them before they were matrices."""
+    heads = {"q": config.num_heads, "k": config.num_kv_heads, "v": config.num_kv_heads}
+
+    def shaped(keys, leaf):
+        name = str(keys[-1]).partition("blocks.")[2].rstrip("']")
+        if name in heads:
+            return leaf.reshape(len(leaf), heads[name], config.head_dim, -1)
+        return leaf.reshape(*leaf.shape[:2], config.num_heads, config.head_dim) if name == "o" else leaf
+
+    return jax.tree_util.tree_map_with_path(shaped, tree)
+
+
+@pytest.mark.parametrize("mesh", [None, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_checkpoints_with_attention_by_head_are_read(saved, tmp_path, mesh):
+    _, held, trainer = saved
+    old = by_head(held[2], trainer.partition.config)
+    assert old.params["train"]["blocks.k"].shape == (2, 2, 4, 16) and old.params["train"]["blocks.o"].ndim == 4
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(jax.tree.map(jax.numpy.asarray, old), {})
+    like = target(trainer if mesh is None else Trainer(mesh=make_mesh(mesh)))
+    with Checkpoints(tmp_path) as checkpoints:
+        state = checkpoints.restore(like).state
+    same(state, held[2])
+    jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted.sharding or pytest.fail(str(leaf.shape)), state, like)
+    same(trained_parameters(tmp_path, like.params)[0], held[2].params)
+
+
+def test_another_layout_is_named_and_left_alone(saved, tmp_path):
+    _, held, trainer = saved
+    other = jax.tree.map(lambda leaf: leaf[..., :1], held[2].params)
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(State(other, held[2].optimizer, held[2].step), {})
+    expected = r"step 2 holds train\.blocks\.attn_norm of shape \(2, 1\), expected \(2, 16\); it is of an older jaxcrit"
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=expected):
+            checkpoints.restore(target(trainer))
+        assert checkpoints.last == 2
+    with pytest.raises(UserError, match=expected):
+        trained_parameters(tmp_path, target(trainer).params)

@@ -6,6 +6,7 @@ The model is that of STACK's prototypes: 32 layers, width 320, vocabulary 4,096,
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,10 @@ import numpy as np
 import pytest
 
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import abstract, forward
 from jaxcrit.models.partition import partition, size, split
+from jaxcrit.models.sites import Tap
+from jaxcrit.models.weights import table
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
@@ -39,8 +43,8 @@ FORWARD = 2 * TOKENS * BLOCK_WEIGHTS + 4 * TOKENS * LENGTH * WIDTH
 HEAD = 2 * TOKENS * WIDTH * VOCAB
 
 
-def shapes(layers, outside=()):
-    parts = partition(CONFIG, layers, outside)
+def shapes(layers, outside=(), config=CONFIG):
+    parts = partition(config, layers, outside)
     mesh = make_mesh(None, jax.devices()[:1])
     params, frozen = split(parts.abstract(mesh, jnp.float32))
     row = functools.partial(jax.ShapeDtypeStruct)
@@ -59,11 +63,12 @@ def temporaries(function, *arguments):
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes / 2**20
 
 
-def whole_step(layers):
-    parts, params, frozen, batch = shapes(layers)
+def whole_step(layers, config=CONFIG, tokens=(1, BATCH, LENGTH)):
+    parts, params, frozen, _ = shapes(layers, config=config)
     optimizer = make_optimizer("adamw", make_schedule("constant", 1e-3, 10), parts, clip=1.0)
     state = abstract_state(parts, optimizer, params)
-    micro = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((1, *leaf.shape), leaf.dtype), batch)
+    row = functools.partial(jax.ShapeDtypeStruct)
+    micro = TokenBatch(row(tokens, np.int32), row(tokens[:2], np.int32), row(tokens, np.bool_))
     return make_step(parts, optimizer, dtype=jnp.float32), state, frozen, micro
 
 
@@ -98,3 +103,24 @@ def test_no_backward_below_the_lowest_trained_layer(trained):
     to_lowest = HEAD + (LAYERS - min(trained)) * (products + 8 * TOKENS * LENGTH * WIDTH)
     expected = LAYERS * FORWARD + HEAD + to_lowest + len(trained) * products
     assert product_flops(gradient(parts, "runs", remat=False), params, frozen, batch) == expected
+
+
+def moved(compiled, config):
+    """Instructions of a compiled program that transpose or copy an array of as many elements as a layer's matrix."""
+    layers = {np.prod(row.hf_shape(config)) for row in table(config) if row.stacked and len(row.groups) == 2}
+    found = re.findall(r"= \w+\[([\d,]+)\]\S* (?:transpose|copy)\(", compiled.as_text())
+    assert found  # activations are moved
+    return [shape for shape in found if np.prod([int(size) for size in shape.split(",")]) in layers]
+
+
+def test_no_weight_is_transposed_or_copied_in_the_blocks():
+    """Sizes of activations, T = 251 tokens of 2 rows, are no weight's."""
+    config = ModelConfig.from_hf({**CONFIG.to_hf(), "num_attention_heads": 10, "num_key_value_heads": 5})
+    row = functools.partial(jax.ShapeDtypeStruct)
+
+    def capture(decoder, tokens):
+        return forward(decoder, tokens, tap=Tap(lambda site, before, after, positions: after[:, -1], ("block",))).taps
+
+    assert not moved(jax.jit(capture).lower(abstract(config), row((2, 251), np.int32)).compile(), config)
+    step, state, frozen, batch = whole_step(MIDDLE, config, (1, 2, 251))
+    assert not moved(step.lower(state, frozen, batch).compile(), config)
