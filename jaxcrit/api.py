@@ -24,10 +24,10 @@ from jaxcrit.commands.substitute import substitute
 from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import as_path, read_json, read_npz
+from jaxcrit.core.files import as_path, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
 from jaxcrit.core.options import from_values, options_of
-from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.rundir import read_record
 from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
@@ -527,7 +527,7 @@ def open_run(path: str | Path) -> FinishedRun:
         UserError: it is no run, or a file in it is damaged.
     """
     folder = as_path(path)
-    record = read_json(folder / "run.json", RUN_FORMAT)
+    record = read_record(folder)
     found = read_scores(folder / "scores.json", deletions=True) if (folder / "scores.json").exists() else {}
     layers = LayerSet.load(folder / "layers.json") if (folder / "layers.json").exists() else None
     return FinishedRun(folder, record, Scores(found), layers)

@@ -20,6 +20,7 @@ import jaxcrit
 from jaxcrit.commands.main import COMMANDS, further, main
 from jaxcrit.commands.reference import options_page
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import write_json
 from jaxcrit.core.flags import read
 from jaxcrit.core.groups import AnalyzeOptions, ProcessOptions
 from jaxcrit.core.options import options_of
@@ -121,6 +122,15 @@ def test_the_criterion_with_options_of_the_guide_works(monkeypatch):
     with pytest.raises(TypeError, match="a function of these that returns the tap"):
         dataclasses.replace(made.with_power, tap=made.tap)
     assert made.with_power.tapped({}) is made.with_power.tapped({})
+
+
+def test_the_file_of_the_guide_is_checked(monkeypatch, tmp_path):
+    made = module_of(monkeypatch, "jaxcrit_lengths_file", block("A file that is read back"))
+    write_json(tmp_path / "lengths.json", "jaxcrit.lengths", {"longest": 3, "rows": {"a": [3, 0]}})
+    assert made.read_lengths(tmp_path / "lengths.json")["rows"] == {"a": [3, 0]}
+    write_json(tmp_path / "lengths.json", "jaxcrit.lengths", {"longest": 3, "rows": {"a": [3, "0"]}})
+    with pytest.raises(UserError, match=r"lengths.json: expected rows.a\[1\] to be a whole number of 0 or more"):
+        made.read_lengths(tmp_path / "lengths.json")
 
 
 def test_the_command_of_the_guide_works(monkeypatch, tmp_path, capsys):

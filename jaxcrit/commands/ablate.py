@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.groups import SITES, MeshOptions, ModelOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.core.rundir import CountedRows, SizedModel, SweepCost
+from jaxcrit.core.schema import Count
 from jaxcrit.reporting import tables
 from jaxcrit.selection.cautions import training_caution
 
@@ -30,6 +32,26 @@ CAVEATS = (
     "Standard errors are of the difference from the intact model, over rows.",
     "What a layer is needed for and what training it would bring are different questions.",
 )
+
+
+class Cost(SweepCost):
+    """``block_evaluations`` in ``result``."""
+
+    means: Count
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    block_evaluations: Cost
+
+
+class AblatedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    model: SizedModel
+    data: dict[str, CountedRows]
+    result: Result
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,7 +158,9 @@ def run_ablate(
 
     opened = shared.opened(options, model)
     datasets = opened.read(options, rows, responses=True)
-    with running("ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=True) as run:
+    with running(
+        "ablate", options, models={"model": opened}, datasets=datasets, keep=keep, read_back=AblatedRun
+    ) as run:
         if run.complete:
             return Ablated(read_back(run.path), run.earlier, run.path)
         examples = joined("rows", "", datasets).examples

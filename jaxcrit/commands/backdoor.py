@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.studies.options import BackdoorOptions
 
 OPTIONS = BackdoorOptions
@@ -18,5 +19,5 @@ def run(options: BackdoorOptions) -> int:
         write_figures(found.out, found.content)
 
     found = run_backdoor(options, progress=bars, say=shared.say, finish=finish)
-    print(backdoor_text(found.content, found.out))
+    console.tell(backdoor_text(found.content, found.out))
     return 0

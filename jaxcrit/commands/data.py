@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import WHERE, LengthOptions, ModelOptions, OutOptions, RowOptions
@@ -34,9 +35,9 @@ OPTIONS = DataOptions
 def run(options: DataOptions) -> int:
     """Renders, shows, and writes where asked."""
     report = run_data(options)
-    print(data_text(report.shown, report.lengths, report.limit, report.template_hash))
+    console.tell(data_text(report.shown, report.lengths, report.limit, report.template_hash))
     if report.written:
-        print(f"examples: {report.written}")
+        console.tell(f"examples: {report.written}")
     return 0
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, WHERE
 from jaxcrit.core.options import Options, option
@@ -86,10 +87,10 @@ def run(options: ExportOptions) -> int:
     with bar(bars, total=1, desc="weights", unit=" tensors") as shown:
         exported = export_model(options.model or options.run, options.out, **given, progress=moved(shown))
     if exported.step is not None:
-        print(f"checkpoint of step {exported.step}")
+        console.tell(f"checkpoint of step {exported.step}")
     if exported.rounding is not None:
-        print(exported.rounding)
-    print(exported.out)
+        console.tell(str(exported.rounding))
+    console.tell(str(exported.out))
     return 0
 
 

@@ -8,12 +8,14 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import ChosenLayers, LayerSet
+from jaxcrit.core.schema import AtLeastZero, Count
 from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
@@ -29,6 +31,30 @@ if TYPE_CHECKING:
 OPTIONS = FinetuneOptions
 _TESTS = 20  # over a run, where ``--eval_every`` does not say
 Row = Mapping[str, Any]
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    steps: Count
+    best_step: Count
+    best_loss: float
+    trained_bytes: Count
+    optimizer_bytes: Count
+
+
+class Times(TypedDict):
+    """What the report takes from ``time`` of ``run.json``."""
+
+    training_seconds: AtLeastZero
+
+
+class FinetunedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    layers: ChosenLayers
+    result: Result
+    time: Times
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -56,7 +82,7 @@ def run(options: FinetuneOptions) -> int:
     """Trains, draws the test loss, prints what came of it."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_finetune(options, progress=bars, say=shared.say)))
+    console.tell(text(run_finetune(options, progress=bars, say=shared.say)))
     return 0
 
 
@@ -157,13 +183,14 @@ def run_finetune(
         datasets=datasets,
         resolved={"dtype": dtype} | ({} if chosen is None else {"layers": list(chosen.layers)}),
         keep=keep,
-        read_back=True,
+        read_back=FinetunedRun,
     ) as run:
         if run.complete:
             note = f"{run.path}: complete already; choose another --out to train again"
-            kept = run.earlier["layers"]
-            trained = LayerSet(**{**kept, "layers": tuple(kept["layers"])})
-            return Finetuned(None, dict(run.earlier), read_metrics(run.path), trained, [note], run.path)
+            trained, rows = LayerSet.from_json(run.earlier["layers"], f"{run.path}/run.json"), read_metrics(run.path)
+            if not evaluations(rows):
+                raise UserError(f"{run.path}: expected tests in its metrics, found none; choose another --out")
+            return Finetuned(None, dict(run.earlier), rows, trained, [note], run.path)
         out = run.out
         run.record["attention"] = opened.attention(dtype)
         if chosen is None:

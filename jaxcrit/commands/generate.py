@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
 from jaxcrit.commands import shared
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import (
     BY_HASH,
@@ -22,6 +23,7 @@ from jaxcrit.core.groups import (
     RowOptions,
 )
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.reporting.tables import shortened
 
 if TYPE_CHECKING:
@@ -34,6 +36,17 @@ if TYPE_CHECKING:
 GENERATIONS = "generations.jsonl"
 _SHOWN = 3
 Row = dict[str, Any]
+
+
+class Answer(TypedDict):
+    """A row of ``generations.jsonl``."""
+
+    sample_id: str
+    row: Count
+    prompt: str
+    token_ids: list[Count]
+    text: str
+    stopped: bool
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +107,7 @@ def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_generate(options, progress=bars)))
+    console.tell(text(run_generate(options, progress=bars)))
     return 0
 
 
@@ -242,7 +255,7 @@ def _rows(
 
     counts = [len(dataset.examples) for dataset in datasets]
     starts, total = np.cumsum([0, *counts]), sum(counts)
-    parts = [_Part(folder) for folder in folders]
+    parts = [_Part(folder, count) for folder, count in zip(folders, counts, strict=True)]
     done = {int(start) + row for start, part in zip(starts, parts, strict=False) for row in part.rows}
     left = [batch for batch in batches if not done.issuperset(batch.rows[batch.rows < total].tolist())]
     names = [dataset.name for dataset in datasets]
@@ -265,16 +278,18 @@ def _rows(
 class _Part:
     """The answers to one dataset: in memory, and where there is a folder in a file that grows."""
 
-    def __init__(self, folder: Path | None):
+    def __init__(self, folder: Path | None, count: int):
         from jaxcrit.core import processes
-        from jaxcrit.core.files import GrowingText, json_lines, read_lines
+        from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines
 
         self.folder, self.rows, self.growing = folder, dict[int, Row](), None
         if folder is not None:
             file, self.part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
             self.growing = GrowingText(self.part)
-            kept = processes.share(lambda: [*read_lines(self.part), *read_lines(file)])
+            kept = processes.share(lambda: [*read_lines(self.part, Answer), *read_lines(file, Answer)])
             self.rows = {row["row"]: row for row in kept}
+            if any(row >= count for row in self.rows):
+                raise UserError(f"{self.part}: expected answers of {count} prompts, got more; {DAMAGED}")
             if self.rows:  # whole lines only, whatever an interruption left
                 self.growing.start(json_lines(self.rows.values()))
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import TEMPLATES, ModelOptions
 from jaxcrit.core.options import option
@@ -43,7 +44,7 @@ def run(options: InspectOptions) -> int:
     """Opens the model and prints what there is to say."""
     from jaxcrit.models.model import open_model
 
-    print(model_text(open_model(options.model, step=options.step), options.template))
+    console.tell(model_text(open_model(options.model, step=options.step), options.template))
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SELECTION, MeshOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.layers import LayerSet
@@ -47,7 +48,7 @@ class InterveneOptions(ModelOptions, RowOptions, OutOptions, MeshOptions, title=
     steer_from: str = option("", "rows whose mean state is taken away (steer)", word="FILE", free=BY_HASH)
     steer_to: str = option("", "rows whose mean state is added (steer)", word="FILE", free=BY_HASH)
     strength: float = option(1.0, "factor of that difference")
-    at: str = option("all", "new tokens it acts on: all, the first alone, or all later ones", ("all", "first", "later"))
+    at: str = option("all", "new tokens it acts on: all, the first, or those after it", ("all", "first", "later"))
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1, group="generation")
     stop: str = option(
         "", "more tokens that end an answer, ids or texts, with commas", word="TOKENS", group="generation"
@@ -76,7 +77,7 @@ def run(options: InterveneOptions) -> int:
     """Answers one prompt with and without the intervention, and prints both."""
     from jaxcrit.core.progress import bars
 
-    print(text(run_intervene(options, progress=bars)))
+    console.tell(text(run_intervene(options, progress=bars)))
     return 0
 
 

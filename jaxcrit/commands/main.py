@@ -10,16 +10,18 @@ import importlib
 import os
 import platform
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from importlib import metadata
 from types import ModuleType
 
 import jaxcrit
 from jaxcrit.core import console, flags, options, processes
-from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.errors import UserError, did_you_mean, first_line, is_error
 from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.core.programs import keep_programs
-from jaxcrit.parallel.preemption import Preempted
+from jaxcrit.parallel.preemption import INTERRUPTED, Preempted, leaving_at_once
 
 # What it is for: name: (module, one line). A module has OPTIONS, a subclass of `Options`, and run(options) -> exit
 # code. It may have extra() -> further classes of options, whose instances run is given too.
@@ -50,6 +52,7 @@ GROUPS = {
     "train and test": {
         "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
         "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
+        "edit": ("jaxcrit.commands.edit", "change facts in a few layers, and see what else changed"),
         "substitute": (
             "jaxcrit.commands.substitute",
             "put layers of the base into the tuned model: what each is worth",
@@ -70,7 +73,7 @@ COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items(
 FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "plan", "export")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
-FAILED, BAD_USAGE, PREEMPTED, INTERRUPTED, BROKEN_PIPE = 1, 2, 75, 130, 141  # 75: EX_TEMPFAIL, try again
+FAILED, BAD_USAGE, PREEMPTED, BROKEN_PIPE = 1, 2, 75, 141  # 75: EX_TEMPFAIL, try again
 
 
 def overview() -> str:
@@ -140,6 +143,10 @@ def _join(name: str, asked: Sequence[options.Options], ours: ProcessOptions, sta
         from jaxcrit.models.attention import ASKED
 
         stack.callback(ASKED.reset, ASKED.set(ours.attention))
+    if ours.rehash:
+        from jaxcrit.models.checkpoint import REHASH
+
+        stack.callback(REHASH.reset, REHASH.set(True))
     keep_programs(ours.compilation_cache_dir)
     about = {"jaxcrit": jaxcrit.__version__, "python": platform.python_version(), "command": name}
     about |= {package: metadata.version(package) for package in ("jax", "jaxlib")}
@@ -160,33 +167,53 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.environ.setdefault(variable, value)
     console.spell_what_cannot_be_shown()
     try:
-        code = dispatch(sys.argv[1:] if arguments is None else arguments)
+        with leaving_at_once():
+            code = dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
     except UserError as error:
-        speaks, alike = processes.agree_on_failure(str(error))
-        who = "" if processes.first() else f"process {processes.place()[0]}: "
-        if speaks:
-            print(f"jaxcrit: error: {who}{error}", file=sys.stderr, flush=True)
-        if not alike:
-            os._exit(BAD_USAGE)  # the others wait for this process; that it is gone is all that ends them
-        return BAD_USAGE
+        return _ended(str(error), BAD_USAGE)
     except Preempted as error:
-        print(f"jaxcrit: {error}", file=sys.stderr)
-        return PREEMPTED
-    except KeyboardInterrupt:
-        print("jaxcrit: interrupted", file=sys.stderr)
+        console.note(f"jaxcrit: {error}")
+        return INTERRUPTED if error.by_hand else PREEMPTED
+    except KeyboardInterrupt as error:
+        console.tell(f"jaxcrit: interrupted{'; ' if error.args else ''}{''.join(map(str, error.args))}", error=True)
+        processes.leave(INTERRUPTED)  # which would wait for the others
         return INTERRUPTED
     except BrokenPipeError:
         # The reader has gone (| head). Python would complain once more when it closes stdout on exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
-    except OSError as error:
-        # Of a file: the disk is full, the bucket no longer lets itself be written, the share is gone.
-        if not (error.filename and error.strerror):
+    except BaseException as error:
+        if not is_error(error):
             raise
-        print(f"jaxcrit: error: {error.filename}: {error.strerror}", file=sys.stderr)
-        return FAILED
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            # Of a file: the disk is full, the bucket no longer lets itself be written, the share is gone.
+            return _ended(f"{error.filename}: {error.strerror}", FAILED)
+        return _ended(f"unexpected {type(error).__name__}: {first_line(error)}", FAILED, _kept(error))
+
+
+def _ended(text: str, code: int, more: str = "") -> int:
+    """Says in one line why a run ends, in one of several processes; takes the others along where they would wait."""
+    speaks, alike = processes.agree_on_failure(text, code)
+    who = "" if processes.first() else f"process {processes.place()[0]}: "
+    if speaks:
+        console.tell(f"jaxcrit: error: {who}{text}{more}".replace("\n", "\\n"), error=True)
+    if not alike:
+        os._exit(code)  # the others wait for this process; that it is gone is all that ends them
+    return code
+
+
+def _kept(error: BaseException) -> str:
+    """Writes the traceback of an error that nobody expected, and says where."""
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", errors="backslashreplace", prefix="jaxcrit-", suffix=".txt", delete=False
+        ) as file:
+            file.write(f"jaxcrit {jaxcrit.__version__}: {sys.argv}\n\n{''.join(traceback.format_exception(error))}")
+    except OSError:
+        return "; its traceback cannot be written, for no temporary directory takes it"
+    return f"; the traceback is in {file.name}: please report it"
 
 
 if __name__ == "__main__":

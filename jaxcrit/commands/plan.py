@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.studies.options import PlanOptions
 
@@ -19,12 +20,12 @@ def run(options: PlanOptions) -> int:
     from jaxcrit.studies.plan import fitting, run_plan
 
     plan = run_plan(options)
-    print(plan_text(plan))
+    console.tell(plan_text(plan))
     if plan.fits:
         return 0
     other = fitting(plan)
     if other is None:
-        print("nothing on this topology would fit; take more chips, or train fewer layers")
+        console.tell("nothing on this topology would fit; take more chips, or train fewer layers")
     else:
-        print(f"would fit, by shapes: --mesh={other.mesh} --batch_size={other.batch_size}")
+        console.tell(f"would fit, by shapes: --mesh={other.mesh} --batch_size={other.batch_size}")
     return DOES_NOT_FIT

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import BY_HASH, SELECTION, WHERE
@@ -53,5 +54,5 @@ def run(options: SelectOptions) -> int:
             raise UserError(f"--out={options.out}: cannot be written ({error.strerror})") from None
     else:
         sys.stdout.write(text)
-    print(chosen, file=sys.stderr)
+    console.note(str(chosen))
     return 0

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, as_arguments
 from jaxcrit.core.options import Options
 
@@ -72,13 +73,13 @@ def tell(report: Report, out: Path | None) -> int:
     """Prints a report, and where its page is; returns the exit code of success."""
     print(report.text(style=sys.stdout.isatty()))
     if out is not None:
-        print(f"report: {out / 'report.html'}")
+        console.tell(f"report: {out / 'report.html'}")
     return 0
 
 
 def say(text: str) -> None:
     """Tells what goes on, on the channel that results do not take."""
-    print(text, file=sys.stderr, flush=True)
+    console.tell(text, error=True)
 
 
 def options_for(kind: type[Options], out: str | Path, given: dict[str, Any]) -> Any:

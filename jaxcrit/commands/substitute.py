@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SITES, MeshOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
+from jaxcrit.core.rundir import CountedRows, SizedModel, SweepCost
+from jaxcrit.core.schema import Array, Count
 from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
 from jaxcrit.reporting import tables
 
@@ -23,7 +25,69 @@ if TYPE_CHECKING:
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.reporting.report import Report
 
-Entry = Mapping[str, Any]
+
+class Averages(TypedDict):
+    """A loss: the mean over rows of their means, and over all tokens."""
+
+    samples: float
+    tokens: float
+
+
+class WholeEntry(Averages):
+    """A set of layers in ``result``."""
+
+    layers: list[Count]
+    stderr: float | None
+
+
+class Entry(WholeEntry, total=False):
+    """With what runs of earlier versions lack."""
+
+    changed: Count
+
+
+class Losses(TypedDict):
+    """Losses of the models as they are, in ``result``."""
+
+    base: Averages
+    tuned: Averages
+
+
+class Cost(SweepCost):
+    """``block_evaluations`` in ``result``."""
+
+    unsubstituted: Count
+    random: Count
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    loss: Losses
+    changed: list[Count]
+    centres: list[Count]
+    sets: list[Entry]
+    random: list[Entry]
+    block_evaluations: Cost
+
+
+class Asked(TypedDict):
+    """What a report takes from ``config`` of ``run.json``."""
+
+    sites: Literal["blocks", "attn", "mlp"]
+    reverse: bool
+
+
+class SubstitutedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    config: Asked
+    model: SizedModel
+    data: dict[str, CountedRows]
+    result: Result
+    warnings: list[str]
+
+
 CAVEATS = (
     "A layer is a 0-based decoder block. A window stands at its middle layer; layers whose window leaves the model have"
     " no value.",
@@ -52,7 +116,7 @@ class SubstituteOptions(PairOptions, TestedRowOptions, MeshOptions, title="layer
     sites: Literal["blocks", "attn", "mlp"] = option("blocks", "whole blocks, or their attention or MLP alone", SITES)
     reverse: bool = option(False, "put layers of the tuned model into the base")
     sets: str = option("", "these sets in place of windows: 3-5,9;first:4;@layers.json", word="SPECS")
-    random: int = option(0, "draws of as many random layers, to compare with", lowest=0)
+    random: int = option(0, "draws of as many random layers, to compare with", lowest=0, highest=10_000)
     seed: int = option(0, "seed of the random layers", lowest=0)
 
     @property
@@ -174,7 +238,7 @@ def run_substitute(
         datasets=datasets,
         resolved={"sets": [list(layers) for layers in plan.sets]},
         keep=keep,
-        read_back=True,
+        read_back=SubstitutedRun,
     ) as run:
         if run.complete:
             return _finished(dict(run.earlier), run.path)
@@ -302,20 +366,28 @@ def _write_losses(
 def _finished(run: dict[str, Any], out: Path) -> Substituted:
     """Reads a complete run back."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import read_npz
+    from jaxcrit.core.files import DAMAGED, Npz, read_npz
     from jaxcrit.evidence.rows import read_back
 
-    centres = run["result"]["centres"]
+    result = run["result"]
+    centres, sets = result["centres"], len(result["sets"])
+    file, rows, variants = out / "substitution.npz", ("N",), ("V", "N")
+    if not sets or len(centres) not in (0, sets):
+        raise UserError(
+            f"{out / 'run.json'}: expected as many centres as sets, got {len(centres)} of {sets}; {DAMAGED}"
+        )
     if not centres:
         return Substituted({}, None, run["warnings"], run, out)
+    floats = {"losses": Array("f", variants), "host": Array("f", rows), "guest": Array("f", rows)}
+    holds = Npz("jaxcrit.substitution", {**floats, "tokens": Array("iu", rows), "sample_ids": Array("U", rows)})
 
     def look() -> dict[str, Any]:
-        arrays, _ = read_npz(out / "substitution.npz")
-        found = {name: arrays[name].tolist() for name in ("losses", "host", "guest", "tokens", "sample_ids")}
+        arrays, _ = read_npz(file, holds, V=sets + len(result["random"]))
+        found = {name: array.tolist() for name, array in arrays.items()}
         return {**found, "losses": [*found["losses"], found["host"], found["guest"]]}
 
     kept = processes.share(look)
-    samples = _samples(run["result"], np.array(kept["losses"]), np.array(kept["tokens"]), kept["sample_ids"])
+    samples = _samples(result, np.array(kept["losses"]), np.array(kept["tokens"]), kept["sample_ids"])
     return Substituted(read_back(out), samples, run["warnings"], run, out)
 
 

@@ -14,6 +14,7 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, BatchOptions, FactOptions, MeshOptions, ModelOptions, OutOptions
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.options import option
+from jaxcrit.core.selections import span
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
@@ -215,7 +216,7 @@ def _result(
     asked: int,
     beside: Mapping[str, LayerScores],
 ) -> dict[str, Any]:
-    from jaxcrit.criteria.trace import coincidence, rises
+    from jaxcrit.criteria.trace import coincidence, plateau, rises
 
     rise, depth = rises(found.effects["last"].mean(axis=0)), model.config.num_layers
     halves = {kind: _halves(found.effects[kind]) for kind in ("stream", "last", "mlp", "attn")}
@@ -233,6 +234,7 @@ def _result(
         "total_effect": float(found.total.mean()),
         "weakly_corrupted": int((found.corrupted > found.p / 2).sum()),
         "sigma": found.sigma,
+        "plateau": plateau(found.effects["stream"]),
         "jump": int(np.argmax(rise)),
         "jump_size": float(rise.max()),
         "halves": halves,
@@ -352,6 +354,8 @@ def _sentences(found: Trace) -> list[str]:
         f"At the subject, trace is highest in layer {highest} of {depth}: {tables.estimate(scores['trace'], highest)}",
         f"The answer arrives at the last token in layer {jump}, where trace_last rises by {result['jump_size']:.3f}",
     ]
+    if len(result["plateau"]) > 1:
+        told.append(f"It is as high, within two standard errors of the difference, in layers {span(result['plateau'])}")
     if found.layers:
         told.append(f"Layers to edit: {', '.join(map(str, found.layers.layers))} (trace:band, layers.json)")
     halves = result["halves"]

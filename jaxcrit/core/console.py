@@ -7,6 +7,7 @@ letter is spelled out (``delta`` for δ), a sign is replaced by the nearest that
 from __future__ import annotations
 
 import codecs
+import re
 import sys
 import unicodedata
 
@@ -15,11 +16,26 @@ from jaxcrit.core import processes
 _SIGNS = {"±": "+-", "−": "-", "–": "-", "—": "-", "‘": "'", "’": "'", "“": '"', "”": '"', "…": "...", "·": "."}
 _SIGNS |= {"×": "x", "≤": "<=", "≥": ">=", "≠": "!=", "≈": "~", "→": "->", "◀": "<", "√": "sqrt", "ℓ": "l", "²": "^2"}
 _ERRORS = "jaxcrit.spelled"
+# Control characters but tab and line feed, marks of direction, separators of lines that are none, half surrogates.
+_OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
 
 def spelled(text: str) -> str:
     """The text in ASCII: Greek letters by name, signs by what stands for them, ``?`` for what has no such form."""
     return "".join(letter if letter.isascii() else _ascii(letter) for letter in text)
+
+
+def visible(text: str) -> str:
+    """The text with what a terminal would obey written out: ``\\x1b`` for an escape, ``\\u202e`` for a turn of writing.
+
+    Line breaks and tabs stay; so do joiners, which letters of some scripts need.
+    """
+    return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def tell(text: str, *, error: bool = False) -> None:
+    """Prints text that may hold what came from files, on the channel of results or on that of errors."""
+    print(visible(text), file=sys.stderr if error else sys.stdout, flush=error)
 
 
 def spell_what_cannot_be_shown() -> None:
@@ -33,7 +49,7 @@ def spell_what_cannot_be_shown() -> None:
 def note(text: str) -> None:
     """Tells what happened to the input, on the channel that results do not take; one process of a run speaks."""
     if processes.first():
-        print(text, file=sys.stderr, flush=True)
+        tell(text, error=True)
 
 
 def _ascii(letter: str) -> str:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.files import Npz, read_npz, write_npz
+from jaxcrit.core.schema import Array
 
 DELETIONS_FORMAT = "jaxcrit.deletions"
 _FILE = "deletions.npz"
@@ -34,18 +34,22 @@ def write_deletions(folder: Path, values: Mapping[str, np.ndarray], sample_ids: 
     write_npz(folder / _FILE, {**values, "sample_ids": np.array(sample_ids)}, meta)
 
 
-def read_deletions(folder: Path, key: str) -> Deletions | None:
+def read_deletions(folder: Path, key: str, **sizes: int) -> Deletions | None:
     """Reads one score's deletions from a folder; None where it has none.
 
+    Args:
+        folder: folder of the scores.
+        key: key of the score.
+        **sizes: ``L`` where it is known.
+
     Raises:
-        UserError: the file is there, but is no such file.
+        UserError: the file is there, but is no such file, or of other layers.
     """
     path = folder / _FILE
     if not path.exists():
         return None
-    arrays, meta = read_npz(path)
-    if meta.get("format") != DELETIONS_FORMAT:
-        raise UserError(f"{path}: expected format {DELETIONS_FORMAT}, got {meta.get('format')!r}")
+    holds = {"sample_ids": Array("U", ("N",)), key: Array("f", ("N", "L"), optional=True)}
+    arrays, _ = read_npz(path, Npz(DELETIONS_FORMAT, holds), **sizes)
     return Deletions(arrays[key], arrays["sample_ids"].tolist()) if key in arrays else None
 
 

@@ -27,6 +27,16 @@ def listed(items: Sequence[object], limit: int = 8) -> str:
     return shown if len(items) <= limit else f"{shown} and {len(items) - limit} more"
 
 
+def is_error(error: BaseException) -> bool:
+    """Whether something went wrong; Ctrl-C and exits are no errors, a panic of a library in Rust is one."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error of any library says, in a line."""
+    return (str(error).strip() or repr(error)).splitlines()[0][:300]
+
+
 def as_arguments(text: str) -> str:
     """A message that names flags, ``--window=4: expected ...``, as Python users read it: ``window=4: expected ...``."""
     return re.sub(r"(?<![\w-])--([a-z][a-z0-9_.]*)", r"\1", text)

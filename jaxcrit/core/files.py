@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import io
 import json
@@ -11,6 +12,7 @@ import os
 import shutil
 import tempfile
 import time
+import unicodedata
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -19,11 +21,18 @@ from typing import Any, cast
 import numpy as np
 
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.reading import Stored, members, parse_json, plain_size, read_text, stored_npy
+from jaxcrit.core.schema import Array, conform, conform_arrays, short
 
 FORMAT_VERSION = 1
 # Of formats that have changed: the version written; earlier ones are read.
 VERSIONS = {"jaxcrit.run": 2}
+DAMAGED = "the file is damaged, or another program's: write it again"
+# Directories and files that runs write; no dataset among several may be called so.
+_OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard")
+_OWN_ENDINGS = (".json", ".jsonl", ".npz", ".png", ".html", ".safetensors", ".part", ".md", ".txt", ".yml", ".yaml")
+_LONGEST_NAME = 255  # bytes
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
 
 
@@ -36,7 +45,7 @@ def as_path(text: str | Path) -> Path:
     text = os.fspath(text)
     scheme, found, rest = text.partition("://")
     if not found:
-        return Path(text).expanduser()
+        return _expanded(text)
     if scheme != "gs" or not rest.strip("/"):
         raise UserError(f"{text}: expected a local path or gs://BUCKET/DIR")
     if importlib.util.find_spec("gcsfs") is None:
@@ -56,7 +65,46 @@ def local_path(text: str | Path, flag: str) -> Path:
         raise UserError(
             f"--{flag}={text}: expected a local directory; gcloud storage rsync --recursive copies between the two"
         )
-    return Path(text).expanduser()
+    return _expanded(os.fspath(text))
+
+
+def _expanded(text: str) -> Path:
+    """A path that the system can be asked about.
+
+    Raises:
+        UserError: a NUL, letters that no file name has, a part that is too long, or ``~`` of a user that there is not.
+    """
+    try:
+        encoded = text.encode("utf-8")
+        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+            raise UserError(f"{short(text)}: expected a path, got a NUL or a name of more than {_LONGEST_NAME} bytes")
+        return Path(text).expanduser()
+    except UnicodeEncodeError:
+        raise UserError(f"{text!a}: expected a path in UTF-8; rename the file") from None
+    except RuntimeError:
+        raise UserError(f"{text}: expected a path, got the home of a user that there is not") from None
+
+
+def check_name(name: Any, where: str, *, alone: bool = True) -> str:
+    """A name of a dataset, by which a directory can be called.
+
+    Args:
+        name: name, of whatever it was read from.
+        where: what it was read from, for messages.
+        alone: whether no directory is called by it; where there are several datasets, its directory stands among files.
+
+    Raises:
+        UserError: it is none, or that of something that runs write.
+    """
+    said = name if isinstance(name, str) else ""
+    control = any(unicodedata.category(letter) in ("Cc", "Cs") for letter in said)
+    if not said or said[0] == "." or set(said) & set("/\\") or control or len(said.encode("utf-8", "replace")) > 200:
+        raise UserError(
+            f"{where}: expected names of datasets that can name a directory, got {short(name)}; rename the file"
+        )
+    if not alone and (said.lower() in _OWN_NAMES or said.lower().endswith(_OWN_ENDINGS)):
+        raise UserError(f"{where}: expected names of datasets, got {said}, as results are called; rename the file")
+    return said
 
 
 def cache_directory() -> Path:
@@ -126,15 +174,31 @@ def json_lines(rows: Iterable[Mapping[str, Any]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Objects of a ``.jsonl`` that grows; a last line cut short by a kill is left out, and no file has no rows."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
+    """Objects of a ``.jsonl`` that grows; a last line cut short by a kill is left out, and no file has no rows.
+
+    Args:
+        path: file.
+        kind: declaration of a row, see `jaxcrit.core.schema`.
+
+    Raises:
+        UserError: a line that is none; the message names it.
+    """
+    if not path.exists():
+        return []
+    plain_size(path, "a file of lines")
+    *whole, rest = path.read_bytes().split(b"\n")
+    rows = [_line(line, kind, f"{path}: line {number}") for number, line in enumerate(whole, 1)]
+    with contextlib.suppress(UserError):
+        rows += [_line(rest, kind, str(path))] if rest else []
     return rows
+
+
+def _line(line: bytes, kind: Any, where: str) -> dict[str, Any]:
+    try:
+        return conform(parse_json(line.decode("utf-8"), where, "a JSON object"), kind, where, DAMAGED)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{where}: expected UTF-8, got something else ({error}); {DAMAGED}") from None
 
 
 class GrowingText:
@@ -191,30 +255,51 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def read_json(path: str | Path, kind: str) -> dict[str, Any]:
-    """Reads a JSON file written by `write_json`.
+def read_object(path: Path, expected: str, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """A JSON object, of any program.
+
+    Args:
+        path: file.
+        expected: what it should be, for messages.
+        kind: declaration of what it holds, see `jaxcrit.core.schema`.
 
     Raises:
-        UserError: the file is absent, not JSON, of another format, or of a later version.
+        FileNotFoundError: there is none.
+        UserError: it is something else.
     """
-    path = as_path(path)
+    return conform(parse_json(read_text(path, expected), path, expected), kind, str(path))
+
+
+def read_json(path: str | Path, kind: str, content: Any = Any) -> dict[str, Any]:
+    """Reads a JSON file written by `write_json`.
+
+    Args:
+        path: file.
+        kind: its format.
+        content: declaration of what it holds, see `jaxcrit.core.schema`.
+
+    Raises:
+        UserError: the file is absent, not JSON, of another format, of a later version, or does not hold what it should.
+    """
+    path, expected = as_path(path), f"JSON of format {kind}"
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(read_text(path, expected), path, expected)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a {kind} file") from None
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path}: expected JSON of format {kind}, got something else ({error})") from None
+    _check_format(found, kind, str(path))
+    return conform(found, content, str(path), DAMAGED)
+
+
+def _check_format(content: Any, kind: str, where: str) -> None:
+    front = f"{where}: " if where else ""
     found = content.get("format") if isinstance(content, dict) else None
     if found != kind:
-        raise UserError(f"{path}: expected format {kind}, got {found!r}")
+        raise UserError(f"{front}expected format {kind}, got {short(found)}")
     newest, version = VERSIONS.get(kind, FORMAT_VERSION), content.get("format_version")
-    if version not in range(1, newest + 1) or isinstance(version, bool):
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= newest:
         raise UserError(
-            f"{path}: expected format_version {newest}, got {version!r}; upgrade jaxcrit or write the file again"
+            f"{front}expected format_version {newest}, got {short(version)}; upgrade jaxcrit or write the file again"
         )
-    return content
 
 
 def write_npz(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, Any]) -> None:
@@ -228,21 +313,66 @@ def write_npz(path: Path, arrays: Mapping[str, np.ndarray], meta: Mapping[str, A
     write_bytes(path, buffer.getvalue())
 
 
-def read_npz(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """Reads what `write_npz` wrote: the arrays, and the meta entry.
+@dataclasses.dataclass(frozen=True)
+class Npz:
+    """What an npz of jaxcrit's holds.
+
+    Attributes:
+        format: its format.
+        arrays: arrays by name.
+        meta: declaration of its meta entry, see `jaxcrit.core.schema`.
+        others: what every further array must be; None where there are none to read.
+    """
+
+    format: str
+    arrays: Mapping[str, Array]
+    meta: Any = Any
+    others: Array | None = None
+
+
+def read_npz(path: str | Path, kind: Npz | None = None, **sizes: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads what `write_npz` wrote: the arrays, and the meta entry; headers are checked before arrays are read.
+
+    Args:
+        path: file.
+        kind: what it must hold; None for whatever it holds.
+        **sizes: sizes by their names in ``kind`` that are known already.
 
     Raises:
-        UserError: the file is absent, not an npz, or has no meta entry.
+        UserError: the file is absent, not an npz, has no meta entry, or does not hold what it should.
     """
     path = as_path(path)
     try:
-        # Opened here, for numpy leaves a damaged file open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in stored.files}
+        plain_size(path, "an npz written by jaxcrit")
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive, contextlib.ExitStack() as opened:
+            held = _headers(archive, file.seek(0, os.SEEK_END), opened)
+            meta = parse_json(str(held.pop("meta").read()), "meta")
+            if kind is None:
+                conform(meta, dict[str, Any], "meta", DAMAGED)
+                return {name: array.read() for name, array in held.items()}, meta
+            _check_format(meta, kind.format, "")
+            conform(meta, kind.meta, "meta", DAMAGED)
+            rest = dict.fromkeys(held.keys() - kind.arrays.keys(), kind.others) if kind.others else {}
+            declared = {**kind.arrays, **{name: one for name, one in rest.items() if one is not None}}
+            conform_arrays(held, declared, "", DAMAGED, sizes)
+            return {name: held[name].read() for name in held if name in declared}, meta
+    except UserError as error:
+        raise (error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")) from None
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected an npz written by jaxcrit") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # zip files can be damaged in ways for which their reader has a dozen errors
         raise UserError(f"{path}: expected an npz written by jaxcrit, got something else ({error})") from None
-    if "meta" not in arrays:
-        raise UserError(f"{path}: expected an npz with a meta entry; got {sorted(arrays)}")
-    return arrays, json.loads(str(arrays.pop("meta")))
+
+
+def _headers(archive: zipfile.ZipFile, size: int, opened: contextlib.ExitStack) -> dict[str, Stored]:
+    """Arrays of an npz, meta among them; they can be read until ``opened`` closes."""
+    found = {}
+    for name, member in members(archive).items():
+        if member.compress_type != zipfile.ZIP_STORED or member.file_size > size:
+            raise UserError(f"expected {name} uncompressed, as jaxcrit writes it; {DAMAGED}")
+        found[name] = stored_npy(opened.enter_context(archive.open(member)), member.file_size)
+    if "meta" not in found:
+        raise UserError(f"expected an npz with a meta entry; got {listed(sorted(found))}")
+    if found["meta"].shape or found["meta"].dtype.kind != "U":
+        raise UserError(f"expected a meta entry of text, got {found['meta'].dtype} {list(found['meta'].shape)}")
+    return found

@@ -15,6 +15,7 @@ from absl import flags
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path
 from jaxcrit.core.options import Option, Options, options_of
+from jaxcrit.core.reading import read_text
 
 CONFIG = "config"
 _DEFINE: Mapping[type, Any] = {
@@ -103,13 +104,13 @@ def _from_file(file: str, known: Mapping[str, Option], command: str) -> dict[str
     """Options of a TOML file; a table ``[KEY]`` holds the options ``KEY.NAME`` of a criterion."""
     path = as_path(file)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, "TOML")
         content = tomllib.loads(text)
     except FileNotFoundError:
         raise UserError(f"--{CONFIG}={file}: no such file; expected options of {command} in TOML") from None
-    except OSError as error:
-        raise UserError(f"--{CONFIG}={file}: cannot be read ({error.strerror})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UserError as error:
+        raise UserError(f"--{CONFIG}={error}") from None
+    except (ValueError, RecursionError) as error:
         raise UserError(f"--{CONFIG}={file}: expected TOML such as steps = 100, got something else ({error})") from None
     found = {}
     for key, value in _flat(content):

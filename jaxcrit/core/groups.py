@@ -98,9 +98,7 @@ class RowOptions(SourceOptions, RenderingOptions):
 class PrefixOptions(Options, title="rendering"):
     """Which beginning of a prompt another model has read."""
 
-    prefix: str = option(
-        "0.8", "what the sender has read: a share of a prompt's tokens, or to its context's end", word="SHARE|context"
-    )
+    prefix: str = option("0.8", "what the sender read: a prompt's share or its context", word="SHARE|context")
 
     def check(self) -> None:
         """Refuses what is neither a share nor the word."""
@@ -349,3 +347,4 @@ class ProcessOptions(Options, title="processes"):
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )
+    rehash: bool = option(False, "read all weights for their hash, whatever the cache holds", free=SHAPE)

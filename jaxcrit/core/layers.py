@@ -6,17 +6,73 @@ import dataclasses
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, json_text, read_json, write_json, write_text
+from jaxcrit.core.schema import Count, Layers, Size
 
 Direction = Literal["low", "high"]
 SCORES_FORMAT = "jaxcrit.scores"
 LAYERS_FORMAT = "jaxcrit.layers"
+_COLUMNS = ("values", "valid", "stderr")
+
+
+class TrainedFacts(TypedDict, total=False):
+    """What a score's meta tells of a training, where not every layer was trained."""
+
+    layers: list[Count]
+    criteria: list[str]
+    rules: list[str]
+
+
+class ScoreMeta(TypedDict, total=False):
+    """What others read of a score's meta."""
+
+    window: Size | None
+    num_samples: Count
+    model_hash: str | None
+    model_type: str | None
+    trained: TrainedFacts
+    unchanged: float
+    chance: list[float]
+    measure: str
+    of: Count
+
+
+class ScoreEntry(TypedDict):
+    """An entry of ``scores.json``."""
+
+    values: list[float | None]
+    valid: list[bool]
+    direction: Direction
+
+
+class FullScoreEntry(ScoreEntry, total=False):
+    """With what may be left out."""
+
+    stderr: list[float | None] | None
+    meta: ScoreMeta
+
+
+class ScoresFile(TypedDict):
+    """``scores.json``."""
+
+    num_layers: Layers
+    scores: dict[str, FullScoreEntry]
+
+
+class ChosenLayers(TypedDict):
+    """``layers.json``, and ``layers`` of ``run.json``."""
+
+    layers: list[Count]
+    criterion: str
+    rule: str
+    num_layers: Layers
+    model_hash: str | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -102,24 +158,19 @@ def read_scores(path: str | Path, *, deletions: bool = False) -> dict[str, Layer
     Raises:
         UserError: absent, of another format, with columns of unequal length, or with deletions of other layers.
     """
-    content = read_json(path, SCORES_FORMAT)
-    try:
-        scores = {name: LayerScores.from_json(name, entry) for name, entry in content["scores"].items()}
-        expected = content["num_layers"]
-        wrong = [name for name, score in scores.items() if {len(score.values), len(score.valid)} != {expected}]
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: scores.json is damaged ({error!r}); write it again with jaxcrit analyze") from None
-    if wrong or not scores:
-        raise UserError(f"{path}: expected {content['num_layers']} values in every score, got otherwise in {wrong}")
+    content = read_json(path, SCORES_FORMAT, ScoresFile)
+    expected, entries = content["num_layers"], content["scores"]
+    wrong = [
+        name
+        for name, one in entries.items()
+        if {len(column) for key in _COLUMNS if (column := one.get(key)) is not None} != {expected}
+    ]
+    if wrong or not entries:
+        raise UserError(f"{path}: expected {expected} values in every score, got otherwise in {wrong}")
+    scores = {name: LayerScores.from_json(name, entry) for name, entry in entries.items()}
     folder = as_path(path).parent
     for name, score in scores.items() if deletions else ():
-        left = read_deletions(folder, name)
-        if left is not None and left.values.shape[1] != expected:
-            raise UserError(
-                f"{folder}: deletions.npz is of {left.values.shape[1]} layers, scores.json of {expected}; write both"
-                " again"
-            )
-        scores[name] = dataclasses.replace(score, deletions=left)
+        scores[name] = dataclasses.replace(score, deletions=read_deletions(folder, name, L=expected))
     return scores
 
 
@@ -174,12 +225,21 @@ class LayerSet:
         Raises:
             UserError: absent, of another format, or with layers outside the model.
         """
-        content = read_json(path, LAYERS_FORMAT)
-        try:
-            layers = checked(content["layers"], int(content["num_layers"]), str(path))
-            return cls(layers, content["criterion"], content["rule"], content["num_layers"], content.get("model_hash"))
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path}: layers.json is damaged ({error!r}); write it again with jaxcrit select") from None
+        return cls.from_json(read_json(path, LAYERS_FORMAT, ChosenLayers), str(path))
+
+    @classmethod
+    def from_json(cls, content: Mapping[str, Any], where: str) -> LayerSet:
+        """What `ChosenLayers` says.
+
+        Args:
+            content: content of ``layers.json``, or ``layers`` of ``run.json``.
+            where: file, for messages.
+
+        Raises:
+            UserError: layers outside the model.
+        """
+        fields = {field.name: content[field.name] for field in dataclasses.fields(cls)}
+        return cls(**{**fields, "layers": checked(content["layers"], content["num_layers"], where)})
 
 
 def checked(layers: Iterable[int], num_layers: int, where: str) -> tuple[int, ...]:

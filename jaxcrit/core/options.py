@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from jaxcrit.core.errors import UserError, did_you_mean
 
 _LAST = ("machine",)  # headings that stand below a command's own
+_LARGEST = 2**53  # of whole numbers, which JSON and floats hold exactly
 _KINDS = {str: "a text", int: "a whole number", float: "a number", bool: "true or false"}
 
 
@@ -71,8 +72,10 @@ class Option:
             nearest = did_you_mean(str(value), self.choices)
             raise UserError(f"{shown}: expected {' or '.join(self.choices)}{nearest}")
         if self.kind in (int, float):
-            if not math.isfinite(value):
+            if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{shown}: expected a finite number")
+            if isinstance(value, int) and abs(value) > _LARGEST:
+                raise UserError(f"{shown[:80]}: expected a number up to {_LARGEST:,}")
             if self.lowest is not None and value < self.lowest:
                 raise UserError(f"{shown}: expected {self.lowest:g} or more")
             if self.above is not None and value <= self.above:

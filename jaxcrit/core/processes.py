@@ -11,6 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,8 @@ from jaxcrit.core.errors import UserError
 
 _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only life is waited for
 _MOMENT = 5000  # ms that processes may fail apart
+_ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
+_LOOK, _GRACE = 0.5, 3.0  # seconds between looks at it, and from there to the end: before the one that failed is gone
 _index, _count = 0, 1
 _said = 0  # things said so far: the same in every process, as all come to the same places
 
@@ -106,14 +112,19 @@ def whole(tree: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
-def agree_on_failure(text: str) -> tuple[bool, bool]:
+def agree_on_failure(text: str, code: int) -> tuple[bool, bool]:
     """Of a run that ends with an error: whether this process says so, and whether all of them end with it.
 
     A mistake in a flag fails every process alike, and process 0 speaks for all; a file that one machine lacks fails
-    that one alone, and the others wait for it in vain.
+    that one alone, and the others would wait for it in vain: they end by `end_with_others`.
+
+    Args:
+        text: what went wrong.
+        code: exit code.
     """
     if alone():
         return True, True
+    _announce(code)
     key = f"jaxcrit/failed/{_said}"
     _client().key_value_set(f"{key}/{_index}", text)
     texts = []
@@ -124,6 +135,36 @@ def agree_on_failure(text: str) -> tuple[bool, bool]:
             texts.append(None)
             break
     return first() or texts[0] != text, texts == [text] * _count
+
+
+def leave(code: int) -> None:
+    """Ends this process at once where others are in the run, who end with it; alone, it ends as it will."""
+    if not alone():
+        _announce(code)
+        os._exit(code)
+
+
+def _announce(code: int) -> None:
+    with contextlib.suppress(Exception):  # jax's own error, of no public class: the coordinator is gone
+        _client().key_value_set(f"{_ENDED}{_index}", str(code))
+
+
+def end_with_others() -> None:
+    """Watches, in a thread, for another process that has ended with an error, and ends this one soon after it."""
+
+    def watch() -> None:
+        try:
+            while not (ended := _client().key_value_dir_get(_ENDED)):
+                time.sleep(_LOOK)
+        except Exception:  # jax's own error: the run is over
+            return
+        time.sleep(_GRACE)  # what fails all of them alike is said by the first
+        name, code = ended[0]
+        print(f"jaxcrit: process {name.removeprefix(_ENDED)} has failed, and this one ends with it", file=sys.stderr)
+        sys.stderr.flush()
+        os._exit(int(code))
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def make_directory(path: Path) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from tqdm import tqdm
 
+from jaxcrit.core.console import visible
+
 Say = Callable[[str], None]  # told what goes on, a line at a time
 
-# disable=None: no bar where stderr is not a terminal.
-bars = functools.partial(tqdm, disable=None, unit=" samples", leave=False)
+
+def bars(**settings: Any) -> tqdm:
+    """A bar of tqdm; none where stderr is not a terminal."""
+    settings["desc"] = visible(settings.get("desc") or "")
+    return tqdm(**{"disable": None, "unit": " samples", "leave": False, **settings})
 
 
 class _Unseen:

@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from jaxcrit import __version__
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path, read_json
+from jaxcrit.core.files import as_path, check_name
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.options import Options, as_json, determining
-from jaxcrit.core.rundir import RUN_FORMAT, RunDirectory
+from jaxcrit.core.rundir import RunDirectory, read_record
 
 RUNS = "jaxcrit-runs"  # where runs go that were given no directory
 # Of run.json: what a run that goes on says anew.
@@ -153,7 +153,7 @@ def running(
     also: Mapping[str, Any] | None = None,
     further: Sequence[Options] = (),
     keep: bool = True,
-    read_back: bool = False,
+    read_back: Any = None,
 ) -> Iterator[Run]:
     """Opens the directory of a run, and closes it: complete, or, after a user's mistake, as if it had never been.
 
@@ -169,8 +169,8 @@ def running(
         also: further JSON values that determine the results.
         further: further options, of single criteria; they stand beside the others.
         keep: whether there is a directory; False for a Python caller that gave none: nothing is written.
-        read_back: whether a complete run is left as it is, for the caller to read back; else it is run again, on what
-            it has kept.
+        read_back: declaration (`jaxcrit.core.schema`) of ``run.json`` of a complete run, which is left as it is for the
+            caller to read back; None for a run again, on what it has kept.
 
     Yields:
         The run.
@@ -180,6 +180,9 @@ def running(
             after the directory has been taken back.
     """
     described = {role: model.describe() for role, model in models.items()}
+    for one in datasets:
+        if not isinstance(one, Facts):  # by which no directory is called
+            check_name(one.name, "datasets", alone=len(datasets) == 1)
     data = {one.name: one.describe() for one in datasets}
     first = next(iter(models.values()), None)
     settled = first.settled(options) if first else {}
@@ -198,7 +201,7 @@ def running(
     directory = RunDirectory.open(out, determines) if keep else None
     earlier: Mapping[str, Any] = {}
     if directory is not None and directory.resumed:
-        earlier = processes.share(lambda: read_json(out / "run.json", RUN_FORMAT))
+        earlier = processes.share(lambda: read_record(out))
     kept = {key: value for key, value in earlier.items() if key not in _OF_A_LAUNCH}
     record: dict[str, Any] = {
         **kept,
@@ -213,6 +216,7 @@ def running(
     }
     run = Run(directory, record, {}, earlier)
     if run.complete and read_back:
+        processes.share(lambda: None if read_back is True else read_record(out, read_back) and None)
         yield run
         return
     began, clock = time.time(), time.perf_counter()
@@ -223,6 +227,11 @@ def running(
         if directory is not None and not run.precious:
             directory.discard()
         raise
+    except KeyboardInterrupt:
+        if directory is None:
+            raise
+        told = f"{directory.path} keeps what is done, and the same command goes on from there"
+        raise KeyboardInterrupt(told) from None
     spent = {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "seconds": round(time.perf_counter() - clock, 3),

@@ -3,18 +3,79 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import tempfile
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, in_bucket, read_json, remove_tree, write_json
 from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.layers import ChosenLayers
+from jaxcrit.core.schema import AtLeastZero, Count, Layers, Size
 
 RUN_FORMAT = "jaxcrit.run"
+
+
+class NamedModel(TypedDict, total=False):
+    """A model in ``run.json``."""
+
+    path: str
+    hash: str | None
+    family: str | None
+    num_layers: Layers
+    width: Size
+
+
+class SizedModel(TypedDict):
+    """What reports take from a model in ``run.json``."""
+
+    num_layers: Layers
+
+
+class CountedRows(TypedDict):
+    """What reports take from a dataset in ``run.json``."""
+
+    num_samples: Count
+
+
+class SweepCost(TypedDict):
+    """``block_evaluations`` of a sweep, in ``run.json``."""
+
+    sweep: Count
+    forward_passes: AtLeastZero
+    a_pass_each: Count
+
+
+class RunRecord(TypedDict, total=False):
+    """``run.json``, of any command."""
+
+    command: str
+    status: Literal["running", "complete"]
+    identity: str
+    config: dict[str, Any]
+    determines: dict[str, Any]
+    model: NamedModel
+    data: dict[str, dict[str, Any]]
+    layers: ChosenLayers
+    result: dict[str, Any]
+    time: dict[str, Any]
+
+
+def read_record(folder: Path, kind: Any = RunRecord) -> dict[str, Any]:
+    """Reads ``run.json``.
+
+    Args:
+        folder: run directory.
+        kind: declaration of what it must hold, see `jaxcrit.core.schema`.
+
+    Raises:
+        UserError: see `read_json`.
+    """
+    return read_json(folder / "run.json", RUN_FORMAT, kind)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +137,13 @@ def _resumes(path: Path, determines: Mapping[str, Any]) -> bool:
     if path.is_dir() and any(path.iterdir()):
         if not (path / "run.json").exists():
             raise UserError(f"--out={path}: holds files that are no jaxcrit run; choose an empty or new directory")
-        earlier = read_json(path / "run.json", RUN_FORMAT)
+        earlier = read_record(path)
         if earlier.get("identity") != sha256_json(determines):
             differs = _difference(earlier.get("determines", {}), determines)
             raise UserError(f"--out={path}: holds another run ({differs}); choose another directory, or remove it")
         resumed = True
+    if links := _links(path):
+        raise UserError(f"--out={path}: holds links ({listed(links, 3)}), through which it would write elsewhere")
     if in_bucket(path):
         return resumed
     parent = path if path.is_dir() else next(p for p in path.absolute().parents if p.exists())
@@ -89,6 +152,12 @@ def _resumes(path: Path, determines: Mapping[str, Any]) -> bool:
     except OSError as error:
         raise UserError(f"--out={path}: cannot be written ({error.strerror}); choose another directory") from None
     return resumed
+
+
+def _links(path: Path) -> list[str]:
+    """Symbolic links below a local directory."""
+    found = [] if in_bucket(path) else [Path(at, name) for at, *kinds in os.walk(path) for name in kinds[0] + kinds[1]]
+    return [str(one.relative_to(path)) for one in found if one.is_symlink()]
 
 
 def _check_bucket(path: Path) -> None:

@@ -11,8 +11,10 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.layers import LayerScores, LayerSet, checked
+from jaxcrit.core.schema import MOST_LAYERS
 
 WORDS = ("all", "critical", "noncritical", "random", "first", "last", "boundary")
+_DIGITS = len(str(MOST_LAYERS - 1))
 _SLIP = 0.85  # of difflib: one letter off, in words of this length
 
 
@@ -61,11 +63,15 @@ class LayerSpec:
         if text.startswith("@"):
             return cls("file", path=text[1:])
         if text.startswith("boundary(") and text.endswith(")"):
+            if text.count("(") > 8:
+                raise UserError(f"{where[:80]}: expected one selection inside boundary(...), got many")
             return cls("boundary", inner=cls.parse(text[len("boundary(") : -1], flag))
-        if re.fullmatch(r"\d+(-\d+)?(,\d+(-\d+)?)*", text):
+        if re.fullmatch(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*", text):
             layers: list[int] = []
             for part in text.split(","):
                 start, _, stop = part.partition("-")
+                if max(len(start), len(stop)) > _DIGITS:
+                    raise UserError(f"{where[:80]}: expected layers below {MOST_LAYERS:,}, which no model has more of")
                 span = range(int(start), int(stop or start) + 1)
                 if not span:
                     raise UserError(f"{where}: the range {part} is empty; write the lower layer first")
@@ -82,9 +88,9 @@ class LayerSpec:
             )
         most = {"all": 0, "random": 2}.get(word, 1)
         needed = 1 if word in ("random", "first", "last") else 0
-        if not needed <= len(numbers) <= most or not all(re.fullmatch("[0-9]+", number) for number in numbers):
+        if not needed <= len(numbers) <= most or not all(re.fullmatch("[0-9]{1,15}", number) for number in numbers):
             shape = {"all": "all", "random": "random:K[:SEED]"}.get(word, f"{word}:K")
-            raise UserError(f"{where}: expected {shape} with whole numbers")
+            raise UserError(f"{where[:80]}: expected {shape} with whole numbers")
         count = int(numbers[0]) if numbers else None
         if count == 0:
             raise UserError(f"{where}: K must be at least 1")

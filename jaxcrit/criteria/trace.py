@@ -160,6 +160,18 @@ def band(score: LayerScores) -> tuple[int, ...]:
     return tuple(found[::-1])
 
 
+def plateau(effects: np.ndarray) -> list[int]:
+    """Layers whose mean over the facts is not below the highest one's by two paired standard errors.
+
+    Args:
+        effects: ``[F, L]``.
+    """
+    highest = int(np.argmax(effects.mean(axis=0)))
+    below = effects[:, [highest]] - effects
+    error = below.std(axis=0, ddof=1) / np.sqrt(len(effects))
+    return np.flatnonzero(below.mean(axis=0) <= 2 * error).tolist()
+
+
 def rises(last: np.ndarray) -> np.ndarray:
     """How far ``trace_last`` rises from the layer below to each, ``[..., L]``; in layer 0, all that there is."""
     return np.diff(last, axis=-1, prepend=0)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.reading import fitting
 from jaxcrit.data.templates import Example
 
 Shape = tuple[int, int]  # rows, and tokens of each
@@ -135,6 +136,7 @@ def _cheapest(lengths: np.ndarray, budget: Budget, shapes: Sequence[Shape] | Non
         shapes: shapes to use, which cost nothing; None for any, their lengths rounded up to a multiple of 8.
         longest: that lengths are not rounded beyond.
     """
+    fitting((budget.rows, int(lengths[-1])), 4, "take fewer rows at a time, with --batch_size")
     count = len(lengths)
     step = budget.rows * -(-max(count - _LONGEST, 0) // (_OTHERS * budget.rows)) or 1
     places = np.unique([*range(0, count - _LONGEST, step), *range(max(count - _LONGEST, 0), count + 1)])

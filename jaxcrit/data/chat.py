@@ -7,11 +7,15 @@ import datetime
 import functools
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.errors import UserError, first_line, listed
+from jaxcrit.core.files import local_path
+from jaxcrit.core.reading import read_text
+from jaxcrit.data import trial
 
 Message = dict[str, Any]
 # Llama 3's templates (and others) write today's date into every prompt; a fixed one, Llama's own default, keeps
@@ -65,8 +69,7 @@ class Chat:
         Raises:
             UserError: the template refuses the conversation.
         """
-        from jinja2 import TemplateError
-
+        _try(self, messages, tools, generation, where)
         try:
             return self.tokenizer.apply_chat_template(
                 list(messages),
@@ -75,12 +78,10 @@ class Chat:
                 tokenize=False,
                 add_generation_prompt=generation,
             )
-        # What a template does with what it did not expect are errors of Python.
-        except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(
-                f"{where}{': ' if where else ''}the model's chat template refuses the conversation: {first}"
-            ) from None
+        except Exception as error:  # what a template does with what it did not expect are errors of Python, of any kind
+            front = f"{where}: " if where else ""
+            why = first_line(error)
+            raise UserError(f"{front}the model's chat template refuses the conversation: {why}") from None
 
     @functools.cached_property
     def turn(self) -> Turn:
@@ -139,7 +140,37 @@ class Chat:
         raise UserError(f"{where}: {_untold('stands', whole)}")
 
 
+_LARGEST = 2**20  # bytes of a template; the longest in use have some 20,000
 _COMMON = ("user", "assistant")
+_TRIED: set[str] = set()  # templates that came to an end
+_PATIENCE = 9.0  # seconds
+
+
+def _try(chat: Chat, messages: Sequence[Message], tools: Any, generation: bool, where: str) -> None:
+    """Renders with a template for the first time, in a process that ends when it takes too much.
+
+    Raises:
+        UserError: it does.
+    """
+    if chat.template in _TRIED:
+        return
+    values = {"messages": list(messages), "tools": tools, "add_generation_prompt": generation}
+    given = {"template": chat.template, "values": {**chat.tokenizer.special_tokens_map, **values}}
+    try:
+        code = subprocess.run(
+            [sys.executable, "-I", trial.__file__],
+            input=json.dumps(given, default=str).encode(),
+            capture_output=True,
+            timeout=_PATIENCE,
+        ).returncode
+    except subprocess.TimeoutExpired:
+        code = 1
+    if code:
+        raise UserError(
+            f"{where}{': ' if where else ''}the model's chat template takes more than {trial.SECONDS} s or"
+            f" {trial.BYTES // 2**30} GiB to render; give another with --template=chat:FILE, or --template=none"
+        )
+    _TRIED.add(chat.template)
 
 
 def chat_of(tokenizer: Any, template: str = "auto", *, tools: bool = False) -> Chat | None:
@@ -179,9 +210,9 @@ def chat_of(tokenizer: Any, template: str = "auto", *, tools: bool = False) -> C
 
 def _read(named: str, known: dict[str, str]) -> str:
     try:
-        return Path(named).expanduser().read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        return read_text(local_path(named, "template"), "a Jinja template", _LARGEST)
+    except (FileNotFoundError, UserError) as error:
+        reason = "no such file" if isinstance(error, FileNotFoundError) else first_line(error)
         names = f"has the chat templates {listed(sorted(known))}" if known else "has no chat template"
         raise UserError(
             f"--template=chat:{named}: {reason}, and the tokenizer {names}; expected the name of one or a Jinja file"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.reading import too_deep
 
 Placed = Iterator[tuple[str, Any]]
 _COMPRESSED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
@@ -158,7 +159,10 @@ def _json_rows(file: IO[bytes], path: Path) -> Placed:
 
 def _json(raw: bytes, where: str) -> Any:
     try:
-        return json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"))
+        if too_deep(value):
+            raise RecursionError("too deeply nested")
+        return value
     except UnicodeDecodeError as error:
         breaks = raw.count(b"\n", 0, error.start)
         line = f" in line {breaks + 1} of it" if breaks else ""

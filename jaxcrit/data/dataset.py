@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.files import check_name
 from jaxcrit.core.groups import RowOptions, SourceOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
@@ -278,7 +279,7 @@ def named_rows(rows: Any, options: RowOptions, split: str = "") -> list[NamedRow
     if isinstance(rows, Mapping):
         if not rows:
             raise UserError("rows: expected one dataset or more by name, got none")
-        return [_in_memory(_checked_name(name), one, options) for name, one in rows.items()]
+        return [_in_memory(check_name(name, "rows"), one, options) for name, one in rows.items()]
     if isinstance(rows, list | tuple) and rows and all(isinstance(row, Dataset | NamedRows) for row in rows):
         names = [row.name for row in rows]
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
@@ -292,13 +293,6 @@ def text_of(rows: Any, options: SourceOptions) -> str | None:
     if rows is None:
         return options.data
     return str(rows) if isinstance(rows, str | Path) else None
-
-
-def _checked_name(name: Any) -> str:
-    """A name of rows in memory; where there are several datasets, each has a directory of that name."""
-    if not isinstance(name, str) or name in ("", ".", "..") or "/" in name or "\\" in name:
-        raise UserError(f"rows: expected names of datasets that can name a directory, got {name!r}")
-    return name
 
 
 def _in_memory(name: str, rows: Any, options: RowOptions) -> NamedRows | Dataset:

@@ -24,6 +24,7 @@ from typing import Any
 
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.files import local_path
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data import containers, hub
 from jaxcrit.data.published import PUBLISHED, Cut, Row, check_text, cut_of, form, type_name
@@ -84,12 +85,13 @@ def load(
     found: dict[str, _Source] = {}
     for part in (spec or "demo").split(","):
         for one in _sources(part.strip(), spec, split, preferred, edition, drop):
-            if one.name in found:
+            # A directory is called by each, on some systems whatever the case of its letters.
+            twin = found.setdefault(one.name.casefold(), one)
+            if twin is not one:
                 raise UserError(
                     f"--data={spec}: expected datasets of different names, got {one.name!r} from both"
-                    f" {found[one.name].source} and {one.source}; rename one file"
+                    f" {twin.source} and {one.source}; rename one file"
                 )
-            found[one.name] = one
     loaded = []
     for one in found.values():
         rows = one.read(0 if shuffle_seed >= 0 else limit)
@@ -114,12 +116,12 @@ def _sources(part: str, spec: str, split: str, preferred: str, edition: str, dro
     if not part:
         raise UserError(f"--data={spec}: expected a path, demo or demo:FAMILY between commas, got nothing")
     word, colon, rest = part.partition(":")
-    path = Path(part).expanduser()
+    path = local_path(part, "data") if "://" not in part else Path(part)
     if word in PUBLISHED:
         if colon and not rest:
             raise UserError(f"--data={part}: expected a path after the colon, got nothing")
         cut = cut_of(word, split or preferred, edition)
-        file = Path(rest).expanduser() if rest else None
+        file = local_path(rest, "data") if rest else None
 
         def published(limit: int) -> list[Row]:
             rows = _read_published(word, file, cut)

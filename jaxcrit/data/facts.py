@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.files import local_path
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data import containers
 from jaxcrit.data.published import type_name
@@ -91,7 +92,7 @@ def read_facts(source: str = "") -> list[Fact]:
     """
     if not source:
         return list(bundled())
-    path = Path(source).expanduser()
+    path = local_path(source, "facts")
     try:
         rows = [(f"{source}: {place}", row) for place, row in containers.values(path)]
     except FileNotFoundError:

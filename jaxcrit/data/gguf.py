@@ -12,16 +12,43 @@ import math
 import mmap
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import numpy as np
 
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, first_line, is_error
+from jaxcrit.core.schema import Range, conform
 from jaxcrit.data.tokenizer import quiet
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _TOKENS = "tokenizer.ggml.tokens"
+_MOST_AXES = 8
+# What is read of metadata, whatever the architecture; sizes of the model are checked as those of a config.json.
+Metadata = TypedDict(
+    "Metadata",
+    {
+        "general.architecture": str,
+        "general.type": str,
+        "general.alignment": Annotated[int, Range(1, 2**20)],
+        "split.count": int,
+        "tokenizer.ggml.tokens": list[str],
+        "tokenizer.ggml.model": str,
+        "tokenizer.ggml.pre": str,
+        "tokenizer.ggml.scores": list[float],
+        "tokenizer.ggml.token_type": list[int],
+        "tokenizer.ggml.merges": list[str],
+        "tokenizer.ggml.bos_token_id": int,
+        "tokenizer.ggml.eos_token_id": int,
+        "tokenizer.ggml.unknown_token_id": int,
+        "tokenizer.ggml.padding_token_id": int,
+        "tokenizer.ggml.add_bos_token": bool,
+        "tokenizer.ggml.add_eos_token": bool,
+        "tokenizer.ggml.add_space_prefix": bool,
+        "tokenizer.chat_template": str,
+    },
+    total=False,
+)
 _SPECIAL = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
 
 
@@ -99,13 +126,22 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
     if version not in (2, 3):
         raise UserError(f"{path}: expected version 2 or 3 of GGUF, little endian, got {version}")
     tensors, keys = header.number("Q"), header.number("Q")
-    metadata = {header.string(): header.value(header.number("I")) for _ in range(keys)}
+    metadata: dict[str, Any] = {}
+    for _ in range(keys):
+        key = header.string()
+        if key in metadata:
+            raise UserError(f"{path}: {key} named twice; which one holds cannot be known")
+        metadata[key] = header.value(header.number("I"))
+    conform(metadata, Metadata, str(path))
     if metadata.get("split.count", 0) > 1:
         raise UserError(f"{path}: one of {metadata['split.count']} parts; merge them with llama-gguf-split --merge")
     found = []
     for _ in range(tensors):
         name = header.string()
-        shape = tuple(header.number("Q") for _ in range(header.number("I")))[::-1]
+        axes = header.number("I")
+        if not 1 <= axes <= _MOST_AXES:
+            raise UserError(f"{path}: damaged: {name} has {axes} axes; fetch the file again")
+        shape = tuple(header.number("Q") for _ in range(axes))[::-1]
         found.append((name, shape, header.number("I"), header.number("Q")))
     unit = metadata.get("general.alignment", 32)
     begin = -(-header.at // unit) * unit
@@ -174,7 +210,9 @@ class _Header:
         if kind != _ARRAY:
             raise UserError(f"{self.path}: damaged: a value of type {kind} in its metadata; fetch the file again")
         inside, count = self.number("I"), self.number("Q")
-        if inside not in _SCALARS:
+        if inside not in (*_SCALARS, _STRING):
+            raise UserError(f"{self.path}: damaged: a list of values of type {inside} in its metadata; fetch it again")
+        if inside == _STRING:
             return [self.value(inside) for _ in range(count)]
         code = f"<{_SCALARS[inside]}"
         return np.frombuffer(self.take(count * struct.calcsize(code)), code).tolist()
@@ -216,6 +254,7 @@ def gguf_tokenizer(path: Path) -> Any:
         try:
             backend, further = convert_gguf_tokenizer(file.need("general.architecture"), described)
             return TokenizersBackend(tokenizer_object=backend, **settings, **further)
-        except Exception as error:  # builders of several kinds stand behind this call and share no base class
-            first = (str(error).strip() or repr(error)).splitlines()[0]
-            raise UserError(f"{path}: its tokenizer ({kind}) cannot be built: {first}") from None
+        except BaseException as error:  # builders of several kinds stand behind this call and share no base class
+            if not is_error(error):
+                raise
+            raise UserError(f"{path}: its tokenizer ({kind}) cannot be built: {first_line(error)}") from None

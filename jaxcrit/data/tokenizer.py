@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, first_line, is_error
+from jaxcrit.core.files import read_object
 
 # What holds the vocabulary in the checkpoints served; any one of them will do.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -65,10 +65,12 @@ def load_tokenizer(path: str | Path) -> Any:
         try:
             return _class(path).from_pretrained(path, local_files_only=True, trust_remote_code=False)
         # Readers of many formats stand behind this call and share no base class (tokenizers raises Exception itself).
-        except Exception as error:
-            first = (str(error).strip() or repr(error)).splitlines()[0]
+        except BaseException as error:
+            if not is_error(error):
+                raise
+            why = first_line(error)
             raise UserError(
-                f"{path}: the tokenizer cannot be loaded (code shipped with a checkpoint is never run): {first}"
+                f"{path}: the tokenizer cannot be loaded (code shipped with a checkpoint is never run): {why}"
             ) from None
 
 
@@ -77,16 +79,31 @@ def has_tokenizer(path: Path) -> bool:
     return any((path / name).is_file() for name in _VOCABULARIES)
 
 
+class NamedTemplate(TypedDict):
+    """One of several chat templates."""
+
+    name: str
+    template: str
+
+
+class TokenizerConfig(TypedDict, total=False):
+    """What is read here of ``tokenizer_config.json``."""
+
+    tokenizer_class: str | None
+    auto_map: Any
+    chat_template: str | list[NamedTemplate] | None
+
+
 def _class(path: Path) -> Any:
     """The class that ``AutoTokenizer`` would take, where that is certain without it; else ``AutoTokenizer``.
 
     ``AutoTokenizer`` imports the configs of all models, and torch where that is installed: seconds and hundreds of
     megabytes, for the same tokenizer.
     """
-    settings, config = (_object(path / name) for name in ("tokenizer_config.json", "config.json"))
+    settings, config = _object(path / "tokenizer_config.json", TokenizerConfig), _object(path / "config.json")
     family = config.get("model_type")
     named = str(settings.get("tokenizer_class") or config.get("tokenizer_class") or "").removesuffix("Fast")
-    if family not in _AT_ITS_WORD:
+    if not (family is None or isinstance(family, str)) or family not in _AT_ITS_WORD:
         named = _OWN.get(str(family), "")
     file = path / "tokenizer.json"
     # LlamaTokenizer splits as sentencepiece does; for a file that splits bytes transformers takes another class.
@@ -99,12 +116,13 @@ def _class(path: Path) -> Any:
     return getattr(importlib.import_module(module), name)
 
 
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}  # absent, or refused by whoever needs it
-    return content if isinstance(content, dict) else {}
+def _object(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """A JSON object; empty where there is no such file.
+
+    Raises:
+        UserError: it is something else.
+    """
+    return read_object(path, "a JSON object", kind) if path.exists() else {}
 
 
 def _require_sentencepiece(file: Path) -> None:

@@ -16,13 +16,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.files import write_npz
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.data.batches import common_shapes, make_batches, refuse_equal_prompts
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.capture import capture, compiled_steps, stream
+from jaxcrit.evidence.fingerprint import FINGERPRINT_FORMAT, read_grams
 from jaxcrit.evidence.states import GivenModel, HiddenStates
 from jaxcrit.evidence.states_files import OWN, write_states
 from jaxcrit.models.decoder import Decoder
@@ -187,7 +188,7 @@ class Captures:
             kept = not self.config.save_activations or (folder / OWN).exists()
             file = folder / "fingerprint.npz"
             if directory.resumed and file.exists() and kept:
-                arrays, meta = read_npz(file)
+                arrays, meta = read_grams(file)
                 if meta.get("identity") == directory.identity:
                     earlier.append(arrays["gram"])
             return bool(earlier)
@@ -277,7 +278,7 @@ class Captures:
     def _fingerprint(self, states: HiddenStates, packed: np.ndarray, file: Path) -> np.ndarray:
         assert self.directory is not None
         meta = {
-            "format": "jaxcrit.fingerprint",
+            "format": FINGERPRINT_FORMAT,
             "format_version": 1,
             "identity": self.directory.identity,
             "model_hash": self.model.model_hash,

@@ -7,17 +7,53 @@ import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import FORMAT_VERSION, as_path, read_json, read_npz
-from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.files import DAMAGED, Npz, as_path, check_name, read_npz
+from jaxcrit.core.rundir import read_record
+from jaxcrit.core.schema import Array, Layers, conform
 from jaxcrit.similarity import DegenerateError, unpack_upper
 
 FINGERPRINT_FORMAT = "jaxcrit.fingerprint"
-_META = ("model_hash", "template_hash", "position", "kernel", "num_layers")
+
+
+class FingerprintMeta(TypedDict):
+    """The meta entry of ``fingerprint.npz``."""
+
+    model_hash: str | None
+    template_hash: str
+    position: Literal["last", "mean", "all"]
+    kernel: str
+    num_layers: Layers
+    identity: str
+
+
+class GramModel(TypedDict):
+    """The model of a run of ``analyze`` or ``spectrum``."""
+
+    family: str | None
+    hash: str | None
+    num_layers: Layers
+
+
+class GramRun(TypedDict):
+    """``run.json`` of such a run."""
+
+    identity: str
+    model: GramModel
+    data: dict[str, dict[str, Any]]
+
+
+_HOLDS = Npz(
+    FINGERPRINT_FORMAT,
+    {"sample_ids": Array("U", ("N",)), "units": Array("iu", ("N",)), "gram": Array("f", ("L", "P"))},
+    FingerprintMeta,
+)
+
+
 # Squared distances of equal rows come out of a float32 Gram as rounding, some 1e-7 of the squared lengths.
 _EQUAL = 1e-6
 
@@ -51,28 +87,27 @@ def read_fingerprint(given: str) -> Fingerprint:
         DegenerateError: fewer than 4 samples, repeated ones, NaN or infinity, a constant layer.
     """
     path = _locate(as_path(given))
-    arrays, meta = read_npz(path)
-    if meta.get("format") != FINGERPRINT_FORMAT:
-        raise UserError(f"{path}: expected a {FINGERPRINT_FORMAT}, got {meta.get('format')!r}")
-    if meta.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path}: expected format_version {FORMAT_VERSION}, got {meta.get('format_version')!r};"
-            " upgrade jaxcrit or run jaxcrit analyze again"
-        )
-    missing = [name for name in ("gram", "sample_ids", "units") if name not in arrays]
-    missing += [name for name in _META if name not in meta]
-    if missing:
-        raise UserError(f"{path}: has no {listed(missing)}; run jaxcrit analyze again")
-    packed, count = arrays["gram"], len(arrays["sample_ids"])
-    if packed.shape != (meta["num_layers"], count * (count + 1) // 2) or len(arrays["units"]) != count:
-        raise UserError(
-            f"{path}: expected Grams of {meta['num_layers']} layers and {count} samples, got {packed.shape}; the file"
-            " is damaged, run jaxcrit analyze again"
-        )
-    ids = [str(one) for one in arrays["sample_ids"]]
-    grams = unpack_upper(packed)
+    arrays, meta = read_grams(path)
+    ids, units = arrays["sample_ids"].tolist(), arrays["units"]
+    grams = unpack_upper(arrays["gram"])
     _refuse_degenerate(path, grams, ids, meta["position"] == "all")
-    return Fingerprint(path, grams, ids, arrays["units"], meta, hashlib.sha256(path.read_bytes()).hexdigest())
+    return Fingerprint(path, grams, ids, units, meta, hashlib.sha256(path.read_bytes()).hexdigest())
+
+
+def read_grams(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Reads the arrays and the meta entry of ``fingerprint.npz``; ``gram`` is packed, ``[L, N (N+1)/2]``.
+
+    Raises:
+        UserError: absent, cut short, of another format or version, or its parts do not fit together.
+    """
+    arrays, meta = read_npz(path, _HOLDS)
+    count = len(arrays["sample_ids"])
+    if arrays["gram"].shape != (meta["num_layers"], count * (count + 1) // 2):
+        raise UserError(
+            f"{path}: expected Grams of {meta['num_layers']} layers and {count} samples, got {arrays['gram'].shape};"
+            f" {DAMAGED}"
+        )
+    return arrays, meta
 
 
 def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
@@ -82,12 +117,13 @@ def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
         UserError: no such run, one that is not complete, or one without Grams.
     """
     path = as_path(given)
-    run = read_json(path / "run.json", RUN_FORMAT)
+    run = read_record(path)
     if run.get("command") not in ("analyze", "spectrum") or "data" not in run:
         raise UserError(f"{path}: is a run of jaxcrit {run.get('command')}; expected one of jaxcrit analyze")
     if run.get("status") != "complete":
         raise UserError(f"{path}: is not complete; give the same jaxcrit {run['command']} again, and it goes on")
-    names = list(run["data"])
+    conform(run, GramRun, f"{path / 'run.json'}", DAMAGED)
+    names = [check_name(name, f"{path / 'run.json'}: data", alone=len(run["data"]) == 1) for name in run["data"]]
     return run, {name: _locate(path if len(names) == 1 else path / name) for name in names}
 
 

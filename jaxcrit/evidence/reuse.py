@@ -213,7 +213,7 @@ def damage(
     mesh, depth = receiver.mesh, receiver.config.num_layers
     models = receiver.decoder(bars), sender.decoder(bars)
 
-    def take(batch: Any, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+    def take(batch: Any, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
         rows = rows_of(batch, examples, answer(batch), widths[batch.tokens.shape[1]], mesh)
         measures, distances = measure(*models, rows, plan, mesh, step)
         values = np.concatenate([measures.reshape(-1, len(batch.rows)), distances.reshape(-1, len(batch.rows))])

@@ -6,16 +6,18 @@ import collections
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
-from jaxcrit.core.files import read_npz, write_npz
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import DAMAGED, Npz, read_npz, write_npz
 from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
+from jaxcrit.core.schema import Array, conform
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import most_scored
@@ -24,6 +26,7 @@ from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.training.step import TokenBatch, place
 
 _PARTIAL = "partial.npz"
+_KEPT = Npz("jaxcrit.partial", {"losses": Array("f", ("V", "N")), "tokens": Array("iu", ("N",))}, dict[str, str | int])
 _SAVE_SECONDS = 10.0
 # batch, its rows' places among N, progress -> losses [V, B] summed over each row's response, tokens [B]
 Take = Callable[[TokenBatch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
@@ -68,7 +71,7 @@ def sample_losses(
     if (
         directory is not None
         and directory.resumed
-        and (kept := processes.share(lambda: _kept(directory.path / partial, directory.identity)))
+        and (kept := processes.share(lambda: _kept(directory, partial, num_variants, len(examples))))
     ):
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
     passes = evaluations / model.config.num_layers
@@ -79,7 +82,7 @@ def sample_losses(
     def save() -> None:
         if directory is None:
             return
-        meta = {"format": "jaxcrit.partial", "format_version": 1, "identity": directory.identity}
+        meta = {"format": _KEPT.format, "format_version": 1, "identity": directory.identity}
         write_npz(directory.path / partial, {"losses": losses, "tokens": tokens}, meta)
 
     whole = {"total": len(batches) * evaluations, "initial": (len(batches) - len(left)) * evaluations}
@@ -124,10 +127,29 @@ def batches_of(
         yield batch.rows, place(TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape]), model.mesh)
 
 
+class SweepMeta(TypedDict):
+    """What a report of a sweep takes from a score's meta."""
+
+    unchanged: float
+
+
 def read_back(out: Path) -> dict[str, LayerScores]:
-    """The scores of a run that is complete already."""
-    found = processes.share(lambda: {key: score.to_json() for key, score in read_scores(out / "scores.json").items()})
-    return {key: LayerScores.from_json(key, entry) for key, entry in found.items()}
+    """The scores of a run that is complete already.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = out / "scores.json"
+
+    def look() -> dict[str, Any]:
+        found = read_scores(file)
+        for key, score in found.items():
+            conform(score.meta, SweepMeta, str(file), DAMAGED, f"{key}.meta")
+            if not score.valid.any():
+                raise UserError(f"{file}: expected {key} to be valid in a layer; {DAMAGED}")
+        return {key: score.to_json() for key, score in found.items()}
+
+    return {key: LayerScores.from_json(key, entry) for key, entry in processes.share(look).items()}
 
 
 def write_scored(out: Path, scores: Mapping[str, LayerScores]) -> None:
@@ -145,12 +167,13 @@ def forget_partial(out: Path | None) -> None:
             file.unlink(missing_ok=True)
 
 
-def _kept(file: Path, identity: str) -> dict[str, Any]:
+def _kept(directory: RunDirectory, partial: str, variants: int, samples: int) -> dict[str, Any]:
     """What an earlier run of this identity has left, as JSON values; empty where nothing."""
+    file = directory.path / partial
     if not file.exists():
         return {}
-    arrays, meta = read_npz(file)
-    return {name: arrays[name].tolist() for name in ("losses", "tokens")} if meta["identity"] == identity else {}
+    arrays, meta = read_npz(file, _KEPT, V=variants, N=samples)
+    return {name: array.tolist() for name, array in arrays.items()} if meta["identity"] == directory.identity else {}
 
 
 def _done(losses: np.ndarray, rows: np.ndarray) -> bool:

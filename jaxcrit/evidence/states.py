@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import types
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import local_path, read_object
 from jaxcrit.core.groups import AXES, ENDS
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores
+from jaxcrit.core.schema import Size, conform
 from jaxcrit.models.families import FAMILIES
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
@@ -293,13 +293,21 @@ def model_of(states: Sequence[HiddenStates], model: str | Model, mesh: str) -> G
 
 def _sizes(model: str, error: UserError) -> Any:
     """Family, depth and width that config.json of a directory tells; the error of whoever asked where it does not."""
+    file = local_path(model, "model") / "config.json"
     try:
-        content = json.loads((Path(model).expanduser() / "config.json").read_text(encoding="utf-8"))
-        content = content.get("text_config", content)
-        layers, width = (next(int(content[key]) for key in keys if key in content) for keys in _SIZES)
-        return types.SimpleNamespace(family=str(content["model_type"]), num_layers=layers, width=width)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StopIteration, RuntimeError):
+        content = read_object(file, "a config.json")
+        content = conform(content.get("text_config", content), AnyModel, str(file))
+        sizes = [next(content[key] for key in keys if key in content) for keys in _SIZES]
+        layers, width = conform(sizes, list[Size], str(file))
+        return types.SimpleNamespace(family=content["model_type"], num_layers=layers, width=width)
+    except (OSError, UserError, StopIteration):
         raise error from None
+
+
+class AnyModel(TypedDict):
+    """What every ``config.json`` says."""
+
+    model_type: str
 
 
 _SIZES = (("num_hidden_layers", "n_layer", "num_layers"), ("hidden_size", "n_embd", "d_model"))

@@ -8,14 +8,12 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
-import os
 import re
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import ml_dtypes  # noqa: F401  (with it numpy knows bfloat16)
 import numpy as np
@@ -23,10 +21,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import FORMAT_VERSION, atomic_path, local_path, read_json
+from jaxcrit.core.files import FORMAT_VERSION, atomic_path, check_name, local_path
 from jaxcrit.core.groups import AXES
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.reading import Stored, fitting, members, parse_json, plain_size, stored_npy
+from jaxcrit.core.rundir import read_record
+from jaxcrit.core.schema import conform
 from jaxcrit.evidence.states import HiddenStates, states_from
 
 OWN = "activations.safetensors"
@@ -71,7 +71,7 @@ def read_all(text: str, **options: Any) -> list[HiddenStates]:
     for part in text.split(","):
         folder = local_path(part.strip(), "states")
         kept = {file.parent.name: file for file in folder.glob(f"*/{OWN}")}
-        order = read_json(folder / "run.json", RUN_FORMAT)["data"] if kept else ()
+        order = read_record(folder).get("data", ()) if kept else ()
         parts += [kept[name] for name in order if name in kept] or [folder]
     found = [read_states(part, **options) for part in parts]
     names = [one.name for one in found]
@@ -117,14 +117,7 @@ def read_states(
         return found.first(limit) if limit else found
 
 
-class _Stored:
-    """An array in a file: its shape is known, its content is read when it is asked for."""
-
-    def __init__(self, shape: Sequence[int], read: Any):
-        self.shape, self.read = tuple(shape), read
-
-
-class _Arrays(dict[str, _Stored]):
+class _Arrays(dict[str, Stored]):
     """Arrays of a file by name.
 
     Attributes:
@@ -138,65 +131,28 @@ class _Arrays(dict[str, _Stored]):
 def _opened(path: Path) -> Iterator[_Arrays]:
     """The arrays of a file, whose first bytes say of what kind it is; errors while it is open name it."""
     found = _Arrays()
+    plain_size(path, _KINDS)
     try:
         with path.open("rb") as file, contextlib.ExitStack() as opened:
             begin = file.read(6)
             if begin == b"\x93NUMPY":
-                found["hidden"] = _npy(file, path.stat().st_size)
+                found["hidden"] = stored_npy(file, path.stat().st_size)
             elif begin[:4] == b"PK\x03\x04":
                 archive = opened.enter_context(zipfile.ZipFile(file))
-                for member in archive.infolist():
-                    name = member.filename.removesuffix(".npy")
-                    if name == member.filename:
-                        raise UserError(
-                            f"expected an npz of arrays, got a zip file with {name!r}; what torch.save writes is a"
-                            " pickle and not read: write safetensors or numpy.savez"
-                        )
-                    found[name] = _npy(opened.enter_context(archive.open(member)), member.file_size)
+                for name, member in members(archive).items():
+                    found[name] = stored_npy(opened.enter_context(archive.open(member)), member.file_size)
             else:
                 tensors = opened.enter_context(safe_open(path, framework="numpy"))
                 for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     read = functools.partial(tensors.get_slice, name)
-                    found[name] = _Stored(read().get_shape(), read)
-                found.said = json.loads((tensors.metadata() or {}).get("jaxcrit", "{}"))
+                    found[name] = Stored(read().get_shape(), read)
+                said = parse_json((tensors.metadata() or {}).get("jaxcrit", "{}"), "what it says of itself")
+                found.said = conform(said, dict[str, Any], "what it says of itself")
             yield found
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (OSError, EOFError, ValueError, RecursionError, zipfile.BadZipFile, zlib.error, SafetensorError) as error:
         raise UserError(f"{path}: expected {_KINDS}; got something else, or a damaged one ({error})") from None
-
-
-def _npy(file: Any, size: int) -> _Stored:
-    """An array of numpy, its header checked against the bytes there are."""
-    file.seek(0)
-    version = np.lib.format.read_magic(file)
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
-    if read is None:
-        raise UserError(f"expected version 1 or 2 of npy, got {version}; save it again with numpy")
-    shape, _, dtype = read(file)
-    if dtype.hasobject:
-        raise UserError("holds Python objects, which are pickles and not read; save arrays of floats")
-    _fitting(shape, dtype.itemsize)
-    if file.tell() + math.prod(shape) * dtype.itemsize != size:
-        raise UserError(
-            f"expected {math.prod(shape) * dtype.itemsize} bytes of shape {shape}, got {size - file.tell()}"
-        )
-
-    def whole() -> np.ndarray:
-        file.seek(0)
-        return np.lib.format.read_array(file, allow_pickle=False)
-
-    return _Stored(shape, whole)
-
-
-def _fitting(shape: Sequence[int], size: int = 4) -> None:
-    """Refuses an array that memory does not hold once, of elements of so many bytes."""
-    needed, there = float(size) * math.prod(shape), float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    if needed > there:
-        raise UserError(
-            f"states of shape {tuple(shape)} take {needed / 2**30:.1f} GiB, this machine has {there / 2**30:.1f};"
-            " keep one token per prompt, or fewer prompts"
-        )
 
 
 def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str, Any]) -> HiddenStates:
@@ -208,11 +164,11 @@ def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str
     if "hidden" not in arrays and len(names) != 1:
         raise UserError(f"expected one array of hidden states, or one called hidden; got {listed(sorted(arrays))}")
     stored = arrays["hidden" if "hidden" in arrays else names[0]]
-    _fitting(stored.shape)
+    fitting(stored.shape)
     beside = {name: np.asarray(arrays[name].read()[...]).tolist() for name in ("sample_ids", "units") if name in arrays}
     facts = {**beside, **facts}
     if said or (own and "hidden" in arrays):
-        own_ends = "normed" if said.get("normed") else "blocks"
+        own_ends = "normed" if said.get("normed") is True else "blocks"
         for flag, asked, is_so in (("axes", axes, AXES[0]), ("ends", ends, own_ends)):
             if asked not in ("", is_so):
                 raise UserError(f"--{flag}={asked}: the file is jaxcrit's own, whose {flag} are {is_so}; leave it out")
@@ -227,16 +183,40 @@ def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str
     return states_from(np.asarray(stored.read()[...]), axes=axes, ends=ends, **facts)
 
 
+class SaidMeta(TypedDict, total=False):
+    """How states were captured, as ``activations.safetensors`` has it."""
+
+    model_hash: str | None
+    model_type: str | None
+    template_hash: str
+    position: Literal["last", "mean", "all"]
+
+
+class Said(TypedDict):
+    """What ``activations.safetensors`` says of itself."""
+
+    format: str
+    format_version: int
+    name: str
+    prompt_ids: list[str]
+    meta: SaidMeta
+    dtype: str
+    normed: bool
+
+
 def _own_facts(said: Mapping[str, Any], units: Sequence[int]) -> dict[str, Any]:
     """What ``activations.safetensors`` says of itself, as fields of `HiddenStates`."""
-    try:
-        version, name, ids = (said["format"], said["format_version"]), str(said["name"]), said["prompt_ids"]
-        facts = {"meta": dict(said["meta"]), "dtype": str(said["dtype"]), "sample_ids": [ids[unit] for unit in units]}
-    except (KeyError, TypeError, IndexError, ValueError) as error:
-        raise UserError(f"what it says of itself is damaged ({error!r}); write it again with jaxcrit analyze") from None
+    again = "write it again with jaxcrit analyze"
+    conform(said, Said, "what it says of itself is damaged", again)
+    version, name, ids = (said["format"], said["format_version"]), said["name"], said["prompt_ids"]
     if version != (_FORMAT, FORMAT_VERSION) or re.search(r"[/\\]|^\.*$", name):
         expected = f"{_FORMAT} {FORMAT_VERSION} of a plain name"
         raise UserError(f"expected {expected}, got {version} of {name!r}; upgrade jaxcrit, or write it again")
+    check_name(name, "what it says of itself")
+    try:
+        facts = {"meta": dict(said["meta"]), "dtype": said["dtype"], "sample_ids": [ids[unit] for unit in units]}
+    except (IndexError, TypeError) as error:
+        raise UserError(f"what it says of itself is damaged ({error}); {again}") from None
     return {"name": name, **facts}
 
 
@@ -286,7 +266,7 @@ def _of_vllm(folder: Path, axes: str, ends: str, position: str, limit: int, fact
         if ends == "embed":
             notes.append("the first states of a token are the same wherever it stands: the embedding output, left out")
     taken = counts if position == "all" else [1] * len(counts)
-    _fitting((layers, sum(taken), width))
+    fitting((layers, sum(taken), width))
     hidden, dtypes, begin = np.empty((layers, sum(taken), width), np.float32), set(), 0
     for (file, tokens), count in zip(prompts.values(), taken, strict=True):
         with _opened(file) as arrays:
@@ -304,7 +284,7 @@ def _of_vllm(folder: Path, axes: str, ends: str, position: str, limit: int, fact
     return states_from(hidden, axes="lnd", ends=ends, **{**named, **facts})
 
 
-def _prompt(arrays: _Arrays) -> tuple[np.ndarray, _Stored]:
+def _prompt(arrays: _Arrays) -> tuple[np.ndarray, Stored]:
     """Token ids ``[T]`` and states of one file of vLLM's."""
     if set(arrays) != _VLLM:
         raise UserError(f"expected hidden_states and token_ids, as vLLM writes them; got {listed(sorted(arrays))}")

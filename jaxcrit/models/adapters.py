@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypedDict
 
 import jax
 import numpy as np
@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path
+from jaxcrit.core.schema import Range, Size, short
 from jaxcrit.data.tokenizer import has_tokenizer
 from jaxcrit.models.checkpoint import locate
 from jaxcrit.models.config import ModelConfig
@@ -31,6 +32,7 @@ from jaxcrit.models.weights import Weight, offsets, table
 from jaxcrit.parallel.mesh import AnyMesh
 
 WEIGHTS = "adapter_model.safetensors"
+Above = Annotated[float, Range(0, 2**31 - 1, above=True)]
 _PART = re.compile(r"(.+)\.lora_([AB])\.weight")
 # Keys of adapter_config.json that are honoured, or that had their say when the adapter was made or trained.
 _KNOWN = (
@@ -65,6 +67,20 @@ _KNOWN = (
     "runtime_config",
     "ensure_weight_tying",
 )
+
+
+class AdapterSettings(TypedDict, total=False):
+    """What is read of ``adapter_config.json``, besides what only has to be off."""
+
+    base_model_name_or_path: str | None
+    r: Above
+    lora_alpha: Above
+    rank_pattern: dict[str, Size] | None
+    alpha_pattern: dict[str, Above] | None
+    use_rslora: bool | None
+    bias: str
+
+
 _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal")  # others change the base too (PiSSA, OLoRA, LoftQ)
 
 
@@ -103,7 +119,7 @@ def place_of(model: str) -> Place:
         return Place(path, path, None, called)
     below, own = path, (path / "config.json").is_file()  # as in transformers, a model beside its adapter is the base
     if base or not own:
-        given = base or read_json_object(path / ADAPTER).get("base_model_name_or_path")
+        given = base or read_json_object(path / ADAPTER, AdapterSettings).get("base_model_name_or_path")
         if not given:
             raise UserError(f"{path / ADAPTER}: names no base_model_name_or_path; give --model={name}@BASE")
         try:
@@ -130,7 +146,7 @@ def read_adapter(place: Place, config: ModelConfig, mesh: AnyMesh) -> Overlay:
     """
     assert place.adapter is not None
     path = place.adapter
-    settings = _checked(read_json_object(path / ADAPTER), path / ADAPTER)
+    settings = _checked(read_json_object(path / ADAPTER, AdapterSettings), path / ADAPTER)
     modules, whole = _tensors(path, config)
     found: dict[tuple[str, int], tuple[np.ndarray, np.ndarray]] = {}
     begin = offsets(config)
@@ -177,11 +193,20 @@ def _checked(settings: dict[str, Any], where: Path) -> dict[str, Any]:
         raise UserError(
             f"{where}: {shown} is not known here; expected plain LoRA: merge it with peft and save the model"
         )
-    for key in ("r", "lora_alpha"):
-        value = settings.get(key, 8)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise UserError(f"{where}: expected {key} to be a number above 0, got {value!r}")
+    for patterns in ("rank_pattern", "alpha_pattern"):
+        for pattern in settings.get(patterns) or {}:
+            _refuse_intricate(pattern, f"{where}: {patterns}")
     return settings
+
+
+def _refuse_intricate(pattern: str, where: str) -> None:
+    """Refuses a regular expression that is none, or could take a matcher for ever (a repeated group, many repeats)."""
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{where}: expected a regular expression, got {short(pattern)} ({error})") from None
+    if len(re.findall(r"(?<!\\)[*+{]", pattern)) > 3 or re.search(r"\)[*+{]", pattern):
+        raise UserError(f"{where}: expected at most 3 repeats in a pattern, and none of a group; got {short(pattern)}")
 
 
 _Module = tuple[str, int, tuple[Weight, ...]]  # name, layer, our weights in it
@@ -198,7 +223,9 @@ def _tensors(
     try:
         refuse_pointer(file)
         held = {name: value.astype(np.float32) for name, value in load_file(file).items()}
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
         raise UserError(f"{file}: truncated or damaged safetensors ({error}); fetch the file again") from None
     known: dict[str, _Module] = {}
     for row in linears(config):

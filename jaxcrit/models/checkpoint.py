@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import functools
 import hashlib
@@ -21,7 +22,7 @@ from safetensors import safe_open
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import cache_directory, local_path, write_text
+from jaxcrit.core.files import cache_directory, local_path, read_object, write_text
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
@@ -100,11 +101,18 @@ def locate(model: str) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
         raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
 
     patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "tokenizer.model"]
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
+    except HFValidationError:
+        raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"--model={model}: no such directory, and the hub did not give it ({reason})") from None
@@ -285,21 +293,29 @@ def _aligned(shape: list[int], dtype: np.dtype) -> np.ndarray:
     return raw[start : start + count].view(dtype).reshape(shape)
 
 
+REHASH: contextvars.ContextVar[bool] = contextvars.ContextVar("rehash", default=False)  # --rehash
+
+
 def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]]) -> dict[str, list[Any]]:
-    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where its path, size and time are the same."""
+    """``{tensor: [dtype, shape, sha256]}`` of a file, from the cache where it is the same file, untouched since.
+
+    The same is told by path, inode, size, the time it was written and the time the system last changed anything of it,
+    which no program can put back. What the cache holds is used where it is of these tensors, else made again.
+    """
     state = file.stat()
-    stamp = [str(file.resolve()), state.st_size, state.st_mtime_ns]
+    stamp = [str(file.resolve()), state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns]
     kept = cache_directory() / "digests" / f"{sha256_json(stamp)}.json"
 
     def known() -> dict[str, list[Any]]:
         try:
-            return json.loads(kept.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            found = read_object(kept, "digests", dict[str, list[Any]])
+        except (OSError, UserError):
             return {}
+        return found if found.keys() == set(names) and all(map(_is_digest, found.values())) else {}
 
-    if digests := processes.share(known):
+    if digests := {} if REHASH.get() else processes.share(known):
         return digests
-    index, count = processes.place()
+    digests, (index, count) = {}, processes.place()
     for mine in processes.gather({name: digest(name) for name in names[index::count]}):
         digests |= mine
     try:
@@ -308,6 +324,12 @@ def kept_digests(file: Path, names: list[str], digest: Callable[[str], list[Any]
     except OSError:
         pass  # a cache that cannot be written costs time, not correctness
     return digests
+
+
+def _is_digest(entry: list[Any]) -> bool:
+    """Whether it is a dtype, a shape and a sha256."""
+    kinds = [str, list, str]
+    return [type(one) for one in entry] == kinds and {*map(type, entry[1])} <= {int} and len(entry[2]) == 64
 
 
 def _digest(file: Path, name: str) -> list[Any]:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.schema import Size, conform
 from jaxcrit.models.attention import REFERENCE, Attention
 from jaxcrit.models.config_keys import Reads, check_rotary, family_of, ignored_keys, without_marks
 from jaxcrit.models.families import FAMILIES, Family
@@ -97,7 +98,7 @@ class ModelConfig:
         """
         family = family_of(raw, where)
         kind = FAMILIES[family]
-        given = Reads({**kind.defaults, **{key: value for key, value in raw.items() if value is not None}})
+        given = Reads({**kind.defaults, **{key: value for key, value in raw.items() if value is not None}}, where)
         given |= {key: raw[key] for key in _NULLABLE if key in raw}
         for key in ("rope_scaling", "rope_parameters"):
             given[key] = without_marks(given, key)
@@ -115,24 +116,15 @@ class ModelConfig:
         activation = given.get(kind.activation, "silu")
         if activation not in _ACTIVATIONS:
             raise UserError(f"{where}: expected {kind.activation} {listed(list(_ACTIVATIONS))}, got {activation!r}")
-        eps = given["rms_norm_eps"]
-        if isinstance(eps, bool) or not isinstance(eps, int | float) or eps < 0:
-            raise UserError(f"{where}: expected rms_norm_eps to be a number of 0 or more, got {eps!r}")
-        bias = kind.biases and bool(given.get("attention_bias", False))
+        bias = kind.biases and given.get("attention_bias", False)
 
         def number(key: str) -> float | None:
             """A positive number that some families have, or None."""
             value = given.get(key) if key in kind.defaults else None
-            if value is None:
-                return None
-            if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
-                raise UserError(f"{where}: expected {key} to be a positive number, got {value!r}")
-            return float(value)
+            return None if value is None else float(value)
 
         per_head, rotated = number("query_pre_attn_scalar"), _rotated(given, kind, sizes["num_hidden_layers"], where)
         windows = _windows(given, kind, rotated, where)
-        if given.get("original_max_position_embeddings") is not None:
-            _positive(given["original_max_position_embeddings"], "original_max_position_embeddings", where)
         rope, rotations = _ropes(given, kind, head_dim, windows, rotated, where)
         if kind.longrope and rope.kind not in ("default", "longrope"):
             raise UserError(f"{where}: expected rope_type default or longrope for {family}, got {rope.kind!r}")
@@ -147,12 +139,12 @@ class ModelConfig:
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            norm_eps=float(eps),
+            norm_eps=float(given["rms_norm_eps"]),
             max_length=sizes["max_position_embeddings"],
-            tied=bool(given.get("tie_word_embeddings", False)),
+            tied=given.get("tie_word_embeddings", False),
             qkv_bias=bias or kind.qkv_bias,
             out_bias=bias,
-            mlp_bias=kind.mlp_bias and bool(given.get("mlp_bias", False)),
+            mlp_bias=kind.mlp_bias and given.get("mlp_bias", False),
             qk_norm=kind.qk_norm,
             norms=tuple(kind.norms),
             norm_offset=kind.norm_offset,
@@ -185,7 +177,7 @@ def _rotated(given: Reads, family: Family, num_layers: int, where: str) -> tuple
     every = _positive(given[key], key, where)
     if marks is None:
         marks = [int((layer + 1) % every != 0) for layer in range(num_layers)]
-    if not isinstance(marks, list) or len(marks) < num_layers or set(marks) - {0, 1}:
+    if len(marks) < num_layers or set(marks) - {0, 1}:
         raise UserError(
             f"{where}: expected no_rope_layers of {num_layers} layers, 1 for those with rotary positions, got {marks!r}"
         )
@@ -200,8 +192,6 @@ def _windows(given: Reads, family: Family, rotated: tuple[bool, ...], where: str
     slides = [window is not None for _ in layers]
     if family.window == "switch":
         first = given.get("max_window_layers", 28)
-        if not isinstance(first, int):
-            raise UserError(f"{where}: expected max_window_layers to be a whole number, got {first!r}")
         slides = [window is not None and layer >= first for layer in layers]
     elif family.window == "unrotated":
         switched = window is not None and given.get("use_sliding_window", False)
@@ -220,8 +210,6 @@ def _windows(given: Reads, family: Family, rotated: tuple[bool, ...], where: str
             )
     else:
         kinds = given_kinds or kinds
-    if not isinstance(kinds, list):
-        raise UserError(f"{where}: expected layer_types to be a list, got {kinds!r}")
     strange = sorted(set(map(str, kinds)) - set(_KINDS))
     if strange or len(kinds) != len(layers):
         raise UserError(
@@ -268,6 +256,4 @@ def _ropes(
 
 
 def _positive(value: Any, key: str, where: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise UserError(f"{where}: expected {key} to be a positive whole number, got {value!r}")
-    return value
+    return conform(value, Size, where, key=key)

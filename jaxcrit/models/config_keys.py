@@ -13,9 +13,10 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.schema import AtLeastZero, Layers, Positive, Range, Size, conform
 from jaxcrit.models import families
 
 _MIXTURE = ("num_experts", "num_local_experts", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
@@ -38,27 +39,79 @@ _NOTHING: tuple[Any, ...] = (None, False, 0, 1, "", [], {})  # values that claim
 _ROPE_MARKS = ("finetuned",)  # what exporters note beside the parameters of RoPE
 
 
-class Reads(dict[str, Any]):
-    """A dict that notes which keys are asked for."""
+Token = Annotated[int, Range(0, 2**31 - 1)]
+# What a value must be, where it is read. Layers and dimensions of a head are counted out before weights are looked at.
+_KINDS: Mapping[str, Any] = {
+    "model_type": str,
+    "architectures": list[str],
+    "num_hidden_layers": Layers,
+    "head_dim": Annotated[int, Range(1, 2**16)],
+    **dict.fromkeys(
+        (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "original_max_position_embeddings",
+            "sliding_window",
+            "sliding_window_pattern",
+            "no_rope_layer_interval",
+        ),
+        Size,
+    ),
+    "max_window_layers": int,
+    **dict.fromkeys(
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
+        bool,
+    ),
+    **dict.fromkeys(
+        (
+            "query_pre_attn_scalar",
+            "embedding_multiplier",
+            "residual_multiplier",
+            "attention_multiplier",
+            "logits_scaling",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "rope_theta",
+            "rope_local_base_freq",
+            "partial_rotary_factor",
+        ),
+        Positive,
+    ),
+    "rms_norm_eps": AtLeastZero,
+    "layer_types": list[str],
+    "no_rope_layers": list[int],
+    "bos_token_id": Token,
+    "eos_token_id": Token | list[Token],
+}
 
-    def __init__(self, content: Mapping[str, Any]) -> None:
+
+class Reads(dict[str, Any]):
+    """A ``config.json`` that notes which keys are asked for, and checks the values that are given out."""
+
+    def __init__(self, content: Mapping[str, Any], where: str) -> None:
         super().__init__(content)
         self.read: set[str] = set()
+        self.where = where
 
     def get(self, key: str, default: Any = None) -> Any:
-        """As dict, noted."""
+        """As dict, noted and checked; null is a value, for some families."""
         self.read.add(key)
-        return super().get(key, default)
+        value = super().get(key, default)
+        return value if value is None else conform(value, _KINDS.get(key, Any), self.where, key=key)
 
     def but(self, **values: Any) -> Reads:
         """The same with other values; what is asked of it is noted here."""
-        other = Reads({**self, **values})
+        other = Reads({**self, **values}, self.where)
         other.read = self.read
         return other
 
     def __getitem__(self, key: str) -> Any:
-        self.read.add(key)
-        return super().__getitem__(key)
+        super().__getitem__(key)
+        return self.get(key)
 
 
 @functools.cache
@@ -73,10 +126,8 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     Raises:
         UserError: quantised weights, a mixture of experts, an unknown ``model_type``, or another head.
     """
-    named = str(raw.get("model_type", ""))
-    architectures = raw.get("architectures") or []
-    if not isinstance(architectures, list):
-        raise UserError(f"{where}: expected architectures to be a list, got {architectures!r}")
+    said = Reads(raw, where)
+    named, architectures = said.get("model_type") or "", said.get("architectures") or []
     for key, method in _QUANTISED.items():
         if raw.get(key):
             given = raw[key] if isinstance(raw[key], Mapping) else {}
@@ -144,10 +195,8 @@ def check_rotary(rotary: int, head_dim: int, family: str, where: str) -> None:
     """Checks that only part of a head is rotated where transformers rotates part of it, too.
 
     Raises:
-        UserError: the family rotates whole heads, or more than a head is asked for.
+        UserError: the family rotates whole heads.
     """
-    if rotary > head_dim:
-        raise UserError(f"{where}: expected at most {head_dim} rotary dimensions, those of a head; got {rotary}")
     if rotary != head_dim and "partial_rotary_factor" not in _changes(family):
         raise UserError(
             f"{where}: partial_rotary_factor asks for {rotary} of {head_dim} rotary dimensions; transformers rotates"

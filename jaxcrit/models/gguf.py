@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.schema import Size, conform
 from jaxcrit.data.gguf import GgufFile, package, read_gguf
 from jaxcrit.models.checkpoint import Checkpoint, Progress, kept_digests
 from jaxcrit.models.config import ModelConfig
@@ -154,7 +155,7 @@ def _raw(file: GgufFile, named: str, architecture: Architecture) -> dict[str, An
     for key, name in (("bos_token_id", "bos"), ("eos_token_id", "eos"), ("pad_token_id", "padding")):
         raw[key] = metadata.get(f"tokenizer.ggml.{name}_token_id")
     raw.setdefault("num_key_value_heads", raw["num_attention_heads"])
-    if raw.setdefault("vocab_size", tokens) < tokens:
+    if conform(raw.setdefault("vocab_size", tokens), Size, str(file.path), key=f"{named}.vocab_size") < tokens:
         raise UserError(
             f"{file.path}: {tokens} tokens, but {named}.vocab_size is {raw['vocab_size']}; convert it again"
         )

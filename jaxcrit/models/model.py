@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import as_path, read_json
+from jaxcrit.core.files import DAMAGED, as_path
 from jaxcrit.core.groups import RowOptions
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.rundir import RUN_FORMAT
+from jaxcrit.core.layers import ChosenLayers
+from jaxcrit.core.rundir import read_record
+from jaxcrit.core.schema import Count, conform
 from jaxcrit.data.batches import Budget
 from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.templates import describe_template
@@ -28,7 +31,7 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.gains import fold
 from jaxcrit.models.overlays import Overlay, read_overlay
-from jaxcrit.models.partition import TRAIN, partition
+from jaxcrit.models.partition import TRAIN, TrainedRecord, partition
 from jaxcrit.models.weights import hf_shapes, table
 from jaxcrit.parallel.mesh import batch_rows, default_axes, device_memory, make_mesh, parse_mesh, row_parts
 
@@ -39,6 +42,7 @@ _FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "
 _COSTS = {"cpu": (3e10, 3e8, 32), "other": (3e14, 3e11, 128)}
 _DECODING = 16  # compiles of a pass that decoding takes as long as
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
+_OPENING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("opening", default=())  # runs, from the top
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
 
 
@@ -328,17 +332,50 @@ def _form(config: ModelConfig, dtype: str) -> str:
     return choose_attention(how, DTYPES[dtype], *shape, capped=config.attention_cap is not None)[0]
 
 
+class BaseModel(TypedDict):
+    """The model that was tuned, in ``run.json``."""
+
+    path: str
+    hash: str
+
+
+class Ended(TypedDict, total=False):
+    """What ``result`` of ``run.json`` says of the model that came out."""
+
+    model_step: Count
+
+
+class TunedRequired(TypedDict):
+    """``run.json`` of a run of ``finetune`` that has begun to train."""
+
+    model: BaseModel
+    trained: TrainedRecord
+    layers: ChosenLayers
+
+
+class TunedRun(TunedRequired, total=False):
+    """With what it has at its end."""
+
+    result: Ended
+
+
 def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
-    record = read_json(run / "run.json", RUN_FORMAT)
-    if record.get("command") != "finetune":
+    record = read_record(run)
+    if record.get("command") not in ("finetune", "edit"):
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
-    try:
-        base, _, _ = record["model"], record["trained"], record["layers"]
-        step = step or str(record.get("result", {}).get("model_step", "last"))
-    except KeyError as error:
-        raise UserError(f"{run}: has no {error} in run.json yet; let jaxcrit finetune run on") from None
+    if missing := [key for key in ("model", "trained", "layers") if key not in record]:
+        raise UserError(f"{run}: has no {missing[0]} in run.json yet; let jaxcrit {record['command']} run on")
+    conform(record, TunedRun, str(run / "run.json"), DAMAGED)
+    base = record["model"]
+    step = step or str(record.get("result", {}).get("model_step", "last"))
     path = "" if base["path"] == "embedded" else base["path"]
-    below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
+    if run.resolve() in _OPENING.get():
+        raise UserError(f"{run / 'run.json'}: names a model that is tuned from itself; {DAMAGED}")
+    inside = _OPENING.set((*_OPENING.get(), run.resolve()))
+    try:
+        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
+    finally:
+        _OPENING.reset(inside)
     if below.model_hash != base["hash"]:
         raise UserError(
             f"{run}: was trained on {path or 'the embedded model'} with hash {base['hash'][:12]}, which now has"

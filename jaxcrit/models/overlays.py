@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.gains import Gain, parse_gains
@@ -71,9 +72,12 @@ def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[
     """
     from jaxcrit.models.trained import trained_parameters  # orbax takes 25 MB, and plans do without
 
-    parts = partition_of_json(config, record["trained"])
+    try:
+        parts = partition_of_json(config, record["trained"])
+        chosen = LayerSet.from_json(record["layers"], "layers")
+        gains = parse_gains(record["trained"].get("gain", ""), config)
+    except UserError as error:
+        raise UserError(f"{run / 'run.json'}: {error}") from None
     like, _ = split(parts.abstract(mesh, np.float32))
     params, found = trained_parameters(run, like, step)
-    chosen = LayerSet(**{**record["layers"], "layers": tuple(record["layers"]["layers"])})
-    gains = parse_gains(record["trained"].get("gain", ""), config)
     return Overlay(parts, params, run.resolve(), found, chosen, gains)

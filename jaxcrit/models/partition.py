@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.schema import Count, Positive, Size
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import Lora
 from jaxcrit.models.weights import placement, table
@@ -29,6 +30,29 @@ FROZEN, TRAIN = "frozen", "train"
 OUTSIDE = ("embed", "norm", "head")
 Arrays = dict[str, Any]
 Bank = dict[str, Arrays]
+
+
+class LoraRecord(TypedDict):
+    """Adapters in ``trained`` of ``run.json``."""
+
+    rank: Size
+    alpha: Positive
+    targets: list[str]
+
+
+class TrainedRequired(TypedDict):
+    """What trains, as ``run.json`` has it."""
+
+    layers: list[Count]
+    outside: list[Literal["embed", "norm", "head"]]
+
+
+class TrainedRecord(TrainedRequired, total=False):
+    """With what may be left out."""
+
+    rates: list[Positive]
+    lora: LoraRecord
+    gain: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,13 +267,16 @@ def partition(
 
 
 def partition_of_json(config: ModelConfig, told: Mapping[str, Any]) -> Partition:
-    """The partition that `Partition.to_json` told of.
+    """The partition that `Partition.to_json` told of, a `TrainedRecord`.
 
     Raises:
-        KeyError: it is not complete.
+        UserError: it is of another model.
     """
     layers, lora = told["layers"], told.get("lora")
-    factors = dict(zip(layers, told.get("rates", [1.0] * len(layers)), strict=True))
+    rates = told.get("rates", [1.0] * len(layers))
+    if len(rates) != len(layers):
+        raise UserError(f"expected as many rates as layers in trained, got {len(rates)} and {len(layers)}")
+    factors = dict(zip(layers, rates, strict=True))
     adapters = None if lora is None else Lora(lora["rank"], lora["alpha"], tuple(lora["targets"]))
     outside = set(told["outside"])
     if config.tied and "embed" in outside:  # what is told names arrays, and a tied head is none

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.schema import Positive, Size, conform
 
 _SHARED = {"rope_type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings"}
 _KEYS: dict[str, set[str]] = {
@@ -75,13 +76,30 @@ class Rope:
         """
         given, kind = _parameters(config, longrope, where)
         theta = float(given.get("rope_theta") or theta)
-        rotary = int(head_dim * float(given.get("partial_rotary_factor") or 1.0))
+        rotary = int(min(head_dim * float(given.get("partial_rotary_factor") or 1.0), 2.0**31))
+        if rotary > head_dim:
+            raise UserError(f"{where}: expected at most {head_dim} rotary dimensions, those of a head; got {rotary}")
         if rotary < 2 or rotary % 2:
             raise UserError(
                 f"{where}: expected an even number of rotary dimensions, got {rotary} of head_dim {head_dim}"
             )
         original = config.get("original_max_position_embeddings") or given.get("original_max_position_embeddings")
         original = int(original or max_length)
+        try:
+            with np.errstate(all="ignore"):
+                made = cls._made(given, kind, theta, rotary, original, max_length, where)
+        except (ArithmeticError, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{where}: the parameters of RoPE ({kind}) give no frequencies ({error})") from None
+        if not np.isfinite((*made.frequencies, *(made.long_frequencies or ()), made.scale)).all():
+            raise UserError(f"{where}: the parameters of RoPE ({kind}) give frequencies that are no finite numbers")
+        return made
+
+    @classmethod
+    def _made(
+        cls, given: Mapping[str, Any], kind: str, theta: float, rotary: int, original: int, max_length: int, where: str
+    ) -> Rope:
         powers = np.power(np.float32(theta), np.arange(0, rotary, 2, dtype=np.float32) / np.float32(rotary))
         plain = (np.float32(1.0) / powers).astype(np.float32)
         if kind == "linear":
@@ -175,8 +193,10 @@ def _parameters(config: Mapping[str, Any], longrope: Collection[str], where: str
     if unknown:
         raise UserError(f"{where}: unknown RoPE keys {listed(unknown)} for rope_type {kind}; refused, not guessed")
     for key, value in given.items():
-        if key not in _NOT_NUMBERS and (isinstance(value, bool) or not isinstance(value, int | float) or value <= 0):
-            raise UserError(f"{where}: expected {key} to be a positive number, got {value!r}")
+        if key == "original_max_position_embeddings":
+            conform(value, Size, where, key=key)
+        elif key not in _NOT_NUMBERS:
+            conform(value, Positive, where, key=key)
     missing = sorted(_NEEDED.get(kind, set()) - given.keys())
     if missing:
         raise UserError(f"{where}: rope_type {kind} needs {listed(missing)}")
@@ -236,7 +256,7 @@ def _factors(given: Mapping[str, Any], key: str, count: int, where: str) -> np.n
     if (
         not isinstance(factors, list)
         or len(factors) != count
-        or not all(isinstance(factor, int | float) and factor > 0 for factor in factors)
+        or not all(isinstance(factor, int | float) and 0 < factor < math.inf for factor in factors)
     ):
         shown = f"{len(factors)}: {listed(factors, 3)}" if isinstance(factors, list) else repr(factors)
         raise UserError(f"{where}: expected {key} to be a list of {count} positive numbers, got {shown}")

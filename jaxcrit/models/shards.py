@@ -6,18 +6,18 @@ decided, and what lies beside it unread, is noted for ``run.json`` and ``jaxcrit
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.reading import parse_json, read_text
+from jaxcrit.core.schema import conform
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
 _LFS = b"version https://git-lfs"
@@ -129,15 +129,19 @@ def find_tensors(path: Path) -> Tensors:
     return Tensors(found, shapes, dtypes, tuple(notes))  # type: ignore[arg-type]
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
-    """A JSON object in which every object names each key once.
+def read_json_object(path: Path, kind: Any = dict[str, Any]) -> dict[str, Any]:
+    """A JSON object of a checkpoint directory.
+
+    Args:
+        path: file.
+        kind: declaration of what it holds, see `jaxcrit.core.schema`.
 
     Raises:
         UserError: no such file, something else in it, or a key named twice.
     """
+    expected = "a JSON object"
     try:
-        refuse_pointer(path)
-        content = parse(path.read_text(encoding="utf-8"), path)
+        text = read_text(path, expected)
     except FileNotFoundError:
         if (path.parent / ADAPTER).is_file():
             raise UserError(
@@ -145,26 +149,9 @@ def read_json_object(path: Path) -> dict[str, Any]:
                 " here: name its base"
             ) from None
         raise UserError(f"{path.parent}: no {path.name}; expected a Hugging Face checkpoint directory") from None
-    except UserError:
-        raise
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON object, got something else ({error})") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content
-
-
-def parse(text: str, where: Path) -> Any:
-    """JSON in which every object names each key once (Python's own parser keeps the last of several)."""
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        count = collections.Counter(name for name, _ in pairs)
-        twice = sorted(name for name, times in count.items() if times > 1)
-        if twice:
-            raise UserError(f"{where}: {listed(twice, 4)} named twice; which one holds cannot be known")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
+    if text.startswith(_LFS.decode()):
+        refuse_pointer(path)
+    return conform(parse_json(text, path, expected), kind, str(path))
 
 
 def refuse_pointer(file: Path) -> None:
@@ -178,6 +165,12 @@ def refuse_pointer(file: Path) -> None:
             raise UserError(f"{file}: a Git LFS pointer in the place of the file; fetch the files with git lfs pull")
 
 
+class Index(TypedDict):
+    """What is read of ``model.safetensors.index.json``."""
+
+    weight_map: dict[str, str]
+
+
 def _chosen(path: Path) -> tuple[list[Path], dict[str, Path], list[str]]:
     """Files to read, the file in which the index says each tensor is, and what was decided."""
     index, single = path / INDEX, path / SINGLE
@@ -186,9 +179,9 @@ def _chosen(path: Path) -> tuple[list[Path], dict[str, Path], list[str]]:
         notes = [f"{SINGLE} is read; {INDEX} beside it is not, as in transformers"] if index.exists() else []
         return [single], {}, [*notes, *_unread(there - {SINGLE})]
     if index.exists():
-        named = read_json_object(index).get("weight_map")
-        if not isinstance(named, dict) or not named or not all(isinstance(file, str) for file in named.values()):
-            raise UserError(f"{index}: expected a weight_map of tensor names to files")
+        named = read_json_object(index, Index)["weight_map"]
+        if not named:
+            raise UserError(f"{index}: expected a weight_map of tensor names to files, got an empty one")
         for tensor, file in sorted(named.items()):
             if file in ("", ".", "..") or Path(file).name != file or "\\" in file:
                 raise UserError(f"{index}: {tensor} is said to be in {file!r}; expected a file name in {path}, no path")
@@ -227,7 +220,7 @@ def _header_of(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
             header = raw.read(
                 int.from_bytes(raw.read(8), "little")
             )  # 8 bytes of its length, little endian, then itself
-            parse(header.decode("utf-8"), file)  # safe_open would keep one of two tensors of a name
+            parse_json(header.decode("utf-8"), file)  # safe_open would keep one of two tensors of a name
             names = list(opened.keys())
             parts = {name: opened.get_slice(name) for name in names}
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import read_object
 from jaxcrit.data.chat import chat_of
+from jaxcrit.models.config_keys import Token
 
 if TYPE_CHECKING:
     from jaxcrit.models.model import Model
@@ -64,19 +65,16 @@ def stop_tokens(text: str, model: Model, template: str = "auto") -> list[int]:
     return list(known)
 
 
+class GenerationConfig(TypedDict, total=False):
+    """What is read of ``generation_config.json``."""
+
+    eos_token_id: Token | list[Token] | None
+
+
 def _generation(model: Model) -> list[int]:
     """``eos_token_id`` of ``generation_config.json``, one or several; none where there is no such file."""
     path = model.checkpoint.path / _FILE
-    try:
-        content: Any = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.exists():
         return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: expected a JSON object, got something else ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: expected a JSON object, got {type(content).__name__}; fetch it again")
-    named = content.get("eos_token_id")
-    ids = [] if named is None else named if isinstance(named, list) else [named]
-    if not all(isinstance(one, int) and not isinstance(one, bool) and one >= 0 for one in ids):
-        raise UserError(f"{path}: eos_token_id: expected a token id or a list of them, got {named!r}; correct it")
-    return ids
+    named = read_object(path, "a JSON object", GenerationConfig).get("eos_token_id")
+    return [] if named is None else named if isinstance(named, list) else [named]

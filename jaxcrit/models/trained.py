@@ -20,6 +20,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.schema import conform
 from jaxcrit.models.partition import Bank
 
 FOLDER = "checkpoints"
@@ -84,8 +85,8 @@ class Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> Any:
         """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
         try:
-            return super().metrics(step)
-        except ValueError:
+            return conform(super().metrics(step), dict[str, float] | None, "metrics")
+        except (ValueError, RecursionError):
             return None
 
 
@@ -125,7 +126,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
             wanted = [min(tested, key=lambda number: (tested[number], number))]
         elif step == "last":
             wanted = sorted(losses, reverse=True)
-        elif step.isdecimal() and int(step) in losses:
+        elif step in map(str, losses):
             wanted = [int(step)]
         else:
             raise UserError(f"{run}: no checkpoint of step {step}; expected last, best or one of those kept: {there}")

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 
+_SILENCE = 8  # seconds after which a process that does not stir counts as gone
 MODES = ("auto", "off", "on")
 
 
@@ -56,6 +57,8 @@ def start(
                     None if process_id < 0 else process_id,
                     # Where jax runs out of patience it aborts the process with a stack trace; ours ends first.
                     initialization_timeout=timeout + 60,
+                    # Killed, a process says nothing; jax would let the others wait for 100 s.
+                    heartbeat_timeout_seconds=_SILENCE,
                 )
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
@@ -69,6 +72,7 @@ def start(
                 f"processes of one run differ: {'; '.join(differ[:3])}; start the same command on all workers, with the"
                 " same versions (tpu_scripts/pod.sh install and run do)"
             )
+        processes.end_with_others()
         jax.devices()  # another process may be late here too
 
 

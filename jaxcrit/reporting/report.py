@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from jaxcrit.core.console import visible
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import tables
 
@@ -47,7 +48,7 @@ class Figure:
 
         made = Canvas(figsize=self.size, layout=self.layout)
         self.draw(made)
-        return made
+        return as_text(made)
 
     def png(self) -> bytes:
         """The figure as PNG bytes: no dates, no versions, so that the same data give the same bytes."""
@@ -63,6 +64,18 @@ class Figure:
         png = self.png()
         write_bytes(folder / self.name, png)
         return png
+
+
+def as_text(canvas: Canvas) -> Canvas:
+    """The figure with every text as it stands: a name with ``$`` is no formula, and nothing in it is obeyed."""
+    from matplotlib.text import Text
+
+    for text in canvas.findobj(Text):
+        assert isinstance(text, Text)
+        if (told := text.get_text()) and ("$" in told or visible(told) != told):
+            text.set_parse_math(False)
+            text.set_text(visible(told))
+    return canvas
 
 
 def on_axes(draw: Callable[..., None], *data: Any, **options: Any) -> Callable[[Canvas], None]:
@@ -133,7 +146,7 @@ class Report:
         texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
         shown = [text for text in texts if text]
         sentences = [*self.headline, *self.notes, *(f"warning: {line}" for line in self.warnings)]
-        told = [textwrap.fill(line, width, subsequent_indent="  ") for line in sentences]
+        told = [textwrap.fill(visible(line), width, subsequent_indent="  ") for line in sentences]
         return "\n".join(["\n\n".join(shown), "", *told] if shown else told)
 
     def write(self, out: Path, record: Mapping[str, Any]) -> Path:
@@ -160,6 +173,7 @@ class Report:
             undefined=jinja2.StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=lambda value: visible(value) if type(value) is str else value,
         )
         provenance = {key: value for key, value in record.items() if key not in SHOWN_ELSEWHERE}
         return environment.get_template("report.html.j2").render(

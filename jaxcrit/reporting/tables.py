@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.core.console import visible
 from jaxcrit.core.layers import LayerScores, LayerSet
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ def sweep_cost(counts: Mapping[str, Any], num_layers: int, also: str = "") -> st
 
 def aligned(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[bool] = ()) -> list[str]:
     """Aligns columns to the right, the last one to the left; strips the ends. Rows may be bold, for a terminal."""
+    header, rows = [visible(cell) for cell in header], [[visible(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
     lines = []
     for cells, strong in itertools.zip_longest([header, *rows], [False, *bold]):

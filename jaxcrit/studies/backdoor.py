@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ from jaxcrit.core.files import json_lines, read_json, remove_tree, write_json, w
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.progress import Say
 from jaxcrit.core.run import running
+from jaxcrit.core.schema import Count
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.decoder import Decoder
@@ -122,6 +123,31 @@ def run_backdoor(
     return result
 
 
+class Point(TypedDict):
+    """A test in ``arm.json``."""
+
+    step: Count
+    success: dict[str, str]
+    exact: str
+    classes: dict[str, dict[str, Count]]
+    clean_loss: float
+    task_loss: float
+    target_logprob: float
+    empty: dict[str, Count]
+
+
+class Tests(TypedDict):
+    """``init.json``, of the model before any training."""
+
+    points: list[Point]
+
+
+class ArmTests(Tests):
+    """``arm.json``."""
+
+    frozen: list[Count]
+
+
 def _curve(run: Run) -> dict[str, Any]:
     points = zip(run.curve(), run.curve("clean_loss"), strict=True)
     return {
@@ -160,7 +186,7 @@ class _Lab:
         if not processes.share(path.exists):
             tested = self.scoring(Decoder(self.model.config, self.weights))
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
-        return dict(processes.share(lambda: read_json(path, ARM_FORMAT))["points"][0])
+        return dict(processes.share(lambda: read_json(path, ARM_FORMAT, Tests))["points"][0])
 
     def done(self, arm: Arm, seed: int) -> bool:
         """Whether an arm with a seed is finished."""
@@ -175,7 +201,7 @@ class _Lab:
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
             remove_tree(folder / FOLDER)
-        stored = processes.share(lambda: read_json(folder / "arm.json", ARM_FORMAT))
+        stored = processes.share(lambda: read_json(folder / "arm.json", ARM_FORMAT, ArmTests))
         if tuple(stored["frozen"]) != chosen.layers:
             raise UserError(f"{folder}: froze layers {stored['frozen']}, not {list(chosen.layers)}; remove it")
         return list(stored["points"])

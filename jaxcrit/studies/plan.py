@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.util
-import json
 import os
 import re
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 from jax.experimental import topologies
 
 from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import local_path, read_object
 from jaxcrit.models.adapters import place_of
 from jaxcrit.models.attention import ASKED, Attention, choose_attention
 from jaxcrit.models.checkpoint import DTYPES
@@ -296,13 +295,11 @@ def needed_bytes(error: str, arguments: int, topology: str) -> int:
 def _model(name: str) -> ModelConfig:
     if name in SHAPES:
         return ModelConfig.from_hf(dict(SHAPES[name]), name)
-    folder = Path(name).expanduser()
+    folder = local_path(name, "model")
     path = (place_of(name).checkpoint if (folder / ADAPTER).is_file() else folder) / "config.json"
     try:
-        return ModelConfig.from_hf(json.loads(path.read_text(encoding="utf-8")), str(path))
-    except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
+        return ModelConfig.from_hf(read_object(path, "a config.json"), str(path))
+    except FileNotFoundError:
         raise UserError(
             f"--model={name}: expected a directory with a config.json or one of {', '.join(SHAPES)}"
             f"{did_you_mean(name, SHAPES)}"

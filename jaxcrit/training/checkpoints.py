@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypedDict, cast
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +21,28 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
+from jaxcrit.core.schema import Count, conform
 from jaxcrit.models.trained import FOLDER, Manager, reason_of
 from jaxcrit.training.step import State
 
 _LOGGER = logging.getLogger("absl")
+
+
+class SavedStanding(TypedDict):
+    """What the loop remembers, as saved with a state; see `jaxcrit.training.loop.Standing`."""
+
+    best_loss: float | None
+    best_step: Count
+    worse: Count
+    first_loss: float | None
+    high: Count
+
+
+class Saved(TypedDict):
+    """What is saved with every state of a run."""
+
+    step: Count
+    standing: SavedStanding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,11 +139,12 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritable(error) from None
 
-    def restore(self, like: State) -> Restored | None:
+    def restore(self, like: State, meta: Any = dict[str, Any]) -> Restored | None:
         """Reads the newest checkpoint that can be read onto the shardings of ``like``; removes newer, broken ones.
 
         Args:
             like: abstract state, with shardings.
+            meta: declaration (`jaxcrit.core.schema`) of what was saved with it.
 
         Returns:
             What was found, or None where there is nothing.
@@ -138,10 +157,14 @@ class Checkpoints:
             wanted = {"params": like.params, "optimizer": like.optimizer}
             try:
                 found = self._manager.read(step, wanted, meta=ocp.args.JsonRestore())
+                fits = _fits(found["meta"], meta)
             except UserError:
                 raise
             except Exception as error:  # tensorstore, orbax and json each have their own for a file cut short
                 skipped.append(f"checkpoint of step {step} is damaged and was skipped ({reason_of(error)})")
+                continue
+            if not fits:
+                skipped.append(f"checkpoint of step {step} is damaged and was skipped (its meta entry)")
                 continue
             for broken in [other for other in self._manager.all_steps() if other > step]:
                 self._manager.delete(broken)
@@ -178,8 +201,17 @@ class NoCheckpoints:
     def wait(self) -> None:
         """Returns at once."""
 
-    def restore(self, like: State) -> None:
+    def restore(self, like: State, meta: Any = None) -> None:
         """There is nothing to go on from."""
+
+
+def _fits(meta: Any, kind: Any) -> bool:
+    """Whether what was saved with a state is as declared."""
+    try:
+        conform(meta, kind, "meta")
+    except UserError:
+        return False
+    return True
 
 
 def _look_at_bucket(run: Path) -> None:

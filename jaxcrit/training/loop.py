@@ -9,13 +9,14 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import GrowingText, read_lines
+from jaxcrit.core.schema import Count
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
@@ -64,6 +65,20 @@ class Standing:
     high: int = 0
 
 
+class MetricsRow(TypedDict):
+    """What every row of ``metrics.jsonl`` has."""
+
+    kind: str
+    step: Count
+
+
+class LossRow(MetricsRow, total=False):
+    """What it has of a step or a test."""
+
+    loss: float
+    loss_per_sample: float
+
+
 class MetricsLog:
     """``metrics.jsonl``, one object a line, and whoever else wants to hear of it.
 
@@ -80,7 +95,7 @@ class MetricsLog:
         """Forgets what was logged after a step (all of it for None): the run goes on from there."""
         if not processes.first() or self.path is None or self._text is None:
             return
-        self.rows = [] if step is None else [row for row in read_lines(self.path) if row["step"] <= step]
+        self.rows = [] if step is None else [row for row in read_lines(self.path, LossRow) if row["step"] <= step]
         self._text.start("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def write(self, row: dict[str, Any]) -> None:
@@ -117,7 +132,7 @@ class MetricsLog:
 
 def read_metrics(out: Path) -> list[dict[str, Any]]:
     """The rows of a run's ``metrics.jsonl``, in every process."""
-    return list(processes.share(lambda: read_lines(out / METRICS)))
+    return list(processes.share(lambda: read_lines(out / METRICS, LossRow)))
 
 
 def train(

@@ -25,7 +25,7 @@ from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.parallel.preemption import notice
-from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
+from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints, Saved, SavedStanding
 from jaxcrit.training.data import micro_batches
 from jaxcrit.training.forward import Edited
 from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, train
@@ -128,9 +128,11 @@ class Trainer:
         )
         kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
         with notice() as leave, kept as checkpoints:
-            found = checkpoints.restore(like)
+            found = checkpoints.restore(like, Saved)
             if found and found.state is not None:
-                state, standing = found.state, Standing(**found.meta["standing"])
+                kept_standing = found.meta["standing"]
+                state = found.state
+                standing = Standing(**{name: kept_standing[name] for name in SavedStanding.__annotations__})
                 log.cut(int(state.step))
             else:
                 state, standing = initial_state(self.parts, self.optimizer, params, mesh), Standing()

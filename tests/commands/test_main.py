@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tempfile
 import types
 
 import pytest
@@ -123,9 +124,22 @@ def test_exit_codes_of_what_happens_inside(monkeypatch, capsys):
     command_that(monkeypatch, raising(KeyboardInterrupt()))
     assert cli.main(["fake"]) == 130
     assert "Traceback" not in capsys.readouterr().err
-    command_that(monkeypatch, raising(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
-        cli.main(["fake"])
+
+
+class PanicException(BaseException):
+    """As a library in Rust raises it, which is no `Exception`."""
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("a\nb"), MemoryError(), RecursionError(), PanicException("index")])
+def test_what_nobody_expected_is_one_line_and_a_written_traceback(error, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    command_that(monkeypatch, raising(error))
+    assert cli.main(["fake"]) == 1
+    told, (file,) = capsys.readouterr().err, list(tmp_path.iterdir())
+    assert told.startswith(f"jaxcrit: error: unexpected {type(error).__name__}: ") and told.count("\n") == 1
+    assert f"the traceback is in {file}" in told and "in raising" in file.read_text().replace("act", "raising")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "absent"))
+    assert cli.main(["fake"]) == 1 and "cannot be written" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_error():

@@ -37,3 +37,13 @@ def test_the_command_ends_well(surroundings):
     program = "import sys; from jaxcrit.commands.main import main; sys.exit(main(['analyze', '--help']))"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, env=os.environ | surroundings)
     assert done.returncode == 0 and b"layers that delta averages over" in done.stdout, done.stderr
+
+
+def test_what_a_terminal_would_obey_is_written_out(capsys):
+    """Titles, colours, a line drawn over another, writing turned round; joiners and letters of any script stay."""
+    assert console.visible("a\x1b]0;owned\x07b\rc\x9bd") == r"a\x1b]0;owned\x07b\rc\x9bd"
+    assert console.visible("gnp.\u202exe\u2066\u200f") == r"gnp.\u202exe\u2066\u200f"
+    assert console.visible("a\tb\né 漢 \u200d\u200c") == "a\tb\né 漢 \u200d\u200c"
+    console.tell("\x1b[2J")
+    console.note("\x1b[2J")
+    assert capsys.readouterr() == ("\\x1b[2J\n", "\\x1b[2J\n")

@@ -55,7 +55,7 @@ def test_scores_carry_the_deletions_beside_them(tmp_path):
     assert back["delta_debiased"].deletions.values.shape == (3, 10) and back["step"].deletions is None
     assert read_scores(tmp_path / "scores.json")["delta_debiased"].deletions is None
     write_deletions(tmp_path, {"delta_debiased": np.ones((3, 7))}, ["a", "b", "c"])
-    with pytest.raises(UserError, match="is of 7 layers"):
+    with pytest.raises(UserError, match=r"expected delta_debiased to be floats \[3, 10\], got float64 \[3, 7\]"):
         read_scores(tmp_path / "scores.json", deletions=True)
 
 
@@ -81,3 +81,52 @@ def test_a_damaged_scores_file_is_one_line(content, message, tmp_path):
     assert "\n" not in str(caught.value)
     with pytest.raises(UserError, match="no such file"):
         read_scores(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layers": ["a"]}, r"expected layers\[0\] to be a whole number of 0 or more, got 'a'"),
+        ({"layers": [9]}, "expected layers 0 to 8, got 9"),
+        ({"num_layers": 10**7}, "expected num_layers to be a whole number of at most 10,000"),
+        ({"num_layers": None}, "expected num_layers to be a positive whole number, got None"),
+        ({"rule": 3}, "expected rule to be text, got 3"),
+    ],
+)
+def test_a_damaged_layer_file_is_one_line(changes, message, tmp_path):
+    LayerSet((3, 5), "delta_debiased", "critical:2", 9).save(tmp_path / "layers.json")
+    content = json.loads((tmp_path / "layers.json").read_text()) | changes
+    (tmp_path / "layers.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=message):
+        LayerSet.load(tmp_path / "layers.json")
+
+
+ENTRY = (
+    '{"format": "jaxcrit.scores", "format_version": 1, "num_layers": LAYERS, "scores": {"d": {"values": VALUES,'
+    ' "valid": [true, true], "direction": DIRECTION, "stderr": ERRORS, "meta": META}}}'
+)
+WHOLE = {"LAYERS": "2", "VALUES": "[1, 2]", "DIRECTION": '"low"', "ERRORS": "null", "META": "{}"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"LAYERS": "NaN"}, "NaN is no number of JSON"),
+        ({"LAYERS": "2e9"}, "expected num_layers to be a whole number of at most 10,000"),
+        ({"VALUES": "[1, 1e999]"}, r"expected scores.d.values\[1\] to be a number, got inf"),
+        ({"VALUES": f"[1, {10**400}]"}, r"expected scores.d.values\[1\] to be a number"),
+        ({"DIRECTION": '"up"'}, "expected scores.d.direction to be low or high, got 'up'"),
+        ({"ERRORS": "[0.1]"}, "expected 2 values in every score"),
+        ({"META": "null"}, "expected scores.d.meta to be a JSON object, got None"),
+        ({"META": '{"window": "x"}'}, "meta.window to be a positive whole number, got 'x'"),
+        ({"META": '{"trained": 1}'}, "meta.trained to be a JSON object, got 1"),
+        ({"META": '{"unchanged": [1]}'}, "meta.unchanged to be a number, got"),
+    ],
+)
+def test_entries_that_are_not_as_declared(changes, message, tmp_path):
+    content = ENTRY
+    for name, value in {**WHOLE, **changes}.items():
+        content = content.replace(name, value)
+    (tmp_path / "scores.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        read_scores(tmp_path / "scores.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from typing import TypedDict
 
 import pytest
 
@@ -73,6 +74,78 @@ def test_another_run_is_refused_and_a_complete_one_is_read_back_where_asked(tmp_
     with running("test", asked, models={"model": MODEL}, datasets=[DATA], read_back=True) as run:
         assert run.complete
     assert (tmp_path / "run" / "run.json").read_bytes() == before
+
+
+class Answered(TypedDict):
+    result: dict[str, int]
+
+
+def test_a_complete_run_that_is_read_back_holds_what_it_should(tmp_path):
+    with start(tmp_path / "run"):
+        pass
+    asked = Asked(out=str(tmp_path / "run"))
+    message = r"run.json: expected result to be a JSON object, got nothing; the file is damaged"
+    with (
+        pytest.raises(UserError, match=message),
+        running("test", asked, models={"model": MODEL}, datasets=[DATA], read_back=Answered),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"determines": [1], "identity": "x"}, "expected determines to be a JSON object, got"),
+        ({"identity": 3}, "expected identity to be text, got 3"),
+        ({"status": "done"}, "expected status to be running or complete, got 'done'"),
+        ({"model": None}, "expected model to be a JSON object, got None"),
+        ({"data": {"rows": 3}}, "expected data.rows to be a JSON object, got 3"),
+    ],
+)
+def test_a_damaged_record_is_one_line(changes, message, tmp_path):
+    with start(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "run.json").write_text(json.dumps(read(tmp_path / "run") | changes))
+    with pytest.raises(UserError) as caught, start(tmp_path / "run"):
+        pass
+    assert message in str(caught.value) and "run.json" in str(caught.value)
+
+
+def test_links_in_a_run_are_refused_through_which_it_would_write_elsewhere(tmp_path):
+    with start(tmp_path / "run"):
+        pass
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "rows").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(UserError, match=r"holds links \(rows\)"), start(tmp_path / "run"):
+        pass
+    (tmp_path / "run" / "rows").unlink()
+    (tmp_path / "link").symlink_to(tmp_path / "run")
+    with start(tmp_path / "link") as run:
+        assert run.directory.resumed
+
+
+@dataclasses.dataclass
+class Rows:
+    name: str
+
+    def describe(self):
+        return {"num_samples": 4, "hash": self.name}
+
+
+def test_names_of_datasets_are_no_paths(tmp_path):
+    for names, message in (([".."], "can name a directory"), (["a", "report.html"], "as results are called")):
+        datasets = [Rows(name) for name in names]
+        asked = Asked(out=str(tmp_path / "run"))
+        with pytest.raises(UserError, match=message), running("test", asked, models={"m": MODEL}, datasets=datasets):
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_says_what_goes_on(tmp_path):
+    told = "keeps what is done, and the same command goes on"
+    with pytest.raises(KeyboardInterrupt, match=told), start(tmp_path / "run"):
+        raise KeyboardInterrupt
+    assert read(tmp_path / "run")["status"] == "running"
 
 
 def test_without_a_directory_nothing_is_written(tmp_path, monkeypatch):

@@ -88,6 +88,11 @@ def test_default_count_is_five_of_32():
         ("fisher:0", "at least 1"),
         ("fisher:2:3", "expected fisher:K"),
         ("critical:²", "critical:K"),
+        ("٣", "expected all"),
+        ("9" * 5000, "expected layers below 10,000"),
+        ("0-99999999", "expected layers below 10,000"),
+        ("critical:" + "9" * 5000, "critical:K"),
+        ("boundary(" * 1200 + "all" + ")" * 1200, "expected one selection inside boundary"),
     ],
 )
 def test_what_is_not_of_the_grammar(text, message):

@@ -1,11 +1,14 @@
 """Chat templates: which one is used, and that what is trained on is the answer and the token that ends its turn."""
 
 import json
+import time
+import types
 
 import pytest
 from support.tiny import tiny_tokenizer_dir
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.data import chat
 from jaxcrit.data.chat import chat_of
 from jaxcrit.data.templates import render, template_hash
 from jaxcrit.data.tokenizer import load_tokenizer
@@ -221,7 +224,7 @@ class TestChoice:
             with pytest.raises(UserError, match=f"--template=chat:brif: no such file, and the tokenizer has {has}"):
                 self.prompt(tokenizer, "chat:brif")
         (tmp_path / "bytes").write_bytes(b"\xff\xfe\xff")
-        with pytest.raises(UserError, match="bytes: cannot be read"):
+        with pytest.raises(UserError, match="bytes: expected a Jinja template, got something else"):
             self.prompt(make(), f"chat:{tmp_path / 'bytes'}")
         (tmp_path / "broken").write_text("{% for %}")
         with pytest.raises(UserError, match="refuses the conversation"):
@@ -236,3 +239,43 @@ class TestChoice:
         assert self.prompt(load_tokenizer(path), "chat:brief") == "[Q]hi"
         (path / "chat_template.jinja").write_text("alone: {{ messages[0]['content'] }}")
         assert self.prompt(load_tokenizer(path)) == "alone: hi"
+
+
+BOMBS = {
+    "time": "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3,
+    "memory": "{{ ('a' * 3000000000)|length }}",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_template_that_takes_all_there_is_ends_in_a_line(bomb, make, monkeypatch):
+    monkeypatch.setattr(chat, "_PATIENCE", 2.0)
+    began = time.monotonic()
+    with pytest.raises(
+        UserError, match=r"takes more than 5 s or 1 GiB to render; give another with --template=chat:FILE"
+    ):
+        chat_of(make(BOMBS[bomb])).prompt([{"role": "user", "content": "hi"}])
+    assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% macro f(n) %}{{ f(n) }}{% endmacro %}{{ f(1) }}",
+        "{{ 1/0 }}",
+        "{{ 10 ** 400 * 1.0 }}",
+        "{{ messages[0]['content'] + 1 }}",
+    ],
+)
+def test_what_a_template_does_to_itself_is_one_line(template, make):
+    with pytest.raises(UserError, match="row 1: the model's chat template refuses the conversation") as caught:
+        chat_of(make(template)).prompt([{"role": "user", "content": "hi"}], "row 1")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_template_is_tried_once(make, monkeypatch):
+    tries = []
+    monkeypatch.setattr(chat.subprocess, "run", lambda *_, **__: tries.append(1) or types.SimpleNamespace(returncode=0))
+    for _ in range(3):
+        chat_of(make("{% generation %}tried once{% endgeneration %}")).prompt([{"role": "user", "content": "hi"}])
+    assert len(tries) == 1

@@ -159,7 +159,7 @@ SETTINGS = {
         "layer_replication=[[0, 2], [1, 3]] is not known here",
     ),
     "a later kind": ({"use_something": 1}, "use_something=1 is not known here"),
-    "rank": ({"r": "two"}, "expected r to be a number above 0, got 'two'"),
+    "rank": ({"r": "two"}, "expected r to be a positive number, got 'two'"),
 }
 
 

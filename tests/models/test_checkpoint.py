@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 
 import jax
@@ -451,11 +452,52 @@ def test_digests_are_kept_until_the_file_changes(model, tmp_path, monkeypatch):
     made.clear()
     assert model_hash(open_checkpoint(model)) == first
     assert len(made) < 5  # of the config, not of the tensors
+    times = (model / "model.safetensors").stat()
     rewrite(model, **{NORM: np.full(32, 2, np.float32)})
     assert model_hash(open_checkpoint(model)) != first
-    kept = next((tmp_path / "cache" / "digests").iterdir())
-    kept.write_text("{")  # a damaged cache is made again
-    assert model_hash(open_checkpoint(write_model(tmp_path / "again", RAW))) == first
+    rewrite(model, **{NORM: np.ones(32, np.float32)})
+    os.utime(
+        model / "model.safetensors", ns=(times.st_atime_ns, times.st_mtime_ns)
+    )  # as a copy that keeps times leaves
+    assert model_hash(open_checkpoint(model)) != first, "the time of the last change of anything cannot be put back"
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"a": 1}', "[" * 10**5, "empty", "short", "numbers"])
+def test_a_damaged_cache_of_digests_is_made_again(content, model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    first = model_hash(open_checkpoint(model))
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    whole = json.loads(kept.read_text())
+    edited = {
+        "empty": {},
+        "short": {name: entry[:2] for name, entry in whole.items()},
+        "numbers": {name: [entry[0], ["x"], entry[2]] for name, entry in whole.items()},
+    }
+    kept.write_text(json.dumps(edited[content]) if content in edited else content)
+    assert model_hash(open_checkpoint(model)) == first
+    assert json.loads(kept.read_text()) == whole
+
+
+def test_rehash_reads_whatever_the_cache_holds(model, tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    first = model_hash(open_checkpoint(model))
+    (kept,) = (tmp_path / "cache" / "digests").iterdir()
+    forged = {name: [*entry[:2], "0" * 64] for name, entry in json.loads(kept.read_text()).items()}
+    kept.write_text(json.dumps(forged))
+    assert model_hash(open_checkpoint(model)) != first, "a cache that somebody forged is believed"
+    token = checkpoints.REHASH.set(True)
+    try:
+        assert model_hash(open_checkpoint(model)) == first
+    finally:
+        checkpoints.REHASH.reset(token)
+    assert model_hash(open_checkpoint(model)) == first
+
+
+@pytest.mark.parametrize("model_id", ["../x", "a/b.git", "a--b/c", "-a/b", "a/" + "b" * 200, "a..b/c", "a/\0"])
+def test_no_hub_id_is_one_line(model_id):
+    with pytest.raises(UserError) as caught:
+        checkpoints.locate(model_id)
+    assert "not a hub id (owner/name)" in str(caught.value) or "expected a path" in str(caught.value)
 
 
 def test_progress_names_each_weight_and_ends(model):

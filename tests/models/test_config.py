@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 
 import pytest
 from conftest import SHARED
@@ -295,6 +296,64 @@ REFUSED = {
     ),
     "theta": ({"rope_theta": "big"}, "expected rope_theta to be a positive number, got 'big'"),
     "factor zero": ({"rope_scaling": {"type": "linear", "factor": 0}}, "expected factor to be a positive number"),
+    "too many layers": (
+        {"num_hidden_layers": 2**31},
+        "expected num_hidden_layers to be a whole number of at most 10,000",
+    ),
+    "wide heads": ({"head_dim": 2**53}, "expected head_dim to be a whole number of at most 65,536"),
+    "endless rotary": (
+        {"model_type": "phi3", "architectures": ..., "partial_rotary_factor": 1e300},
+        "expected at most 8 rotary dimensions",
+    ),
+    "a size beyond all files": ({"hidden_size": 2**63}, "expected hidden_size to be a whole number of at most"),
+    "epsilon beyond floats": ({"rms_norm_eps": 10**400}, "expected rms_norm_eps to be a number of 0 or more"),
+    "epsilon NaN": ({"rms_norm_eps": math.nan}, "expected rms_norm_eps to be a number of 0 or more, got nan"),
+    "theta NaN": ({"rope_theta": math.nan}, "expected rope_theta to be a positive number, got nan"),
+    "factor infinite": (
+        {"rope_scaling": {"type": "linear", "factor": math.inf}},
+        "factor to be a positive number, got inf",
+    ),
+    "boundary a fraction": (
+        {"rope_scaling": {"type": "linear", "factor": 2.0, "original_max_position_embeddings": 1.5}},
+        "expected original_max_position_embeddings to be a positive whole number, got 1.5",
+    ),
+    "frequencies of no theta": (
+        {"rope_theta": 1.0, "rope_scaling": {"rope_type": "yarn", "factor": 2.0}},
+        "the parameters of RoPE (yarn) give no frequencies",
+    ),
+    "frequencies of a context of one token": (
+        {
+            "max_position_embeddings": 1,
+            "rope_scaling": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 4,
+                "long_factor": [1.0] * 4,
+                "factor": 2.0,
+            },
+        },
+        "the parameters of RoPE (longrope) give no frequencies",
+    ),
+    "frequencies beyond floats": (
+        {"rope_scaling": {"rope_type": "longrope", "short_factor": [1e-60] * 4, "long_factor": [1.0] * 4}},
+        "give frequencies that are no finite numbers",
+    ),
+    "tied by a word": (
+        {"tie_word_embeddings": "false"},
+        "expected tie_word_embeddings to be true or false, got 'false'",
+    ),
+    "biased by a number": ({"attention_bias": 1}, "expected attention_bias to be true or false, got 1"),
+    "stop an object": ({"eos_token_id": {"a": 1}}, "expected eos_token_id to be a whole number of 0 or more or a list"),
+    "stop a list of words": ({"eos_token_id": [1, "x"]}, "expected eos_token_id[1] to be a whole number of 0 or more"),
+    "start a list": ({"bos_token_id": [1]}, "expected bos_token_id to be a whole number of 0 or more, got [1]"),
+    "architectures nested": (
+        {"model_type": ..., "architectures": [[]]},
+        "expected architectures[0] to be text, got []",
+    ),
+    "family a number": ({"model_type": 3}, "expected model_type to be text, got 3"),
+    "marks nested": (
+        {"model_type": "smollm3", "architectures": ..., "no_rope_layers": [[], 0, 1]},
+        "expected no_rope_layers[0] to be a whole number, got []",
+    ),
     "epsilon": ({"rms_norm_eps": "small"}, "expected rms_norm_eps to be a number"),
     "windowed layers": (
         {"model_type": "qwen2", "architectures": ..., "max_window_layers": "x"},

@@ -114,6 +114,20 @@ CHANGED = {
     ),
     "experts": ({"llama__expert_count": 8}, "the model has experts"),
     "both ways": ({"llama__attention__causal": False}, "the model has attention to what follows"),
+    "alignment": ({"general__alignment": 0}, "expected general.alignment to be a positive whole number, got 0"),
+    "kind": ({"general__architecture": 7}, "expected general.architecture to be text, got 7"),
+    "numbers for tokens": ({"tokenizer__ggml__tokens": [1, 2]}, "expected tokenizer.ggml.tokens[0] to be text, got 1"),
+    "stop a text": (
+        {"tokenizer__ggml__eos_token_id": "x"},
+        "ggml.eos_token_id to be a whole number, got 'x'",
+    ),
+    "depth a text": ({"llama__block_count": "3"}, "expected num_hidden_layers to be a positive whole number, got '3'"),
+    "depth beyond": (
+        {"llama__block_count": 2**30},
+        "num_hidden_layers to be a whole number of at most 10,000",
+    ),
+    "size a text": ({"llama__vocab_size": "x"}, "expected llama.vocab_size to be a positive whole number, got 'x'"),
+    "parts a text": ({"split__count": "x"}, "expected split.count to be a whole number, got 'x'"),
     "list": (
         {"llama__attention__head_count_kv": [2, 2, 1]},
         "expected num_key_value_heads to be a positive whole number",

@@ -183,7 +183,6 @@ def other_commands(tuned, states, known):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean", "--out=ablate"],
-        ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
         [
             "generate",
@@ -194,6 +193,7 @@ def other_commands(tuned, states, known):
             "--max_new_tokens=2",
             "--out=mixed",
         ],
+        ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["trace", f"--model={known[0]}", f"--facts={known[1]}", "--samples=2", "--out=trace"],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
@@ -254,7 +254,7 @@ def test_every_other_command(tmp_path):
     assert silent == "" and "warning" not in told.lower()
     assert list(folders[1].iterdir()) == []
     scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
-    assert len(scored) == 10
+    assert len(scored) == 11
     for path in scored:
         ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
         assert ours.keys() == theirs.keys()

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from support import synthetic_analysis as synthetic
 
-from jaxcrit.reporting import plots
+from jaxcrit.reporting import plots, tables
 from jaxcrit.reporting.analysis import analysis_report, heatmap, null_delta, paper_choice, write_selections
-from jaxcrit.reporting.report import Figure, on_axes
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -105,3 +105,21 @@ def test_paper_choice_has_as_many_layers_by_biased_delta():
     data = synthetic.dataset(num_layers=32)
     choice = paper_choice(data, {"trim": 2})
     assert choice.criterion == "delta" and len(choice.layers) == len(data.chosen.layers)
+
+
+NAME = "$x^{$ \x1b[2J \u202egnp"
+
+
+def test_names_from_data_are_text_on_the_page_in_the_terminal_and_in_figures(tmp_path):
+    def draw(axes):
+        axes.set_title(NAME)
+        axes.plot([0, 1], label=NAME)
+        axes.legend()
+
+    figure = Figure("a.png", on_axes(draw), NAME)
+    assert figure.write(tmp_path).startswith(PNG)  # unbalanced, it would be no formula
+    section = Section(NAME, NAME, lambda style: tables.table([NAME, "b"], [["1", NAME]], [style]), [figure])
+    report = Report([NAME], [NAME], [section], [NAME], configs={NAME: NAME})
+    page = report.write(tmp_path, {"command": "test", "data": {NAME: NAME}}).read_text(encoding="utf-8")
+    for text in (report.text(), report.text(style=True).replace(tables.BOLD, "").replace(tables.PLAIN, ""), page):
+        assert not re.search("[\x1b\u202e]", text) and r"$x^{$ \x1b[2J \u202egnp" in text.replace("\n  ", " ")

@@ -31,13 +31,18 @@ def write_facts(path: Path) -> Path:
 
 
 def knowing_checkpoint(
-    path: Path, *, planted: Callable[[dict[str, np.ndarray]], None] | None = None, **changes: object
+    path: Path,
+    *,
+    planted: Callable[[dict[str, np.ndarray]], None] | None = None,
+    logit: float = LOGIT,
+    **changes: object,
 ) -> tuple[Path, Path, list[Placed]]:
     """Writes a checkpoint and a file of facts that it knows; the facts as tokens.
 
     Args:
         path: directory to make both in.
         planted: changes the tensors before the head is solved for.
+        logit: of the right answer.
         **changes: of the config of `tiny_checkpoint`.
     """
     model = tiny_checkpoint(path / "model", tie_word_embeddings=False, **changes)
@@ -55,7 +60,7 @@ def knowing_checkpoint(
         states.append(np.asarray(rms_norm(hidden, decoder.norm[...], decoder.config)))
     wanted = np.zeros((len(known), decoder.config.vocab_size))
     for row, fact in enumerate(known):
-        wanted[row, fact.example.token_ids[fact.example.prompt_length]] = LOGIT
+        wanted[row, fact.example.token_ids[fact.example.prompt_length]] = logit
     head = (np.linalg.pinv(np.array(states)) @ wanted).T
     tensors["lm_head.weight"] = np.ascontiguousarray(head, np.float32)  # a transposed view would be written as it lies
     save_file(tensors, file)
