@@ -55,7 +55,7 @@ class GenerateOptions(
 ):
     """What ``jaxcrit generate`` is asked."""
 
-    batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
+    batch_size: int = option(16, "prompts at a time, at most", lowest=1, free=SHAPE)
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
     stop: str = option("", "more tokens that end an answer, ids or texts, with commas", word="TOKENS")
     temperature: float = option(0.0, "temperature of the draws; 0 takes the most likely token")
