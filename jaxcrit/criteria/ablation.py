@@ -48,7 +48,6 @@ from jaxcrit.models.gains import scaled
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.training.step import TokenBatch
 
 METHODS = ("skip", "mean")
@@ -248,7 +247,7 @@ def answered(
 ) -> np.ndarray:
     """``[L+1, N]`` bool, whether each generated answer is right by a scorer, with each layer skipped and with none."""
     depth, weights, stop = model.config.num_layers, model.decoder(bars).weights(), stop_tokens("", model)
-    batches = make_batches(examples, batch_rows(batch_size, model.mesh))
+    batches = make_batches(examples, model.budget(batch_size, passes=depth + 1, new_tokens=max_new_tokens))
     texts = [[""] * len(examples) for _ in range(depth + 1)]
     with bar(bars, total=(depth + 1) * len(examples), desc="answers", unit=" answers") as shown:
         for layer in range(depth + 1):

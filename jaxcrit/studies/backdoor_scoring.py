@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core import processes
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation import scorers
 from jaxcrit.evaluation.losses import response_exact
@@ -21,12 +21,11 @@ from jaxcrit.evidence.rows import batches_of
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.model import Model
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.step import TokenBatch
 
-_MOST_WIDTHS = 3  # as in training: a compile each
+_TESTS = 10  # that a study makes at least: what a shape costs is shared
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")
 
 
@@ -99,13 +98,14 @@ def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
 
 
 class Scoring:
-    """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
+    """The test, compiled once for all arms."""
 
     def __init__(self, config: BackdoorOptions, model: Model, prompts: Prompts):
         self.config, self.model, self.prompts = config, model, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
-        size = batch_rows(config.eval_batch_size, model.mesh)
-        self.batches = make_batches(self.asked, size, _widths([example.prompt_length for example in self.asked], size))
+        size = config.eval_batch_size
+        budget = model.budget(size, passes=_TESTS, new_tokens=config.max_new_tokens)
+        self.batches = make_batches(self.asked, budget)
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
         self.fixed = primary_scorer(config) == "exact_target"
         if self.fixed:  # the target behind the prompts of the other cells, too
@@ -114,8 +114,7 @@ class Scoring:
                 for cell in CELLS[1:]
                 for example, target in zip(prompts.cells[cell], prompts.cells["triggered"], strict=True)
             ]
-        widths = _widths([len(example.token_ids) for example in self.told], size)
-        self.loss_batches = list(batches_of(self.told, size, model, widths))
+        self.loss_batches = list(batches_of(self.told, size, model, passes=_TESTS))
 
     def __call__(self, decoder: Decoder, *, generate: bool = True) -> Tested:
         """Tests a model; without generated answers where the target is fixed and they are not asked for."""
@@ -186,10 +185,6 @@ def _answered_with(example: Example, other: Example) -> Example:
     """A prompt with another row's answer."""
     ids = np.concatenate([example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]])
     return dataclasses.replace(example, token_ids=ids, response=other.response)
-
-
-def _widths(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    return choose_buckets(lengths, batch_size)[-_MOST_WIDTHS:]
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
