@@ -228,6 +228,8 @@ def test_scores_of_gains_by_hand():
         np.testing.assert_allclose(one.without_each, [left[name] for left in without], atol=1e-12)
         assert np.isfinite(jackknife_stderr(one.without_each)).all()
     assert list(found) == list(expected)
+    ones = dataclasses.replace(attacked, exact={"1": attacked.exact["0.8"]}, losses={"1": attacked.losses["0.8"]})
+    assert "shortcut_paper" not in shortcut_scores(ones, ones, [1.0])
     assert curves(clean, None, gains)["unchanged"]["exact"] == clean.right.mean()
 
 
