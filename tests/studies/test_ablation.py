@@ -112,7 +112,9 @@ def test_options_of_questions_by_sum_and_per_token(config, tmp_path):
         right = np.array([part.argmin(axis=0) == gold for part, gold in zip(parts, golds, strict=True)])
         score = found.scores[f"ablation_skip_choice{key}"]
         np.testing.assert_allclose(score.values, right[:, :-1].mean(axis=0))
-        assert score.meta["unchanged"] == right[:, -1].mean() and score.meta["chance"] == pytest.approx(4 / 9)
+        assert score.meta["unchanged"] == right[:, -1].mean() and score.meta["chance"] == pytest.approx(
+            [4 / 9] * LAYERS
+        )
         assert score.direction == "low" and score.meta["num_samples"] == 3
     # The loss is that of the right options.
     np.testing.assert_allclose(found.scores["ablation_skip"].values, losses[[1, 4, 5], :-1].mean(axis=0), rtol=1e-5)
