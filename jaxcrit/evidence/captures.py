@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.core import processes
+from jaxcrit.core import console, processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_npz
 from jaxcrit.core.groups import AnalyzeOptions
@@ -30,9 +30,10 @@ from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.mesh import device_memory
 from jaxcrit.similarity import (
-    RESIDENT_SAMPLES,
+    KEPT_SAMPLES,
     FeatureSums,
     Form,
+    PackedGrams,
     Tables,
     centred_grams,
     choose_form,
@@ -45,18 +46,18 @@ from jaxcrit.similarity import (
     sharded,
     tiled,
     unit_rows,
-    unpack_upper,
 )
 
 T = TypeVar("T")
-FINGERPRINT_SAMPLES = RESIDENT_SAMPLES  # above it the Grams outgrow what one wants in a run directory
+# A fingerprint up to so large is kept unasked; a larger one outgrows what one wants in a run directory.
+FINGERPRINT_BYTES = 10_000_000
 
 
 class Swept(NamedTuple):
-    """Tables of one dataset, and the centred Grams ``[L, N, N]`` they are from where these were kept."""
+    """Tables of one dataset, and the centred Grams they are from where these are whole."""
 
     tables: Tables
-    grams: np.ndarray | jax.Array | None
+    grams: PackedGrams | jax.Array | None
 
 
 class Captures:
@@ -92,15 +93,26 @@ class Captures:
             return None
         return self.directory.path if self.alone else self.directory.path / dataset.name
 
-    def sweep(self, dataset: Dataset | HiddenStates) -> Swept:
-        """The sweep of a dataset; what it takes to redo the statistics is kept in the run directory."""
+    def sweep(self, dataset: Dataset | HiddenStates, *, grams: bool = False) -> Swept:
+        """The sweep of a dataset; what it takes to redo the statistics is kept in the run directory.
+
+        Args:
+            dataset: rows, or states of them.
+            grams: whether whole Grams are wanted.
+        """
         folder = self.folder(dataset)
-        form = self._form(dataset)
+        form = self._form(dataset, grams)
         self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
-        grams = None if folder is None else self._kept(folder)
-        if grams is not None:
+        if folder is not None and (kept := self._kept(folder)) is not None:
             self.taken[dataset.name] = {"reused": True}
-            return Swept(gram_tables(grams, band=form.band), grams)
+            return Swept(gram_tables(kept, band=form.band), kept)
+        size, few = self._fingerprint_bytes(dataset), self._samples(dataset)[0] <= KEPT_SAMPLES
+        unkept = size > FINGERPRINT_BYTES and few and not self.config.fingerprint
+        if self.directory is not None and self.directory.resumed and unkept:
+            console.note(
+                f"{dataset.name}: swept again, for its Grams ({size / 1e6:.0f} MB) were not kept; a run with"
+                " --fingerprint keeps them"
+            )
         if form.name == "streamed" and isinstance(dataset, Dataset):
             return Swept(self._streamed(dataset, form), None)
         states, embed = self.states(dataset)
@@ -131,8 +143,8 @@ class Captures:
         states = HiddenStates(found.hidden, ids, units, meta, dataset.name, dataset.source, dtype)
         return states, found.embed
 
-    def _kept(self, folder: Path) -> np.ndarray | None:
-        """Grams ``[L, N, N]`` that an earlier launch of this run has kept; None where there are none."""
+    def _kept(self, folder: Path) -> PackedGrams | None:
+        """Grams that an earlier launch of this run has kept; None where there are none."""
         directory, earlier = self.directory, []
         assert directory is not None
 
@@ -147,26 +159,38 @@ class Captures:
 
         if not processes.share(look):
             return None
-        return unpack_upper(processes.share_array(earlier[0] if earlier else None))
+        return PackedGrams(processes.share_array(earlier[0] if earlier else None))
 
-    def grams(self, dataset: Dataset | HiddenStates) -> np.ndarray | jax.Array:
-        """The centred Grams ``[L, N, N]``, for what takes them whole.
+    def grams(self, dataset: Dataset | HiddenStates) -> PackedGrams | jax.Array:
+        """The centred Grams, for what takes them whole.
 
         Raises:
             UserError: there are too many samples to keep them.
         """
-        found = self.sweep(dataset).grams
+        found = self.sweep(dataset, grams=True).grams
         if found is None:
             raise UserError(f"{dataset.name}: too many samples to keep their Grams; give fewer prompts with --limit")
         return found
 
-    def _form(self, dataset: Dataset | HiddenStates) -> Form:
-        config, sizes = self.config, self.model.config
+    def _samples(self, dataset: Dataset | HiddenStates) -> tuple[int, bool]:
+        """N, and whether samples are tokens, of which several come from one prompt."""
         if isinstance(dataset, HiddenStates):
-            count = dataset.num_samples
-        else:
-            prompts = dataset.examples
-            count = sum(p.prompt_length for p in prompts) if config.position == "all" else len(prompts)
+            return dataset.num_samples, dataset.units is not None
+        prompts, tokens = dataset.examples, self.config.position == "all"
+        return sum(one.prompt_length for one in prompts) if tokens else len(prompts), tokens
+
+    def _fingerprint_bytes(self, dataset: Dataset | HiddenStates) -> int:
+        count = self._samples(dataset)[0]
+        return 2 * self.model.config.num_layers * count * (count + 1)
+
+    def _form(self, dataset: Dataset | HiddenStates, grams: bool) -> Form:
+        config, sizes = self.config, self.model.config
+        count, tokens = self._samples(dataset)
+        if config.fingerprint and count > KEPT_SAMPLES:
+            raise UserError(
+                f"--fingerprint: {dataset.name} has {count} samples, expected at most {KEPT_SAMPLES}; give fewer with"
+                " --limit, or leave it out"
+            )
         try:
             return choose_form(
                 count,
@@ -177,6 +201,8 @@ class Captures:
                 memory=device_memory(self.model.mesh.local_devices),
                 devices=self.model.mesh.size,
                 stored=config.save_activations or isinstance(dataset, HiddenStates),
+                # Errors over prompts of several tokens delete many rows of a Gram at once.
+                grams=grams or tokens or bool(config.measures) or config.fingerprint,
                 asked=config.form,
             )
         except UserError as error:
@@ -186,9 +212,12 @@ class Captures:
         """The sweep of stored states; of the resident form with a fingerprint."""
         config, hidden, repeats = self.config, self._normalised(states.hidden), states.units is not None
         if form.name == "resident":
-            grams: np.ndarray | jax.Array = centred_grams(hidden, config.kernel, allow_repeats=repeats)
-            if folder is not None and hidden.shape[1] <= FINGERPRINT_SAMPLES:
-                grams = self._fingerprint(states, pack_upper(grams), folder / "fingerprint.npz")
+            whole = centred_grams(hidden, config.kernel, allow_repeats=repeats)
+            if folder is None or not (config.fingerprint or self._fingerprint_bytes(states) <= FINGERPRINT_BYTES):
+                return Swept(gram_tables(whole, band=form.band), whole)
+            packed = pack_upper(whole)
+            del whole
+            grams = self._fingerprint(states, packed, folder / "fingerprint.npz")
             return Swept(gram_tables(grams, band=form.band), grams)
         with self._bar(f"{states.name}, sweep") as progress:
             if form.name == "features":
@@ -205,7 +234,9 @@ class Captures:
                 bandwidths = sampled_bandwidths(hidden, seed=config.seed)
                 self.forms[states.name] |= {"bandwidths": bandwidths.tolist(), "bandwidth_seed": config.seed}
             mesh = self.model.mesh
-            tile = partial(tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress)
+            tile: Callable[..., Tables] = partial(
+                tiled, jax.device_put(processes.whole(hidden), mesh.local_devices[0]), progress=progress
+            )
             if mesh.size > 1 and hidden.shape[1] % mesh.size == 0:
                 tile = partial(sharded, shard(hidden, mesh))
             swept = tile(kernel=config.kernel, band=form.band, bandwidths=bandwidths, allow_repeats=repeats)
@@ -232,7 +263,7 @@ class Captures:
         mesh, width = self.model.mesh, self.model.config.width
         return product_sharding(mesh, width) if mesh.size > 1 and width % mesh.size == 0 else None
 
-    def _fingerprint(self, states: HiddenStates, packed: np.ndarray, file: Path) -> np.ndarray:
+    def _fingerprint(self, states: HiddenStates, packed: np.ndarray, file: Path) -> PackedGrams:
         assert self.directory is not None
         meta = {
             "format": FINGERPRINT_FORMAT,
@@ -247,7 +278,7 @@ class Captures:
         }
         units = np.arange(states.num_samples) if states.units is None else states.units
         write_npz(file, {"gram": packed, "sample_ids": np.array(states.sample_ids), "units": units}, meta)
-        return unpack_upper(packed)  # so that a resumed run computes from the same bits
+        return PackedGrams(packed)  # so that a resumed run computes from the same bits
 
     def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
         """Gives the model and the batches of a dataset to ``take``, and notes what that took."""

@@ -135,6 +135,44 @@ def test_an_interrupted_run_resumes(model, data, tmp_path, monkeypatch):
     assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "complete"
 
 
+def test_a_large_fingerprint_is_kept_on_request(config, tmp_path, monkeypatch, capsys):
+    """Without it, a run that goes on says why it sweeps again, and what reads Grams says how to have them."""
+    monkeypatch.setattr(captures, "FINGERPRINT_BYTES", 1000)
+    first, run = run_analysis(config), tmp_path / "run"
+    assert not (run / "fingerprint.npz").exists()
+    capsys.readouterr()
+    run_analysis(config)
+    told = capsys.readouterr().err
+    assert told == "prompts: swept again, for its Grams (0 MB) were not kept; a run with --fingerprint keeps them\n"
+    for command in (["compare", str(run), str(run)], ["spectrum", f"--run={run}"]):
+        assert main([*command, f"--out={tmp_path / 'other'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "no fingerprint.npz there" in error and "--fingerprint" in error
+    kept = run_analysis(dataclasses.replace(config, fingerprint=True, out=str(tmp_path / "kept")))
+    assert (tmp_path / "kept" / "fingerprint.npz").exists()
+    for key, score in first.scores.items():
+        np.testing.assert_allclose(kept.scores[key].values, score.values, atol=1e-6)
+        np.testing.assert_allclose(kept.scores[key].stderr, score.stderr, atol=1e-6)
+
+
+def test_many_prompts_go_by_tiles_with_all_errors(config, tmp_path, monkeypatch):
+    """Errors, null and certainty are those of whole Grams; what takes these has them."""
+    whole = run_analysis(config)
+    monkeypatch.setattr("jaxcrit.similarity._forms.RESIDENT_SAMPLES", 8)
+    tiles = run_analysis(dataclasses.replace(config, out=str(tmp_path / "tiles")))
+    assert tiles.run["forms"]["prompts"]["name"] == "tiled" and not (tmp_path / "tiles" / "fingerprint.npz").exists()
+    for key, score in whole.scores.items():
+        np.testing.assert_allclose(tiles.scores[key].values, score.values, atol=1e-6)
+        np.testing.assert_allclose(tiles.scores[key].stderr, score.stderr, atol=1e-5)
+    ours, theirs = tiles.datasets["prompts"], whole.datasets["prompts"]
+    for key in ("null_mean", "null_stddev", "debiased"):
+        np.testing.assert_allclose(ours.cka[key], theirs.cka[key], atol=1e-6)
+    np.testing.assert_allclose(ours.certainty.probability, theirs.certainty.probability, atol=0.02)
+    for changes in ({"measures": "rsa"}, {"position": "all"}, {"fingerprint": True}):
+        run = run_analysis(dataclasses.replace(config, **changes, out=str(tmp_path / next(iter(changes)))))
+        assert run.run["forms"]["prompts"]["name"] == "resident"
+
+
 def test_several_datasets_have_a_consensus(model, data, tmp_path):
     other = prompts_file(tmp_path / "others.jsonl", seed=1)
     analysis = run_analysis(AnalyzeOptions(model=str(model), data=f"{data},{other}", out=str(tmp_path / "run")))
