@@ -460,7 +460,7 @@ def _warnings(found: Ablated) -> list[str]:
         for key, score in scores.items():
             if "p_holm" not in score.meta:
                 continue
-            share, count, chance = score.meta["unchanged"], score.meta["num_samples"], score.meta["chance"]
+            share, count, (chance, *_) = (score.meta[key] for key in ("unchanged", "num_samples", "chance"))
             if share - chance <= 2 * np.sqrt(share * (1 - share) / count):
                 told.append(
                     f"{f'{name}: ' if name else ''}{key}: the intact model is right in {share:.2f} of {count} rows,"

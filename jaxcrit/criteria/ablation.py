@@ -288,7 +288,7 @@ def accuracy(
     lost = whole.mean() - right.mean(axis=1)
     more = {
         "relative": (lost / whole.mean()).tolist() if whole.any() else None,
-        "chance": chance,
+        "chance": [chance] * depth,
         "p_holm": holm(p_values),
     }
     return dataclasses.replace(score, meta={**score.meta, **more})

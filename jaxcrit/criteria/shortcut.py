@@ -41,7 +41,8 @@ def shortcut_scores(clean: Changed, attacked: Changed | None, gains: Sequence[fl
         found["shortcut_asr"] = mean_over(1.0 * attacked.right[:, None] - attacked.exact[at].T)
         lost = [_odds_lost(one.exact[at], one.right) for one in (attacked, clean)]
         found["shortcut_selective"] = _less(*lost)
-        found["shortcut_paper"] = _steepest(attacked, gains)
+        if {*gains, 1.0} != {1.0}:  # a step takes two points
+            found["shortcut_paper"] = _steepest(attacked, gains)
     return found
 
 

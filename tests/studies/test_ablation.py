@@ -112,7 +112,9 @@ def test_options_of_questions_by_sum_and_per_token(config, tmp_path):
         right = np.array([part.argmin(axis=0) == gold for part, gold in zip(parts, golds, strict=True)])
         score = found.scores[f"ablation_skip_choice{key}"]
         np.testing.assert_allclose(score.values, right[:, :-1].mean(axis=0))
-        assert score.meta["unchanged"] == right[:, -1].mean() and score.meta["chance"] == pytest.approx(4 / 9)
+        assert score.meta["unchanged"] == right[:, -1].mean() and score.meta["chance"] == pytest.approx(
+            [4 / 9] * LAYERS
+        )
         assert score.direction == "low" and score.meta["num_samples"] == 3
     # The loss is that of the right options.
     np.testing.assert_allclose(found.scores["ablation_skip"].values, losses[[1, 4, 5], :-1].mean(axis=0), rtol=1e-5)
@@ -228,6 +230,8 @@ def test_scores_of_gains_by_hand():
         np.testing.assert_allclose(one.without_each, [left[name] for left in without], atol=1e-12)
         assert np.isfinite(jackknife_stderr(one.without_each)).all()
     assert list(found) == list(expected)
+    ones = dataclasses.replace(attacked, exact={"1": attacked.exact["0.8"]}, losses={"1": attacked.losses["0.8"]})
+    assert "shortcut_paper" not in shortcut_scores(ones, ones, [1.0])
     assert curves(clean, None, gains)["unchanged"]["exact"] == clean.right.mean()
 
 
