@@ -26,6 +26,7 @@ PARTS = {
     "cka": "cka_rows",
     "load": "load_rows",
     "analyze": "analyze_rows",
+    "step": "step_rows",
 }
 _MARK = "rows: "
 

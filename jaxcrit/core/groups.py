@@ -98,9 +98,7 @@ class RowOptions(SourceOptions, RenderingOptions):
 class PrefixOptions(Options, title="rendering"):
     """Which beginning of a prompt another model has read."""
 
-    prefix: str = option(
-        "0.8", "what the sender read: a share of the prompt, or its context", word="SHARE|context"
-    )
+    prefix: str = option("0.8", "what the sender read: a share of the prompt, or its context", word="SHARE|context")
 
     def check(self) -> None:
         """Refuses what is neither a share nor the word."""
@@ -344,7 +342,7 @@ class ProcessOptions(Options, title="processes"):
     process_id: int = option(-1, "number of this process, where the cluster does not say", lowest=-1, free=SHAPE)
     distributed_timeout: int = option(300, "seconds to wait for the others", lowest=1, free=WHERE)
     attention: str = option(
-        "auto", "attention kernel on accelerators", ("auto", "reference", "cudnn", "splash"), free=SHAPE
+        "auto", "form that attention takes", ("auto", "reference", "blocks", "cudnn", "splash"), free=SHAPE
     )
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
