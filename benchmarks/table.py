@@ -28,6 +28,7 @@ PARTS = {
     "analyze": "analyze_rows",
     "capture": "capture_rows",
     "substitution": "substitution_rows",
+    "step": "step_rows",
 }
 _MARK = "rows: "
 

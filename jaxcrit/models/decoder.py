@@ -19,7 +19,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
-from jaxcrit.models.attention import attend, attend_by_scores, attend_heads_first, choose_attention
+from jaxcrit.models.attention import attend, attend_by_scores, choose_attention
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.rope import rotate
@@ -157,7 +157,7 @@ class Block(nnx.Module):
         if isinstance(cache, LayerCache):
             cache = cache.extend(k, v, context.positions)
             visible = self.visible(context, jnp.arange(cache.keys.shape[2])[None, :], window)
-            return self.out(attend_heads_first(q, cache.keys, cache.values, visible, scale, cap)), cache
+            return self.out(attend_by_scores(q, cache.keys, cache.values, visible, scale, cap)), cache
         if cache is None or cache[0].fresh:
             rows, length, heads, head_dim = q.shape
             packed = context.segments is not None
@@ -176,7 +176,7 @@ class Block(nnx.Module):
             )
             return self.out(mixed), cache
         visible = self.visible(context, key_positions, window)
-        return self.out(attend_by_scores(q, k.astype(q.dtype), v.astype(q.dtype), visible, scale, cap)), cache
+        return self.out(attend_by_scores(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, scale, cap)), cache
 
     def qkv(self, x: jax.Array) -> Sequence[jax.Array]:
         """Queries ``[B, T, H head_dim]``, keys and values ``[B, T, K head_dim]``, head behind head."""

@@ -21,6 +21,7 @@ from jaxcrit.models.attention import REFERENCE, Attention, attend, attend_by_sco
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder, abstract, forward
 from jaxcrit.models.generation import generate
+from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 
 LENGTH = 140  # padded to two tiles
@@ -75,6 +76,57 @@ def test_splash_is_the_reference_form(interpreted, tmp_path, case, sizes):
         assert error(np.asarray(ours.weights()[path]), np.asarray(slopes.weights()[path])) < 2e-5, path
 
 
+@pytest.mark.parametrize("case", ["qwen2-mixed-sliding", "gemma2"])
+def test_blocks_are_the_reference_form(tmp_path, case):
+    """States of real tokens and gradients: layers with and without windows in one scan, soft caps."""
+    decoder = load_path(write_model(tmp_path, {**raw_config(case), "max_position_embeddings": 256}))
+    tokens, real = rows(4)
+    expected, slopes = loss_and_gradient(decoder, tokens, real)
+    found, ours = loss_and_gradient(by(decoder, Attention("blocks")), tokens, real)
+    assert error(np.asarray(found)[real], np.asarray(expected)[real]) < 1e-5
+    for path in ("embed", "blocks.q", "blocks.k", "blocks.v", "blocks.o"):
+        assert error(np.asarray(ours.weights()[path]), np.asarray(slopes.weights()[path])) < 2e-5, path
+
+
+def test_blocks_keep_packed_rows_apart_and_see_windows_on_a_mesh_too():
+    q, k, v = (
+        jax.random.normal(key, (2, LENGTH, heads, 16))
+        for key, heads in zip(jax.random.split(jax.random.key(0), 3), (6, 3, 3), strict=True)
+    )
+    segments = np.repeat([1, 2, 3], [30, 100, 10])[None].repeat(2, axis=0).astype(np.int32)
+    distance = np.arange(LENGTH)[:, None] - np.arange(LENGTH)
+    visible = (segments[:, :, None] == segments[:, None, :]) & (distance >= 0) & (distance < 70)
+    expected = attend_by_scores(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, None, 5.0)
+    asked = {"windows": (70, None), "window": jnp.int32(70), "segments": segments, "cap": 5.0}
+    for mesh in (None, make_mesh({"data": 2, "tensor": 2}, jax.devices()[:4])):
+        assert error(np.asarray(attend("blocks", q, k, v, mesh=mesh, **asked)), np.asarray(expected)) < 1e-6
+
+
+@pytest.mark.parametrize(("window", "share"), [(None, 0.57), (128, 0.25)])
+def test_blocks_hold_no_square_and_multiply_nothing_that_cannot_be_seen(window, share):
+    """Of 1,024 tokens in 8 blocks: (1 + ... + 8) / 64 of the products, less where a window ends."""
+    length, heads = 1024, 9
+    q, kv = (jax.ShapeDtypeStruct((2, length, count, 64), jnp.float32) for count in (heads, 3))
+
+    def whole(q, k, v):
+        return attend_by_scores(q, k.swapaxes(1, 2), v.swapaxes(1, 2), np.tri(length, dtype=bool)[None], None, None)
+
+    def by_blocks(q, k, v):
+        return attend("blocks", q, k, v, windows=(window,), window=window and jnp.int32(window))
+
+    def slopes(form):
+        return jax.grad(lambda *x: form(*x).sum(), (0, 1, 2))
+
+    for make in (lambda form: form, slopes):
+        assert product_flops(make(by_blocks), q, kv, kv) <= share * product_flops(make(whole), q, kv, kv)
+        ours, theirs = (jax.jit(make(form)).lower(q, kv, kv).compile() for form in (by_blocks, whole))
+        shapes = re.findall(r"= \w+\[([\d,]+)\]", ours.as_text())
+        most = max(np.prod([int(size) for size in shape.split(",")]) for shape in shapes)
+        assert most <= 2 * heads * length * length / 4
+        memory = [one.memory_analysis().temp_size_in_bytes for one in (ours, theirs)]
+        assert memory[0] <= (0.7 if window is None else 0.4) * memory[1]
+
+
 def test_splash_keeps_packed_rows_apart(interpreted):
     q, k, v = (
         jax.random.normal(key, (1, LENGTH, heads, 96))
@@ -92,11 +144,11 @@ def test_splash_scales_and_caps_scores_as_the_reference_form_does(interpreted):
         2 * jax.random.normal(key, (1, LENGTH, heads, 16))
         for key, heads in zip(jax.random.split(jax.random.key(0), 3), (4, 2, 2), strict=True)
     )
-    visible = np.tri(LENGTH, dtype=bool)[None]
-    expected = attend_by_scores(q, k, v, visible, 0.3, 4.0)
+    visible, heads_first = np.tri(LENGTH, dtype=bool)[None], (k.swapaxes(1, 2), v.swapaxes(1, 2))
+    expected = attend_by_scores(q, *heads_first, visible, 0.3, 4.0)
     assert error(np.asarray(attend("splash", q, k, v, scale=0.3, cap=4.0)), np.asarray(expected)) < 1e-5
     for scale, cap in ((None, 4.0), (0.3, None)):
-        assert error(np.asarray(attend_by_scores(q, k, v, visible, scale, cap)), np.asarray(expected)) > 0.01
+        assert error(np.asarray(attend_by_scores(q, *heads_first, visible, scale, cap)), np.asarray(expected)) > 0.01
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
@@ -173,7 +225,10 @@ USUAL = {"dtype": "bfloat16", "rows": 8, "length": 2048, "heads": 32, "head_dim"
     [
         ("tpu", {}, "splash", ""),
         ("cuda", {}, "cudnn", ""),
-        ("cpu", {}, "reference", "no kernel for cpu"),
+        ("cpu", {}, "blocks", ""),
+        ("cpu", {"dtype": "float16", "head_dim": 20, "capped": True, "packed": True}, "blocks", ""),
+        ("cpu", {"length": 127}, "reference", "shorter than 128"),
+        ("cpu", {"rows": 3}, "reference", "3 rows and 32 heads do not divide"),
         ("gpu", {}, "reference", "no kernel for gpu"),  # of another maker, or too old
         ("tpu", {"length": 256}, "reference", "shorter than 512"),
         ("tpu", {"dtype": "float32"}, "splash", ""),
@@ -222,4 +277,4 @@ def test_a_form_that_does_not_go_ends_a_command_before_it_reads_weights(capsys):
 
 def test_a_run_says_which_form_it_took(tmp_path):
     assert cli.main(["generate", f"--out={tmp_path}", "--limit=1", "--max_new_tokens=1"]) == 0
-    assert json.loads((tmp_path / "run.json").read_text())["attention"] == "reference"
+    assert json.loads((tmp_path / "run.json").read_text())["attention"] == "blocks"
