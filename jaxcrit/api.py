@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxcrit.commands.ablate import ablate
+from jaxcrit.commands.edit import edit
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
@@ -46,6 +47,7 @@ __all__ = [
     "cka",
     "compare",
     "correlate",
+    "edit",
     "export",
     "finetune",
     "generate",

@@ -139,7 +139,7 @@ class MeshOptions(Options, title="machine"):
 class BatchOptions(Options, title="machine"):
     """How many rows at a time."""
 
-    batch_size: int = option(8, "rows per pass", lowest=1, free=SHAPE)
+    batch_size: int = option(8, "rows per pass, at most", lowest=1, free=SHAPE)
 
 
 Sites = Literal["blocks", "attn", "mlp"]  # of a layer: the whole block, or one of its halves

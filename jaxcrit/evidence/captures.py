@@ -19,7 +19,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_npz
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.data.batches import choose_buckets, make_batches, refuse_equal_prompts
+from jaxcrit.data.batches import common_shapes, make_batches, refuse_equal_prompts
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.data.templates import template_hash
 from jaxcrit.evidence.capture import capture, compiled_steps, stream
@@ -51,6 +51,8 @@ from jaxcrit.similarity import (
 T = TypeVar("T")
 # A fingerprint up to so large is kept unasked; a larger one outgrows what one wants in a run directory.
 FINGERPRINT_BYTES = 10_000_000
+# Datasets share batches up to so many times the tokens that a compile takes as long as: what an interruption may cost.
+_TOGETHER = 1024
 
 
 class Swept(NamedTuple):
@@ -63,8 +65,8 @@ class Swept(NamedTuple):
 class Captures:
     """The sweep of each dataset: from the run's fingerprint where one fits, else of its states, given or captured.
 
-    The weights are read when the first dataset needs them, and the buckets are common to all datasets, so
-    that a bucket compiles once for all.
+    The weights are read when the first dataset needs them. The shapes of batches are common to all datasets, so that
+    each compiles once, and datasets that are small together share the batches too: less is left over to be filled up.
     """
 
     def __init__(
@@ -82,10 +84,13 @@ class Captures:
         self.forms: dict[str, dict[str, Any]] = {}
         self.began = time.time()
         rows = [dataset for dataset in datasets if isinstance(dataset, Dataset)]
-        lengths = [example.prompt_length for dataset in rows for example in dataset.examples]
-        split = model.mesh.shape["data"] * model.mesh.shape["fsdp"]
-        self.batch_size = -(-config.batch_size // split) * split
-        self.buckets = choose_buckets(lengths, self.batch_size, model.config.max_length) if rows else ()
+        self.groups: list[list[Dataset]] = []
+        self.held: dict[str, tuple[HiddenStates, jax.Array | None]] = {}
+        if isinstance(model, Model):
+            self.budget = model.budget(config.batch_size)
+            parts = [dataset.examples for dataset in rows]
+            self.shapes = common_shapes(parts, self.budget, max_length=model.config.max_length)
+            self.groups = self._grouped(rows)
 
     def folder(self, dataset: Dataset | HiddenStates) -> Path | None:
         """Where a dataset's files go; None where nothing is kept."""
@@ -103,7 +108,7 @@ class Captures:
         folder = self.folder(dataset)
         form = self._form(dataset, grams)
         self.forms[dataset.name] = {**dataclasses.asdict(form), "text": str(form)}
-        if folder is not None and (kept := self._kept(folder)) is not None:
+        if (kept := self._kept(folder)) is not None:
             self.taken[dataset.name] = {"reused": True}
             return Swept(gram_tables(kept, band=form.band), kept)
         size, few = self._fingerprint_bytes(dataset), self._samples(dataset)[0] <= KEPT_SAMPLES
@@ -129,24 +134,64 @@ class Captures:
             self.taken[dataset.name] = {"given": True}
             everywhere = NamedSharding(self.model.mesh, PartitionSpec())
             return dataclasses.replace(dataset, hidden=jax.device_put(dataset.hidden, everywhere)), None
-        found = self._run(dataset, partial(capture, with_embed=self.config.embed))
-        assert isinstance(self.model, Model)
-        meta = {
-            **self.model.facts,
-            "dataset": dataset.name,
-            "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
-            "position": self.config.position,
-        }
-        ids = np.array(dataset.sample_ids)[found.units].tolist()
-        units = found.units if self.config.position == "all" else None
-        dtype = self.model.dtype or "the checkpoint's dtype"
-        states = HiddenStates(found.hidden, ids, units, meta, dataset.name, dataset.source, dtype)
-        return states, found.embed
+        if dataset.name not in self.held:
+            self._capture(next(group for group in self.groups if dataset in group), dataset)
+        return self.held.pop(dataset.name)
 
-    def _kept(self, folder: Path) -> PackedGrams | None:
+    def _capture(self, group: Sequence[Dataset], first: Dataset) -> None:
+        """Captures the states of a group's datasets, without those that are kept from an earlier launch."""
+        assert isinstance(self.model, Model)
+        resumed = self.directory is not None and self.directory.resumed
+        wanted = [one for one in group if one is first or not (resumed and self._kept(self.folder(one)) is not None)]
+        found = self._run(group, wanted, partial(capture, with_embed=self.config.embed))
+        ends = np.cumsum([0, *(len(one.examples) for one in group)])
+        for start, stop, dataset in zip(ends, ends[1:], group, strict=False):
+            if dataset not in wanted:
+                continue
+            inside = slice(*np.searchsorted(found.units, [start, stop]))
+            units, whole = found.units[inside] - start, len(group) == 1  # which is not copied
+            meta = {
+                **self.model.facts,
+                "dataset": dataset.name,
+                "template_hash": template_hash(self.model.tokenizer, self.config.template, self.config.edition),
+                "position": self.config.position,
+            }
+            states = HiddenStates(
+                found.hidden if whole else found.hidden[:, inside],
+                np.array(dataset.sample_ids)[units].tolist(),
+                units if self.config.position == "all" else None,
+                meta,
+                dataset.name,
+                dataset.source,
+                self.model.dtype or "the checkpoint's dtype",
+            )
+            self.held[dataset.name] = states, None if found.embed is None else found.embed[inside]
+
+    def _grouped(self, datasets: Sequence[Dataset]) -> list[list[Dataset]]:
+        """Datasets that share batches, in the order given: as many as fit in a part of the memory and of the time."""
+        if len(datasets) == 1:
+            return [[*datasets]]
+        sizes, groups = self.model.config, list[list[Dataset]]()
+        room, most = device_memory(self.model.mesh.local_devices) / 4, _TOGETHER * self.budget.shape
+        tokens = held = np.inf
+        for dataset in datasets:
+            more, alone = (
+                sum(one.prompt_length for one in dataset.examples),
+                self._form(dataset, False).name == "streamed",
+            )
+            states = 4 * sizes.num_layers * sizes.width * self._samples(dataset)[0]
+            if alone or tokens + more > most or held + states > room:
+                groups.append([])
+                tokens = held = 0
+            groups[-1].append(dataset)
+            tokens, held = (np.inf, np.inf) if alone else (tokens + more, held + states)
+        return groups
+
+    def _kept(self, folder: Path | None) -> PackedGrams | None:
         """Grams that an earlier launch of this run has kept; None where there are none."""
         directory, earlier = self.directory, []
-        assert directory is not None
+        if directory is None or folder is None:
+            return None
 
         def look() -> bool:
             kept = not self.config.save_activations or (folder / OWN).exists()
@@ -253,7 +298,7 @@ class Captures:
             for states in stream(*arguments, **options):
                 sums.add(self._normalised(states.hidden, states.samples), states.samples)
 
-        self._run(dataset, add)
+        self._run([dataset], [dataset], add)
         return sums.tables()
 
     def _normalised(self, hidden: Any, samples: np.ndarray | None = None) -> jax.Array:
@@ -280,19 +325,24 @@ class Captures:
         write_npz(file, {"gram": packed, "sample_ids": np.array(states.sample_ids), "units": units}, meta)
         return PackedGrams(packed)  # so that a resumed run computes from the same bits
 
-    def _run(self, dataset: Dataset, take: Callable[..., T]) -> T:
-        """Gives the model and the batches of a dataset to ``take``, and notes what that took."""
+    def _run(self, group: Sequence[Dataset], wanted: Sequence[Dataset], take: Callable[..., T]) -> T:
+        """Gives the model and the batches of a group that hold what is wanted to ``take``; notes what that took.
+
+        A prompt's number is its place among all prompts of the group.
+        """
         assert isinstance(self.model, Model)
         if self.decoder is None:
             self.decoder = self.model.decoder(self.progress)
-        batches = make_batches(
-            dataset.examples,
-            self.batch_size,
-            buckets=self.buckets,
-            max_length=self.model.config.max_length,
-        )
-        began, count = time.perf_counter(), len(dataset.examples)
-        with self._bar(dataset.name) as progress:
+        examples = [example for one in group for example in one.examples]
+        needed = np.repeat([one in wanted for one in group], [len(one.examples) for one in group])
+        batches = [
+            batch
+            for batch in make_batches(examples, self.budget, self.shapes, max_length=self.model.config.max_length)
+            if needed[batch.rows[batch.rows < len(examples)]].any()
+        ]
+        began, count = time.perf_counter(), len(examples)
+        names = [one.name for one in group]
+        with self._bar(names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more") as progress:
             taken = take(
                 self.decoder,
                 batches,
@@ -303,13 +353,15 @@ class Captures:
                 progress=progress,
             )
         seconds = time.perf_counter() - began
-        self.taken[dataset.name] = {
+        noted = {
+            "together": names,
             "seconds": round(seconds, 3),
             "prompts_per_second": round(count / seconds, 2),
-            "tokens": sum(example.prompt_length for example in dataset.examples),
+            "tokens": sum(example.prompt_length for example in examples),
             "padded_tokens": sum(batch.tokens.size for batch in batches),
-            "buckets": len({batch.tokens.shape for batch in batches}),
+            "shapes": len({batch.tokens.shape for batch in batches}),
         }
+        self.taken |= dict.fromkeys((one.name for one in wanted), noted)
         return taken
 
     @contextlib.contextmanager
