@@ -16,11 +16,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import torch
 import transformers
 from capture_speed import timed, write_checkpoint
 from environment import write_result
+from rows import OURS, Row, limit, take_turns
 
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.generation import generate
@@ -90,6 +92,27 @@ def compare(path: Path, new: int, rounds: int) -> dict[str, Any]:
             "equal_tokens": float(np.mean(np.array(answers[0]) == np.array(answers[1]))),
         }
     return result
+
+
+def rows(checkpoint: Path, new: int = 64) -> list[Row]:
+    """One prompt, and 16 of mixed length; the limit is that of a step's widest product."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    decoder = load(open_checkpoint(checkpoint), dtype="float32", mesh=make_mesh())
+    model = transformers.AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    config, found = decoder.config, []
+    for batch in BATCHES:
+        tokens, lengths = prompts(batch, config.vocab_size)
+        calls: dict[str, Callable[[], list[list[int]]]] = {
+            OURS: lambda t=tokens, n=lengths: generate(decoder, t, n, new).token_ids,
+            "transformers": lambda t=tokens, n=lengths: theirs(model, t, n, new),
+        }
+        answers = [np.array(call()) for call in calls.values()]
+        facts = {"equal tokens": float((answers[0] == answers[1]).mean())}
+        operations = 2.0 * sum(value.size for value in jax.tree.leaves(decoder)) * batch * new
+        floor = limit({(batch, config.width, config.vocab_size): operations})
+        found.append(Row(f"generate {new} tokens, {batch} rows", take_turns(calls), floor, facts))
+    return found
 
 
 def main() -> None:

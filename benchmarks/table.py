@@ -23,6 +23,8 @@ from environment import write_result
 
 # Word of --only -> module with `rows(checkpoint)`.
 PARTS = {
+    "generate": "generation_speed",
+    "step": "finetune_speed",
     "cka": "cka_rows",
     "load": "load_rows",
     "analyze": "analyze_rows",
