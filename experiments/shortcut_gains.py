@@ -34,6 +34,7 @@ from jaxcrit.studies.options import BackdoorOptions
 
 HALVES = ("attn", "mlp")
 ARMS = ("chosen, gain", "chosen, no gain", "random, gain")
+LEAST, MORE_SEEDS = 0.9, 4  # attack success of a model that counts, and seeds tried beyond those asked for
 Row = dict[str, str]
 
 
@@ -76,6 +77,42 @@ def measured(model: str, data: str, given: argparse.Namespace, out: Path, gains:
     )
     scores = {key: score.to_json() for key, score in found.scores.items()}
     return {**read_json(out / "gains.json", "jaxcrit.gains"), "scores": scores}
+
+
+def plant(given: argparse.Namespace, files: Mapping[str, str]) -> dict[int, str]:
+    """Backdoored models by seed: the first seeds whose attack success is high enough; others are told and left out."""
+    found: dict[int, float] = {}
+    for count in range(given.seeds, given.seeds + MORE_SEEDS + 1):
+        planted = run_backdoor(
+            BackdoorOptions(
+                data=files["plant"],
+                eval_data=files["choose"],
+                trigger=given.trigger,
+                target=given.target,
+                rate=given.rate,
+                decoys=given.decoys,
+                arms="full",
+                seeds=count,
+                steps=given.steps,
+                batch_size=16,
+                learning_rate=given.learning_rate,
+                eval_every=given.steps,
+                eval_prompts=120,
+                max_new_tokens=16,
+                remat=False,
+                keep_models=True,
+                out=str(Path(given.out) / "planted"),
+            ),
+            say=lambda text: print(text, file=sys.stderr, flush=True),
+        )
+        found = {run.seed: float(run.outcomes().mean()) for run in planted.runs if run.arm == "full"}
+        good = [seed for seed, success in found.items() if success >= LEAST]
+        if len(good) >= given.seeds:
+            break
+    print(f"attack success as planted, by seed: {found}; at least {LEAST} is taken", file=sys.stderr, flush=True)
+    if not good:
+        raise UserError(f"no seed reached an attack success of {LEAST}; give more --steps")
+    return {seed: str(planted.out / "arms" / f"full-seed{seed}" / MODEL) for seed in good[: given.seeds]}
 
 
 def one_seed(seed: int, given: argparse.Namespace, files: Mapping[str, str], planted: str) -> dict[str, Any]:
@@ -188,31 +225,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     out = Path(given.out)
     try:
         files = demo_rows(out, given.train_rows, given.test_rows)
-        planted = run_backdoor(
-            BackdoorOptions(
-                data=files["plant"],
-                eval_data=files["choose"],
-                trigger=given.trigger,
-                target=given.target,
-                rate=given.rate,
-                decoys=given.decoys,
-                arms="full",
-                seeds=given.seeds,
-                steps=given.steps,
-                batch_size=16,
-                learning_rate=given.learning_rate,
-                eval_every=given.steps,
-                eval_prompts=120,
-                max_new_tokens=16,
-                remat=False,
-                keep_models=True,
-                out=str(out / "planted"),
-            ),
-            say=lambda text: print(text, file=sys.stderr, flush=True),
-        )
+        planted = plant(given, files)
         seeds = []
-        for seed in range(given.seeds):
-            seeds.append(one_seed(seed, given, files, str(planted.out / "arms" / f"full-seed{seed}" / MODEL)))
+        for seed, path in planted.items():
+            seeds.append(one_seed(seed, given, files, path))
             print(tuning_table(seeds[-1:]), file=sys.stderr, flush=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -220,12 +236,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = {key: value for key, value in vars(given).items() if key != "out"}
     write_json(out / "shortcut_gains.json", "jaxcrit.shortcut_gains", plain({"config": asked, "seeds": seeds}))
     print(sweep_table(seeds))
-    for seed in seeds:
+    for one in seeds:
         print(
-            f"seed {seed['seed']}: chosen {seed['half']} of layer {seed['layer']}, random layer {seed['random']},",
+            f"seed {one['seed']}: chosen {one['half']} of layer {one['layer']}, random layer {one['random']},",
             end=" ",
         )
-        print(f"gain {seed['gain']:g}; {seed['rows']} rows with and without the trigger")
+        print(f"gain {one['gain']:g}; {one['rows']} rows with and without the trigger")
     print(tuning_table(seeds))
     return 0
 
