@@ -98,9 +98,7 @@ class RowOptions(SourceOptions, RenderingOptions):
 class PrefixOptions(Options, title="rendering"):
     """Which beginning of a prompt another model has read."""
 
-    prefix: str = option(
-        "0.8", "what the sender has read: a share of a prompt's tokens, or to its context's end", word="SHARE|context"
-    )
+    prefix: str = option("0.8", "read by the sender: a share of a prompt, or its context", word="SHARE|context")
 
     def check(self) -> None:
         """Refuses what is neither a share nor the word."""

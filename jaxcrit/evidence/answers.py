@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcrit.data.batches import Batch
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.generation import Prefilled, decode, prefill
+from jaxcrit.models.generation import Prefilled, decode, generate
 from jaxcrit.models.model import Model
 
 
@@ -53,9 +53,11 @@ def answers(
         **sampling: arguments of `generate`: ``sampling`` and ``seed``.
     """
     samples = np.where(batch.rows < count, batch.rows, -1)
+    how = {"stop": stop, "samples": samples, **sampling}
     if prompts is None:
-        prompts = prefill(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh)
-    found = decode(decoder, prompts, stop=stop, samples=samples, **sampling)
+        found = generate(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh, **how)
+    else:
+        found = decode(decoder, prompts, **how)
     for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
         if row < count:
             yield Answer(row, ids, stopped, model.tokenizer.decode(ids, skip_special_tokens=True))
