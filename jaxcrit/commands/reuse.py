@@ -55,7 +55,7 @@ class ReuseOptions(TwoModels, RowOptions, OutOptions, PrefixOptions, BatchOption
 
     answers: Literal["own", "gold"] = option("own", "scored: the receiver's own answers, or the rows'", ("own", "gold"))
     max_new_tokens: int = option(16, "tokens of an own answer, at most", lowest=1)
-    random: int = option(20, "random sets of layers, of sizes from 1 to L-1, to compare with", lowest=0)
+    random: int = option(20, "random sets of layers to compare with", lowest=0)
     tolerance: float = option(0.01, "damage that is accepted, nats a scored token", lowest=0)
     seed: int = option(0, "seed of the random layers and of the bootstrap", lowest=0)
 

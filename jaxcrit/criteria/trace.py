@@ -38,6 +38,7 @@ from jaxcrit.training.step import TokenBatch
 
 SITES: tuple[Site, ...] = ("attn", "mlp", "block")
 KINDS = ("stream", "last", "mlp", "attn", "severed")
+Step = Callable[[int], None] | None  # told how many block evaluations are done
 _SUBJECT, _LAST = 0, 1  # of the positions that a patch knows
 _MOST, _WITHIN = 5, 0.05  # layers of a band, and how far below the highest they may be
 

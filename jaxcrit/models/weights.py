@@ -2,7 +2,7 @@
 
 A row's axes give its shape (sizes from the config) and its placement (rules of the mesh). An array has the dimensions
 of the file's tensor, ``[out, in]``: heads and what is in them are one, so that a product reads a weight as it lies.
-What several rows share a tensor (Phi-3's fused projections) are slices of its first dimension.
+Several rows that share a tensor (Phi-3's fused projections) are slices of its first dimension.
 """
 
 from __future__ import annotations
