@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxcrit.data.batches import Batch
 from jaxcrit.models.decoder import Decoder
-from jaxcrit.models.generation import Prefilled, decode, generate
+from jaxcrit.models.generation import Prefilled, decode, prefill
 from jaxcrit.models.model import Model
 
 
@@ -55,11 +55,10 @@ def answers(
         **sampling: arguments of `generate`: ``sampling`` and ``seed``.
     """
     numbers = np.arange(count) if numbers is None else numbers
-    how = {"stop": stop, "samples": np.append(numbers, -1)[batch.rows], **sampling}
+    samples = np.append(numbers, -1)[batch.rows]
     if prompts is None:
-        found = generate(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh, **how)
-    else:
-        found = decode(decoder, prompts, **how)
+        prompts = prefill(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh)
+    found = decode(decoder, prompts, stop=stop, samples=samples, **sampling)
     for row, ids, stopped in zip(batch.rows.tolist(), found.token_ids, found.stopped.tolist(), strict=True):
         if row < count:
             yield Answer(row, ids, stopped, model.tokenizer.decode(ids, skip_special_tokens=True))
