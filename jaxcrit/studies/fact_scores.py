@@ -127,7 +127,7 @@ def text_loss(model: Model, decoder: Decoder, examples: Sequence[Example], batch
     for _, batch in batches_of(texts, batch_size, model):
         with jax.default_matmul_precision("highest"):
             hidden = _hidden(decoder, batch.tokens, batch.lengths, mesh=model.mesh)
-            sums, tokens_of = loss_step(decoder.weights(), hidden, batch, model.config, everywhere)
+            sums, tokens_of, _ = loss_step(decoder.weights(), hidden, batch, model.config, everywhere)
         total, count = total + float(np.sum(sums)), count + float(np.sum(tokens_of))
     return total / count
 
