@@ -151,6 +151,7 @@ def run_edit(
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
+    from jaxcrit.evidence.rows import forget_partial
     from jaxcrit.studies.covariance import covariances
     from jaxcrit.studies.editing import Method, check, edited, rows_of
 
@@ -209,8 +210,7 @@ def run_edit(
         if run.out is not None:
             _write(run.out, overlay, given, done, old, asked, before, after)
             report(run.record).write(run.out, run.record)
-    if run.out is not None:
-        _forget(run.out)
+    forget_partial(run.out)
     return Edit(changed, run.record, run.out)
 
 
@@ -332,13 +332,6 @@ def _keeper(directory: RunDirectory | None) -> Keep:
         return made
 
     return keep
-
-
-def _forget(out: Path) -> None:
-    from jaxcrit.core import processes
-
-    if processes.first():
-        (out / PARTIAL).unlink(missing_ok=True)
 
 
 def _overlay(model: Model, chosen: LayerSet, done: Edited, out: Path | None) -> Overlay:
