@@ -11,7 +11,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,9 +19,7 @@ import numpy as np
 import torch
 import transformers
 from environment import write_result
-from rows import OURS, Row, limit, take_turns
 
-from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.partition import OUTSIDE, partition, split
@@ -103,18 +100,6 @@ def theirs(config: ModelConfig, layers: tuple[int, ...], tokens: np.ndarray) -> 
         return loss.item()
 
     return call
-
-
-def rows(checkpoint: Path) -> list[Row]:
-    """A step of layers 12-16 on 4 x 256 tokens in the checkpoint's shape, of weights of its own."""
-    config = open_checkpoint(checkpoint).config
-    tokens = np.random.default_rng(1).integers(0, config.vocab_size, (4, 256)).astype(np.int32)
-    layers = tuple(range(12, 17))
-    step, memory, operations = ours(config, layers, (), tokens)
-    calls = {OURS: step, "torch, same layers": theirs(config, layers, tokens)}
-    facts = {"temporary MiB": memory, "difference of losses": abs(calls[OURS]() - calls["torch, same layers"]())}
-    floor = limit({(tokens.size, config.width, 1536): float(operations)})
-    return [Row("step, layers 12-16, 4 x 256", take_turns(calls), floor, facts)]
 
 
 def main() -> None:

@@ -24,13 +24,12 @@ from environment import write_result
 # Word of --only -> module with `rows(checkpoint)`.
 PARTS = {
     "generate": "generation_speed",
-    "step": "finetune_speed",
+    "step": "step_rows",
     "cka": "cka_rows",
     "load": "load_rows",
     "analyze": "analyze_rows",
     "capture": "capture_rows",
     "substitution": "substitution_rows",
-    "step": "step_rows",
 }
 _MARK = "rows: "
 
