@@ -52,7 +52,7 @@ T = TypeVar("T")
 # A fingerprint up to so large is kept unasked; a larger one outgrows what one wants in a run directory.
 FINGERPRINT_BYTES = 10_000_000
 # Datasets share batches up to so many times the tokens that a compile takes as long as: what an interruption may cost.
-_TOGETHER = 1024
+_TOGETHER = 2048
 
 
 class Swept(NamedTuple):
