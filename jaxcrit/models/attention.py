@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any
 
@@ -210,7 +210,7 @@ def _split(
     segments: Any,
 ) -> jax.Array:
     """Each device's rows and heads."""
-    forms = {"cudnn": _cudnn, "splash": _splash, "blocks": _blocks}
+    forms: dict[str, Callable[..., jax.Array]] = {"cudnn": _cudnn, "splash": _splash, "blocks": _blocks}
     kernel = functools.partial(forms[form], window, scale, cap)
     if mesh is None or mesh.size == 1:
         return kernel(q, k, v, segments)
