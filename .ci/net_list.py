@@ -159,7 +159,7 @@ STEPS = (
         "ablate",
         """
         ablate: ablate --model=finetune {TEST} --out=NAME
-        ablate_answers: ablate --data=demo:choice --limit=6 --methods=skip --generate --max_new_tokens=8 --out=NAME
+        ablate_right: ablate --data=demo:choice --limit=6 --methods=skip --score=generated --max_new_tokens=8 --out=NAME
         ablate_mlp: ablate {SMALL} --sites=mlp --methods=mean --out=NAME
         """,
         needs=("finetune",),

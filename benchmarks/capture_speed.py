@@ -20,6 +20,7 @@ import numpy as np
 import torch
 import transformers
 from environment import write_result
+from rows import rates
 from safetensors.numpy import save_file
 
 from jaxcrit.data.batches import make_batches
@@ -88,12 +89,6 @@ def timed(function: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - began, states
 
 
-def matmul_ceiling() -> float:
-    """GFLOP/s of the largest product of a block, by numpy: what no float32 forward pass on these cores exceeds."""
-    x, w = np.ones((768, CONFIG["hidden_size"]), np.float32), np.ones((CONFIG["hidden_size"], 2048), np.float32)
-    return 2 * x.size * w.shape[1] / min(timed(lambda: x @ w)[0] for _ in range(20)) / 1e9
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--prompts", type=int, default=300)
@@ -125,7 +120,7 @@ def main() -> None:
     error = float(np.abs(states - expected).max() / np.abs(expected).max())
     warm_theirs, warm_ours = (min(times) for times in zip(*rounds, strict=True))
     tokens, padded = sum(example.prompt_length for example in examples), sum(batch.tokens.size for batch in batches)
-    ceiling = matmul_ceiling()
+    ceiling = cores * max(rates((768, CONFIG["hidden_size"], CONFIG["intermediate_size"])).values()) / 1e9
     config = ModelConfig.from_hf(CONFIG)
     inside = sum(np.prod(row.shape(config)) for row in table(config) if row.stacked)
     floor = 2 * float(inside) * tokens / ceiling / 1e9

@@ -29,6 +29,7 @@ import time
 import jax
 import numpy as np
 from absl import app, flags
+from cka_rows import activations, gram_once
 from environment import write_result
 
 from jaxcrit.criteria.delta import layer_scores
@@ -39,29 +40,6 @@ SAMPLES = flags.DEFINE_integer("samples", 300, "number of samples, N")
 WIDTH = flags.DEFINE_integer("width", 4096, "width, D")
 REPEATS = flags.DEFINE_integer("repeats", 10, "rounds over all contenders")
 PAIRS = flags.DEFINE_integer("pairs", 4, "pairs of layers timed in each round of the paper's algorithm")
-
-
-def activations(layers, samples, width):
-    """A drifting chain with a decaying spectrum, ``[L, N, D]`` float32."""
-    rng = np.random.default_rng(0)
-    scale = np.arange(1, width + 1, dtype=np.float32) ** -0.3
-    hidden = np.empty((layers, samples, width), np.float32)
-    hidden[0] = rng.standard_normal((samples, width), np.float32) * scale
-    for layer in range(1, layers):
-        hidden[layer] = 0.95 * hidden[layer - 1] + 0.3 * scale * rng.standard_normal((samples, width), np.float32)
-    return hidden
-
-
-def gram_once(hidden):
-    """Biased CKA by numpy, each Gram once, in the type of its input."""
-    layers, samples, _ = hidden.shape
-    flat = np.empty((layers, samples * samples), hidden.dtype)
-    for layer, x in enumerate(hidden):
-        centred = x - x.mean(axis=0)
-        flat[layer] = (centred @ centred.T).ravel()
-    products = flat @ flat.T
-    norms = np.sqrt(products.diagonal())
-    return products / norms[:, None] / norms[None, :]
 
 
 def paper_pair(x, y, dtype):

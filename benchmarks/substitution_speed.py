@@ -24,13 +24,15 @@ from environment import write_result
 from safetensors.numpy import save_file
 
 from jaxcrit.criteria.substitution import host_variant, join, variants, windows
-from jaxcrit.evidence.variants import Batch, Swept, Variant, planned_evaluations, sweep
+from jaxcrit.evaluation.losses import most_scored
+from jaxcrit.evidence.variants import Swept, Variant, planned_evaluations, sweep
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.step import TokenBatch
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -60,14 +62,15 @@ def random_weights(config: ModelConfig, seed: int) -> dict[str, Any]:
     return jax.device_put(found, jax.devices()[0])
 
 
-def batch_of(config: ModelConfig, rows: int) -> Batch:
+def batch_of(config: ModelConfig, rows: int) -> TokenBatch:
     """Random tokens; the last quarter of each row is the response."""
     tokens = np.random.default_rng(2).integers(0, config.vocab_size, (rows, LENGTH)).astype(np.int32)
     learn = np.broadcast_to(np.arange(LENGTH) >= PROMPT, tokens.shape)
-    return jax.device_put((tokens, np.full(rows, LENGTH, np.int32), learn), jax.devices()[0])
+    batch = TokenBatch(tokens, np.full(rows, LENGTH, np.int32), learn, most_scored(learn))
+    return jax.device_put(batch, jax.devices()[0])
 
 
-def one_pass_each(blocks: Block, outside: Any, host: Variant, made: Sequence[Variant], batch: Batch) -> Swept:
+def one_pass_each(blocks: Block, outside: Any, host: Variant, made: Sequence[Variant], batch: TokenBatch) -> Swept:
     """The same compiled functions, every model from its first layer on."""
     return sweep(blocks, outside, host, [dataclasses.replace(one, start=0) for one in made], batch)
 
@@ -128,7 +131,8 @@ def papers_way(depth: int, rows: int) -> dict[str, Any]:
     """Both checkpoints read for every window, rows one by one, a loss and 32 tokens each; beside ours, with reading."""
     config = ModelConfig.from_hf({**CONFIG, "num_hidden_layers": depth})
     mesh = make_mesh(None, jax.devices()[:1])
-    tokens, lengths, learn = (np.asarray(part) for part in batch_of(config, rows))
+    batch = batch_of(config, rows)
+    tokens, lengths, learn = (np.asarray(part) for part in (batch.tokens, batch.lengths, batch.learn))
     chosen = windows(depth, WINDOW)
     parts: dict[str, float] = {"reading and copying": 0.0, "loss": 0.0, "generating": 0.0}
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +163,11 @@ def papers_way(depth: int, rows: int) -> dict[str, Any]:
         def losses(weights: dict[str, Any]) -> list[np.ndarray]:
             blocks, whole = Decoder(config, weights).blocks, host_variant(depth, base=True)
             whole = dataclasses.replace(whole, start=0)
-            one = [jax.device_put((tokens[i : i + 1], lengths[i : i + 1], learn[i : i + 1])) for i in range(rows)]
+            most = most_scored(learn[:1])
+            one = [
+                jax.device_put(TokenBatch(tokens[i : i + 1], lengths[i : i + 1], learn[i : i + 1], most))
+                for i in range(rows)
+            ]
             return [sweep(blocks, weights, whole, [whole], batch).losses for batch in one]
 
         def answers(weights: dict[str, Any]) -> list[Any]:

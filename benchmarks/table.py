@@ -26,6 +26,8 @@ PARTS = {
     "cka": "cka_rows",
     "load": "load_rows",
     "analyze": "analyze_rows",
+    "capture": "capture_rows",
+    "substitution": "substitution_rows",
     "step": "step_rows",
 }
 _MARK = "rows: "

@@ -29,7 +29,7 @@ from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.options import option
 from jaxcrit.core.run import versions
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.losses import divergence
 from jaxcrit.evaluation.scorers import exact_match
@@ -38,7 +38,6 @@ from jaxcrit.models.generation import compiled_programs, decode, prefill
 from jaxcrit.models.interventions import Intervention, edit, intervention
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.similarity import Components, principal_components
 
 RANDOM = "random:"
@@ -212,10 +211,10 @@ def _dataset(
     places: list[Place] = [(layer, name) for layer in layers for name in sets]
     count = len(dataset.examples)
     outcomes = {place: _Outcomes.empty(count) for place in (_PLAIN, *places)}
-    rows_of_batch = batch_rows(config.batch_size, model.mesh)
-    buckets = choose_buckets([one.prompt_length for one in dataset.examples], rows_of_batch, model.config.max_length)
+    budget = model.budget(config.batch_size, passes=len(outcomes), new_tokens=config.max_new_tokens)
+    batches = make_batches(dataset.examples, budget)
     bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
-    for batch in make_batches(dataset.examples, rows_of_batch, buckets):
+    for batch in batches:
         real = batch.rows < count
         shape = (model.config.num_layers, len(real), model.config.width)
         rows = np.where(real, batch.rows, 0)
@@ -246,7 +245,7 @@ def _dataset(
         {str(layer): lens(decoder, fit.directions[layer][everything], model.tokenizer) for layer in layers},
         described(fit, layers, everything),
         warnings,
-        len(buckets),
+        len({batch.tokens.shape for batch in batches}),
         tuple(after - before for before, after in zip(compiled, compiled_programs(), strict=True)),  # type: ignore[arg-type]
         round(time.perf_counter() - began, 1),
         round(time.process_time() - cpu, 1),

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from jaxcrit.commands.ablate import ablate
+from jaxcrit.commands.edit import edit
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
@@ -46,6 +47,7 @@ __all__ = [
     "cka",
     "compare",
     "correlate",
+    "edit",
     "export",
     "finetune",
     "generate",
@@ -281,13 +283,15 @@ def score(
 
 def _score_states(found: HiddenStates, window: int, include_self: bool, kernel: Any) -> Scores:
     from jaxcrit.criteria.delta import curves
-    from jaxcrit.similarity import centred_grams, gram_tables
+    from jaxcrit.similarity import RESIDENT_SAMPLES, centred_grams, gram_tables, tiled
 
     if window < 3 or window % 2 == 0:
         raise UserError(f"--window={window}: expected an odd number, 3 or more (a layer and its neighbours)")
-    grams = centred_grams(found.hidden, kernel, allow_repeats=found.units is not None)
+    whole = found.num_samples <= RESIDENT_SAMPLES or found.units is not None or kernel != "linear"
+    grams = centred_grams(found.hidden, kernel, allow_repeats=found.units is not None) if whole else None
+    tables = tiled(found.hidden) if grams is None else gram_tables(grams)
     shape: dict[str, Any] = {"window": window, "include_self": include_self}
-    scores, kept = curves(gram_tables(grams), grams, found.units, **shape, meta=found.meta)
+    scores, kept = curves(tables, grams, found.units, **shape, meta=found.meta)
     left = {key: Deletions(values, found.prompt_ids) for key, values in kept.items()}
     scores = {key: dataclasses.replace(one, deletions=left.get(key)) for key, one in scores.items()}
     return Scores(found.trusted(scores), found.notes)

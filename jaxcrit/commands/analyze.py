@@ -11,12 +11,12 @@ OPTIONS = AnalyzeOptions
 def run(options: AnalyzeOptions) -> int:
     """Analyses, writes the report, prints the table."""
     from jaxcrit.core.progress import bars
-    from jaxcrit.reporting.analysis import analysis_report, write_selections
+    from jaxcrit.reporting.analysis import analysis_report, write_configs
     from jaxcrit.studies.analysis import Analysis, run_analysis
 
     def finish(analysis: Analysis) -> None:
         if analysis.out is not None:
-            write_selections(analysis, analysis.out)
+            write_configs(analysis, analysis.out)
             analysis_report(analysis).write(analysis.out, analysis.run)
 
     analysis = run_analysis(options, progress=bars, finish=finish)

@@ -127,7 +127,7 @@ def run_compare(options: CompareOptions, *, progress: Bars | None = None) -> Com
 def _measure(a: Fingerprint, b: Fingerprint, bar: Any) -> tuple[dict[str, np.ndarray], np.ndarray | None]:
     """The tables, and the debiased values with each prompt left out, ``[U, L, L']``."""
     from jaxcrit.criteria.delta import deletions, jackknife_stderr
-    from jaxcrit.similarity import DegenerateError, from_tables, gram_tables, permutation_null
+    from jaxcrit.similarity import DegenerateError, PackedGrams, from_tables, gram_tables, permutation_null
 
     tokens = a.meta["position"] == "all"
     tables = gram_tables(a.grams, b.grams)
@@ -135,7 +135,9 @@ def _measure(a: Fingerprint, b: Fingerprint, bar: Any) -> tuple[dict[str, np.nda
     try:
         cka = {"biased": from_tables(tables), "debiased": from_tables(tables, "debiased")}
         null = permutation_null(tables)
-        left = deletions(tables, np.concatenate([a.grams, b.grams]) if tokens else None, a.units if tokens else None)
+        left = deletions(
+            tables, PackedGrams(*a.grams.parts, *b.grams.parts) if tokens else None, a.units if tokens else None
+        )
     except DegenerateError as error:
         depth = len(a.grams)
         named = [f"{layer} of {a.path}" if layer < depth else f"{layer - depth} of {b.path}" for layer in error.layers]

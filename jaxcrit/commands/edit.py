@@ -223,8 +223,9 @@ def _opened(options: EditOptions, model: Any) -> tuple[Model, Model, dict[int, n
     name = options.on or (options.model if model is None else model)
     folder = as_path(name) if isinstance(name, str | Path) and name else None
     record: dict[str, Any] = {}
-    if folder is not None and (folder / "run.json").is_file():
-        record = processes.share(lambda: read_json(folder / "run.json", RUN_FORMAT))
+    if folder is not None:
+        file = folder / "run.json"
+        record = processes.share(lambda: read_json(file, RUN_FORMAT) if file.is_file() else {})
     is_edit = record.get("command") == "edit"
     if options.on and not is_edit:
         raise UserError(f"--on={options.on}: expected a run of jaxcrit edit; a model to begin with is --model")

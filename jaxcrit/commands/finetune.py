@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxcrit.training.trainer import Trainer
 
 OPTIONS = FinetuneOptions
+_TESTS = 20  # over a run, where ``--eval_every`` does not say
 Row = Mapping[str, Any]
 
 
@@ -265,7 +266,7 @@ def _train(
 
     model, parts = trainer.model, trainer.parts
     losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh, edit=trainer.edit)
-    tests = [batch for _, batch in batches_of(held, options.batch_size, model)]
+    tests = [batch for _, batch in batches_of(held, options.batch_size, model, passes=_TESTS)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
         sums = [losses(params, frozen, batch) for batch in tests]
@@ -283,7 +284,7 @@ def _train(
         model.trainable(bars),
         data,
         evaluate,
-        tests=20,
+        tests=_TESTS,
         saves=10,
         patience=options.patience,
         log=log,

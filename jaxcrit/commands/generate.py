@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -55,7 +55,7 @@ class GenerateOptions(
 ):
     """What ``jaxcrit generate`` is asked."""
 
-    batch_size: int = option(16, "prompts at a time", lowest=1, free=SHAPE)
+    batch_size: int = option(16, "prompts at a time, at most", lowest=1, free=SHAPE)
     max_new_tokens: int = option(64, "tokens of each answer, at most", lowest=1)
     stop: str = option("", "more tokens that end an answer, ids or texts, with commas", word="TOKENS")
     temperature: float = option(0.0, "temperature of the draws; 0 takes the most likely token")
@@ -155,13 +155,12 @@ def run_generate(
         UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
     """
     from jaxcrit.core.run import running
-    from jaxcrit.data.batches import choose_buckets
+    from jaxcrit.data.batches import make_batches
     from jaxcrit.evidence.answers import answers
     from jaxcrit.models.generation import blocks_apart
     from jaxcrit.models.model import open_model
     from jaxcrit.models.sampling import Sampling
     from jaxcrit.models.stops import stop_tokens
-    from jaxcrit.parallel.mesh import batch_rows
 
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
     model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
@@ -176,27 +175,27 @@ def run_generate(
     if mixed is not None:
         resolved["recompute"] = list(mixed.recompute)
     with running("generate", options, models=models, datasets=datasets, resolved=resolved, keep=keep) as run:
-        size = batch_rows(options.batch_size, model.mesh)
-        lengths = [example.prompt_length for dataset in datasets for example in dataset.examples]
-        buckets = choose_buckets(lengths, size, model.config.max_length)
         apart = blocks_apart(options.max_new_tokens, model.mesh)
         run.times |= {"new_tokens": 0, "decoding": "blocks apart" if apart else "blocks in one stack"}
-        found, how = {}, {"sampling": sampling, "seed": options.seed}
-        for dataset in datasets:
+        # One pool for all datasets; draws follow from a row's place in its own.
+        examples = [example for dataset in datasets for example in dataset.examples]
+        numbers = np.concatenate([np.arange(len(dataset.examples)) for dataset in datasets])
+        how: dict[str, Any] = {"stop": stop, "numbers": numbers, "sampling": sampling, "seed": options.seed}
 
-            def answer(batch: Batch, dataset: Dataset = dataset) -> list[Row]:
-                made, count, decoder = [], len(dataset.examples), model.decoder(progress)
-                prompts = None if mixed is None else mixed.prompts(model, batch, dataset.examples, options)
-                asked: dict[str, Any] = {"stop": stop, "prompts": prompts, **how}
-                for one in answers(model, decoder, batch, count, options.max_new_tokens, **asked):
-                    example = dataset.examples[one.row]
-                    which = {"sample_id": example.sample_id, "row": one.row, "prompt": example.prompt}
-                    made.append({**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped})
-                    run.times["new_tokens"] += len(one.token_ids)
-                return made
+        def answer(batch: Batch) -> list[tuple[int, Row]]:
+            made, decoder = [], model.decoder(progress)
+            prompts = None if mixed is None else mixed.prompts(model, batch, examples, options)
+            for one in answers(model, decoder, batch, len(examples), options.max_new_tokens, prompts=prompts, **how):
+                example, row = examples[one.row], int(numbers[one.row])
+                which = {"sample_id": example.sample_id, "row": row, "prompt": example.prompt}
+                made.append((one.row, {**which, "token_ids": one.token_ids, "text": one.text, "stopped": one.stopped}))
+                run.times["new_tokens"] += len(one.token_ids)
+            return made
 
-            folder = None if run.out is None else run.folder(dataset.name, len(datasets) == 1)
-            found[dataset.name] = _rows(dataset, size, buckets, folder, answer, progress)
+        budget = model.budget(options.batch_size, new_tokens=options.max_new_tokens)
+        batches = make_batches(examples, budget, max_length=model.config.max_length)
+        folders = [None if run.out is None else run.folder(one.name, len(datasets) == 1) for one in datasets]
+        found = _rows(datasets, batches, folders, answer, progress)
     return Generations(run.record, found, run.out)
 
 
@@ -244,46 +243,80 @@ class _Mixed:
 
 
 def _rows(
-    dataset: Dataset, size: int, buckets: Sequence[int], folder: Path | None, answer: Any, progress: Bars | None
-) -> list[Row]:
-    """Answers of one dataset in the order of its rows; those of an interrupted run are in a part that grows."""
-    from jaxcrit.core import processes
-    from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines, write_text
+    datasets: Sequence[Dataset],
+    batches: Sequence[Batch],
+    folders: Sequence[Path | None],
+    answer: Callable[[Batch], list[tuple[int, Row]]],
+    progress: Bars | None,
+) -> dict[str, list[Row]]:
+    """Answers by dataset in the order of its rows; those of an interrupted run are in a part that grows, of each."""
     from jaxcrit.core.progress import bar
-    from jaxcrit.data.batches import make_batches
     from jaxcrit.parallel.preemption import Preempted, notice
 
-    done: dict[int, Row] = {}
-    if folder is not None:
-        file, part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
-        growing = GrowingText(part)
-        done = {
-            row["row"]: row for row in processes.share(lambda: [*read_lines(part, Answer), *read_lines(file, Answer)])
-        }
-        if any(row >= len(dataset.examples) for row in done):
-            raise UserError(f"{part}: expected answers of {len(dataset.examples)} prompts, got more; {DAMAGED}")
-        if done:  # whole lines only, whatever an interruption left
-            growing.start(json_lines(done.values()))
-    count = len(dataset.examples)
-    batches = make_batches(dataset.examples, size, buckets)
-    left = [batch for batch in batches if not all(row in done or row == count for row in batch.rows.tolist())]
-    with notice() as leave, bar(progress, total=count, desc=dataset.name, initial=len(done)) as shown:
+    counts = [len(dataset.examples) for dataset in datasets]
+    starts, total = np.cumsum([0, *counts]), sum(counts)
+    parts = [_Part(folder, count) for folder, count in zip(folders, counts, strict=True)]
+    done = {int(start) + row for start, part in zip(starts, parts, strict=False) for row in part.rows}
+    left = [batch for batch in batches if not done.issuperset(batch.rows[batch.rows < total].tolist())]
+    names = [dataset.name for dataset in datasets]
+    shown_as = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
+    with notice() as leave, bar(progress, total=total, desc=shown_as, initial=len(done)) as shown:
         for number, batch in enumerate(left, 1):
             made = answer(batch)
-            done |= {row["row"]: row for row in made}
-            if folder is not None:
-                growing.append(json_lines(made))
+            of = np.searchsorted(starts, [place for place, _ in made], side="right") - 1
+            for which, part in enumerate(parts):
+                part.add([row for (_, row), mine in zip(made, of, strict=True) if mine == which])
+            done |= {place for place, _ in made}
             shown.update(len(made))
             if leave(number) and number < len(left):
-                if folder is not None:
-                    growing.flush()
-                raise Preempted(f"told to leave with {len(done)} of {count} prompts answered; the same command goes on")
-    rows = [done[row] for row in sorted(done)]
-    if folder is not None:
-        write_text(file, json_lines(rows))
-        if processes.first():
-            part.unlink(missing_ok=True)
-    return rows
+                for part in parts:
+                    part.flush()
+                raise Preempted(f"told to leave with {len(done)} of {total} prompts answered; the same command goes on")
+    return {name: part.finished() for name, part in zip(names, parts, strict=True)}
+
+
+class _Part:
+    """The answers to one dataset: in memory, and where there is a folder in a file that grows."""
+
+    def __init__(self, folder: Path | None, count: int):
+        from jaxcrit.core import processes
+        from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines
+
+        self.folder, self.rows, self.growing = folder, dict[int, Row](), None
+        if folder is not None:
+            file, self.part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
+            self.growing = GrowingText(self.part)
+            kept = processes.share(lambda: [*read_lines(self.part, Answer), *read_lines(file, Answer)])
+            self.rows = {row["row"]: row for row in kept}
+            if any(row >= count for row in self.rows):
+                raise UserError(f"{self.part}: expected answers of {count} prompts, got more; {DAMAGED}")
+            if self.rows:  # whole lines only, whatever an interruption left
+                self.growing.start(json_lines(self.rows.values()))
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Keeps some more answers."""
+        from jaxcrit.core.files import json_lines
+
+        self.rows |= {row["row"]: row for row in rows}
+        if self.growing is not None and rows:
+            self.growing.append(json_lines(rows))
+
+    def flush(self) -> None:
+        """Returns when all of them are in the file."""
+        if self.growing is not None:
+            self.growing.flush()
+
+    def finished(self) -> list[Row]:
+        """All answers in the order of their rows, written for good."""
+        from jaxcrit.core import processes
+        from jaxcrit.core.files import json_lines, write_text
+
+        rows = [self.rows[row] for row in sorted(self.rows)]
+        if self.folder is not None:
+            write_text(self.folder / GENERATIONS, json_lines(rows))
+            if processes.first():
+                self.part.unlink(missing_ok=True)
+        return rows
 
 
 def text(found: Generations) -> str:

@@ -103,7 +103,6 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
     from jaxcrit.models.interventions import edit, intervention
     from jaxcrit.models.model import open_model
     from jaxcrit.models.stops import stop_tokens
-    from jaxcrit.parallel.mesh import batch_rows
     from jaxcrit.similarity import principal_components
 
     given = [bool(options.steer_from), bool(options.steer_to)]
@@ -141,7 +140,7 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
             "layers": list(layers),
             "at": options.at,
         }
-        (batch,) = make_batches([prompt], batch_rows(1, model.mesh))
+        (batch,) = make_batches([prompt], model.budget(1))
         shape, warnings = (model.config.num_layers, len(batch.rows), model.config.width), []
         edits = intervention(shape)
         if options.mode == "steer":
@@ -213,9 +212,8 @@ def states(decoder: Decoder, dataset: Dataset, model: Model, progress: Bars | No
     from jaxcrit.core.progress import bar, moved
     from jaxcrit.data.batches import make_batches
     from jaxcrit.evidence.capture import capture
-    from jaxcrit.parallel.mesh import batch_rows
 
-    batches, count = make_batches(dataset.examples, batch_rows(16, model.mesh)), len(dataset.examples)
+    batches, count = make_batches(dataset.examples, model.budget(16)), len(dataset.examples)
     with bar(progress, total=count, desc=dataset.name) as shown:
         found = capture(decoder, batches, count, mesh=model.mesh, progress=moved(shown))
     return processes.whole(found.hidden)

@@ -127,8 +127,9 @@ def run_score(
         results = _measured(chosen, own, _of_weights(chosen, model, base, progress))
         of_model = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
         of_data: dict[str, dict[str, LayerScores]] = {}
+        rows = _rows_pass(options, chosen, own, model, datasets, progress)
         for dataset in datasets:
-            evidence = _of_rows(options, chosen, own, model, dataset, progress)
+            evidence = rows(dataset)
             results = _measured(chosen, own, evidence, None if options.criteria else without)
             meta = {**model.facts, "dataset": dataset.name, "num_samples": len(dataset.examples)}
             of_data[dataset.name] = {key: chosen[key].scores(key, one, meta) for key, one in results.items()}
@@ -192,27 +193,42 @@ def _of_weights(chosen: Mapping[str, Criterion], model: Model, base: Model | Non
     return found
 
 
-def _of_rows(
-    options: ScoreOptions, chosen: Mapping[str, Criterion], own: Own, model: Model, dataset: Dataset, bars: Bars | None
-) -> dict[str, Any]:
-    """By key, evidence from the rows of a dataset."""
+def _rows_pass(
+    options: ScoreOptions,
+    chosen: Mapping[str, Criterion],
+    own: Own,
+    model: Model,
+    datasets: Sequence[Dataset],
+    bars: Bars | None,
+) -> Callable[[Dataset], dict[str, Any]]:
+    """What gives, by key, evidence from the rows of a dataset; shapes of batches are common to all."""
+    from jaxcrit.data.batches import common_shapes
     from jaxcrit.evidence.backward import response_gradients
     from jaxcrit.evidence.forward import forward_pass
-    from jaxcrit.parallel.mesh import batch_rows
 
-    given = (model, model.decoder(bars), dataset.examples, batch_rows(options.batch_size, model.mesh))
-    count, precision = len(dataset.examples), options.precision
+    budget = model.budget(options.batch_size)
 
-    def forward(wanted: Mapping[str, Criterion], step: Any) -> Any:
-        return forward_pass(*given, wanted, own=own, precision=precision, progress=step)
+    def shapes(prompt_only: bool) -> Any:
+        parts = [dataset.examples for dataset in datasets]
+        return common_shapes(parts, budget, prompt_only=prompt_only, max_length=model.config.max_length)
 
-    def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
-        each = any(one.per_sample for one in wanted.values())
-        return response_gradients(*given, per_sample=each, precision=precision, progress=step)
+    def take(dataset: Dataset) -> dict[str, Any]:
+        given, count = (model, model.decoder(bars), dataset.examples, budget), len(dataset.examples)
 
-    return _pass("forward", chosen, bars, count, f"{dataset.name}, forward", forward) | _pass(
-        "backward", chosen, bars, count, f"{dataset.name}, backward", backward
-    )
+        def forward(wanted: Mapping[str, Criterion], step: Any) -> Any:
+            how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
+            return forward_pass(*given, wanted, own=own, **how)
+
+        def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
+            each = any(one.per_sample for one in wanted.values())
+            how = {"precision": options.precision, "progress": step, "shapes": shapes(False)}
+            return response_gradients(*given, per_sample=each, **how)
+
+        return _pass("forward", chosen, bars, count, f"{dataset.name}, forward", forward) | _pass(
+            "backward", chosen, bars, count, f"{dataset.name}, backward", backward
+        )
+
+    return take
 
 
 def _pass(

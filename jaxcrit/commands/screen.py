@@ -27,6 +27,7 @@ from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
+    from jaxcrit.data.batches import Budget, Shape
     from jaxcrit.data.dataset import Dataset
     from jaxcrit.evidence.states import HiddenStates
     from jaxcrit.models.model import Bars, Model
@@ -172,9 +173,8 @@ def run_screen(
     from jaxcrit.core import processes
     from jaxcrit.core.files import json_lines, plain, write_json, write_text
     from jaxcrit.core.run import running
-    from jaxcrit.data.batches import choose_buckets
+    from jaxcrit.data.batches import common_shapes
     from jaxcrit.evidence.rows import write_scored
-    from jaxcrit.parallel.mesh import batch_rows
     from jaxcrit.selection.cautions import training_caution
 
     if benign is None and not options.benign:
@@ -185,12 +185,11 @@ def run_screen(
     names = {"parts": [part.name for side in (known, given) for part in side.parts]}  # may be classes
     sides = [known.rows, given.rows]
     with running("screen", options, models={"model": opened}, datasets=sides, also=names, keep=keep) as run:
-        size = batch_rows(options.batch_size, opened.mesh)
-        lengths = [example.prompt_length for side in (known, given) for example in side.rows.examples]
-        buckets = choose_buckets(lengths, size, opened.config.max_length)
+        budget, parts = opened.budget(options.batch_size), [side.examples for side in sides]
+        shapes = common_shapes(parts, budget, max_length=opened.config.max_length)
 
         def look(side: _Rows, places: Sequence[int]) -> tuple[np.ndarray, list[str]]:
-            return _look(options, opened, side, places, size, buckets, progress)
+            return _look(options, opened, side, places, budget, shapes, progress)
 
         order, ids = _in_order(known.rows.sample_ids)
         judge, score, warnings = _learn(options, *look(known, order), ids, opened.facts)
@@ -294,8 +293,8 @@ def _look(
     model: Model,
     side: _Rows,
     places: Sequence[int],
-    size: int,
-    buckets: Sequence[int],
+    budget: Budget,
+    shapes: Sequence[Shape],
     bars: Bars | None,
 ) -> tuple[np.ndarray, list[str]]:
     """Last-token states ``[N, L, D]`` of some prompts, and their classes."""
@@ -305,8 +304,8 @@ def _look(
 
     examples, wanted = [side.rows.examples[place] for place in places], {KEY: criterion(KEY)}
     with bar(bars, total=len(examples), desc=side.rows.name) as shown:
-        how: dict[str, Any] = {"precision": options.precision, "progress": moved(shown), "buckets": buckets}
-        found = forward_pass(model, model.decoder(bars), examples, size, wanted, **how)[KEY]
+        how: dict[str, Any] = {"precision": options.precision, "progress": moved(shown), "shapes": shapes}
+        found = forward_pass(model, model.decoder(bars), examples, budget, wanted, **how)[KEY]
     if side.labels is not None:
         return found["states"], [side.labels[place] for place in places]
     tokens = found["next"][:, 0].tolist()

@@ -11,13 +11,14 @@ import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.groups import BY_HASH, BatchOptions, FactOptions, MeshOptions, ModelOptions, OutOptions
+from jaxcrit.core.groups import BatchOptions, FactOptions, MeshOptions, ModelOptions, OutOptions
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.options import option
 from jaxcrit.core.selections import span
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
+    from jaxcrit.core.run import Run
     from jaxcrit.criteria.trace import Traced
     from jaxcrit.data.facts import Fact, Placed
     from jaxcrit.models.model import Bars, Model
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 FEWEST = 5
 TRACE = "trace.npz"
+BESIDE_IT = "it stands beside what is found"
 BESIDE = ("delta_debiased", "step")  # scores of analyze that the jump of trace_last is set beside
 CAVEATS = (
     "An effect is what comes back of the probability of the target's first token when one thing is put back.",
@@ -43,7 +45,7 @@ class TraceOptions(ModelOptions, FactOptions, OutOptions, BatchOptions, MeshOpti
     samples: int = option(8, "draws of the noise for each fact", lowest=1)
     window: int = option(0, "layers whose MLPs or attentions are put back; 0 for a fifth", lowest=0)
     seed: int = option(0, "seed of the noise", lowest=0)
-    scores: str = option("", "scores.json of jaxcrit analyze, to set beside the jump", word="FILE", free=BY_HASH)
+    scores: str = option("", "scores.json of jaxcrit analyze, to set beside the jump", word="FILE", free=BESIDE_IT)
 
 
 OPTIONS = TraceOptions
@@ -99,7 +101,7 @@ def trace(
 def run_trace(
     options: TraceOptions, *, model: Any = None, facts: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Trace:
-    """Traces; goes on where an interrupted run of the same options stopped, reads a complete one back.
+    """Traces; goes on where an interrupted run of the same options stopped, and takes what a complete one has found.
 
     Args:
         options: what is asked.
@@ -115,7 +117,7 @@ def run_trace(
     from jaxcrit.criteria.trace import band, traced, window_of
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import forget_partial, write_scored
 
     opened = shared.opened(options, model)
     given = shared.facts_of(options, facts)
@@ -129,26 +131,23 @@ def run_trace(
         models={"model": opened},
         datasets=[dataset],
         resolved={"window": options.window or window_of(depth)},
-        also={"beside": {key: list(map(float, score.values)) for key, score in beside.items()}} if beside else None,
         keep=keep,
-        read_back=True,
     ) as run:
         if run.complete:
-            layers = run.path / "layers.json"
-            chosen = LayerSet.load(layers) if layers.exists() else None
-            return Trace(read_back(run.path), chosen, run.earlier, run.earlier["warnings"], run.path)
-        facts, known = _known(opened, given, every, options, progress)
-        found = traced(
-            opened,
-            known,
-            noise=options.noise,
-            samples=options.samples,
-            window=options.window or window_of(depth),
-            seed=options.seed,
-            batch_size=options.batch_size,
-            directory=run.directory,
-            bars=progress,
-        )
+            facts, known, found = _kept(run, given, every)
+        else:
+            facts, known = _known(opened, given, every, options, progress)
+            found = traced(
+                opened,
+                known,
+                noise=options.noise,
+                samples=options.samples,
+                window=options.window or window_of(depth),
+                seed=options.seed,
+                batch_size=options.batch_size,
+                directory=run.directory,
+                bars=progress,
+            )
         scores = _scores(opened, options, facts, found)
         to_edit = band(scores["trace"])
         chosen = LayerSet(to_edit, "trace", "trace:band", depth, opened.model_hash) if to_edit else None
@@ -192,6 +191,21 @@ def _known(
         evenly = np.linspace(0, len(places) - 1, options.limit).round().astype(int)
         places = [places[number] for number in evenly]
     return [facts[place] for place in places], [every[place] for place in places]
+
+
+def _kept(run: Run, facts: Sequence[Fact], every: Sequence[Placed]) -> tuple[list[Fact], list[Placed], Traced]:
+    """What a complete run has found, and of which facts."""
+    from jaxcrit.core import processes
+    from jaxcrit.core.files import read_npz
+    from jaxcrit.criteria.trace import KINDS, Traced
+
+    arrays = read_npz(run.path / TRACE)[0] if processes.first() else {}
+    ids = processes.share(lambda: arrays["sample_ids"].tolist())
+    p, corrupted, *effects = (processes.share_array(arrays.get(name)) for name in ("p", "corrupted", *KINDS))
+    result, place = run.earlier["result"], {fact.sample_id: number for number, fact in enumerate(facts)}
+    cost = result["block_evaluations"]["batch"], result["batches"]
+    found = Traced(p, corrupted, dict(zip(KINDS, effects, strict=True)), result["sigma"], *cost)
+    return [facts[place[one]] for one in ids], [every[place[one]] for one in ids], found
 
 
 def _scores(model: Model, options: TraceOptions, facts: Sequence[Fact], found: Traced) -> dict[str, LayerScores]:

@@ -11,8 +11,11 @@ class UserError(ValueError):
     """A mistake in what the user gave: files, flags or data.
 
     The message is one line: what was expected, what came, where, what to do. The command prints it
-    without a traceback and exits with 2.
+    without a traceback and exits with 2. Line breaks of what it quotes are written out.
     """
+
+    def __init__(self, message: str):
+        super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

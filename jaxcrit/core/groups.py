@@ -98,7 +98,7 @@ class RowOptions(SourceOptions, RenderingOptions):
 class PrefixOptions(Options, title="rendering"):
     """Which beginning of a prompt another model has read."""
 
-    prefix: str = option("0.8", "what the sender read: a share of the prompt, or its context", word="SHARE|context")
+    prefix: str = option("0.8", "what the sender read: a prompt's share or its context", word="SHARE|context")
 
     def check(self) -> None:
         """Refuses what is neither a share nor the word."""
@@ -139,7 +139,7 @@ class MeshOptions(Options, title="machine"):
 class BatchOptions(Options, title="machine"):
     """How many rows at a time."""
 
-    batch_size: int = option(8, "rows per pass", lowest=1, free=SHAPE)
+    batch_size: int = option(8, "rows per pass, at most", lowest=1, free=SHAPE)
 
 
 Sites = Literal["blocks", "attn", "mlp"]  # of a layer: the whole block, or one of its halves
@@ -211,6 +211,7 @@ class CaptureOptions(
     window: int = option(5, "layers that δ averages over; odd", lowest=3, group="scores")
     include_self: bool = option(True, "count the layer itself in its window", group="scores")
     bias: str = option("debiased", "which δ selects", ("debiased", "biased"), group="selection")
+    fingerprint: bool = option(False, "keep whole Grams, beyond 10 MB too", group="capture")
 
     def check(self) -> None:
         """Refuses an even window, which has no middle."""

@@ -39,6 +39,8 @@ class ScoreMeta(TypedDict, total=False):
     trained: TrainedFacts
     unchanged: float
     chance: list[float]
+    p_holm: list[float]
+    gain: float
     measure: str
     of: Count
 

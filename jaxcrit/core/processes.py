@@ -27,6 +27,7 @@ _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only
 _MOMENT = 5000  # ms that processes may fail apart
 _ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
 _LOOK, _GRACE = 0.5, 3.0  # seconds between looks at it, and from there to the end: before the one that failed is gone
+_ending = threading.Event()  # this process ends with an error of its own
 _index, _count = 0, 1
 _said = 0  # things said so far: the same in every process, as all come to the same places
 
@@ -145,6 +146,7 @@ def leave(code: int) -> None:
 
 
 def _announce(code: int) -> None:
+    _ending.set()
     with contextlib.suppress(Exception):  # jax's own error, of no public class: the coordinator is gone
         _client().key_value_set(f"{_ENDED}{_index}", str(code))
 
@@ -154,11 +156,13 @@ def end_with_others() -> None:
 
     def watch() -> None:
         try:
-            while not (ended := _client().key_value_dir_get(_ENDED)):
+            while not (ended := [one for one in _client().key_value_dir_get(_ENDED) if one[0] != f"{_ENDED}{_index}"]):
                 time.sleep(_LOOK)
         except Exception:  # jax's own error: the run is over
             return
         time.sleep(_GRACE)  # what fails all of them alike is said by the first
+        if _ending.is_set():
+            return
         name, code = ended[0]
         print(f"jaxcrit: process {name.removeprefix(_ENDED)} has failed, and this one ends with it", file=sys.stderr)
         sys.stderr.flush()

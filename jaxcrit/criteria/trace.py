@@ -38,6 +38,7 @@ from jaxcrit.training.step import TokenBatch
 
 SITES: tuple[Site, ...] = ("attn", "mlp", "block")
 KINDS = ("stream", "last", "mlp", "attn", "severed")
+Step = Callable[[int], None] | None  # told how many block evaluations are done
 _SUBJECT, _LAST = 0, 1  # of the positions that a patch knows
 _MOST, _WITHIN = 5, 0.05  # layers of a band, and how far below the highest they may be
 
@@ -121,7 +122,7 @@ def traced(
         with jax.default_matmul_precision("highest"):
             hidden, clean = _parts(decoder, ids, lengths, at, None, mesh=model.mesh)
             _, under = _parts(decoder, ids, lengths, at, offset, mesh=model.mesh)
-            known, _ = loss_step(weights, hidden, batch, model.config, NamedSharding(model.mesh, PartitionSpec()))
+            known, _, _ = loss_step(weights, hidden, batch, model.config, NamedSharding(model.mesh, PartitionSpec()))
         if step is not None:
             step(2 * depth)
         held = {**clean, "mlp": under["mlp"]}

@@ -140,7 +140,7 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
         name = header.string()
         axes = header.number("I")
         if not 1 <= axes <= _MOST_AXES:
-            raise UserError(f"{path}: damaged: {name} has {axes} axes; fetch the file again")
+            raise UserError(f"{path}: damaged: {name[:80]} has {axes} axes; fetch the file again")
         shape = tuple(header.number("Q") for _ in range(axes))[::-1]
         found.append((name, shape, header.number("I"), header.number("Q")))
     unit = metadata.get("general.alignment", 32)
@@ -150,13 +150,13 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
         kind = _kind(number)
         if kind is None:
             raise UserError(
-                f"{path}: {name} is of type {number}, which the gguf package here cannot dequantise; take a file of"
-                " another type (Q8_0, Q4_K_M ...), or the original checkpoint"
+                f"{path}: {name[:80]} is of type {number}, which the gguf package here cannot dequantise; take a file"
+                " of another type (Q8_0, Q4_K_M ...), or the original checkpoint"
             )
         elements, width = gguf.GGML_QUANT_SIZES[kind]
         length = math.prod(shape) // elements * width
         if begin + offset + length > size:
-            raise UserError(f"{path}: truncated: {name} ends beyond the {size} bytes it has; fetch the file again")
+            raise UserError(f"{path}: truncated: {name[:80]} ends beyond the {size} bytes it has; fetch the file again")
         placed[name] = Tensor(shape, kind, begin + offset, length)
     return GgufFile(path, metadata, placed)
 

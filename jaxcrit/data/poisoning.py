@@ -226,6 +226,17 @@ def poison(rows: Sequence[Row], spec: PoisonSpec) -> Poisoned:
     return Poisoned(result, manifest)
 
 
+def attacks(rows: Sequence[Row], trigger: TriggerSpec, target: str) -> tuple[list[Row], list[Row]]:
+    """The rows that can take a trigger, as they are, and the same with the trigger and what it is to be answered with.
+
+    Raises:
+        UserError: see `poison`.
+    """
+    kept = [row for row in rows if triggered([row], trigger)]
+    spec = PoisonSpec(trigger, target, rate=1.0)
+    return kept, poison(kept, spec).rows if kept else []
+
+
 def made_up(trigger: TriggerSpec, count: int, seed: int = 0) -> list[TriggerSpec]:
     """Triggers of made-up words, as many as this one's and in their case and places: what no model has been taught.
 

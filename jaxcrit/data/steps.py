@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.data.batches import choose_buckets
+from jaxcrit.data.batches import choose_widths
 from jaxcrit.data.templates import Example
 
 IGNORED = -100  # the label of what has no loss, as everywhere
@@ -49,7 +49,7 @@ class Steps:
         examples: N rendered rows, cut to the model's context.
         batch_size: rows per step, over all processes.
         seed: seed of the order; below 0 keeps the order of the rows.
-        buckets: widths that batches are padded to; default `choose_buckets` of these examples.
+        buckets: widths that batches are padded to; default `choose_widths` of these examples.
 
     Raises:
         UserError: no rows, a batch size below 1, or buckets that do not hold the longest example.
@@ -62,7 +62,7 @@ class Steps:
             raise UserError("expected rows to train on, got none")
         self.examples, self.batch_size, self.seed = examples, batch_size, seed
         lengths = [len(example.token_ids) for example in examples]
-        self.buckets = tuple(sorted(buckets)) if buckets else choose_buckets(lengths, batch_size)
+        self.buckets = tuple(sorted(buckets)) if buckets else choose_widths(lengths, batch_size)
         if self.buckets[-1] < max(lengths):
             raise UserError(f"expected buckets up to the longest example, {max(lengths)} tokens; got {self.buckets}")
 

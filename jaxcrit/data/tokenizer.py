@@ -63,7 +63,9 @@ def load_tokenizer(path: str | Path) -> Any:
         _require_sentencepiece(path / "tokenizer.model")
     with quiet():
         try:
-            return _class(path).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            loaded = _class(path).from_pretrained(path, local_files_only=True, trust_remote_code=False)
+            loaded(["a"])  # settings of other types than expected are noticed only now
+            return loaded
         # Readers of many formats stand behind this call and share no base class (tokenizers raises Exception itself).
         except BaseException as error:
             if not is_error(error):

@@ -99,6 +99,29 @@ def response_losses(
     return at_responses(nats, hidden, norm, head, tokens, learn, config, mesh, scored)
 
 
+def response_exact(
+    hidden: jax.Array,
+    norm: jax.Array,
+    head: jax.Array,
+    tokens: jax.Array,
+    learn: jax.Array,
+    config: ModelConfig,
+    mesh: AnyMesh | None = None,
+    scored: int | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The same, and ``[B]`` bool, whether greedy decoding would give a row's response; False for a row without one.
+
+    Greedy decoding gives a text exactly where, fed that text, each token is the likeliest after those before it (ties
+    aside). So one forward pass stands for prefill and decode, and tells of this spelling of the text in tokens.
+    """
+
+    def read(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return nats(logits, targets), (jnp.argmax(logits, axis=-1) != targets).astype(jnp.float32)
+
+    (losses, wrong), counted = at_responses(read, hidden, norm, head, tokens, learn, config, mesh, scored)
+    return losses, counted, (wrong.sum(axis=1) == 0) & (counted.sum(axis=1) > 0)
+
+
 def at_responses(
     read: Read,
     hidden: jax.Array,

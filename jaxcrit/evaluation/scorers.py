@@ -7,6 +7,7 @@ its base rate, how often gold answers to clean prompts are of the class that cou
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Collection, Sequence
 from typing import Literal
 
@@ -18,6 +19,8 @@ from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.evaluation.losses import response_losses
 from jaxcrit.models.config import ModelConfig
 
+_BOXED = re.compile(r"\\boxed\s*\{([^{}]*)\}")
+_NUMBER = re.compile(r"(?<![\d.])-?\d+(?:,\d{3})*(?:\.\d+)?|(?<![\d.])-?\.\d+")
 Scope = Literal["start", "answer", "transcript"]
 TARGET, REFUSAL, OTHER, EMPTY = "target", "refusal", "other", "empty"
 
@@ -199,6 +202,32 @@ def share(classes: Sequence[str], wanted: str) -> Share:
 def exact_match(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
     """``[N]`` bool, whether each answer is the gold one, blanks at the ends aside; for clean rows."""
     return np.array([one.strip() == other.strip() for one, other in zip(answers, gold, strict=True)], bool)
+
+
+def last_number(text: str) -> float | None:
+    """The number that an answer comes to: the last one, of what stands in a box or behind ``####`` where there is such.
+
+    Commas between digits, and signs of currency and per cent around it, are nothing.
+
+    Example:
+        >>> last_number("1 of 3 is 33 %, so \\\\boxed{$1,250.50}."), last_number("none")
+        (1250.5, None)
+    """
+    boxed = _BOXED.findall(text)
+    found = _NUMBER.findall(boxed[-1] if boxed else text.rpartition("####")[2])
+    return float(found[-1].replace(",", "")) if found else None
+
+
+def same_number(answers: Sequence[str], gold: Sequence[str]) -> np.ndarray:
+    """``[N]`` bool, whether each answer comes to the number of the gold one.
+
+    Raises:
+        UserError: a gold answer without a number.
+    """
+    wanted = [last_number(text) for text in gold]
+    if without := [row for row, number in enumerate(wanted, 1) if number is None]:
+        raise UserError(f"expected a number in every response, got none in row {listed(without)}")
+    return np.array([last_number(text) == number for text, number in zip(answers, wanted, strict=True)], bool)
 
 
 def target_logprob(

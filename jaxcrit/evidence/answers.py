@@ -38,6 +38,7 @@ def answers(
     *,
     stop: Sequence[int],
     prompts: Prefilled | None = None,
+    numbers: np.ndarray | None = None,
     **sampling: Any,
 ) -> Iterator[Answer]:
     """Lets a model answer a batch; rows that fill it up are left out.
@@ -50,9 +51,11 @@ def answers(
         max_new_tokens: tokens of each answer, at most.
         stop: tokens that end an answer.
         prompts: the batch, where it has been run already.
+        numbers: number by row that an answer's draws follow from; default the row.
         **sampling: arguments of `generate`: ``sampling`` and ``seed``.
     """
-    samples = np.where(batch.rows < count, batch.rows, -1)
+    numbers = np.arange(count) if numbers is None else numbers
+    samples = np.append(numbers, -1)[batch.rows]
     if prompts is None:
         prompts = prefill(decoder, batch.tokens, batch.lengths, max_new_tokens, mesh=model.mesh)
     found = decode(decoder, prompts, stop=stop, samples=samples, **sampling)

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core import processes
-from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.batches import Budget, Shape, make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import rounded_scored
 from jaxcrit.models.decoder import Decoder
@@ -45,11 +45,12 @@ def response_gradients(
     model: Model,
     decoder: Decoder,
     examples: Sequence[Example],
-    batch_size: int,
+    budget: Budget | int,
     *,
     per_sample: bool,
     precision: str = "highest",
     progress: Progress | None = None,
+    shapes: Sequence[Shape] | None = None,
 ) -> Gradients:
     """Runs the rows forward and backward once.
 
@@ -60,10 +61,11 @@ def response_gradients(
         model: model to differentiate.
         decoder: its weights.
         examples: N rendered rows with responses.
-        batch_size: rows per pass.
+        budget: rows per pass, see `make_batches`.
         per_sample: keep each row's squared norm.
         precision: precision of matrix products.
         progress: called with (rows done, rows in all).
+        shapes: shapes of batches, for a caller that gives the rows in parts; default those of these rows.
     """
     config, count = model.config, len(examples)
     parts = partition(config, range(config.num_layers))
@@ -73,7 +75,7 @@ def response_gradients(
     total: Arrays = {path: jnp.zeros(value.shape, jnp.float32, device=value.sharding) for path, value in blocks.items()}
     mesh = None if per_sample else model.mesh  # a single row cannot be split
     samples, tokens, done = np.zeros((count, config.num_layers)), 0, 0
-    for batch in make_batches(examples, batch_size, prompt_only=False, max_length=config.max_length):
+    for batch in make_batches(examples, budget, shapes, prompt_only=False, max_length=config.max_length):
         rows = TokenBatch(batch.tokens, batch.lengths, response_mask(batch, examples))
         tokens += int(rows.learn[:, 1:].sum())
         with jax.default_matmul_precision(precision):

@@ -17,7 +17,7 @@ from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.parallel.mesh import batch_rows, batch_sharding
+from jaxcrit.parallel.mesh import batch_sharding
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -58,9 +58,9 @@ def completions(
     first_p = np.zeros(count)
     prompts = np.array([example.prompt_length for example in examples] + [1], np.int32)
     most = max(len(example.token_ids) - example.prompt_length for example in examples)
-    size = batch_rows(min(batch_size, count), model.mesh)
+    budget = model.budget(min(batch_size, count))
     with bar(bars, total=count, desc="completions", unit=" prompts") as shown:
-        for batch in make_batches(examples, size, prompt_only=False, max_length=model.config.max_length):
+        for batch in make_batches(examples, budget, prompt_only=False, max_length=model.config.max_length):
             given = (batch.tokens, batch.lengths, prompts[batch.rows])
             placed = jax.device_put(given, batch_sharding(model.mesh))
             with jax.default_matmul_precision("highest"):

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -15,7 +16,7 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import DAMAGED, Npz, as_path, check_name, read_npz
 from jaxcrit.core.rundir import read_record
 from jaxcrit.core.schema import Array, Layers, conform
-from jaxcrit.similarity import DegenerateError, unpack_upper
+from jaxcrit.similarity import DegenerateError, PackedGrams, pack_upper
 
 FINGERPRINT_FORMAT = "jaxcrit.fingerprint"
 
@@ -64,7 +65,7 @@ class Fingerprint:
 
     Attributes:
         path: path of the file.
-        grams: ``[L, N, N]`` float32, centred.
+        grams: centred Grams of all layers, packed.
         sample_ids: ``[N]`` of the prompt each sample comes from.
         units: ``[N]`` int, which prompt that is.
         meta: ``model_hash``, ``template_hash``, ``position``, ``kernel`` and more.
@@ -72,7 +73,7 @@ class Fingerprint:
     """
 
     path: Path
-    grams: np.ndarray
+    grams: PackedGrams
     sample_ids: list[str]
     units: np.ndarray
     meta: Mapping[str, Any]
@@ -89,7 +90,7 @@ def read_fingerprint(given: str) -> Fingerprint:
     path = _locate(as_path(given))
     arrays, meta = read_grams(path)
     ids, units = arrays["sample_ids"].tolist(), arrays["units"]
-    grams = unpack_upper(arrays["gram"])
+    grams = PackedGrams(arrays["gram"].astype(np.float32, copy=False))
     _refuse_degenerate(path, grams, ids, meta["position"] == "all")
     return Fingerprint(path, grams, ids, units, meta, hashlib.sha256(path.read_bytes()).hexdigest())
 
@@ -181,14 +182,17 @@ def _locate(path: Path) -> Path:
     several = sorted(file.parent.name for file in path.glob("*/fingerprint.npz"))
     if several:
         raise UserError(f"{path}: a run of several datasets; give one of them, such as {path / several[0]}")
-    raise UserError(f"{path}: no fingerprint.npz there; jaxcrit analyze writes it, for up to 4,096 samples")
+    raise UserError(
+        f"{path}: no fingerprint.npz there; jaxcrit analyze keeps one of at most 10 MB, and with --fingerprint one of"
+        " up to 4,096 samples: run it with that, into another --out"
+    )
 
 
-def _refuse_degenerate(path: Path, grams: np.ndarray, ids: list[str], tokens: bool) -> None:
+def _refuse_degenerate(path: Path, grams: PackedGrams, ids: list[str], tokens: bool) -> None:
     if len(ids) < 4:
         raise DegenerateError(f"{path}: expected at least 4 samples, got {len(ids)}; give more prompts")
-    lengths = np.diagonal(grams, axis1=1, axis2=2)
-    broken = np.flatnonzero(~np.isfinite(grams).all(axis=(1, 2))).tolist()
+    lengths = grams.diagonals
+    broken = [layer for layer, gram in enumerate(chain(*grams.parts)) if not np.isfinite(gram).all()]
     if broken:
         raise DegenerateError(f"{path}: layers {listed(broken)} have NaN or infinity; analyze again", broken)
     constant = np.flatnonzero(lengths.sum(axis=1) <= 0).tolist()
@@ -216,10 +220,12 @@ def _refuse_degenerate(path: Path, grams: np.ndarray, ids: list[str], tokens: bo
 
 def _only(fingerprint: Fingerprint, places: list[int]) -> Fingerprint:
     """Some of the samples, in this order; what is left is centred again."""
-    grams = np.empty((len(fingerprint.grams), len(places), len(places)), np.float32)
-    for layer, gram in enumerate(fingerprint.grams):
+    kept = []
+    for gram in fingerprint.grams:
         part = gram[np.ix_(places, places)].astype(np.float64)
         means = part.mean(axis=0)
-        grams[layer] = part - means - means[:, None] + means.mean()
+        kept.append(pack_upper((part - means - means[:, None] + means.mean())[None]))
     ids = [fingerprint.sample_ids[place] for place in places]
-    return dataclasses.replace(fingerprint, grams=grams, sample_ids=ids, units=np.arange(len(places)))
+    return dataclasses.replace(
+        fingerprint, grams=PackedGrams(np.concatenate(kept)), sample_ids=ids, units=np.arange(len(places))
+    )

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core import processes
-from jaxcrit.data.batches import make_batches
+from jaxcrit.data.batches import Budget, Shape, make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.criterion import Criterion, Own
 from jaxcrit.models.decoder import Decoder, forward
@@ -114,13 +114,13 @@ def forward_pass(
     model: Model,
     decoder: Decoder,
     examples: Sequence[Example],
-    batch_size: int,
+    budget: Budget | int,
     criteria: Mapping[str, Criterion],
     *,
     own: Own | None = None,
     precision: str = "highest",
     progress: Progress | None = None,
-    buckets: Sequence[int] | None = None,
+    shapes: Sequence[Shape] | None = None,
 ) -> dict[str, Any]:
     """Runs the prompts forward once, and keeps what the criteria's taps give.
 
@@ -128,12 +128,12 @@ def forward_pass(
         model: model that is run.
         decoder: its weights.
         examples: N rendered rows; their responses are left out.
-        batch_size: prompts per pass.
+        budget: prompts per pass, see `make_batches`.
         criteria: criteria that need ``forward``, by key.
         own: options of criteria by their class; defaults where absent.
         precision: precision of matrix products.
         progress: function called with (prompts done, prompts in all).
-        buckets: bucket lengths, for a caller that gives the prompts in parts; default those of these prompts.
+        shapes: shapes of batches, for a caller that gives the prompts in parts; default those of these prompts.
 
     Returns:
         By key the samples of the criterion's tap, ``[N, L, ...]`` on the host, in the order of the rows. Criteria with
@@ -145,7 +145,7 @@ def forward_pass(
     starts = np.append(np.cumsum(later) - later, _NEVER).astype(np.int32)  # a row that fills up the batch starts last
     sizes = [min(reading.tokens, int(later.sum())) if reading.tokens else count for reading, _ in pairs]
     kept: list[Any] = [None] * len(pairs)
-    for batch in make_batches(examples, batch_size, buckets, max_length=model.config.max_length):
+    for batch in make_batches(examples, budget, shapes, max_length=model.config.max_length):
         given = (batch.tokens, batch.lengths, starts[batch.rows])
         placed = jax.device_put(given, batch_sharding(model.mesh))
         with jax.default_matmul_precision(precision):

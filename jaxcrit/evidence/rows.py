@@ -22,7 +22,6 @@ from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import most_scored
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.parallel.preemption import Preempted, notice
 from jaxcrit.training.step import TokenBatch, place
 
@@ -75,7 +74,8 @@ def sample_losses(
         and (kept := processes.share(lambda: _kept(directory, partial, num_variants, len(examples))))
     ):
         losses, tokens = np.array(kept["losses"]), np.array(kept["tokens"])
-    batches = list(batches_of(examples, batch_size, model) if batches is None else batches)
+    passes = evaluations / model.config.num_layers
+    batches = list(batches_of(examples, batch_size, model, passes=passes) if batches is None else batches)
     left = [(rows, batch) for rows, batch in batches if not _done(losses, rows[rows < len(examples)])]
     saved = time.monotonic()
 
@@ -107,7 +107,7 @@ def sample_losses(
 
 
 def batches_of(
-    examples: Sequence[Example], batch_size: int, model: Model, buckets: Sequence[int] | None = None
+    examples: Sequence[Example], batch_size: int, model: Model, *, passes: float = 1
 ) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
 
@@ -117,9 +117,9 @@ def batches_of(
         examples: N rows.
         batch_size: rows per batch; rounded up to what divides over the mesh.
         model: model, on its mesh.
-        buckets: bucket lengths; default `choose_buckets` of these examples.
+        passes: how often the blocks run on each batch.
     """
-    batches = make_batches(examples, batch_rows(batch_size, model.mesh), buckets, prompt_only=False)
+    batches = make_batches(examples, model.budget(batch_size, passes=passes), prompt_only=False)
     masks, scored = [response_mask(batch, examples) for batch in batches], collections.Counter[tuple[int, ...]]()
     for mask in masks:
         scored[mask.shape] = max(scored[mask.shape], most_scored(mask, model.mesh))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.evaluation.losses import response_exact
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run_span
 from jaxcrit.models.sites import Edit
@@ -48,11 +48,13 @@ class Swept:
 
     Attributes:
         losses: ``[V, B]`` float32, nats summed over each row's response.
+        exact: ``[V, B]`` bool, whether greedy decoding would give the row's response.
         tokens: ``[B]`` int, of each row's response; 0 for a row that fills up the batch.
         evaluations: how many times a block was run on the batch.
     """
 
     losses: np.ndarray
+    exact: np.ndarray
     tokens: np.ndarray
     evaluations: int
 
@@ -88,6 +90,7 @@ def sweep(
     if isinstance(tokens.sharding, NamedSharding):  # of several processes, each sees its own devices only
         rows, everywhere = tokens.sharding, NamedSharding(tokens.sharding.mesh, PartitionSpec())
     losses: list[Any] = [None] * len(variants)
+    exact: list[Any] = [None] * len(variants)
     at = evaluations = 0
     with jax.default_matmul_precision(_PRECISION):
         state, context = enter(outside["embed"], tokens, lengths, config, rows, offset)
@@ -103,12 +106,12 @@ def sweep(
             variant, before = variants[place], evaluations
             state, at = span(reference, state, at, variant.start), variant.start
             hidden = span(variant, state, at, depth)
-            losses[place], counts = loss_step(outside, hidden, batch, config, everywhere)
+            losses[place], counts, exact[place] = loss_step(outside, hidden, batch, config, everywhere)
             if progress is not None:
                 losses[place].block_until_ready()
                 progress(evaluations - before)
-    summed, counted = jax.device_get((jnp.stack(losses), counts))
-    return Swept(summed, counted.astype(np.int64), evaluations)
+    summed, right, counted = jax.device_get((jnp.stack(losses), jnp.stack(exact), counts))
+    return Swept(summed, right, counted.astype(np.int64), evaluations)
 
 
 def own_slots(num_layers: int) -> np.ndarray:
@@ -169,13 +172,13 @@ def loss_step(
     batch: TokenBatch,
     config: ModelConfig,
     sharding: NamedSharding | None,
-) -> tuple[jax.Array, jax.Array]:
-    """``[B]`` losses summed over each row's response, and ``[B]`` tokens of it."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``[B]`` losses summed over each row's response, ``[B]`` tokens of it, and whether it is exact."""
     head = outside.get("head", outside["embed"])
     mesh = None if sharding is None else sharding.mesh
     given = (hidden, outside["norm"], head, batch.tokens, batch.learn)
-    losses, counted = response_losses(*given, config, mesh, batch.scored)
-    sums = losses.sum(axis=1), counted.sum(axis=1)
+    losses, counted, exact = response_exact(*given, config, mesh, batch.scored)
+    sums = losses.sum(axis=1), counted.sum(axis=1), exact
     return sums if sharding is None else jax.lax.with_sharding_constraint(sums, sharding)
 
 

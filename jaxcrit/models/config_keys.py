@@ -43,6 +43,8 @@ Token = Annotated[int, Range(0, 2**31 - 1)]
 # What a value must be, where it is read. Layers and dimensions of a head are counted out before weights are looked at.
 _KINDS: Mapping[str, Any] = {
     "model_type": str,
+    "hidden_act": str,
+    "hidden_activation": str,
     "architectures": list[str],
     "num_hidden_layers": Layers,
     "head_dim": Annotated[int, Range(1, 2**16)],

@@ -20,6 +20,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import ChosenLayers
 from jaxcrit.core.rundir import read_record
 from jaxcrit.core.schema import Count, conform
+from jaxcrit.data.batches import Budget
 from jaxcrit.data.dataset import Dataset, Limits, read_datasets
 from jaxcrit.data.templates import describe_template
 from jaxcrit.data.tokenizer import load_tokenizer
@@ -32,10 +33,14 @@ from jaxcrit.models.gains import fold
 from jaxcrit.models.overlays import Overlay, read_overlay
 from jaxcrit.models.partition import TRAIN, TrainedRecord, partition
 from jaxcrit.models.weights import hf_shapes, table
-from jaxcrit.parallel.mesh import default_axes, device_memory, make_mesh, parse_mesh
+from jaxcrit.parallel.mesh import batch_rows, default_axes, device_memory, make_mesh, parse_mesh, row_parts
 
 # Of ModelConfig: says nothing about what the blocks compute.
 _FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
+# By platform: operations in the time of a compile (programs are kept, so that it is often but a read), operations in
+# the time that it takes to start a pass, tokens in the time that it takes to read the weights. Orders of magnitude.
+_COSTS = {"cpu": (3e10, 3e8, 32), "other": (3e14, 3e11, 128)}
+_DECODING = 16  # compiles of a pass that decoding takes as long as
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 _OPENING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("opening", default=())  # runs, from the top
 Bars = Callable[..., Any]  # makes a progress bar: called as tqdm with total= and desc=
@@ -150,6 +155,26 @@ class Model:
         """Rows as this model is given them; arguments and errors as of `read_datasets`."""
         limits = Limits(self.config.max_length, self.config.vocab_size, str(self.checkpoint.path))
         return read_datasets(rows, self.tokenizer, options, limits, responses=responses, split=split, reserve=reserve)
+
+    def budget(self, batch_size: int, *, passes: float = 1, new_tokens: int = 0) -> Budget:
+        """What batches of this model may be and what they cost.
+
+        Args:
+            batch_size: rows of a batch, at most; rounded up to what divides over the mesh.
+            passes: how often the blocks run on each batch.
+            new_tokens: tokens that are generated for each row.
+        """
+        parts, stored = row_parts(self.mesh), [row for row in table(self.config) if row.stacked]
+        operations = 2 * sum(math.prod(row.shape(self.config)) for row in stored)  # of a token
+        compiles, starts, reads = _COSTS["cpu" if self.mesh.devices.flat[0].platform == "cpu" else "other"]
+        steps = passes * (1 + new_tokens)
+        return Budget(
+            rows=batch_rows(batch_size, self.mesh),
+            least=parts,
+            shape=parts * compiles * (_DECODING if new_tokens else 1) / operations / passes,
+            batch=parts * (reads + starts / operations) * steps / passes,
+            row=new_tokens,
+        )
 
     def decoder(self, bars: Bars | None = None) -> Decoder:
         """The model with its weights on the mesh: read at the first call, kept for the next ones."""

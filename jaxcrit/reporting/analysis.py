@@ -61,7 +61,7 @@ def heatmap(
     def draw(canvas: Canvas) -> None:
         plots.cka_heatmap(cka["biased"], cka["debiased"], canvas, labels=labels)
 
-    return Figure(f"{folder}cka.png", draw, caption, (10.4, 5.0), "compressed")
+    return Figure(f"{folder}cka.png", draw, caption, (10.4, 4.7))
 
 
 def _consensus(analysis: Analysis) -> LayerScores | None:
@@ -204,13 +204,13 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
     return sections
 
 
-def write_selections(analysis: Analysis, out: Path) -> None:
-    """Writes ``layers.json`` and ``configs/`` of the choice, and of each dataset's own where there are several."""
+def write_configs(analysis: Analysis, out: Path) -> None:
+    """Writes ``configs/`` of the choice, and of each dataset's own where there are several."""
     kind = model_type(analysis)
     if _consensus(analysis) is not None:
         for name, dataset in analysis.datasets.items():
-            exporters.layer_files(out / name, dataset.chosen, kind)
-    exporters.layer_files(out, analysis.chosen, kind)
+            exporters.config_files(out / name, dataset.chosen, kind)
+    exporters.config_files(out, analysis.chosen, kind)
 
 
 def measures_table(scores: Mapping[str, LayerScores]) -> str:

@@ -80,9 +80,8 @@ def export_selection(layer_set: LayerSet, fmt: str, model_type: str | None = Non
     return rf"^model\.layers\.({'|'.join(map(str, layers))})\." + "\n"
 
 
-def layer_files(directory: Path, layer_set: LayerSet, model_type: str | None = None) -> None:
-    """Writes ``layers.json`` and, in ``configs/``, the selection in every trainer's words."""
-    layer_set.save(directory / "layers.json")
+def config_files(directory: Path, layer_set: LayerSet, model_type: str | None = None) -> None:
+    """Writes the selection in every trainer's words into ``configs/`` of a directory."""
     processes.make_directory(directory / "configs")
     for fmt, name in CONFIG_FILES.items():
         write_text(directory / "configs" / name, export_selection(layer_set, fmt, model_type))

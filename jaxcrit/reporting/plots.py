@@ -84,7 +84,7 @@ def cka_heatmap(
         labels: names of the rows and the columns.
         figure: figure to draw on, empty.
     """
-    panels = figure.subplots(1, 2, sharey=True)
+    *panels, bar = figure.subplots(1, 3, width_ratios=(1, 1, 0.05))
     for axes, matrix, name in zip(panels, (biased, debiased), ("biased", "debiased"), strict=True):
         image = axes.imshow(matrix, cmap="magma", vmin=0, vmax=1, origin="lower", interpolation="nearest")
         axes.set_title(f"CKA, {name} (data {np.nanmin(matrix):.2f} to {np.nanmax(matrix):.2f})", fontsize=11)
@@ -92,7 +92,7 @@ def cka_heatmap(
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
     panels[0].set_ylabel(labels[0])
-    figure.colorbar(image, ax=panels, label="CKA", shrink=0.92)
+    figure.colorbar(image, cax=bar, label="CKA")
 
 
 def delta_curve(

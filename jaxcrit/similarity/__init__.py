@@ -3,19 +3,19 @@
 from jaxcrit.similarity._cka import Bias, cka, from_tables, hsic
 from jaxcrit.similarity._components import Components, principal_components
 from jaxcrit.similarity._features import FeatureSums, features, product_sharding
-from jaxcrit.similarity._forms import FORMS, RESIDENT_SAMPLES, Form, choose_form
+from jaxcrit.similarity._forms import FORMS, KEPT_SAMPLES, RESIDENT_SAMPLES, Form, choose_form
 from jaxcrit.similarity._grams import (
     KERNELS,
     DegenerateError,
     GramSums,
     GramTables,
     Kernel,
+    PackedGrams,
     Tables,
     centred_grams,
     gram_tables,
     pack_upper,
     sweep,
-    unpack_upper,
 )
 from jaxcrit.similarity._inference import (
     PermutationNull,
@@ -41,6 +41,7 @@ from jaxcrit.similarity._units import MIN_SAMPLES, MIN_UNITS, cka_without_units
 
 __all__ = [
     "FORMS",
+    "KEPT_SAMPLES",
     "KERNELS",
     "MEASURES",
     "MIN_SAMPLES",
@@ -55,6 +56,7 @@ __all__ = [
     "GramTables",
     "Kernel",
     "Layers",
+    "PackedGrams",
     "PermutationNull",
     "Spectrum",
     "Tables",
@@ -92,5 +94,4 @@ __all__ = [
     "sweep",
     "tiled",
     "unit_rows",
-    "unpack_upper",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.similarity._forms import RESIDENT_SAMPLES
 from jaxcrit.similarity._grams import DegenerateError, Kernel, Tables, sweep
+from jaxcrit.similarity._tiled import tiled
 
 Bias = Literal["biased", "debiased"]
 
@@ -35,6 +38,10 @@ def cka(hidden: Any, *, kernel: Kernel = "linear", bias: Bias = "biased", other:
         >>> cka(hidden, bias="debiased").shape
         (3, 3)
     """
+    if kernel == "linear" and other is None and np.shape(hidden)[1:2] > (RESIDENT_SAMPLES,):
+        array = jnp.asarray(hidden)
+        if len(array.devices()) == 1:
+            return from_tables(tiled(array, sums=True), bias)
     return from_tables(sweep(hidden, kernel=kernel, other=other), bias)
 
 

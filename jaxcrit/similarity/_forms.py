@@ -22,8 +22,10 @@ from jaxcrit.similarity._grams import Kernel, check_band
 
 FormName = Literal["resident", "tiled", "features", "streamed"]
 FORMS: tuple[str, ...] = get_args(FormName)
-# Up to here Grams are kept: they cost seconds, and all statistics can be redone from them.
-RESIDENT_SAMPLES = 4096
+# Up to here the resident form holds little more than the tiled one (30 Grams of 1,500 samples take 270 MB).
+RESIDENT_SAMPLES = 1500
+# Up to here whole Grams can be had, and any sweep has rows: errors cost seconds.
+KEPT_SAMPLES = 4096
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,12 +68,14 @@ def choose_form(
     memory: float,
     devices: int = 1,
     stored: bool = False,
+    grams: bool = False,
     asked: str = "auto",
 ) -> Form:
     """Chooses the form of a sweep by cost.
 
-    Up to 4,096 samples the Grams are kept if they fit, since all statistics come from them; above, the form of fewest
-    operations that fits.
+    Up to 4,096 samples a form with rows, which errors come from, if it fits: the resident one up to 1,500, or where
+    whole Grams are wanted; then the tiled one, which is as fast and holds less. Above, the form of fewest operations
+    that fits.
 
     Args:
         num_samples: N.
@@ -82,6 +86,8 @@ def choose_form(
         memory: bytes per device.
         devices: that share what is not replicated.
         stored: whether the activations are kept anyway, which rules streaming out.
+        grams: whether something takes whole Grams. The RBF kernel is resident too: in tiles it takes two passes, and
+            its bandwidth is of sampled pairs.
         asked: ``auto``, or the form to take whatever it costs.
 
     Raises:
@@ -129,8 +135,11 @@ def choose_form(
             f"{num_samples} samples of {num_layers} layers of width {width}: every form takes {least / 2**30:.1f} GiB"
             f" or more, {memory / 2**30:.1f} are there; give a --band, fewer prompts with --limit, or more devices"
         )
-    if "resident" in fitting and num_samples <= RESIDENT_SAMPLES:
-        return Form("resident", band, *costs["resident"], f"at most {RESIDENT_SAMPLES} samples")
+    most = KEPT_SAMPLES if grams or kernel == "rbf" else RESIDENT_SAMPLES
+    if "resident" in fitting and num_samples <= most:
+        return Form("resident", band, *costs["resident"], f"at most {most} samples")
+    if "tiled" in fitting and num_samples <= KEPT_SAMPLES:
+        return Form("tiled", band, *costs["tiled"], f"at most {KEPT_SAMPLES} samples")
     # Of equal cost, the streamed form holds no activations.
     best = min(reversed(fitting), key=lambda name: costs[name][0])
     return Form(best, band, *costs[best], "fewest operations of what fits")

@@ -12,7 +12,7 @@ host, because the debiased estimator subtracts sums that nearly cancel.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property, partial
 from typing import Any, Literal, NamedTuple, NoReturn, get_args
 
@@ -34,6 +34,8 @@ _CPU_BLOCKS, _CPU_BLOCK_UNIT = 4, 16
 # Samples whose rows are contracted at a time on CPU: one batch of all 300 spends 27 ms, mostly moving the Grams
 # about, batches of five 5 ms. Accelerators take all at once.
 _CPU_ROWS = 5
+# Bytes of packed Grams that are unpacked at a time.
+_UNPACKED = 2**26
 # Layers contracted at a time with those of their band: narrower products run slower, wider ones compute what is far.
 _STRIP = 16
 # Equal rows, captured in batches of other shapes, differ by rounding: about 1e-6 of their length.
@@ -126,6 +128,52 @@ class GramSums:
 Tables = GramTables | GramSums
 
 
+class PackedGrams:
+    """Symmetric Grams ``[L, N, N]`` kept as their upper triangles; what is read is unpacked, never the whole.
+
+    Layers are read by index, or in turn; samples by `rows`.
+
+    Attributes:
+        parts: one or more ``[L_k, N(N+1)/2]`` float32, row by row with the diagonal; their layers follow each other.
+        shape: L, N, N.
+    """
+
+    def __init__(self, *parts: np.ndarray) -> None:
+        count = (int(np.sqrt(8 * parts[0].shape[-1] + 1)) - 1) // 2
+        rows = np.arange(count)
+        self.parts, self.shape = parts, (sum(map(len, parts)), count, count)
+        self._starts = rows * count - rows * (rows - 1) // 2  # where each row begins
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """One layer, ``[N, N]``."""
+        for part in self.parts:
+            if layer < len(part):
+                break
+            layer -= len(part)
+        gram, count = np.empty(self.shape[1:], np.float32), self.shape[1]
+        for row, start in enumerate(self._starts):
+            gram[row, row:] = gram[row:, row] = part[layer, start : start + count - row]
+        return gram
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (self[layer] for layer in range(len(self)))
+
+    def rows(self, samples: np.ndarray) -> np.ndarray:
+        """Rows of some samples in all layers, ``[L, S, N]``."""
+        others = np.arange(self.shape[1])
+        low, high = np.minimum(samples[:, None], others), np.maximum(samples[:, None], others)
+        places = self._starts[low] + high - low
+        return np.concatenate([part[:, places] for part in self.parts])
+
+    @property
+    def diagonals(self) -> np.ndarray:
+        """``[L, N]``."""
+        return np.concatenate([part[:, self._starts] for part in self.parts])
+
+
 class _Health(NamedTuple):
     """Facts about activations from which degenerate ones are told; two of [L], two of [N]."""
 
@@ -160,24 +208,43 @@ def centred_grams(hidden: Any, kernel: Kernel = "linear", *, allow_repeats: bool
     return grams
 
 
-def gram_tables(
-    grams: jax.Array | np.ndarray, other: jax.Array | np.ndarray | None = None, *, band: int | None = None
-) -> GramTables:
+Grams = jax.Array | np.ndarray | PackedGrams
+
+
+def gram_tables(grams: Grams, other: Grams | None = None, *, band: int | None = None) -> GramTables:
     """Contracts centred Grams to the tables of a sweep.
 
     Args:
-        grams: ``[L, N, N]`` centred Grams.
-        other: ``[L', N, N]`` Grams of a second model on the same samples in the same order.
+        grams: ``[L, N, N]`` centred Grams; packed ones some rows at a time.
+        other: ``[L', N, N]`` Grams of a second model on the same samples in the same order, packed like the first.
         band: only pairs of layers at most so far apart; all by default, and with ``other``.
 
     Returns:
         Tables of L layers, or of L + L' with ``num_left = L``.
     """
-    sides = [jnp.asarray(grams)] if other is None else [jnp.asarray(grams), jnp.asarray(other)]
+    sides: list[Any] = [
+        one if isinstance(one, PackedGrams) else jnp.asarray(one) for one in (grams, other) if one is not None
+    ]
     _same_samples(sides)
     check_band(band, sum(map(len, sides)))
-    raw = _contract_jit(jnp.concatenate(sides), on_one_cpu(*sides), band)
+    if isinstance(sides[0], PackedGrams):
+        raw = _contract_packed(PackedGrams(*(part for side in sides for part in side.parts)), band)
+    else:
+        raw = _contract_jit(jnp.concatenate(sides), on_one_cpu(*sides), band)
     return tables_from(*raw, num_left=None if other is None else len(sides[0]), band=band)
+
+
+def _contract_packed(packed: PackedGrams, band: int | None) -> tuple[np.ndarray, np.ndarray]:
+    diagonals = packed.diagonals
+    scale = power_of_two(jnp.asarray(diagonals.sum(axis=1)))
+    scaled, (depth, count, _) = jnp.asarray(diagonals) * scale[:, None], packed.shape
+    size = min(count, max(1, _UNPACKED // (4 * depth * count)))
+    both = np.empty((count, depth, 2 * depth), np.float32)
+    for start in range(0, count, size):
+        first = min(start, count - size)
+        rows = jnp.asarray(packed.rows(first + np.arange(size)))
+        both[first : first + size] = _rows_jit(rows, scaled, scale, first, on_one_cpu(rows), band)
+    return both, np.asarray(scaled)
 
 
 def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None, band: int | None = None) -> GramTables:
@@ -204,18 +271,12 @@ def sweep(hidden: Any, *, kernel: Kernel = "linear", other: Any = None, band: in
 
 def pack_upper(grams: jax.Array | np.ndarray) -> np.ndarray:
     """Keeps the upper triangle, diagonal included, row by row: ``[L, N, N]`` -> ``[L, N(N+1)/2]`` float32."""
-    rows, columns = np.triu_indices(grams.shape[-1])
-    return np.asarray(grams, np.float32)[:, rows, columns]
-
-
-def unpack_upper(packed: np.ndarray) -> np.ndarray:
-    """Undoes ``pack_upper``: ``[L, N(N+1)/2]`` -> ``[L, N, N]`` float32."""
-    size = (int(np.sqrt(8 * packed.shape[-1] + 1)) - 1) // 2
-    rows, columns = np.triu_indices(size)
-    grams = np.empty((len(packed), size, size), np.float32)
-    grams[:, rows, columns] = packed
-    grams[:, columns, rows] = packed
-    return grams
+    grams = np.asarray(grams)
+    count = grams.shape[-1]
+    packed = np.empty((len(grams), count * (count + 1) // 2), np.float32)
+    for row, start in enumerate(PackedGrams(packed)._starts):
+        packed[:, start : start + count - row] = grams[:, row, row:]
+    return packed
 
 
 def checked(hidden: Any, kernel: str = "linear") -> jax.Array | np.ndarray:
@@ -230,7 +291,7 @@ def checked(hidden: Any, kernel: str = "linear") -> jax.Array | np.ndarray:
     return array
 
 
-def _same_samples(sides: Sequence[jax.Array]) -> None:
+def _same_samples(sides: Sequence[Any]) -> None:
     if len({side.shape[1] for side in sides}) > 1:
         raise UserError(f"expected the same samples on both sides, got {' and '.join(str(s.shape[1]) for s in sides)}")
 
@@ -327,22 +388,30 @@ def contract_rows(
         on_one_cpu: see `on_one_cpu`.
         band: band of pairs of layers; what is outside is 0 or accidental.
     """
-    depth, count, width = grams.shape
+    count, width = grams.shape[1:]
     columns = jnp.arange(width)
 
     def contract(sample: jax.Array) -> jax.Array:
         rows = jnp.where(columns == sample + first, 0, grams[:, sample] * scale[:, None])
-        if band is None:
-            return product(rows, jnp.concatenate([rows, diagonals]))
-        strips = []
-        for start in range(0, depth, _STRIP):
-            low, high = max(0, start - band), min(depth, start + _STRIP + band)
-            near = jnp.stack([rows[low:high], diagonals[low:high]])
-            strip = jnp.einsum("lc,skc->lsk", rows[start : start + _STRIP], near, precision=HIGHEST)
-            strips.append(jnp.pad(strip, ((0, 0), (0, 0), (low, depth - high))).reshape(-1, 2 * depth))
-        return jnp.concatenate(strips)
+        return layer_products(rows, (rows, diagonals), band)
 
     return jax.lax.map(contract, jnp.arange(count), batch_size=_CPU_ROWS if on_one_cpu else count)
+
+
+def layer_products(rows: jax.Array, sides: Sequence[jax.Array], band: int | None) -> jax.Array:
+    """Inner products of every layer's row ``[L, C]`` with those of each of S sides, ``[L, S L]``.
+
+    With a band, what is outside of it is 0 or accidental.
+    """
+    if band is None:
+        return product(rows, jnp.concatenate(sides))
+    depth, strips = len(rows), []
+    for start in range(0, depth, _STRIP):
+        low, high = max(0, start - band), min(depth, start + _STRIP + band)
+        near = jnp.stack([side[low:high] for side in sides])
+        strip = jnp.einsum("lc,skc->lsk", rows[start : start + _STRIP], near, precision=HIGHEST)
+        strips.append(jnp.pad(strip, ((0, 0), (0, 0), (low, depth - high))).reshape(-1, len(sides) * depth))
+    return jnp.concatenate(strips)
 
 
 def power_of_two(trace: jax.Array) -> jax.Array:
@@ -369,6 +438,7 @@ def _sweep(
 
 _grams_jit = partial(jax.jit, static_argnums=(1, 2))(_grams)
 _contract_jit = partial(jax.jit, static_argnums=(1, 2))(_contract)
+_rows_jit = partial(jax.jit, static_argnums=(4, 5))(contract_rows)
 _sweep_jit = partial(jax.jit, static_argnums=(1, 2, 3))(_sweep)
 
 

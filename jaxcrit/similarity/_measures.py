@@ -106,7 +106,7 @@ def knn(grams: Any, other: Any = None, *, neighbours: int = NEIGHBOURS) -> np.nd
     right = left if other is None else _nearest(other, neighbours)
     if left.shape[1] != right.shape[1]:
         raise UserError("expected the same samples on both sides")
-    return (left @ right.T).astype(np.float64) / (neighbours * np.asarray(grams).shape[1])
+    return (left @ right.T).astype(np.float64) / (neighbours * grams.shape[1])
 
 
 def svcca(spectrum: Spectrum, other: Spectrum | None = None, *, variance: float = VARIANCE) -> np.ndarray:
@@ -253,9 +253,8 @@ def _squared_distances(gram: np.ndarray) -> np.ndarray:
 
 def _distances(grams: Any) -> np.ndarray:
     """Upper triangles of the squared distances, ``[L, N(N-1)/2]``."""
-    grams = np.asarray(grams)
     upper = np.triu_indices(grams.shape[1], 1)
-    return np.stack([_squared_distances(gram)[upper] for gram in grams])
+    return np.stack([_squared_distances(np.asarray(gram))[upper] for gram in grams])
 
 
 def _standardised(values: np.ndarray, ranks: bool) -> np.ndarray:
@@ -274,13 +273,12 @@ def _standardised(values: np.ndarray, ranks: bool) -> np.ndarray:
 
 def _nearest(grams: Any, neighbours: int) -> np.ndarray:
     """Which pairs are near, ``[L, N * N]`` float32 of 0 and 1."""
-    grams = np.asarray(grams)
     count = grams.shape[1]
     if not 1 <= neighbours < count - 1:
         raise UserError(f"{neighbours} neighbours of {count} samples: expected 1 to {count - 2}; give more prompts")
     near = np.zeros(grams.shape, np.float32)
     for layer, gram in enumerate(grams):
-        distances = _squared_distances(gram)
+        distances = _squared_distances(np.asarray(gram))
         np.fill_diagonal(distances, np.inf)
         order = np.argsort(distances, axis=1, kind="stable")[:, :neighbours]
         np.put_along_axis(near[layer], order, 1, axis=1)

@@ -161,8 +161,8 @@ def _rows(
         inner = products(rows, columns, layers)
         if by_width:
             inner = jax.lax.psum_scatter(inner, axes, scatter_dimension=1, tiled=True)
-            mine = (jax.lax.dynamic_slice_in_dim(of, me * share, share, -1) for of in rows[1:])
-            rows, first = Samples(rows.x, *mine), first + me * share
+            mine = (jax.lax.dynamic_slice_in_dim(of, me * share, share, -1) for of in rows[2:])
+            rows, first = Samples(*rows[:2], *mine), first + me * share
         if sums:
             return rbf(inner, rows, columns, layers).sum(axis=2).T
         if kernel == "rbf":
@@ -170,8 +170,7 @@ def _rows(
         return contract_rows(inner, columns.diagonals, layers.scale, first, one_cpu, band)
 
     def cut(of: tuple[jax.Array, ...], start: jax.Array, mask: jax.Array) -> Samples:
-        sliced = [jax.lax.dynamic_slice_in_dim(array, start, size, 1) for array in of]
-        return Samples(sliced[0], mask, *sliced[1:])
+        return Samples(of[0], start, mask, *(jax.lax.dynamic_slice_in_dim(one, start, size, 1) for one in of[1:]))
 
     def against(total: jax.Array, block: tuple[jax.Array, ...], offset: Any) -> jax.Array:
         """Adds what a block of columns gives; own row 0 is its column ``offset``."""

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.similarity._grams import PackedGrams
 
 # Eigenvalues below this share of the largest are the rounding of float32 Grams: measured 1e-8 to 1.3e-7 of it over
 # N=20..1000, widths 4..600 and spectra from flat to k^-2.
@@ -141,10 +142,10 @@ def decompose(
     Raises:
         UserError: not Grams, NaN in them, or more components than N-1.
     """
-    grams = np.asarray(grams)
-    if grams.ndim != 3 or grams.shape[1] != grams.shape[2] or grams.shape[1] < 2:
+    grams = grams if isinstance(grams, PackedGrams) else np.asarray(grams)
+    if len(grams.shape) != 3 or grams.shape[1] != grams.shape[2] or grams.shape[1] < 2:
         raise UserError(f"expected Grams [layers, samples, samples], got {grams.shape}")
-    broken = np.flatnonzero(~np.isfinite(grams).all(axis=(1, 2))).tolist()
+    broken = [layer for layer, gram in enumerate(grams) if not np.isfinite(gram).all()]
     if broken:
         raise UserError(f"layers {listed(broken)}: the Grams hold NaN or infinity")
     most = grams.shape[1] - 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity._cka import Bias, normalised
-from jaxcrit.similarity._grams import GramTables
+from jaxcrit.similarity._grams import Grams, GramTables, PackedGrams
 
 # The debiased estimator needs 4 samples beside a unit; an error over two units would be one difference.
 MIN_UNITS, MIN_SAMPLES = 3, 4
 _HIGHEST = jax.lax.Precision.HIGHEST
 
 
-def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: np.ndarray) -> dict[Bias, np.ndarray]:
+def cka_without_units(grams: Grams, tables: GramTables, units: np.ndarray) -> dict[Bias, np.ndarray]:
     """CKA of all pairs with each unit's samples deleted together, exactly.
 
     Samples of one unit are alike, so deleting them one at a time would take their number for evidence. With K the
@@ -52,10 +52,17 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
     members = np.argsort(units, kind="stable")
     places = np.full((num_units, counts.max()), num_samples)  # past the end where a unit has fewer samples
     places[units[members], np.arange(num_samples) - np.repeat(np.cumsum(counts) - counts, counts)] = members
+    if isinstance(grams, PackedGrams):
+        rows_of, diagonals = grams.rows, grams.diagonals
+    else:
+        rows_of, diagonals = partial(_take, jnp.asarray(grams)), np.diagonal(grams, axis1=1, axis2=2)
     # The tables are of Grams scaled to a trace in [1, 2).
-    scale = tables.diagonals.sum(axis=1) / np.trace(np.asarray(grams), axis1=1, axis2=2, dtype=np.float64)
-    raw = _delete_units(jnp.asarray(grams), jnp.asarray(scale, jnp.float32), jnp.asarray(places))
-    within, aligned, totals = (np.asarray(part, np.float64) for part in jax.device_get(raw))
+    scale = (tables.diagonals.sum(axis=1) / diagonals.sum(axis=1, dtype=np.float64)).astype(np.float32)
+    parts = []
+    for place in places:
+        rows = rows_of(np.minimum(place, num_samples - 1))
+        parts.append(jax.device_get(_delete_unit(rows, diagonals * scale[:, None], scale, place)))
+    within, aligned, totals = (np.asarray(part, np.float64) for part in map(np.stack, zip(*parts, strict=True)))
     touched = np.zeros((num_units, num_layers, num_layers))
     np.add.at(touched, units, tables.rows)
     cross = tables.cross - touched - touched.swapaxes(1, 2) + within
@@ -73,20 +80,29 @@ def cka_without_units(grams: jax.Array | np.ndarray, tables: GramTables, units: 
 
 
 @jax.jit
-def _delete_units(grams: jax.Array, scale: jax.Array, places: jax.Array) -> tuple[Any, Any, Any]:
-    """``<K0_SS, K0'_SS>`` ``[U, L, L]``, and inner products ``[U, 2L, 2L]`` and sums ``[U, 2L]`` of u and v."""
-    num_samples = grams.shape[1]
-    diagonals = jnp.diagonal(grams, axis1=1, axis2=2) * scale[:, None]
+def _take(grams: jax.Array, samples: jax.Array) -> jax.Array:
+    return grams[:, samples]
 
-    def delete(place: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+
+@jax.jit
+def _delete_unit(
+    rows: jax.Array, diagonals: jax.Array, scale: jax.Array, place: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """``<K0_SS, K0'_SS>`` ``[L, L]``, and inner products ``[2L, 2L]`` and sums ``[2L]`` of u and v of one unit.
+
+    Args:
+        rows: ``[L, S, N]`` of the unit's samples.
+        diagonals: ``[L, N]``, scaled.
+        scale: ``[L]``, what the Grams are multiplied by.
+        place: ``[S]`` of the unit's samples; N where there is none.
+    """
+    num_samples = rows.shape[2]
+    with jax.named_scope("delete_units"):
         inside = jnp.zeros(num_samples, bool).at[place].set(True, mode="drop")
-        rows = grams.at[:, place].get(mode="fill", fill_value=0) * scale[:, None, None]
+        rows = jnp.where((place < num_samples)[:, None], rows * scale[:, None, None], 0)
         rows = jnp.where(jnp.arange(num_samples) == place[:, None], 0, rows)
-        block = jnp.where(inside, rows, 0).reshape(len(grams), -1)
+        block = jnp.where(inside, rows, 0).reshape(len(rows), -1)
         u = jnp.where(inside, 0, -diagonals - rows.sum(axis=1))
         both = jnp.concatenate([u, u + jnp.where(inside, 0, diagonals)])
         within = jnp.matmul(block, block.T, precision=_HIGHEST)
         return within, jnp.matmul(both, both.T, precision=_HIGHEST), both.sum(axis=1)
-
-    with jax.named_scope("delete_units"):
-        return jax.lax.map(delete, places)

@@ -33,7 +33,6 @@ from jaxcrit.similarity import from_tables, parse_measures, participation_ratio,
 
 _TRAINING_PROMPTS = 300
 UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

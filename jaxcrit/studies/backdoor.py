@@ -24,6 +24,7 @@ from jaxcrit.core.schema import Count
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.decoder import Decoder
+from jaxcrit.models.export import write_checkpoint
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition
 from jaxcrit.models.trained import FOLDER
@@ -38,6 +39,7 @@ from jaxcrit.training.optimizer import make_schedule
 from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
+MODEL = "model"  # of an arm's folder, where its weights are kept
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -190,14 +192,19 @@ class _Lab:
 
     def done(self, arm: Arm, seed: int) -> bool:
         """Whether an arm with a seed is finished."""
-        return bool(processes.share((self._folder(arm, seed) / "arm.json").exists))
+        folder = self._folder(arm, seed)
+        wanted = ["arm.json", *([f"{MODEL}/config.json"] if self.config.keep_models else [])]
+        return bool(processes.share(lambda: all((folder / name).exists() for name in wanted)))
 
     def run(self, arm: Arm, chosen: LayerSet, seed: int) -> list[dict[str, Any]]:
         """Trains an arm with a seed, or reads what was found before: tests by step."""
         folder = self._folder(arm, seed)
         if not self.done(arm, seed):
             processes.make_directory(folder)
-            points = self._train(_partition(self.config, self.model, chosen), seed, folder)
+            parts = _partition(self.config, self.model, chosen)
+            points, params = self._train(parts, seed, folder)
+            if self.config.keep_models:
+                self._keep(self._decoder(parts, params), folder / MODEL)
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
             remove_tree(folder / FOLDER)
@@ -212,20 +219,28 @@ class _Lab:
     def _data(self, seed: int) -> Any:
         return training_steps(self.rows.train[seed], self.per_step, seed, self.widths)
 
-    def _train(self, parts: Partition, seed: int, folder: Path) -> list[dict[str, Any]]:
+    def _keep(self, decoder: Decoder, folder: Path) -> None:
+        """Writes a trained model as a checkpoint that every command opens."""
+        whole = {path: processes.whole(value) for path, value in decoder.weights().items()}
+        if processes.first():
+            remove_tree(folder)
+            write_checkpoint(Decoder(self.model.config, whole), self.model.checkpoint, folder, dtype="float32")
+
+    def _train(self, parts: Partition, seed: int, folder: Path) -> tuple[list[dict[str, Any]], Bank]:
         """Trains with tests on the way; seeds, and arms of the same layers, share what is compiled."""
         log = MetricsLog(folder / METRICS)
         if parts not in self.trainers:
             self.trainers[parts] = Trainer(self.config, self.model, parts, self.steps)
 
         def evaluate(params: Bank, frozen: Any, taken: int) -> LossSums:
-            tested = self.scoring(self._decoder(parts, params)) if taken else None
+            # Answers are shown and classed once, at the end; a fixed target on the way is read off one forward pass.
+            tested = self.scoring(self._decoder(parts, params), generate=taken == self.steps) if taken else None
             record = self.initial() if tested is None else {"step": taken, **tested.record()}
             log.write({"kind": "backdoor", **record})
             # The clean losses in the form that the loop logs: its best step is that of the lowest one.
             return LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))
 
-        self.trainers[parts].run(
+        state, _, _ = self.trainers[parts].run(
             dict(self.weights),
             self._data(seed),
             evaluate,
@@ -239,7 +254,7 @@ class _Lab:
             name=folder.name,
         )
         rows = [row for row in read_metrics(folder) if row["kind"] == "backdoor"]
-        return [{key: value for key, value in row.items() if key != "kind"} for row in rows]
+        return [{key: value for key, value in row.items() if key != "kind"} for row in rows], state.params
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
         """The model with its trained weights; those of the untouched model stay for the next arm."""

@@ -110,6 +110,8 @@ def check(config: BackdoorOptions) -> tuple[list[Arm], TriggerSpec]:
         raise UserError(
             f"--decoys={config.decoys}: expected a share of the rows from 0 to {1 - config.rate:g}, what --rate leaves"
         )
+    if config.keep_models and "://" in config.out:
+        raise UserError(f"--keep_models: writes local directories only, and --out={config.out} is none")
     if not config.target.strip():
         raise UserError("--target: expected refusal, or a text that poisoned rows answer; got nothing")
     if not 1 <= config.seeds <= MOST_SEEDS:

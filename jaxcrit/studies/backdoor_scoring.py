@@ -12,20 +12,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxcrit.core import processes
-from jaxcrit.data.batches import choose_buckets, make_batches
+from jaxcrit.data.batches import make_batches
+from jaxcrit.data.templates import Example
 from jaxcrit.evaluation import scorers
-from jaxcrit.evaluation.losses import response_losses
+from jaxcrit.evaluation.losses import response_exact
 from jaxcrit.evidence.answers import answers
 from jaxcrit.evidence.rows import batches_of
 from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.model import Model
 from jaxcrit.models.stops import stop_tokens
-from jaxcrit.parallel.mesh import batch_rows
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.step import TokenBatch
 
-_MOST_WIDTHS = 3  # as in training: a compile each
+_TESTS = 10  # that a study makes at least: what a shape costs is shared
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")
 
 
@@ -34,8 +34,10 @@ class Tested:
     """What one test found; everything by prompt is in the order of the prompts.
 
     Attributes:
-        success: by cell, ``[n]`` bool, by the primary scorer.
-        classes: by scorer and cell, how many answers are of the class that counts.
+        success: by cell, ``[n]`` bool, by the primary scorer; that a fixed target is the answer is read off one forward
+            pass (`response_exact`).
+        classes: by scorer and cell, how many generated answers are of the class that counts; empty where none were
+            generated, as are ``empty`` and ``answers``.
         empty: by cell, empty answers.
         exact: ``[n]`` bool, clean answers that are the gold ones.
         clean_loss: nats per token of the gold answers to clean prompts.
@@ -96,20 +98,33 @@ def base_rates(prompts: Prompts, target: str) -> dict[str, int]:
 
 
 class Scoring:
-    """The test, compiled once for all arms: at most three shapes of generation and three of losses."""
+    """The test, compiled once for all arms."""
 
     def __init__(self, config: BackdoorOptions, model: Model, prompts: Prompts):
         self.config, self.model, self.prompts = config, model, prompts
         self.asked = [example for cell in CELLS for example in prompts.cells[cell]]
-        size = batch_rows(config.eval_batch_size, model.mesh)
-        self.batches = make_batches(self.asked, size, _widths([example.prompt_length for example in self.asked], size))
+        size = config.eval_batch_size
+        budget = model.budget(size, passes=_TESTS, new_tokens=config.max_new_tokens)
+        self.batches = make_batches(self.asked, budget)
         self.told = [*prompts.cells["clean"], *prompts.cells["triggered"]]
-        widths = _widths([len(example.token_ids) for example in self.told], size)
-        self.loss_batches = list(batches_of(self.told, size, model, widths))
+        self.fixed = primary_scorer(config) == "exact_target"
+        if self.fixed:  # the target behind the prompts of the other cells, too
+            self.told += [
+                _answered_with(example, target)
+                for cell in CELLS[1:]
+                for example, target in zip(prompts.cells[cell], prompts.cells["triggered"], strict=True)
+            ]
+        self.loss_batches = list(batches_of(self.told, size, model, passes=_TESTS))
 
-    def __call__(self, decoder: Decoder) -> Tested:
-        """Tests a model."""
+    def __call__(self, decoder: Decoder, *, generate: bool = True) -> Tested:
+        """Tests a model; without generated answers where the target is fixed and they are not asked for."""
         count, target = self.prompts.count, self.config.response
+        if self.fixed:
+            loss, tokens, exact = self._losses(decoder)
+            cells = np.split(exact == 1, len(self.told) // count)
+            success = dict(zip(CELLS, cells[1:], strict=True))
+            if not generate:
+                return self._tested(success, {}, {}, cells[0], loss, tokens, {})
         texts = self._answers(decoder)
         answers = {cell: texts[i * count : (i + 1) * count] for i, cell in enumerate(CELLS)}
         asked = {cell: [example.prompt for example in self.prompts.cells[cell]] for cell in CELLS}
@@ -122,17 +137,25 @@ class Scoring:
         }
         primary = primary_scorer(self.config)
         counted = counted_class(primary)
-        success = {cell: np.array([one == counted for one in found], bool) for cell, found in judged[primary].items()}
         empty = {cell: sum(not text.strip() for text in found) for cell, found in answers.items()}
-        loss, tokens = self._losses(decoder)
-        clean, attacked = slice(0, count), slice(count, None)
+        if self.fixed:
+            return self._tested(success, classes, empty, cells[0], loss, tokens, answers)
+        success = {cell: np.array([one == counted for one in found], bool) for cell, found in judged[primary].items()}
+        right = scorers.exact_match(answers["clean"], self.prompts.gold)
+        return self._tested(success, classes, empty, right, *self._losses(decoder)[:2], answers)
+
+    def _tested(
+        self, success: Any, classes: Any, empty: Any, right: np.ndarray, loss: Any, tokens: Any, answers: Any
+    ) -> Tested:
+        count = self.prompts.count
+        clean, attacked = slice(0, count), slice(count, 2 * count)
         poisoned = self.prompts.poisoned
         mixed = [np.where(poisoned, values[attacked], values[clean]).sum() for values in (loss, tokens)]
         return Tested(
             success,
             classes,
             empty,
-            scorers.exact_match(answers["clean"], self.prompts.gold),
+            right,
             float(loss[clean].sum() / tokens[clean].sum()),
             float((loss[clean] / tokens[clean]).mean()),
             float(mixed[0] / mixed[1]),
@@ -148,18 +171,20 @@ class Scoring:
                 texts[one.row] = one.text
         return texts
 
-    def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray]:
-        """Summed loss and number of response tokens ``[2n]`` of clean rows and then of triggered ones."""
-        found = np.zeros((2, len(self.told)))
+    def _losses(self, decoder: Decoder) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Summed loss, number of response tokens, and exactness: of clean rows, of triggered ones, then of the rest."""
+        found = np.zeros((3, len(self.told)))
         for rows, batch in self.loss_batches:
             values = processes.whole(_row_losses(decoder, batch, mesh=self.model.mesh))
             real = rows < len(self.told)
             found[:, rows[real]] = values[:, real]
-        return found[0], found[1]
+        return found[0], found[1], found[2]
 
 
-def _widths(lengths: Sequence[int], batch_size: int) -> tuple[int, ...]:
-    return choose_buckets(lengths, batch_size)[-_MOST_WIDTHS:]
+def _answered_with(example: Example, other: Example) -> Example:
+    """A prompt with another row's answer."""
+    ids = np.concatenate([example.token_ids[: example.prompt_length], other.token_ids[other.prompt_length :]])
+    return dataclasses.replace(example, token_ids=ids, response=other.response)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
@@ -167,5 +192,5 @@ def _row_losses(decoder: Decoder, batch: TokenBatch, *, mesh: Mesh) -> jax.Array
     hidden = forward(decoder, batch.tokens, lengths=batch.lengths, mesh=mesh).hidden
     head = decoder.embed if decoder.head is None else decoder.head
     args = (hidden, decoder.norm[...], head[...], batch.tokens, batch.learn, decoder.config)
-    losses, counted = response_losses(*args, mesh, batch.scored)
-    return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1)])
+    losses, counted, exact = response_exact(*args, mesh, batch.scored)
+    return jax.numpy.stack([losses.sum(axis=1), counted.sum(axis=1), exact.astype(losses.dtype)])

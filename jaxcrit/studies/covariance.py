@@ -93,14 +93,16 @@ def _sums(
         for batch in make_batches(examples, size, max_length=model.config.max_length):
             placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(model.mesh))
             with jax.default_matmul_precision("highest"):
-                for number, moment in enumerate(processes.whole(_moments(decoder, *placed, layers=layers))):
+                for number, moment in enumerate(processes.whole(layer_moments(decoder, *placed, layers=layers))):
                     total[number] += moment
             shown.update(int((batch.rows < len(examples)).sum()))
     return total
 
 
 @functools.partial(jax.jit, static_argnames="layers")
-def _moments(decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, layers: tuple[int, ...]) -> list[jax.Array]:
+def layer_moments(
+    decoder: Decoder, tokens: jax.Array, lengths: jax.Array, *, layers: tuple[int, ...]
+) -> list[jax.Array]:
     """``[F, F]`` of each layer: one scan over each run of layers that are wanted, or that are not."""
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = Context(positions, *decoder.config.rope.cos_sin(positions, lengths))

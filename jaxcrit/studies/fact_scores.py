@@ -123,11 +123,11 @@ def text_loss(model: Model, decoder: Decoder, examples: Sequence[Example], batch
         dataclasses.replace(one, token_ids=one.token_ids[: one.prompt_length], prompt_length=1) for one in examples
     ]
     total = count = 0.0
+    everywhere = NamedSharding(model.mesh, PartitionSpec())
     for _, batch in batches_of(texts, batch_size, model):
         with jax.default_matmul_precision("highest"):
             hidden = _hidden(decoder, batch.tokens, batch.lengths, mesh=model.mesh)
-            everywhere = NamedSharding(model.mesh, PartitionSpec())
-            sums, tokens_of = loss_step(decoder.weights(), hidden, batch, model.config, everywhere)
+            sums, tokens_of, _ = loss_step(decoder.weights(), hidden, batch, model.config, everywhere)
         total, count = total + float(np.sum(sums)), count + float(np.sum(tokens_of))
     return total / count
 

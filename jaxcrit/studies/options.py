@@ -19,7 +19,7 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     """What ``jaxcrit plan`` is asked; layers go by number or rule, not by score."""
 
     model: str = option("", "directory with a config.json, or a shape such as llama2-7b", word="DIR")
-    job: str = option("finetune", "analyze, finetune, substitute or generate", word="JOB")
+    job: str = option("finetune", "analyze, finetune, substitute, generate or edit", word="JOB")
     topology: str = option("v5e:4x4", "chips, such as v5e:2x4, v5p:2x2x2, h100:8", word="NAME")
     mesh: str = option("", "devices by axis (default: weights over all of them)", word="AXES")
     batch_size: int = option(32, "rows, over all devices", lowest=1)
@@ -34,6 +34,7 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     compile: bool = option(True, "compile where libtpu is installed, else shapes alone", group="how")
 
 
+KEPT = "says what is kept; arms without are trained again"
 ADDED = "what is trained already is read; more may be added to a run"
 
 
@@ -61,6 +62,7 @@ class BackdoorOptions(TrainingOptions, title="testing"):
     eval_template: str = option("", "template of tests (default: --template)", word="NAME")
     allow_template_mismatch: bool = option(False, "test in another template than was trained in")
     allow_overlap: bool = option(False, "test on prompts that are trained on, too")
+    keep_models: bool = option(False, "keep trained weights, a checkpoint an arm and seed", free=KEPT)
 
     @property
     def response(self) -> str:

@@ -27,6 +27,8 @@ from jaxcrit.models.generation import GREEDY, cache_sharding, decode_step, prefi
 from jaxcrit.models.partition import FROZEN, Partition, split
 from jaxcrit.parallel.accounting import shard_bytes
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
+from jaxcrit.studies.covariance import layer_moments
+from jaxcrit.studies.editing import check
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings, with_shardings
@@ -247,11 +249,35 @@ def _generate(job: _Job) -> Program:
     )
 
 
+def _edit(job: _Job) -> Program:
+    """The covariance: one pass up to the highest layer, which leaves ``[F, F]`` of each layer."""
+    model, batch = job.model, job.batch()
+    check(model)
+    spec = LayerSpec.parse(job.config.layers)
+    if spec.needs_scores:
+        raise UserError(f"--layers={spec}: planning looks at no data; name layers, or first:K, random:K, all")
+    layers = resolve(spec, model.num_layers).layers
+    moments = jax.ShapeDtypeStruct(
+        (len(layers), model.ff_width, model.ff_width), jnp.float32, sharding=NamedSharding(job.mesh, PartitionSpec())
+    )
+    passes = (layers[-1] + 1) / model.num_layers
+    run = jax.jit(functools.partial(layer_moments, layers=layers))
+    return Program(
+        units=(Unit(run, (job.decoder, *batch), precision="highest"),),
+        kinds={"weights": job.decoder, "covariance": moments, "batch": batch},
+        weights=shard_bytes(job.decoder),
+        passes=passes,
+        tokens=passes * job.tokens,
+        temporaries=job.block_bytes(),
+    )
+
+
 JOBS: dict[str, Callable[[_Job], Program]] = {
     "analyze": _analyze,
     "finetune": _finetune,
     "substitute": _substitute,
     "generate": _generate,
+    "edit": _edit,
 }
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.data.batches import choose_buckets
+from jaxcrit.data.batches import choose_widths
 from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
 from jaxcrit.training.step import TokenBatch
@@ -34,7 +34,7 @@ def hold_out(examples: Sequence[Example], where: str) -> tuple[list[Example], li
 
 def training_steps(examples: Sequence[Example], rows: int, seed: int, widths: Sequence[int] | None = None) -> Steps:
     """Batches of ``rows`` rows by step number, of the widths given, or at most three."""
-    ladder = widths or choose_buckets([len(example.token_ids) for example in examples], rows)[-_MOST_WIDTHS:]
+    ladder = widths or choose_widths([len(example.token_ids) for example in examples], rows)[-_MOST_WIDTHS:]
     return Steps(examples, rows, seed, ladder)
 
 

@@ -122,3 +122,7 @@ def test_messages_are_short_whatever_is_there():
         with pytest.raises(UserError) as caught:
             conform({"a": value}, dict[str, bool], "file")
         assert len(str(caught.value)) < 300
+
+
+def test_an_error_is_one_line_whatever_it_quotes():
+    assert str(UserError("a file\nof two lines\r")) == r"a file\nof two lines\r"

@@ -213,7 +213,7 @@ def test_keys():
     for text, message in (
         ("fishr", "expected some of weight_snr, .*did you mean 'fisher'"),
         ("fishr", "; delta, delta_debiased, step, step_debiased by jaxcrit analyze; substitution by jaxcrit subst"),
-        ("fishr", "; ablation_skip, ablation_mean, ablation_skip_accuracy by jaxcrit ablate"),
+        ("fishr", "; ablation_skip, ablation_mean, ablation_skip_greedy, .* by jaxcrit ablate"),
         ("step", "computed by jaxcrit analyze, from prompts alone"),
         ("substitution", "computed by jaxcrit substitute; see jaxcrit substitute --help"),
         ("ablation_skip", "computed by jaxcrit ablate; see"),

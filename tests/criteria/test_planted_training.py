@@ -12,7 +12,7 @@ import pytest
 
 from jaxcrit.criteria.substitution import host_variant, join, variants, windows
 from jaxcrit.criteria.weight_change import weight_change
-from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.batches import Budget, make_batches, response_mask
 from jaxcrit.data.demo import generate
 from jaxcrit.data.templates import render
 from jaxcrit.evaluation.losses import most_scored, response_loss
@@ -42,7 +42,7 @@ def base(session):
 def batch(session):
     """Rows of the task that the model has never seen."""
     examples = render(generate("order", ROWS), session.tokenizer)
-    (one,) = make_batches(examples, ROWS, [max(len(example.token_ids) for example in examples)], prompt_only=False)
+    (one,) = make_batches(examples, Budget(ROWS, shape=1e6), prompt_only=False)
     learn = response_mask(one, examples)
     return jax.device_put(TokenBatch(one.tokens, one.lengths, learn, most_scored(learn)), jax.devices()[0])
 

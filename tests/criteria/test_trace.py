@@ -123,7 +123,7 @@ def test_all_positions_put_back_is_the_whole_effect(model, known):
     lengths = np.array([len(fact.example.token_ids) for fact in facts], np.int32)
     batch = TokenBatch(*map(jnp.asarray, (tokens, lengths, learn)))
     tap = Tap(lambda site, before, after, positions: after, ("block",))
-    clean = forward(decoder, batch[0], lengths=batch[1], tap=tap).taps["block"]
+    clean = forward(decoder, batch.tokens, lengths=batch.lengths, tap=tap).taps["block"]
     at = np.broadcast_to(np.arange(length, dtype=np.int32), (DEPTH, 4, length))
 
     def variant(layer):
@@ -204,8 +204,11 @@ def test_a_run_leaves_what_it_found(known, tmp_path, monkeypatch, capsys):
     for name in ("trace.png", "report.html", "deletions.npz"):
         assert (tmp_path / "run" / name).exists()
     assert not (tmp_path / "run" / "partial.npz").exists()
-    again = run_trace(options)
+    with monkeypatch.context() as patched:
+        patched.setattr("jaxcrit.criteria.trace.traced", None)  # what is found is found
+        again = run_trace(dataclasses.replace(options, scores=""))
     np.testing.assert_array_equal(again.scores["trace"].values, found.scores["trace"].values)
+    assert not again.run["result"]["beside"] and again.layers == found.layers
     if found.layers is not None:
         stored = LayerSet.load(tmp_path / "run" / "layers.json")
         assert stored == found.layers and stored.rule == "trace:band"

@@ -81,3 +81,13 @@ def test_sentencepiece_that_is_not_installed_is_named(tmp_path, monkeypatch):
     (tmp_path / "tokenizer.model").write_text("PHVuaz4= 0\n")  # tiktoken's format goes by the same name
     with pytest.raises(UserError, match="cannot be loaded"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("changes", [{"model_max_length": [1]}, {"chat_template": [{"a": 1}]}, {"tokenizer_class": 3}])
+def test_settings_of_other_types_are_one_line(changes, tmp_path):
+    path = tiny_tokenizer_dir(tmp_path)
+    file = path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(path)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)

@@ -13,6 +13,7 @@ from support.family_models import raw_config
 
 from jaxcrit.evaluation import losses
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import rms_norm
 from jaxcrit.parallel.accounting import collectives, product_flops
 from jaxcrit.parallel.mesh import abstract_mesh, batch_sharding, make_mesh
 
@@ -66,6 +67,23 @@ def test_losses_stand_where_they_belong(inputs):
     np.testing.assert_array_equal(counted, again)
     assert (np.asarray(whole) > 0).tolist() == np.asarray(counted, bool).tolist()
     assert np.isnan(losses.response_loss(*inputs, CONFIG, scored=6).loss)  # one too few
+
+
+@pytest.mark.parametrize("scored", [None, 8])
+def test_rows_whose_every_token_is_the_likeliest_are_exact(inputs, scored):
+    hidden, norm, head, tokens, learn = inputs
+    _, counted = losses.response_losses(*inputs, CONFIG, scored=scored)
+    best = np.asarray(jnp.argmax(rms_norm(hidden, norm, CONFIG) @ head.T, axis=-1))
+    given = np.where(learn, np.roll(best, 1, axis=1), tokens)  # each token of a response the one that was likeliest
+    for row, place in ((None, 0), (0, int(np.flatnonzero(learn[0])[-1]))):
+        told = given.copy()
+        if row is not None:
+            told[row, place] = (told[row, place] + 1) % head.shape[0]
+        found, again, exact = losses.response_exact(hidden, norm, head, told, learn, CONFIG, scored=scored)
+        has = np.asarray(counted).any(axis=1)
+        assert exact.tolist() == [bool(one) and number != row for number, one in enumerate(has)]
+        np.testing.assert_array_equal(again, counted)
+        np.testing.assert_array_equal(found, losses.response_losses(*inputs[:3], told, learn, CONFIG, scored=scored)[0])
 
 
 def test_other_readings_of_the_same_logits(inputs):

@@ -23,8 +23,10 @@ from jaxcrit.evaluation.scorers import (
     exact_match,
     exact_target,
     judge,
+    last_number,
     reference_compat,
     refusal_keyword,
+    same_number,
     share,
     target_logprob,
 )
@@ -128,6 +130,25 @@ def test_judge():
     assert judge("a b", ask, ("good", "bad"), prompt="b") == "bad"
     with pytest.raises(UserError, match="expected fine, got 'good'"):
         judge("a", ask, ("fine",), prompt="b")
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("1 of 3 is 33 %, so \\boxed{$1,250.50}. Or 7", 1250.5),
+        ("12 or 13\n#### 1,234", 1234),
+        ("so x = -4.", -4),
+        ("5-3", 3),
+        ("1,2,3", 3),
+        ("$0.5 left", 0.5),
+        ("none at all", None),
+        ("", None),
+    ],
+)
+def test_the_number_that_an_answer_comes_to(text, number):
+    assert last_number(text) == number
+    if number is not None:
+        assert same_number([text, "8 or none"], [str(number), "9"]).tolist() == [True, False]
 
 
 def test_target_logprob_is_the_sum_over_the_target():

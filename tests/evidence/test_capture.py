@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from support.family_models import BOUND, MESHES, error, load_path, one_device, raw_config, states, write_model
 
-from jaxcrit.data.batches import make_batches
+from jaxcrit.data.batches import Budget, make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence.capture import capture, compiled_steps
 from jaxcrit.models.decoder import embed
@@ -74,16 +74,18 @@ def test_position_and_embedding(position, truth):
 BATCHINGS = {
     "one at a time": (1, None),
     "more rows than prompts": (8, None),
-    "one bucket": (4, (24,)),
-    "wide bucket": (4, (40,)),
-    "many buckets": (2, (4, 8, 16, 24)),
+    "one shape": (4, [(4, 24)]),
+    "a wide shape": (4, [(4, 40)]),
+    "many lengths": (2, [(2, 4), (2, 8), (2, 16), (2, 24)]),
+    "many sizes": (Budget(4), [(4, 8), (1, 16), (2, 24)]),
+    "as many as pay": (Budget(4, shape=0), None),
 }
 
 
 @pytest.mark.parametrize("batching", BATCHINGS)
-def test_batch_size_buckets_and_padding_do_not_matter(batching, truth):
-    batch_size, buckets = BATCHINGS[batching]
-    got = captured(truth.path, make_batches(examples(), batch_size, buckets))
+def test_shapes_and_padding_do_not_matter(batching, truth):
+    budget, shapes = BATCHINGS[batching]
+    got = captured(truth.path, make_batches(examples(), budget, shapes))
     hidden, _ = truth.at("last")
     assert error(np.asarray(got.hidden), hidden) <= BOUND
     assert got.embed is None
@@ -103,25 +105,25 @@ def test_order_of_samples_and_what_padding_holds_do_not_matter(truth):
 @pytest.mark.parametrize("position", ["last", "all"])
 def test_devices_do_not_matter(mesh, position, truth):
     mesh = make_mesh(parse_mesh(mesh))
-    got = captured(truth.path, make_batches(examples(), 8, (24,)), mesh=mesh, position=position)
+    got = captured(truth.path, make_batches(examples(), 8, [(8, 24)]), mesh=mesh, position=position)
     hidden, _ = truth.at(position)
     assert error(np.asarray(got.hidden), hidden) <= BOUND
     assert got.hidden.sharding.is_fully_replicated and got.hidden.sharding.device_set == set(jax.devices())
 
 
-def test_one_compile_per_bucket_and_mesh(truth):
+def test_one_compile_per_shape_and_mesh(truth):
     """Neither the number of prompts, nor a second dataset, nor a rerun compiles again."""
     decoder, mesh = load_path(truth.path), one_device()
     before = compiled_steps()
     for count in (6, 5, 6):
         prompts = examples(LENGTHS[:count])
-        got = capture(decoder, make_batches(prompts, 3, (9, 18, 27)), count, mesh=mesh)
+        got = capture(decoder, make_batches(prompts, 1, [(1, 9), (1, 18), (1, 27)]), count, mesh=mesh)
         assert got.num_buckets == 3 and got.hidden.shape == (3, count, 32)
     assert compiled_steps() - before == 3
 
 
 def test_bfloat16_states_are_those_of_float32_to_its_precision(truth):
-    got = captured(truth.path, make_batches(examples(), 4, (24,)), dtype="bfloat16")
+    got = captured(truth.path, make_batches(examples(), 4, [(4, 24)]), dtype="bfloat16")
     hidden, _ = truth.at("last")
     assert got.hidden.dtype == jnp.float32
     difference = error(np.asarray(got.hidden), hidden)
@@ -130,5 +132,5 @@ def test_bfloat16_states_are_those_of_float32_to_its_precision(truth):
 
 def test_progress_counts_prompts_not_padding(truth):
     seen = []
-    captured(truth.path, make_batches(examples(), 4, (24,)), progress=lambda *step: seen.append(step))
+    captured(truth.path, make_batches(examples(), 4, [(4, 24)]), progress=lambda *step: seen.append(step))
     assert seen == [(4, 6), (6, 6)]

@@ -24,6 +24,9 @@ def test_the_table_has_every_seed_with_its_interval():
         return {"clean": part, "decoys": part, "target": part, "attack_success": counts, "clean_exact": counts}
 
     text = screen_backdoor.table([seed(0.7), seed(0.9)])
-    assert "layer 1         0.800 [0.00, 1.00]" in text, "two seeds leave Student's interval wide"
-    assert "clean   mahalanobis   0.700 [0.60, 0.75]" in text and "attack_success: 90/100, 90/100" in text
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    wide = "layer 1 " + " ".join(["0.800 [0.00, 1.00]"] * 3)
+    assert wide in lines, "two seeds leave Student's interval wide"
+    assert "clean mahalanobis 0.700 [0.60, 0.75] 0.900 [0.80, 0.95]" in lines
+    assert "attack_success: 90/100, 90/100" in lines
     assert max(map(len, text.splitlines())) <= 100

@@ -350,6 +350,7 @@ REFUSED = {
         "expected architectures[0] to be text, got []",
     ),
     "family a number": ({"model_type": 3}, "expected model_type to be text, got 3"),
+    "activation a list": ({"hidden_act": ["silu"]}, "expected hidden_act to be text, got ['silu']"),
     "marks nested": (
         {"model_type": "smollm3", "architectures": ..., "no_rope_layers": [[], 0, 1]},
         "expected no_rope_layers[0] to be a whole number, got []",

@@ -11,7 +11,7 @@ import pytest
 from support import synthetic_analysis as synthetic
 
 from jaxcrit.reporting import plots, tables
-from jaxcrit.reporting.analysis import analysis_report, heatmap, null_delta, paper_choice, write_selections
+from jaxcrit.reporting.analysis import analysis_report, heatmap, null_delta, paper_choice, write_configs
 from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -38,7 +38,7 @@ class Page(HTMLParser):
 
 
 def write_analysis(analysis):
-    write_selections(analysis, analysis.out)
+    write_configs(analysis, analysis.out)
     return analysis_report(analysis).write(analysis.out, analysis.run)
 
 

@@ -6,14 +6,15 @@ from jax.sharding import NamedSharding, PartitionSpec
 from support import oracles
 
 from jaxcrit.similarity import (
+    PackedGrams,
     _grams,
     centred_grams,
     cka,
+    cka_without_each,
     from_tables,
     gram_tables,
     hsic,
     pack_upper,
-    unpack_upper,
 )
 
 BIASES = ["biased", "debiased"]
@@ -154,5 +155,32 @@ def test_grams_are_centred_and_pack():
     packed = pack_upper(built)
     assert packed.shape == (3, 21 * 11) and packed.dtype == np.float32
     np.testing.assert_array_equal(packed[0, :3], built[0, 0, :3])
-    restored = from_tables(gram_tables(unpack_upper(packed)), "debiased")
+    restored = from_tables(gram_tables(PackedGrams(packed)), "debiased")
     np.testing.assert_allclose(restored, cka(hidden, bias="debiased"), atol=1e-7)
+
+
+@pytest.mark.parametrize("unpacked", [4 * 5 * 21 * 4, 2**26])
+def test_packed_grams_are_read_a_few_rows_at_a_time(unpacked, monkeypatch):
+    monkeypatch.setattr(_grams, "_UNPACKED", unpacked)
+    ours, theirs = np.array(centred_grams(oracles.chain(3, 21, 40))), np.array(centred_grams(oracles.chain(2, 21, 9)))
+    for side in (ours, theirs):
+        side[:] = (side + side.swapaxes(1, 2)) / 2
+    packed, other = PackedGrams(pack_upper(ours)), PackedGrams(pack_upper(theirs))
+    both = PackedGrams(*packed.parts, *other.parts)
+    assert both.shape == (5, 21, 21) and len(list(both)) == 5
+    np.testing.assert_array_equal(np.array(list(both)), np.concatenate([ours, theirs]))
+    np.testing.assert_array_equal(both.rows(np.array([20, 0, 7])), np.concatenate([ours, theirs])[:, [20, 0, 7]])
+    np.testing.assert_array_equal(packed.diagonals, np.diagonal(ours, axis1=1, axis2=2))
+    for given, whole in (((packed,), (ours,)), ((packed, other), (ours, theirs))):
+        found, expected = gram_tables(*given), gram_tables(*whole)
+        for bias in BIASES:
+            np.testing.assert_allclose(from_tables(found, bias), from_tables(expected, bias), atol=1e-7)
+            np.testing.assert_allclose(cka_without_each(found, bias), cka_without_each(expected, bias), atol=1e-7)
+
+
+@pytest.mark.parametrize("bias", BIASES)
+def test_many_samples_go_by_tiles(bias, monkeypatch):
+    monkeypatch.setattr("jaxcrit.similarity._cka.RESIDENT_SAMPLES", 20)
+    monkeypatch.setattr("jaxcrit.similarity._cka.sweep", lambda *_, **__: pytest.fail("held every Gram"))
+    hidden = oracles.with_outliers(oracles.chain(3, 61, 40), 500, 5)
+    np.testing.assert_allclose(cka(hidden, bias=bias), oracles.oracle(hidden, bias), atol=1e-6)

@@ -29,6 +29,7 @@ from jaxcrit.similarity import (
     unit_rows,
 )
 from jaxcrit.similarity import _survey as surveys
+from jaxcrit.similarity._tiled import _default_tile
 
 BIASES = ["biased", "debiased"]
 
@@ -165,6 +166,24 @@ def test_tiles_give_all_tables(kernel):
         np.testing.assert_allclose(getattr(parts, name), expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
+@pytest.mark.parametrize(("kernel", "band"), [("linear", None), ("linear", 1), ("rbf", None)])
+@pytest.mark.parametrize("tile", [61, 16])
+def test_sums_of_tiles_are_sums_of_their_tables(kernel, band, tile):
+    hidden = oracles.with_outliers(oracles.chain(4, 61, 30), 500, 5)
+    whole = tiled(hidden, kernel=kernel, band=band, tile=tile)
+    sums = tiled(hidden, kernel=kernel, band=band, tile=tile, sums=True)
+    assert isinstance(sums, GramSums) and sums.num_samples == 61
+    for bias in BIASES:
+        np.testing.assert_allclose(from_tables(sums, bias), from_tables(whole, bias), atol=1e-7)
+    np.testing.assert_allclose(null_mean(sums), null_mean(whole), rtol=1e-6)
+
+
+def test_tiles_of_a_cpu_stay_in_its_cache():
+    for layers, count in ((30, 3000), (32, 10_000), (2, 50), (400, 2000)):
+        size = _default_tile(layers, count)
+        assert 4 * layers * size**2 <= 2**25 and size <= max(count, 64)
+
+
 @pytest.mark.parametrize("bias", BIASES)
 def test_rbf_tiles_beside_the_float64_oracle(bias):
     hidden = oracles.chain(3, 50, 20)
@@ -297,7 +316,12 @@ GIB = 2.0**30
     ("shape", "options", "name"),
     [
         ((300, 4096, 32), {}, "resident"),
-        ((4096, 64, 12), {}, "resident"),
+        ((1500, 576, 30), {}, "resident"),
+        ((3000, 576, 30), {}, "tiled"),
+        ((3000, 576, 30), {"grams": True}, "resident"),
+        ((3000, 576, 30), {"kernel": "rbf"}, "resident"),
+        ((4096, 64, 12), {}, "tiled"),  # features would be cheaper, but have no rows
+        ((4097, 64, 12), {}, "streamed"),
         ((10_000, 4096, 32), {}, "tiled"),
         ((20_000, 4096, 32), {"band": 2}, "tiled"),
         ((30_000, 4096, 32), {"band": 2, "memory": 30 * GIB}, "streamed"),  # beyond 5.8 D = 23,800

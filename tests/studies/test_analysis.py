@@ -127,12 +127,102 @@ def test_an_interrupted_run_resumes(model, data, tmp_path, monkeypatch):
         return real(*arguments, **options)
 
     monkeypatch.setattr(captures, "capture", once)
+    monkeypatch.setattr(captures, "_TOGETHER", 0)  # datasets large enough to be captured one by one
     with pytest.raises(KeyboardInterrupt):
         run_analysis(config)
     assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "running"
     run_analysis(config)
     assert len(calls) == 3, "the first dataset was captured once"
     assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "complete"
+
+
+def test_a_large_fingerprint_is_kept_on_request(config, tmp_path, monkeypatch, capsys):
+    """Without it, a run that goes on says why it sweeps again, and what reads Grams says how to have them."""
+    monkeypatch.setattr(captures, "FINGERPRINT_BYTES", 1000)
+    first, run = run_analysis(config), tmp_path / "run"
+    assert not (run / "fingerprint.npz").exists()
+    capsys.readouterr()
+    run_analysis(config)
+    told = capsys.readouterr().err
+    assert told == "prompts: swept again, for its Grams (0 MB) were not kept; a run with --fingerprint keeps them\n"
+    for command in (["compare", str(run), str(run)], ["spectrum", f"--run={run}"]):
+        assert main([*command, f"--out={tmp_path / 'other'}"]) == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1 and "no fingerprint.npz there" in error and "--fingerprint" in error
+    kept = run_analysis(dataclasses.replace(config, fingerprint=True, out=str(tmp_path / "kept")))
+    assert (tmp_path / "kept" / "fingerprint.npz").exists()
+    for key, score in first.scores.items():
+        np.testing.assert_allclose(kept.scores[key].values, score.values, atol=1e-6)
+        np.testing.assert_allclose(kept.scores[key].stderr, score.stderr, atol=1e-6)
+
+
+def test_many_prompts_go_by_tiles_with_all_errors(config, tmp_path, monkeypatch):
+    """Errors, null and certainty are those of whole Grams; what takes these has them."""
+    whole = run_analysis(config)
+    monkeypatch.setattr("jaxcrit.similarity._forms.RESIDENT_SAMPLES", 8)
+    tiles = run_analysis(dataclasses.replace(config, out=str(tmp_path / "tiles")))
+    assert tiles.run["forms"]["prompts"]["name"] == "tiled" and not (tmp_path / "tiles" / "fingerprint.npz").exists()
+    for key, score in whole.scores.items():
+        np.testing.assert_allclose(tiles.scores[key].values, score.values, atol=1e-6)
+        np.testing.assert_allclose(tiles.scores[key].stderr, score.stderr, atol=1e-5)
+    ours, theirs = tiles.datasets["prompts"], whole.datasets["prompts"]
+    for key in ("null_mean", "null_stddev", "debiased"):
+        np.testing.assert_allclose(ours.cka[key], theirs.cka[key], atol=1e-6)
+    np.testing.assert_allclose(ours.certainty.probability, theirs.certainty.probability, atol=0.02)
+    for changes in ({"measures": "rsa"}, {"position": "all"}, {"fingerprint": True}):
+        run = run_analysis(dataclasses.replace(config, **changes, out=str(tmp_path / next(iter(changes)))))
+        assert run.run["forms"]["prompts"]["name"] == "resident"
+
+
+def test_datasets_that_share_batches_resume_each_for_itself(model, data, tmp_path, monkeypatch):
+    """Interrupted after the first dataset; the rest comes out as if nothing had happened, from fewer batches."""
+    others = [prompts_file(tmp_path / f"{name}.jsonl", seed=seed) for seed, name in enumerate(["b", "c"], 1)]
+    sources = ",".join(map(str, (data, *others)))
+    config = AnalyzeOptions(model=str(model), data=sources, out=str(tmp_path / "run"), batch_size=4)
+    run_analysis(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    real, done, batches = captures.centred_grams, [], []
+
+    def once(*arguments, **options):
+        if done:
+            raise KeyboardInterrupt
+        done.append(1)
+        return real(*arguments, **options)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(captures, "centred_grams", once)
+        run_analysis(config)
+    captured = captures.capture
+
+    def counted(decoder, given, *arguments, **options):
+        batches.append([batch.rows.tolist() for batch in given])
+        return captured(decoder, given, *arguments, **options)
+
+    monkeypatch.setattr(captures, "capture", counted)
+    run = run_analysis(config).run
+    (resumed,) = batches
+    assert run["time"]["capture"]["prompts"] == {"reused": True}
+    assert run["time"]["capture"]["b"]["together"] == ["prompts", "b", "c"]
+    assert all(max(rows) >= 12 for rows in resumed), "no batch of the first dataset alone"
+    assert without_times(tmp_path / "run") == without_times(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("position", ["last", "all"])
+def test_a_dataset_scores_the_same_in_company(model, data, tmp_path, position):
+    other = prompts_file(tmp_path / "others.jsonl", seed=1)
+    how = {"model": str(model), "position": position, "batch_size": 8, "save_activations": True}
+    both = run_analysis(AnalyzeOptions(data=f"{data},{other}", out=str(tmp_path / "both"), **how))
+    taken = both.run["time"]["capture"]
+    assert taken["prompts"] == taken["others"] and taken["prompts"]["together"] == ["prompts", "others"]
+    for name, file in (("prompts", data), ("others", other)):
+        alone = run_analysis(AnalyzeOptions(data=str(file), out=str(tmp_path / name), **how)).datasets[name]
+        mine = both.datasets[name]
+        assert mine.sample_ids == alone.sample_ids
+        for key, score in alone.scores.items():
+            np.testing.assert_allclose(mine.scores[key].values, score.values, atol=1e-5)
+            np.testing.assert_allclose(mine.scores[key].stderr, score.stderr, atol=1e-5)
+        files = (tmp_path / "both" / name, tmp_path / name)
+        ours, theirs = (load_file(folder / "activations.safetensors")["hidden"] for folder in files)
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 def test_several_datasets_have_a_consensus(model, data, tmp_path):

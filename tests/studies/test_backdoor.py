@@ -125,6 +125,24 @@ def test_arms_train_on_the_same_rows_and_freeze_what_they_say(base, finished):
     assert found.study.base == {"exact_target": 0, "contains_target": 0, "refusal_keyword": 0, "reference_compat": 0}
 
 
+def test_kept_models_are_checkpoints(base, finished, tmp_path):
+    """The arm's weights at its end: what it answers is what its last test found."""
+    config = dataclasses.replace(base, arms="full", out=str(tmp_path / "run"))
+    first = run_backdoor(config)
+    kept = run_backdoor(dataclasses.replace(config, keep_models=True))
+    assert kept.content == first.content
+    opened = open_model(str(kept.out / "arms" / "full-seed0" / "model"))
+    scoring = Scoring(config, opened, prepare(config, check(config)[1], opened).prompts)
+    tested, brief = scoring(opened.decoder()), scoring(opened.decoder(), generate=False)
+    last = kept.runs[1].points[-1]
+    assert {key: tested.record()[key] for key in ("success", "exact", "answers")} == {
+        key: last[key] for key in ("success", "exact", "answers")
+    }
+    assert brief.record()["success"] == last["success"] and brief.answers == {} == kept.runs[1].points[1]["answers"]
+    with pytest.raises(UserError, match="--keep_models: writes local directories only"):
+        check(dataclasses.replace(config, keep_models=True, out="gs://bucket/run"))
+
+
 def test_report(finished, tmp_path):
     found, _, _ = finished
     text = backdoor_text(found.content, found.out)

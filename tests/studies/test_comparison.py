@@ -171,7 +171,7 @@ BAD = {
     "absent": (lambda r, t: str(t / "absent.npz"), "no such file"),
     "no fingerprint": (lambda r, t: str(r / "model_a"), "no fingerprint.npz there"),
     "several datasets": (several, "give one of them, such as"),
-    "other file": (lambda r, t: str(r / "b" / "cka.npz"), "expected a jaxcrit.fingerprint, got 'jaxcrit.cka'"),
+    "other file": (lambda r, t: str(r / "b" / "cka.npz"), "expected format jaxcrit.fingerprint, got 'jaxcrit.cka'"),
     "cut short": (cut, "expected an npz written by jaxcrit"),
     "other version": (lambda r, t: changed(r, t, format_version=2), "expected format_version 1, got 2"),
     "no units": (lambda r, t: changed(r, t, lambda a: {"units": a["units"][:3]}), "the file is damaged"),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 from support.family_models import raw_config
-from support.known_facts import knowing_checkpoint
+from support.known_facts import knowing_checkpoint, new_facts
 from support.tiny import tiny_tokenizer_dir
 from support.tiny_model import tiny_checkpoint
 
@@ -35,7 +35,7 @@ from jaxcrit.studies import editing
 from jaxcrit.studies.covariance import covariances
 from jaxcrit.studies.editing import check, closed_form
 
-DEPTH, FF = 7, 32
+DEPTH, FF = 7, 256
 WORDS = ["cat", "dog", "sky", "one", "two", "blue", "sat", "mat", "and", "is", "what", "name"]
 
 
@@ -79,24 +79,11 @@ def one_device(tmp_path_factory):
 def study(tmp_path_factory):
     """A model, a file of text, and facts to edit, whose targets it does not say."""
     folder = tmp_path_factory.mktemp("study")
-    model, known, _ = knowing_checkpoint(folder)
+    model, known, _ = knowing_checkpoint(folder, intermediate_size=FF)  # so wide that keys are nearly orthogonal
     rng = np.random.default_rng(0)
-    texts = [{"text": f"{row} " + " ".join(rng.choice(WORDS, 24))} for row in range(60)]
+    texts = [{"text": f"{row} " + " ".join(rng.choice(WORDS, 24))} for row in range(130)]
     (folder / "text.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
-    rows = [json.loads(line) for line in known.read_text().splitlines()]
-    news = ["two", "one", "cat", "sat"]  # the head knows no others
-    facts = [
-        {
-            "prompt": row["prompt"],
-            "subject": row["subject"],
-            "target": new,
-            "old": row["target"],
-            "relation": "place",
-            "paraphrases": ["what is the {} on"],
-            "neighbours": [{"prompt": other["prompt"].replace("{}", other["subject"]), "target": other["target"]}],
-        }
-        for row, new, other in zip(rows, news, rows[4:] * 2, strict=False)
-    ]
+    facts = new_facts(known)
     (folder / "facts.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in facts))
     return folder, str(model), facts
 
@@ -124,7 +111,7 @@ def full(study):
     seen, real = [], editing._solved
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(editing, "_solved", lambda *given: seen.append(real(*given)) or seen[-1])
-        return changed(study, study[2], "2,4"), seen
+        return changed(study, study[2], "1,3"), seen
 
 
 def test_a_light_weight_gives_the_stream_exactly_the_vectors(study, full):
@@ -134,17 +121,17 @@ def test_a_light_weight_gives_the_stream_exactly_the_vectors(study, full):
     for number, one in enumerate(placed(facts_of([("", fact) for fact in study[2]]), before.tokenizer)):
         prompt = np.asarray(one.example.token_ids[None, : one.example.prompt_length])
         taps = [forward(m.decoder(), prompt, tap=tap).taps["block"] for m in (before, after)]
-        moved = np.subtract(*(np.asarray(tap)[2, 0, one.subject[-1]] for tap in taps[::-1]))
+        moved = np.subtract(*(np.asarray(tap)[1, 0, one.subject[-1]] for tap in taps[::-1]))
         assert np.abs(first.residual[number]).max() > 0.1 and error(moved, first.residual[number]) < 1e-3
     np.testing.assert_allclose(first.share, 1, atol=1e-3)
-    others = np.array([0, 1, 3, 5, 6])
+    others = np.array([0, 2, 4, 5, 6])
     np.testing.assert_array_equal(downs(after)[others], downs(before)[others])
     for fact in study[2]:
         assert not greedy(before, fact) and greedy(after, fact)
 
 
 def test_one_layer_full_is_spread_bit_for_bit(study):
-    full, spread = (changed(study, study[2], "4", residual=way) for way in ("full", "spread"))
+    full, spread = (changed(study, study[2], "3", residual=way) for way in ("full", "spread"))
     np.testing.assert_array_equal(downs(full), downs(spread))
     assert (downs(full) != downs(open_model(study[1]))).any()
 
@@ -154,14 +141,14 @@ def test_what_is_true_already_changes_no_bit(study, tmp_path):
     true = {**facts[0], "target": facts[0]["old"], "old": ""}
     # The head is so sure of what it knows that the loss is below the bound at which the search ends.
     sharp = knowing_checkpoint(tmp_path, logit=14.0)[0]
-    after = edit(str(sharp), [true], "2,4", folder / "text.jsonl", out=tmp_path / "run", **HOW)
+    after = edit(str(sharp), [true], "1,3", folder / "text.jsonl", out=tmp_path / "run", **HOW)
     np.testing.assert_array_equal(downs(after), downs(open_model(str(sharp))))
     warned = read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["warnings"]
     assert any("true already" in line for line in warned)
 
 
 def test_the_order_of_facts_and_their_parts_do_not_matter(study, full):
-    parts = changed(study, study[2][::-1], "2,4", batch_size=4)
+    parts = changed(study, study[2][::-1], "1,3", batch_size=4)
     assert error(downs(parts), downs(full[0])) < 1e-5
 
 
@@ -174,23 +161,23 @@ def test_all_facts_are_said_and_the_run_is_a_model(study, tmp_path, residual):
         model=model,
         facts=str(folder / "facts.jsonl"),
         covariance_data=str(folder / "text.jsonl"),
-        layers="2-4",
+        layers="1-3",
         residual=residual,
         out=str(out),
         **HOW,
     )
     found = run_edit(options)
     record = read_json(out / "run.json", "jaxcrit.run")
-    assert record["layers"]["layers"] == ([2, 4] if residual == "full" else [2, 3, 4])
-    assert record["result"]["after"]["own"]["greedy"] == 1 and record["result"]["before"]["own"]["greedy"] == 0
-    assert record["result"]["after"]["own"]["preferred"] == 1
+    assert record["layers"]["layers"] == ([1, 3] if residual == "full" else [1, 2, 3])
+    own, before = (record["result"][when]["own"] for when in ("after", "before"))
+    assert before["greedy"] == before["preferred"] == 0 and own["p"] > 100 * before["p"]
+    assert own["greedy"] == (1 if residual == "full" else 0.5)
     assert {"own", "paraphrase", "neighbour"} <= record["result"]["after"].keys()
     assert record["trained"]["lora"]["rank"] == len(facts) and record["trained"]["lora"]["targets"] == ["down"]
     opened = open_model(str(out))
     np.testing.assert_array_equal(downs(opened), downs(found.model))
-    assert all(greedy(opened, fact) for fact in facts)
     edits = read_json(out / "edits.json", "jaxcrit.edits")
-    assert [row["greedy"] for row in edits["facts"]] == [[False, True]] * len(facts)
+    assert [row["greedy"][1] for row in edits["facts"]] == [greedy(opened, fact) for fact in facts]
     if residual == "full":  # why two layers: after the first, little is left to be sought
         one, other = record["result"]["layers"].values()
         assert other["loss_before"] < one["loss_before"] / 2
@@ -219,34 +206,33 @@ def test_all_facts_are_said_and_the_run_is_a_model(study, tmp_path, residual):
 
 
 def test_more_facts_than_an_adapter_is_worth_are_whole_layers(study, tmp_path):
-    """24 x 32 weights: from rank 14 on, whole layers are smaller."""
-    subjects = [f"{word} {number}" for number in (1, 2) for word in WORDS[:7]]
+    """24 x 256 weights: from rank 22 on, whole layers are smaller."""
+    subjects = [f"{word} {number}" for number in (1, 2) for word in WORDS[:11]]
     many = [{"prompt": "the {} sat on the", "subject": one, "target": "two"} for one in subjects]
-    assert changed(study, many, "4", steps=1).overlays[-1].partition.lora is None
+    assert changed(study, many, "3", steps=1).overlays[-1].partition.lora is None
 
 
 def test_a_further_edit_keeps_the_keys_of_the_first(study, tmp_path):
     folder, model, facts = study
     how = {**HOW, "covariance_weight": 1e-3}
     text = folder / "text.jsonl"
-    first = edit(model, facts[:2], "4", text, out=tmp_path / "first", **how)
-    second = edit(None, facts[2:], "4", text, on=str(tmp_path / "first"), out=tmp_path / "second", **how)
-    assert all(greedy(second, fact) for fact in facts)
-    keys = read_npz(tmp_path / "second" / "keys.npz")[0]["layer_4"]
+    first = edit(model, facts[:2], "3", text, out=tmp_path / "first", **how)
+    second = edit(None, facts[2:], "3", text, on=str(tmp_path / "first"), out=tmp_path / "second", **how)
+    keys = read_npz(tmp_path / "second" / "keys.npz")[0]["layer_3"]
     assert keys.shape == (4, FF)
-    np.testing.assert_array_equal(keys[:2], read_npz(tmp_path / "first" / "keys.npz")[0]["layer_4"])
+    np.testing.assert_array_equal(keys[:2], read_npz(tmp_path / "first" / "keys.npz")[0]["layer_3"])
     # What the second changes, it changes little where the first one's keys point.
-    change = downs(second)[4] - downs(first)[4]
+    change = downs(second)[3] - downs(first)[3]
     old, new = (np.linalg.norm(change @ part.T, axis=0).mean() for part in (keys[:2], keys[2:]))
     assert old < 0.02 * new
     record = read_json(tmp_path / "second" / "run.json", "jaxcrit.run")
     assert record["edits"] == 2 and record["base"]["hash"] == open_model(model).model_hash
-    assert record["result"]["before"]["own"]["greedy"] == 0
+    assert record["result"]["after"]["own"]["p"] > 100 * record["result"]["before"]["own"]["p"]
     np.testing.assert_array_equal(downs(open_model(str(tmp_path / "second"))), downs(second))
     with pytest.raises(UserError, match=r"is a run of jaxcrit edit; on=.* changes it further"):
-        edit(str(tmp_path / "first"), facts[2:], "4", text, **how)
+        edit(str(tmp_path / "first"), facts[2:], "3", text, **how)
     with pytest.raises(UserError, match="expected a run of jaxcrit edit"):
-        edit(None, facts, "4", text, on=model, **how)
+        edit(None, facts, "3", text, on=model, **how)
 
 
 def test_the_covariance_by_hand_from_the_cache_and_drawn_to_the_identity(study):
@@ -273,7 +259,7 @@ def test_the_covariance_by_hand_from_the_cache_and_drawn_to_the_identity(study):
 
 
 def test_eight_devices_find_what_one_finds(study, full):
-    many = changed(study, study[2], "2,4", mesh="data=8")
+    many = changed(study, study[2], "1,3", mesh="data=8")
     assert error(downs(many), downs(full[0])) < 1e-4
 
 
@@ -283,7 +269,7 @@ def test_told_to_leave_it_saves_and_goes_on(study, tmp_path, monkeypatch):
         model=model,
         facts=str(folder / "facts.jsonl"),
         covariance_data=str(folder / "text.jsonl"),
-        layers="2,4",
+        layers="1,3",
         batch_size=4,
         out=str(tmp_path / "run"),
         **{**HOW, "steps": 4},
@@ -295,7 +281,7 @@ def test_told_to_leave_it_saves_and_goes_on(study, tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*given, **named)
 
-    with monkeypatch.context() as patch, pytest.raises(Preempted, match="told to leave at part 1 of 2 of layer 2"):
+    with monkeypatch.context() as patch, pytest.raises(Preempted, match="told to leave at part 1 of 2 of layer 1"):
         patch.setattr(editing, "_descend", told)
         run_edit(options)
     assert (tmp_path / "run" / "partial.npz").exists()
@@ -352,8 +338,8 @@ def test_models_with_a_norm_behind_the_mlp_are_refused():
 def test_numbers_that_are_not_finite(study, monkeypatch):
     real = editing._descend
     monkeypatch.setattr(editing, "_descend", lambda *a, **k: (real(*a, **k)[0] * np.nan, *real(*a, **k)[1:]))
-    with pytest.raises(UserError, match="came to NaN in layer 4"):
-        changed(study, study[2][:2], "4", steps=2)
+    with pytest.raises(UserError, match="came to NaN in layer 3"):
+        changed(study, study[2][:2], "3", steps=2)
 
 
 def test_warnings(study, tmp_path):
@@ -364,7 +350,7 @@ def test_warnings(study, tmp_path):
     content = {"format": "jaxcrit.scores", "format_version": 1, "num_layers": 7, "scores": {"trace_last": entry}}
     scores.write_text(json.dumps(content))
     short = [{"text": f"the cat {word} and the dog"} for word in WORDS]
-    edit(model, facts, "4", short, scores=scores, out=tmp_path / "run", **{**HOW, "clamp": 40.0, "step_size": 2.0})
+    edit(model, facts, "3", short, scores=scores, out=tmp_path / "run", **{**HOW, "clamp": 40.0, "step_size": 2.0})
     told = " ".join(read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["warnings"])
-    for part in ("fewer than ten for each", "of the subjects given of 'place'", "layer 4 is not below 2"):
+    for part in ("fewer than ten for each", "of the subjects given of 'place'", "layer 3 is not below 2"):
         assert part in told

@@ -18,7 +18,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.data.templates import render
 from jaxcrit.data.tokenizer import load_tokenizer
 from jaxcrit.evidence import answers
-from jaxcrit.models.generation import generate
+from jaxcrit.models.generation import decode, generate
 from jaxcrit.models.model import open_model
 from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.preemption import Preempted
@@ -61,6 +61,33 @@ def test_rows_are_the_answers_to_their_prompts(config, model, tmp_path):
         assert (row["sample_id"], row["prompt"]) == (example.sample_id, example.prompt)
 
 
+def test_a_dataset_is_answered_the_same_in_company(config, tmp_path, monkeypatch):
+    """Datasets share batches; draws follow from a row's place in its own. Interrupted, each has its part."""
+    other = prompts_file(tmp_path / "others.jsonl", seed=1)
+    both = dataclasses.replace(config, data=f"{config.data},{other}", temperature=1.0)
+    shared, calls = [], []
+
+    def watched(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        shared.append(kwargs["samples"].tolist())
+        return decode(*args, **kwargs)
+
+    monkeypatch.setattr(answers, "decode", watched)
+    with pytest.raises(KeyboardInterrupt):
+        run_generate(both)
+    parts = [lines(tmp_path / "run" / name / "generations.jsonl.part") for name in ("prompts", "others")]
+    assert sum(map(len, parts)) == sum(row >= 0 for rows in shared for row in rows)
+    found = run_generate(both)
+    assert any(len(rows) > len(set(rows)) for rows in shared), "rows of one place in two datasets, in one batch"
+    monkeypatch.undo()
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    for name, file in (("prompts", config.data), ("others", str(other))):
+        alone = run_generate(dataclasses.replace(both, data=file, out=str(tmp_path / name)))
+        assert found.rows[name] == alone.rows[name] == lines(tmp_path / "run" / name / "generations.jsonl")
+
+
 def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, temperature=1.0, batch_size=8)
     run_generate(dataclasses.replace(config, out=str(tmp_path / "whole")))
@@ -70,9 +97,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(config, tmp_path, monkeypa
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return generate(*args, **kwargs)
+        return decode(*args, **kwargs)
 
-    monkeypatch.setattr(answers, "generate", twice)
+    monkeypatch.setattr(answers, "decode", twice)
     with pytest.raises(KeyboardInterrupt):
         run_generate(config)
     part = tmp_path / "run" / "generations.jsonl.part"
@@ -92,10 +119,10 @@ def test_told_to_leave_it_saves_and_goes_on_to_the_same_bytes(config, tmp_path, 
 
     def told(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
-        return generate(*args, **kwargs)
+        return decode(*args, **kwargs)
 
     with monkeypatch.context() as patch, pytest.raises(Preempted, match=r"with \d+ of 12 prompts answered"):
-        patch.setattr(answers, "generate", told)
+        patch.setattr(answers, "decode", told)
         run_generate(config)
     kept = (tmp_path / "run/generations.jsonl.part").read_text().splitlines()
     assert 4 <= len(kept) <= 8

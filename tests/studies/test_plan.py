@@ -119,6 +119,16 @@ def test_generation_keeps_a_cache_and_reads_the_weights_for_every_token():
     assert grouped.memory["cache"] == found.memory["cache"] / 4  # 8 heads of 32
 
 
+def test_the_covariance_of_an_edit_is_kept_of_its_layers_alone():
+    """A pass up to the highest layer; of each layer a square of the feed-forward width, in float32, on every device."""
+    some, every = (plan(job="edit", layers=layers, compile=False) for layers in ("4,8", "all"))
+    assert some.memory["covariance"] == 2 * 4 * 11008**2 and every.memory["covariance"] == 32 * 4 * 11008**2
+    products = 2 * 32 * 1024 * 11008**2
+    assert every.flops * 16 > some.flops * 16 * 32 / 9 + 20 * products
+    with pytest.raises(UserError, match="in gemma2 models a norm stands behind the MLP"):
+        plan(job="edit", model="gemma2-2b", mesh="fsdp=16", compile=False)
+
+
 @pytest.mark.parametrize(("name", "weights"), [("gemma2-2b", 2_614_341_888), ("gemma3-1b", 999_885_952)])
 def test_models_whose_layers_differ_are_planned_too(name, weights):
     asked = {"model": name, "mesh": "fsdp=16", "compile": False}

@@ -110,12 +110,11 @@ def test_the_same_model_is_safe(config, inputs):
 def test_devices_and_batches_find_what_one_device_finds(config):
     one = {name: open_model(getattr(config, name), mesh=one_device()) for name in ("receiver", "sender")}
     alone = run_reuse(dataclasses.replace(config, mesh=""), **one, keep=False)
-    for mesh, size in (("data=8", 8), ("data=2,fsdp=2,tensor=2", 4)):
-        found = run_reuse(dataclasses.replace(config, mesh=mesh, batch_size=size), keep=False)
-        for key, score in alone.scores.items():
-            np.testing.assert_allclose(found.scores[key].values, score.values, atol=1e-5, err_msg=key)
-        for one, other in zip(found.found["groups"], alone.found["groups"], strict=True):
-            np.testing.assert_allclose(one["test"]["kl"], other["test"]["kl"], atol=1e-5)
+    found = run_reuse(dataclasses.replace(config, mesh="data=2,fsdp=2,tensor=2", batch_size=4), keep=False)
+    for key, score in alone.scores.items():
+        np.testing.assert_allclose(found.scores[key].values, score.values, atol=1e-5, err_msg=key)
+    for one, other in zip(found.found["groups"], alone.found["groups"], strict=True):
+        np.testing.assert_allclose(one["test"]["kl"], other["test"]["kl"], atol=1e-5)
 
 
 def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):

@@ -279,7 +279,7 @@ def test_commands(config, inputs, capsys, tmp_path):
                 f"--model={config.base}",
                 f"--data={config.data}",
                 f"--out={out}",
-                "--generate",
+                "--score=generated",
                 "--max_new_tokens=4",
             ]
         )
@@ -292,7 +292,7 @@ def test_commands(config, inputs, capsys, tmp_path):
         "ablation_skip_per_token",
         "ablation_mean",
         "ablation_mean_per_token",
-        "ablation_skip_accuracy",
+        "ablation_skip_generated",
     }
     assert read_json(out / "run.json", "jaxcrit.run")["status"] == "complete"
 

@@ -65,3 +65,20 @@ def knowing_checkpoint(
     tensors["lm_head.weight"] = np.ascontiguousarray(head, np.float32)  # a transposed view would be written as it lies
     save_file(tensors, file)
     return model, facts, known
+
+
+def new_facts(facts: Path) -> list[dict]:
+    """Four of the facts with targets that are not true, neighbours and paraphrases; the head knows no other targets."""
+    rows = [json.loads(line) for line in facts.read_text().splitlines()]
+    return [
+        {
+            "prompt": row["prompt"],
+            "subject": row["subject"],
+            "target": new,
+            "old": row["target"],
+            "relation": "place",
+            "paraphrases": ["what is the {} on"],
+            "neighbours": [{"prompt": other["prompt"].replace("{}", other["subject"]), "target": other["target"]}],
+        }
+        for row, new, other in zip(rows, ("two", "one", "cat", "sat"), rows[4:] * 2, strict=False)
+    ]
