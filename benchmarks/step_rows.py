@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from rows import OURS, Row, limit, take_turns
 
+from jaxcrit.core.pages import keep_pages
 from jaxcrit.models.attention import Attention
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.partition import partition, split
@@ -28,6 +29,7 @@ BATCH, LENGTH, LAYERS, RATE = 4, 256, tuple(range(12, 17)), 1e-5
 
 def rows(checkpoint: Path) -> list[Row]:
     """One row; the losses of all sides after as many steps stand beside it."""
+    keep_pages()  # as `jaxcrit finetune` does; torch gains by it too
     loaded = open_checkpoint(checkpoint)
     config = dataclasses.replace(loaded.config, attention=Attention("auto"))
     tokens = np.random.default_rng(1).integers(0, config.vocab_size, (BATCH, LENGTH)).astype(np.int32)
@@ -35,21 +37,22 @@ def rows(checkpoint: Path) -> list[Row]:
     parts = partition(config, LAYERS)
     params, frozen = split(parts.gather(load(loaded, dtype="float32", mesh=mesh).weights(), mesh, jnp.float32))
     optimizer = make_optimizer("adamw", make_schedule("constant", RATE, 1000), parts)
-    state = [initial_state(parts, optimizer, params, mesh)]
     batch = TokenBatch(tokens[None], np.full((1, BATCH), LENGTH, np.int32), np.ones((1, BATCH, LENGTH), bool))
-    whole = make_step(parts, optimizer, dtype=jnp.float32, remat=False, form="runs")
-    flops = product_flops(whole, state[0], frozen, batch)
-    step = make_step(parts, optimizer, dtype=jnp.float32)
 
-    def ours() -> float:
-        state[0], metrics = step(state[0], frozen, batch)
-        return float(metrics.sums.per_token)
+    def ours(remat: bool) -> Callable[[], float]:
+        state = [initial_state(parts, optimizer, jax.tree.map(jnp.copy, params), mesh)]
+        step = make_step(parts, optimizer, dtype=jnp.float32, remat=remat)
 
-    calls = {
-        OURS: ours,
-        "torch float32": theirs(checkpoint, tokens),
-        "torch bfloat16": theirs(checkpoint, tokens, True),
-    }
+        def call() -> float:
+            state[0], metrics = step(state[0], frozen, batch)
+            return float(metrics.sums.per_token)
+
+        return call
+
+    calls = {OURS: ours(True), "jaxcrit --noremat": ours(False)}
+    calls |= {"torch float32": theirs(checkpoint, tokens), "torch bfloat16": theirs(checkpoint, tokens, True)}
+    plain = make_step(parts, optimizer, dtype=jnp.float32, remat=False, form="runs")
+    flops = product_flops(plain, initial_state(parts, optimizer, params, mesh), frozen, batch)
     head = 2 * 2 * tokens.size * config.width * config.vocab_size  # forward, and the gradient of what enters it
     inside = (tokens.size, config.width, config.ff_width)
     least = limit({inside: flops - head, (tokens.size, config.width, config.vocab_size): head})

@@ -20,6 +20,7 @@ import jaxcrit
 from jaxcrit.core import console, flags, options, processes
 from jaxcrit.core.errors import UserError, did_you_mean, first_line, is_error
 from jaxcrit.core.groups import ProcessOptions
+from jaxcrit.core.pages import keep_pages
 from jaxcrit.core.programs import keep_programs
 from jaxcrit.parallel.preemption import INTERRUPTED, Preempted, leaving_at_once
 
@@ -71,6 +72,8 @@ GROUPS = {
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
 FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "plan", "export")
+# Commands that train: what a step frees, the next one takes again.
+TRAINS = ("finetune", "backdoor")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
 FAILED, BAD_USAGE, PREEMPTED, BROKEN_PIPE = 1, 2, 75, 141  # 75: EX_TEMPFAIL, try again
@@ -166,6 +169,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     console.spell_what_cannot_be_shown()
+    if arguments is None and any(name in TRAINS for name in sys.argv[1:2]):  # the process is ours
+        keep_pages()
     try:
         with leaving_at_once():
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
