@@ -148,7 +148,7 @@ def features(
     Args:
         hidden: ``[L, N, D]`` activations, on devices or on the host.
         band: only pairs of layers at most so far apart; all by default.
-        block: samples per product, at most N; default 1,024 or N.
+        block: samples per product, at most N; default about 1,024, or N.
         memory: bytes that accumulators may take; at least one pair is worked on.
         sharding: sharding of the products, see `product_sharding`; one device by default.
         allow_repeats: accept equal samples.
@@ -203,11 +203,14 @@ def product_sharding(mesh: jax.sharding.Mesh, width: int) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(None, None, mesh.axis_names, None))
 
 
-def block_size(asked: int | None, count: int, name: str, default: int = BLOCK) -> int:
-    """A block or tile of samples, refused where it is larger than there are samples."""
+def block_size(asked: int | None, count: int, name: str, default: int = 0) -> int:
+    """A block or tile of samples, refused where it is larger than there are samples.
+
+    Where none is asked for or given, about 1,024 that part the samples evenly: what blocks overlap is computed twice.
+    """
     if asked is not None and not 1 <= asked <= count:
         raise UserError(f"{name}={asked}: expected 1 to {count}, the number of samples")
-    return min(default, count) if asked is None else asked
+    return asked or min(default or -(-count // -(-count // BLOCK)), count)
 
 
 class _Sums:

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxcrit.similarity._features import BLOCK, block_size
+from jaxcrit.similarity._features import block_size
 from jaxcrit.similarity._grams import (
     ROUNDING,
     GramSums,
@@ -94,7 +94,7 @@ def tiled(
     check_band(band, num_layers)
     facts = survey(hidden, allow_repeats=allow_repeats)
     one_cpu = on_one_cpu(facts.mean)
-    size = block_size(tile, count, "tile", _default_tile(num_layers, count) if one_cpu else BLOCK)
+    size = block_size(tile, count, "tile", _default_tile(num_layers, count) if one_cpu else 0)
     todo = blocks(count, size)
     pairs = [(a, b) for a in range(len(todo)) for b in range(a, len(todo))]
     steps, done = len(pairs) * (1 if kernel == "linear" else 2), 0
