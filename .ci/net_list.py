@@ -161,6 +161,7 @@ STEPS = (
         ablate: ablate --model=finetune {TEST} --out=NAME
         ablate_right: ablate --data=demo:choice --limit=6 --methods=skip --score=generated --max_new_tokens=8 --out=NAME
         ablate_mlp: ablate {SMALL} --sites=mlp --methods=mean --out=NAME
+        ablate_gain: ablate {SMALL} --sites=attn --methods=skip,gain --score=greedy --gains=0.5 --out=NAME
         """,
         needs=("finetune",),
     ),

@@ -375,6 +375,7 @@ def _scores(
             scores[key] = accuracy(key, right[:-1, task.rows], right[-1, task.rows], task.ids, about)
     if "gain" in options.chosen_methods:
         about = {**meta, "method": "gain", "gain": middle(options.chosen_gains), "num_samples": len(task.rows)}
+        about["unchanged"] = 0.0  # the model as it is loses nothing
         for name, one in shortcut_scores(mine, attacked, options.chosen_gains).items():
             score = CRITERIA[name].scores(options.score_key(name), one, about)
             left = None if one.without_each is None else Deletions(one.without_each, task.ids)
@@ -415,7 +416,7 @@ def report(found: Ablated) -> Report:
     figures = []
     for key, score in _shown(found.scores).items():
         axis = "share of right answers" if "p_holm" in score.meta else "loss (nats, mean of sample means)"
-        lines = {"intact model": score.meta["unchanged"]} if "unchanged" in score.meta else {}
+        lines = {} if "gain" in score.meta else {"intact model": score.meta["unchanged"]}
         axis = axis if lines else "lost to the gain"
         draw = on_axes(plots.layer_losses, score, lines, label=key, title=rows_title(found.run), axis=axis)
         figures.append(Figure(f"{key}.png", draw, f"{key} of each layer."))
@@ -498,8 +499,8 @@ def _sentences(run: Mapping[str, Any], scores: Mapping[str, LayerScores]) -> lis
     counts, depth = run["result"]["block_evaluations"], run["model"]["num_layers"]
     told = []
     for key, score in _shown(scores).items():
-        worst, intact = int(score.ranking()[0]), score.meta.get("unchanged")
-        if intact is None:
+        worst, intact = int(score.ranking()[0]), score.meta["unchanged"]
+        if "gain" in score.meta:
             told.append(f"{key}: most at layer {worst}, {score.values[worst]:+.4f} at a gain of {score.meta['gain']:g}")
             continue
         first = "Most needed: layer" if not told else f"{key}: most needed layer"

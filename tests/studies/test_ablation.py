@@ -190,7 +190,9 @@ def test_gains_with_a_trigger(config, tmp_path, capsys):
         np.testing.assert_allclose(by_gain[name]["1"], whole[name], rtol=0, atol=1e-6)
     np.testing.assert_allclose(scores["shortcut_loss_mlp"].values, np.array(by_gain["loss"]["0.5"]) - whole["loss"])
     assert np.ptp(by_gain["loss"]["0.25"]) > 1e-3 and whole["target_logprob"] < 0
-    # One gain or three: the same program, to the bit.
+    assert main(["ablate", *flags]) == 0  # read back
+    assert capsys.readouterr().out == shown
+    # One gain or three give the same.
     once = run_ablate(dataclasses.replace(config, methods="gain", sites="mlp", gains="0.5", out=str(tmp_path / "one")))
     assert list(once.scores) == ["shortcut_loss_mlp", "shortcut_clean_mlp"]
     np.testing.assert_allclose(once.scores["shortcut_loss_mlp"].values, scores["shortcut_loss_mlp"].values, atol=1e-5)
