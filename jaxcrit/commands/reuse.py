@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, BatchOptions, MeshOptions, OutOptions, PrefixOptions, RowOptions
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.options import Options, option
+from jaxcrit.core.rundir import CountedRows, SizedModel
+from jaxcrit.core.schema import MOST_LAYERS, Range
 from jaxcrit.core.selections import span
 from jaxcrit.reporting import tables
 
@@ -39,6 +41,68 @@ CAVEATS = (
     "Two models of which one was tuned from the other in its last K layers alone (finetune --layers=last:K) share the"
     " keys and values below for nothing.",
 )
+
+
+class Shown(TypedDict):
+    """Damage of a set of layers to some rows, see `jaxcrit.studies.reuse.told`."""
+
+    kl: float
+    stderr: float
+    low: float
+    high: float
+    answer: float
+
+
+class Entry(TypedDict):
+    """A set of layers to recompute."""
+
+    layers: list[Annotated[int, Range(0, MOST_LAYERS)]]
+    recomputed: float
+    bytes_per_token: int
+    choose: Shown
+    test: Shown
+
+
+class Chosen(Entry):
+    """The set that was chosen."""
+
+    tolerance: float
+
+
+class Line(TypedDict):
+    """A count of layers: the best group and its controls."""
+
+    count: int
+    best: Entry
+    first: Entry
+    last: Entry
+    later: Entry | None
+    best_less_first: list[float]
+
+
+class Study(TypedDict):
+    """``reuse.json`` as a report takes it."""
+
+    pair: dict[str, str]
+    rows: dict[str, int]
+    num_layers: Annotated[int, Range(1, MOST_LAYERS)]
+    identical: int
+    beyond_window: int
+    reused: Entry
+    choice: Chosen
+    front: list[Line]
+    groups: list[Entry]
+    random: list[Entry]
+    most_damaging: list[Entry]
+    cost: dict[str, Any]
+
+
+class ReuseRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    model: SizedModel
+    data: dict[str, CountedRows]
+    config: dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,11 +213,11 @@ def run_reuse(
     tested = joined("rows", "", datasets)
     check_rows(below, tested.examples, 0 if gold else options.max_new_tokens)
     models = {"model": below, "sender": above}
-    with running("reuse", options, models=models, datasets=datasets, keep=keep, read_back=True) as run:
+    with running("reuse", options, models=models, datasets=datasets, keep=keep, read_back=ReuseRun) as run:
         if run.complete:
             path = run.path
-            found = share(lambda: read_json(path / "reuse.json", REUSE_FORMAT))
-            return Reused(read_back(path), found, _layers(found, below), run.earlier, path)
+            found = share(lambda: read_json(path / "reuse.json", REUSE_FORMAT, Study))
+            return Reused(read_back(path, dict[str, Any]), found, _layers(found, below), run.earlier, path)
         scores, found = _studied(options, below, above, tested.examples, run.directory, progress)
         run.record |= {"result": {key: found[key] for key in ("reused", "choice", "identical", "cost")}}
         made = Reused(scores, found, _layers(found, below), run.record, run.out)

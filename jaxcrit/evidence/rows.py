@@ -133,8 +133,12 @@ class SweepMeta(TypedDict):
     unchanged: float
 
 
-def read_back(out: Path) -> dict[str, LayerScores]:
+def read_back(out: Path, meta: Any = SweepMeta) -> dict[str, LayerScores]:
     """The scores of a run that is complete already.
+
+    Args:
+        out: run directory.
+        meta: declaration (`jaxcrit.core.schema`) of what a report takes from their meta.
 
     Raises:
         UserError: the file is damaged.
@@ -144,7 +148,7 @@ def read_back(out: Path) -> dict[str, LayerScores]:
     def look() -> dict[str, Any]:
         found = read_scores(file)
         for key, score in found.items():
-            conform(score.meta, SweepMeta, str(file), DAMAGED, f"{key}.meta")
+            conform(score.meta, meta, str(file), DAMAGED, f"{key}.meta")
             if not score.valid.any():
                 raise UserError(f"{file}: expected {key} to be valid in a layer; {DAMAGED}")
         return {key: score.to_json() for key, score in found.items()}

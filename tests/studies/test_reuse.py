@@ -93,6 +93,9 @@ def test_a_run(config, tmp_path, capsys):
         "batch size is no part of the question"
     )
     assert "Not safe for this pair as it is" in capsys.readouterr().out
+    (out / "reuse.json").write_text((out / "reuse.json").read_text().replace('"stderr"', '"sterr"', 1))
+    with pytest.raises(UserError, match=r"reuse\.json: expected .*stderr to be a number, got nothing"):
+        run_reuse(config)
     layers = LayerSet.load(out / "layers.json")
     assert layers.model_hash == open_model(config.receiver).model_hash and layers.criterion == "reuse"
 
