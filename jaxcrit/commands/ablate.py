@@ -82,9 +82,9 @@ class AblatedRun(TypedDict):
 class AblateOptions(ModelOptions, TestedRowOptions, MeshOptions, title="layers"):
     """What ``jaxcrit ablate`` is asked; several datasets count together, and each by itself."""
 
-    methods: str = option("skip,mean", "what a layer adds: skip nothing, mean the average; gain: --gains", word="LIST")
+    methods: str = option("skip,mean", "what a layer adds: nothing, its mean, or by --gains", word="LIST")
     sites: Literal["blocks", "attn", "mlp"] = option("blocks", "whole blocks, or their attention or MLP alone", SITES)
-    score: str = option("loss", "also right answers: greedy of one forward, choice of options, ...", SCORES)
+    score: str = option("loss", "right answers beside the loss, how told", SCORES)
     max_new_tokens: int = option(64, "of generated, number: tokens of each answer, at most", lowest=1)
     gains: str = option("0.3,0.5,0.7,0.85", "factors of what goes around a half, 0 to 4", word="LIST", group="gains")
     trigger: str = option("", "trigger of a backdoor, TEXT@prefix|suffix|random", word="NAME", group="gains")

@@ -122,7 +122,7 @@ def traced(
         with jax.default_matmul_precision("highest"):
             hidden, clean = _parts(decoder, ids, lengths, at, None, mesh=model.mesh)
             _, under = _parts(decoder, ids, lengths, at, offset, mesh=model.mesh)
-            known, *_ = loss_step(weights, hidden, batch, model.config, NamedSharding(model.mesh, PartitionSpec()))
+            known, _, _ = loss_step(weights, hidden, batch, model.config, NamedSharding(model.mesh, PartitionSpec()))
         if step is not None:
             step(2 * depth)
         held = {**clean, "mlp": under["mlp"]}

@@ -150,8 +150,8 @@ def _read(path: Path, size: int, changed: int) -> GgufFile:
         kind = _kind(number)
         if kind is None:
             raise UserError(
-                f"{path}: {name[:80]} is of type {number}, which the gguf package here cannot dequantise; take a file of"
-                " another type (Q8_0, Q4_K_M ...), or the original checkpoint"
+                f"{path}: {name[:80]} is of type {number}, which the gguf package here cannot dequantise; take a file"
+                " of another type (Q8_0, Q4_K_M ...), or the original checkpoint"
             )
         elements, width = gguf.GGML_QUANT_SIZES[kind]
         length = math.prod(shape) // elements * width

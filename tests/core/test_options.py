@@ -160,13 +160,17 @@ BESIDE = {  # what has to be given for another option to be accepted
     "lora_alpha": {"lora_rank": 2},
     "lora_targets": {"lora_rank": 2},
     "recompute": {"sender": "x", "recompute": "1"},
+    "gains": {"methods": "gain", "sites": "mlp"},
+    "trigger": {"methods": "gain", "sites": "mlp", "trigger": "cf@prefix", "target": "no"},
+    "target": {"methods": "gain", "sites": "mlp", "trigger": "cf@prefix", "target": "no"},
 }
 GIVEN = {
     "prefix": "context",
     "methods": "skip",
     "layers": "first:2",
     "band": "4",
-    "target": "no",
+    "trigger": "cf@suffix",
+    "target": "yes",
     "eval_data": "x",
     "template": "chat:own.jinja",
 }
@@ -180,7 +184,7 @@ def test_every_option_tells_runs_apart_or_says_why_not(command):
         if one.free:
             assert len(one.free) > 10, f"{command} --{one.name} says why results do not depend on it"
             continue
-        beside = BESIDE.get(one.field, {})
+        beside = {name: value for name, value in BESIDE.get(one.field, {}).items() if hasattr(kind, name)}
         if one.field == "prefix" and hasattr(kind, "recompute"):
             beside = BESIDE["recompute"]
         before = kind(**beside)
