@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from support import reference
-from support.family_models import BOUND
+from support.family_models import BOUND, one_device
 from support.known_facts import knowing_checkpoint, new_facts
 
 from jaxcrit.commands.edit import edit
 from jaxcrit.commands.export import export_model
+from jaxcrit.models import model as session
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.model import open_model
 
@@ -29,14 +30,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is d
 
 def test_logits_of_an_edited_model(tmp_path, monkeypatch):
     monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(session, "make_mesh", lambda axes: one_device())
     path, facts, _ = knowing_checkpoint(tmp_path / "known", intermediate_size=64)
     rng = np.random.default_rng(0)
     text = [{"text": f"{row} " + " ".join(rng.choice(["cat", "dog", "sky", "one"], 20))} for row in range(40)]
-    edit(str(path), new_facts(facts), "1,3", text, out=tmp_path / "run", steps=5, mesh="data=1,fsdp=-1")
+    edit(str(path), new_facts(facts), "1,3", text, out=tmp_path / "run", steps=5)
     tokens = rng.integers(6, 320, (2, 12))
-    model = open_model(str(tmp_path / "run"), mesh="data=1,fsdp=-1")
+    model = open_model(str(tmp_path / "run"))
     ours = np.asarray(logits(model.decoder(), forward(model.decoder(), jnp.asarray(tokens)).hidden))
-    base = open_model(str(path), mesh="data=1,fsdp=-1").decoder()
+    base = open_model(str(path)).decoder()
     assert np.abs(ours - np.asarray(logits(base, forward(base, jnp.asarray(tokens)).hidden))).max() > 0.1
     export_model(str(tmp_path / "run"), str(tmp_path / "whole"))
     export_model(str(tmp_path / "run"), str(tmp_path / "adapter"), adapter=True)

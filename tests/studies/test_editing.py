@@ -239,11 +239,15 @@ def test_the_covariance_by_hand_from_the_cache_and_drawn_to_the_identity(study):
     folder, path, _ = study
     model = open_model(path)
     examples = render(load(str(folder / "text.jsonl"))[0].rows, model.tokenizer, "none")
-    total, count = np.zeros((DEPTH, FF, FF)), 0
+    lengths = np.array([len(one.token_ids) for one in examples])
+    tokens = np.zeros((len(examples), lengths.max()), np.int32)
+    for row, one in enumerate(examples):
+        tokens[row, : lengths[row]] = one.token_ids
     tap = Tap(lambda site, before, after, positions: after, ("ff",))
-    for one in examples:
-        keys = np.asarray(forward(model.decoder(), one.token_ids[None], tap=tap).taps["ff"], np.float64)[:, 0, 1:]
-        total, count = total + np.einsum("ltf,ltg->lfg", keys, keys), count + keys.shape[1]
+    keys = np.asarray(forward(model.decoder(), tokens, lengths=lengths, tap=tap).taps["ff"], np.float64)
+    real = (np.arange(tokens.shape[1]) < lengths[:, None]) & (np.arange(tokens.shape[1]) > 0)
+    keys, count = keys[:, real], real.sum()
+    total = keys.swapaxes(1, 2) @ keys
     layers = (1, 2, 5)
     found = covariances(model, examples, layers, 8)
     assert found.tokens == count >= 10 * FF and not found.shrunk and found.cached == ()
