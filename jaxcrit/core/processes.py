@@ -27,7 +27,7 @@ _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only
 _MOMENT = 5000  # ms that processes may fail apart
 _ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
 _LOOK = 0.5  # seconds between looks at it
-# Seconds from there to the end: before the one that failed is gone; of the coordinator, without which jax aborts, after.
+# Seconds from there to the end: before the one that failed is gone; of the coordinator, that jax needs, after it.
 _GRACE = (3.0, 6.5)
 _ending = threading.Event()  # this process ends with an error of its own
 _index, _count = 0, 1
