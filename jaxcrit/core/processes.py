@@ -26,7 +26,9 @@ from jaxcrit.core.errors import UserError
 _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only life is waited for
 _MOMENT = 5000  # ms that processes may fail apart
 _ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
-_LOOK, _GRACE = 0.5, 3.0  # seconds between looks at it, and from there to the end: before the one that failed is gone
+_LOOK = 0.5  # seconds between looks at it
+# Seconds from there to the end: before the one that failed is gone; of the coordinator, that jax needs, after it.
+_GRACE = (3.0, 6.5)
 _ending = threading.Event()  # this process ends with an error of its own
 _index, _count = 0, 1
 _said = 0  # things said so far: the same in every process, as all come to the same places
@@ -160,7 +162,7 @@ def end_with_others() -> None:
                 time.sleep(_LOOK)
         except Exception:  # jax's own error: the run is over
             return
-        time.sleep(_GRACE)  # what fails all of them alike is said by the first
+        time.sleep(_GRACE[_index == 0])  # what fails all of them alike is said by the first
         if _ending.is_set():
             return
         name, code = ended[0]
