@@ -25,7 +25,7 @@ def prompts(path: Path, count: int) -> Path:
     with path.open("w", encoding="utf-8") as file:
         for row in range(count):
             what, other = _SUBJECTS[row % 10], _SUBJECTS[row // 10 % 10]
-            file.write(f'{{"instruction": "Tell of {row} times a {what} and a {other}.", "output": "No."}}\n')
+            file.write(f'{{"prompt": "Tell of {row} times a {what} and a {other}.", "response": "No."}}\n')
     return path
 
 
