@@ -471,7 +471,8 @@ def _write(
     after: Answers,
 ) -> None:
     """The change as a checkpoint, as finetune leaves one; keys for further edits; what became of every fact."""
-    import jax.numpy as jnp
+    import jax
+    from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxcrit.core.files import plain, write_json, write_npz
     from jaxcrit.studies.fact_scores import OWN
@@ -480,8 +481,10 @@ def _write(
 
     assert overlay.chosen is not None
     overlay.chosen.save(out / "layers.json")
+    mesh = jax.tree.leaves(overlay.params)[0].sharding.mesh
+    nothing = jax.device_put(np.zeros(1, np.float32), NamedSharding(mesh, PartitionSpec()))  # of all processes
     with Checkpoints(out, keep=1) as checkpoints:
-        checkpoints.save(State(overlay.params, {"none": jnp.zeros(1)}, jnp.int32(0)), {})
+        checkpoints.save(State(overlay.params, {"none": nothing}, 0), {})
         checkpoints.wait()
     keys = {f"layer_{layer}": one.keys for layer, one in done.layers.items()}
     for layer, earlier in old.items():
