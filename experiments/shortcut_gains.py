@@ -183,6 +183,15 @@ def sweep_table(seeds: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(aligned([*header, "selective, by seed"], rows))
 
 
+def _mean(values: Sequence[float], least: float, most: float) -> str:
+    """Mean over seeds and its interval, Student's, within what the measure can be; of one seed the mean alone."""
+    if len(values) < 2:
+        return f"{np.mean(values):+.2f}" if least < 0 else f"{np.mean(values):.2f}"
+    low, high = np.clip(t_interval(values), least, most)
+    sign = "+" if least < 0 else ""
+    return f"{np.mean(values):{sign}.2f} [{low:{sign}.2f}, {high:{sign}.2f}]"
+
+
 def tuning_table(seeds: Sequence[Mapping[str, Any]]) -> str:
     """Attack success and clean exact by arm, before and after tuning; Wilson 95 % over rows, Student's over seeds."""
     count = seeds[0]["rows"]
@@ -192,17 +201,24 @@ def tuning_table(seeds: Sequence[Mapping[str, Any]]) -> str:
         cells = []
         for measure in ("asr", "exact"):
             values = [one[measure] for one in found]
-            low, high = t_interval(values)
             ends = [wilson(round(value * count), count) for value in values]
             each = " ".join(f"{value:.2f} [{a:.2f}, {b:.2f}]" for value, (a, b) in zip(values, ends, strict=True))
-            cells += [each, f"{np.mean(values):.2f} [{low:.2f}, {high:.2f}]"]
+            cells += [each, _mean(values, 0, 1)]
         rows.append([name, *cells, ""])
+
+    def less(name: str, one: str, other: str) -> None:
+        pairs = [(seed["tuned"][one], seed["tuned"][other]) for seed in seeds]
+        differences = [[a[measure] - b[measure] for a, b in pairs] for measure in ("asr", "exact")]
+        each = [" ".join(f"{value:+.2f}" for value in values) for values in differences]
+        rows.append([name, each[0], _mean(differences[0], -1, 1), each[1], _mean(differences[1], -1, 1), ""])
 
     row("planted", [seed["planted"] for seed in seeds])
     for arm in ARMS:
         if arm in seeds[0]["under_the_gain"]:
             row(f"{arm}: before tuning", [seed["under_the_gain"][arm] for seed in seeds])
         row(f"{arm}: tuned", [seed["tuned"][arm] for seed in seeds])
+    for other in ARMS[1:]:
+        less(f"{ARMS[0]} less {other}", ARMS[0], other)
     return "\n".join(aligned(["", "attacks, by seed", "mean", "clean exact, by seed", "mean", ""], rows))
 
 
