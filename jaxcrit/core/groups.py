@@ -342,9 +342,7 @@ class ProcessOptions(Options, title="processes"):
     num_processes: int = option(0, "processes of the run, where the cluster does not say", lowest=0, free=SHAPE)
     process_id: int = option(-1, "number of this process, where the cluster does not say", lowest=-1, free=SHAPE)
     distributed_timeout: int = option(300, "seconds to wait for the others", lowest=1, free=WHERE)
-    attention: str = option(
-        "auto", "attention kernel on accelerators", ("auto", "reference", "cudnn", "splash"), free=SHAPE
-    )
+    attention: str = option("auto", "form of attention", ("auto", "reference", "blocks", "cudnn", "splash"), free=SHAPE)
     compilation_cache_dir: str = option(
         "", "where to keep compiled programs, or none (default: cache)", word="DIR|none", free=WHERE
     )
