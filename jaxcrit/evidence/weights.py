@@ -68,7 +68,7 @@ def layer_tensors(model: Model) -> Iterator[dict[str, np.ndarray]]:
             slot = tuned.partition.members(group).index(layer)
             own = tuned.params[group].items() if group != FROZEN else ()
             mine = {path: value[slot : slot + 1] for path, value in own if _inside(path)}
-            for path, value in mine.items() if lora is None else lora.changes(config, mine):
+            for path, value in mine.items() if lora is None or not mine else lora.changes(config, mine):
                 found = np.asarray(processes.whole(value), np.float32).reshape(tensors[path].shape)
                 tensors[path] = found if lora is None else tensors[path] + found
             tensors |= {path: np.asarray(value) for path, value in fold(config, tensors, tuned.gains, layer).items()}
