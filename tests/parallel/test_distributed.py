@@ -196,16 +196,6 @@ def other_commands(tuned, states, known):
         ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
         ["trace", f"--model={known[0]}", f"--facts={known[1]}", "--samples=2", "--out=trace"],
-        [
-            "edit",
-            f"--model={known[0]}",
-            f"--facts={known[1].with_name('new.jsonl')}",
-            f"--covariance_data={ROWS}",
-            "--layers=1,3",
-            "--steps=4",
-            "--contexts=1",
-            "--out=edit",
-        ],
         ["spectrum", rows, "--limit=16", "--out=spectrum"],
         ["analyze", rows, "--limit=16", "--form=features", "--out=features"],
         ["analyze", rows, "--limit=16", "--form=tiled", "--out=tiled"],
@@ -255,7 +245,6 @@ def test_every_other_command(tmp_path):
     ]
     capture = ["analyze", f"--data={ROWS}", "--limit=16", "--save_activations", f"--out={tmp_path / 'states'}"]
     known = knowing_checkpoint(tmp_path / "known")
-    known[1].with_name("new.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in new_facts(known[1])))
     commands = other_commands(tuned, tmp_path / "states", known)
     alone(json.dumps([train, capture, *commands]), folder=one, program=COMMANDS)
     for name in ("substitute", "generate"):
@@ -266,15 +255,12 @@ def test_every_other_command(tmp_path):
     assert silent == "" and "warning" not in told.lower()
     assert list(folders[1].iterdir()) == []
     scored = sorted(path.relative_to(one) for path in one.rglob("scores.json"))
-    assert len(scored) == 11
+    assert len(scored) == 12
     for path in scored:
         ours, theirs = read_scores(folders[0] / path), read_scores(one / path)
         assert ours.keys() == theirs.keys()
         for key, score in theirs.items():
             np.testing.assert_allclose(ours[key].values, score.values, atol=1e-5, err_msg=f"{path} {key}")
-    ours, theirs = (read_npz(folder / "edit/keys.npz")[0] for folder in (folders[0], one))
-    for name, keys in theirs.items():
-        np.testing.assert_allclose(ours[name], keys, atol=1e-4 * np.abs(keys).max())
     for path in (
         "generate/generations.jsonl",
         "split/generations.jsonl",
@@ -287,6 +273,28 @@ def test_every_other_command(tmp_path):
         "intervene/intervention.json",
     ):
         assert (folders[0] / path).read_bytes() == (one / path).read_bytes(), path
+
+
+def test_edit(tmp_path):
+    """Two processes write one checkpoint, so the directory is common to them."""
+    model, facts = knowing_checkpoint(tmp_path / "known")[:2]
+    facts.with_name("new.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in new_facts(facts)))
+    command = [
+        "edit",
+        f"--model={model}",
+        f"--facts={facts.with_name('new.jsonl')}",
+        f"--covariance_data={ROWS}",
+        "--layers=1,3",
+        "--steps=4",
+        "--contexts=1",
+    ]
+    alone(*command, f"--out={tmp_path / 'one'}")
+    together(*command, f"--out={tmp_path / 'two'}")
+    ours, theirs = (read_npz(tmp_path / name / "keys.npz")[0] for name in ("two", "one"))
+    for name, keys in theirs.items():
+        np.testing.assert_allclose(ours[name], keys, atol=1e-4 * np.abs(keys).max())
+    ours, theirs = (open_model(tmp_path / name).decoder().weights()["blocks.down"] for name in ("two", "one"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.abs(theirs).max())
 
 
 def test_a_worker_that_never_comes(tmp_path):
