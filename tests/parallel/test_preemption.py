@@ -13,6 +13,14 @@ import pytest
 from jaxcrit.parallel.preemption import Preempted, leaving_at_once, notice
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """A shell that starts the tests in the background has them ignore interrupts, and what they start too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(("number", "by_hand"), [(signal.SIGINT, True), (signal.SIGTERM, False)])
 def test_a_notice_ends_nothing_and_says_who_gave_it(number, by_hand, capfd):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
