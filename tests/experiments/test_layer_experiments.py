@@ -66,5 +66,7 @@ def test_tables_of_gains(seeds):
     text = gains.sweep_table(seeds)
     assert "attacks at 0.4" in text and "+0.2 +0.2 +0.2" in text and len(text.splitlines()) == 5
     table = gains.tuning_table(seeds)
-    assert "0.50 [0.40, 0.60]" in table and len(table.splitlines()) == 7
+    assert "0.50 [0.40, 0.60]" in table and len(table.splitlines()) == 9
+    assert "chosen, gain less random, gain" in table and "+0.00 [+0.00, +0.00]" in table
+    assert "nan" not in gains.tuning_table(seeds[:1])
     assert "0.92 [0.87, 0.97]" in table  # Student's over three seeds: 0.92 ± 4.30 x 0.02 / sqrt(3)
