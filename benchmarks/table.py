@@ -62,7 +62,8 @@ def main() -> None:
                 row["spent"] = {name: rows.Spent(**one) for name, one in row["spent"].items()}
                 table.append(rows.Row(**row))
                 print("\n".join(table[-1].lines()), flush=True)
-    figures = {"model": str(given.checkpoint or "random weights"), "rows": [dataclasses.asdict(row) for row in table]}
+    name = given.checkpoint.name if given.checkpoint else "random weights"
+    figures = {"model": name, "rows": [dataclasses.asdict(row) for row in table]}
     print(f"written: {write_result('table', figures)}")
     sys.exit(bool(failed))
 
