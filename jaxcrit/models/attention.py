@@ -4,8 +4,8 @@ The reference form is the decoder's own, and the rule for every other: it goes e
 in float32. cuDNN's flash attention (GPU) and splash attention (TPU) need none, in the backward pass either. On CPUs
 ``blocks`` takes a block of queries at a time and multiplies it with the keys that it may see, so neither a ``T²`` array
 nor the half of it that causality throws away is computed: at 9 heads of 64, from 136 tokens on, a layer's forward pass
-takes 0.4 to 0.6 of the time of the reference form, its gradient 0.5 to 0.8. All of them go by the order of the tokens in
-a row, and rows are right padded, so nothing of the padding is visible to a real token.
+takes 0.4 to 0.6 of the time of the reference form, its gradient 0.5 to 0.8. All of them go by the order of the tokens
+in a row, and rows are right padded, so nothing of the padding is visible to a real token.
 XLA cannot split a kernel, so on a mesh each device runs it on its own rows and heads. Tokens that follow others in a
 cache always take the reference form: one query has few scores.
 """
