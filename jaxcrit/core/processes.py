@@ -9,6 +9,7 @@ process 0 takes to write a report; arrays go through the devices.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -155,22 +156,32 @@ def _announce(code: int) -> None:
 
 def end_with_others() -> None:
     """Watches, in a thread, for another process that has ended with an error, and ends this one soon after it."""
+    over = threading.Event()
 
     def watch() -> None:
         try:
             while not (ended := [one for one in _client().key_value_dir_get(_ENDED) if one[0] != f"{_ENDED}{_index}"]):
-                time.sleep(_LOOK)
+                if over.wait(_LOOK):
+                    return
         except Exception:  # jax's own error: the run is over
             return
-        time.sleep(_GRACE[_index == 0])  # what fails all of them alike is said by the first
-        if _ending.is_set():
+        if over.wait(_GRACE[_index == 0]) or _ending.is_set():  # what fails all of them alike is said by the first
             return
         name, code = ended[0]
         print(f"jaxcrit: process {name.removeprefix(_ENDED)} has failed, and this one ends with it", file=sys.stderr)
         sys.stderr.flush()
         os._exit(int(code))
 
-    threading.Thread(target=watch, daemon=True).start()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
+
+    def stop() -> None:
+        over.set()
+        watching.join(_LOOK + 1.5)
+
+    # A thread that the end of Python meets inside jax's client aborts the process ("exception not rethrown"). Named
+    # after jax's own, this is called before it: while the coordinator still answers.
+    atexit.register(stop)
 
 
 def make_directory(path: Path) -> None:

@@ -365,3 +365,34 @@ def test_mistakes():
         distributed.start("maybe")
     distributed.start("off")
     distributed.start("auto")
+
+
+def test_the_watch_for_others_is_over_before_python_ends():
+    """Met inside jax's client by the end of Python, a thread aborts the process: exit code 134 in place of 0."""
+    program = """if True:
+        import sys
+        import jax
+        from jaxcrit.core import processes
+
+        jax.distributed.initialize(sys.argv[1], 1, 0)
+        client = processes._client()
+
+        class Slow:
+            def key_value_dir_get(self, key):
+                try:
+                    client.blocking_key_value_get("jaxcrit/never", 300)
+                except Exception:
+                    return []
+
+        processes._client = Slow
+        processes._LOOK = 0.0
+        processes.end_with_others()
+    """
+    ended = subprocess.run(
+        [sys.executable, "-c", program, f"localhost:{free_port()}"],
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert ended.returncode == 0, ended.stderr
