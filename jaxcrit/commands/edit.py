@@ -365,15 +365,24 @@ def _asked(
     base: Model, changed: Model, facts: Sequence[Fact], held: Sequence[Example], options: EditOptions, bars: Bars | None
 ) -> tuple[list[Question], Answers, Answers, tuple[float, float]]:
     """Questions, what the model below and the changed one make of them, and the loss of text of both."""
-    from jaxcrit.studies.fact_scores import answered, questions, text_loss
+    from jaxcrit.core.remembered import Arrays, remembered
+    from jaxcrit.studies.fact_scores import Answers, answered, questions, text_loss
 
-    asked, found = questions(facts), []
-    for model in (base, changed):
-        decoder = model.decoder(bars)
-        answers = answered(model, decoder, asked, options.batch_size, bars)
-        found.append((answers, text_loss(model, decoder, held, min(8, options.batch_size))))
-    (before, first), (after, second) = found
-    return asked, before, after, (first, second)
+    asked, size = questions(facts), options.batch_size
+
+    def ask(model: Model) -> Arrays:
+        return vars(answered(model, model.decoder(bars), asked, size, bars))
+
+    def loss(model: Model) -> Arrays:
+        return {"loss": np.array(text_loss(model, model.decoder(bars), held, min(8, size)))}
+
+    # What the model below all edits says is the same whatever is changed.
+    told = {"questions": list(map(dataclasses.asdict, asked)), "batch_size": size}
+    before = remembered("answers", {**base.determines, **told}, lambda: ask(base))
+    read = {"texts": [one.token_ids.tolist() for one in held], "batch_size": size}
+    first = remembered("text_loss", {**base.determines, **read}, lambda: loss(base))
+    losses = float(first["loss"]), float(loss(changed)["loss"])
+    return asked, Answers(**before), Answers(**ask(changed)), losses
 
 
 def _result(
