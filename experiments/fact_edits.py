@@ -6,21 +6,26 @@ Facts that the model knows are drawn anew for each seed; each is given a target 
 Neighbours are known facts of the same relations that are not edited. ``--part=edits`` compares ways: spread over the
 layers, full at their ends, the last layer alone, ends of what δ chooses, random pairs. ``--part=sequence`` edits batch
 after batch, each on the run before, by spread and by full, and asks for all facts so far every few. Runs go to
-``--out`` and are read back when the same command is given again.
+``--out`` and are read back when the same command is given again. ``--part=covariance`` says what the covariance of all
+layers costs.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import resource
 import sys
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from jaxcrit.commands.edit import EditOptions, run_edit
+from jaxcrit.commands.edit import EditOptions, parted, run_edit, texts_of
 from jaxcrit.core import flags, options
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines, read_json, write_json, write_text
@@ -32,6 +37,7 @@ from jaxcrit.evaluation.intervals import t_interval
 from jaxcrit.evidence.completions import completions
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.reporting.tables import number, table
+from jaxcrit.studies.covariance import covariances
 from jaxcrit.studies.fact_scores import answered, questions, summary
 
 KINDS = ("own", "paraphrase", "neighbour")
@@ -44,7 +50,7 @@ class FactEditOptions(ModelOptions, FactOptions, OutOptions, MeshOptions, title=
     covariance_data: str = option("", "rows of any text", word="FILE", free=BY_HASH)
     layers: str = option("", "layers by trace, such as 5-9")
     scores: str = option("", "scores.json of jaxcrit analyze, for the layers that δ chooses", word="FILE", free=BY_HASH)
-    part: str = option("edits", "which part", ("edits", "sequence"))
+    part: str = option("edits", "which part", ("edits", "sequence", "covariance"))
     ways: str = option("spread,full,last,delta,random", "ways to compare", word="LIST")
     counts: str = option("1,10,50", "numbers of facts", word="LIST")
     seeds: int = option(3, "draws of the facts", lowest=1)
@@ -204,6 +210,23 @@ def in_sequence(config: FactEditOptions, known: Sequence[Fact]) -> list[dict[str
     return rows
 
 
+def covered(config: FactEditOptions) -> str:
+    """What the covariance of all layers costs, computed anew: seconds, and the peak of this process's memory."""
+    model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
+    tokens = config.covariance_tokens or 10 * model.config.ff_width
+    with tempfile.TemporaryDirectory() as empty:
+        os.environ["JAXCRIT_CACHE"] = empty
+        texts, _ = parted(texts_of(EditOptions(covariance_data=config.covariance_data), model), tokens)
+        model.decoder()
+        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found = covariances(model, texts, range(model.config.num_layers), config.batch_size, bars)
+        seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        f"{model.config.num_layers} layers, {found.tokens} tokens: {seconds:.0f} s;"
+        f" peak {peak / 2**20:.2f} GiB, {before / 2**20:.2f} before"
+    )
+
+
 def spread_of(values: Sequence[float]) -> str:
     """Mean, with Student's 95 % where there are several."""
     kept = [value for value in values if np.isfinite(value)]
@@ -249,6 +272,9 @@ def main(arguments: Sequence[str]) -> None:
     (config,) = flags.read([FactEditOptions], "fact_edits", arguments)
     if config.quick:
         config = dataclasses.replace(config, seeds=1, counts=config.counts.split(",")[0], contexts=0, batches=2)
+    if config.part == "covariance":
+        print(covered(config))
+        return
     known = known_facts(open_model(config.model, mesh=config.mesh, dtype=config.dtype), read_facts(config.facts))
     print(f"{len(known)} facts are known word for word")
     rows = compared(config, known) if config.part == "edits" else in_sequence(config, known)

@@ -171,8 +171,8 @@ def run_edit(
     given = shared.facts_of(options, facts)
     chosen, jump = _chosen(options, opened)
     dataset = Dataset("facts", options.facts or MEMORY, [one.example for one in placed(given, opened.tokenizer)])
-    every = _texts(options, opened, text)
-    texts, held = _parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
+    every = texts_of(options, opened, text)
+    texts, held = parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
     openings = tuple(_opening(opened, one) for one in texts[: options.contexts])
     method = Method(
         options.residual,  # type: ignore[arg-type]
@@ -263,7 +263,7 @@ def _chosen(options: EditOptions, model: Model) -> tuple[LayerSet, int | None]:
     return chosen, None if last is None else int(np.argmax(rises(last.values)))
 
 
-def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
+def texts_of(options: EditOptions, model: Model, text: Any = None) -> list[Example]:
     """Rows of ordinary text, whole, cut to the context.
 
     Raises:
@@ -285,7 +285,7 @@ def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
     return examples
 
 
-def _parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
+def parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
     """Rows for the covariance, up to so many tokens; and some from the end, for the loss of text."""
     held = max(1, min(_HELD, len(examples) // 10))
     texts, count = [], 0
@@ -406,15 +406,7 @@ def _result(
                 "relative": one.relative,
                 "share": float(one.share.mean()),
                 "condition": one.condition,
-                **(
-                    {
-                        "loss_before": float(done.sought[layer].before.mean()),
-                        "loss_after": float(done.sought[layer].after.mean()),
-                        "length": float(done.sought[layer].length.mean()),
-                    }
-                    if layer in done.sought
-                    else {}
-                ),
+                **{name: float(value.mean()) for name, value in done.of_search(layer).items()},
             }
             for layer, one in done.layers.items()
         },
@@ -511,12 +503,8 @@ def _write(
             "p_old": [before.other[place], after.other[place]],
             "greedy": [bool(before.right[place]), bool(after.right[place])],
             "layers": {
-                str(layer): {
-                    "loss_before": one.before[number],
-                    "loss_after": one.after[number],
-                    "length": one.length[number],
-                }
-                for layer, one in done.sought.items()
+                str(layer): {name: float(value[number]) for name, value in done.of_search(layer).items()}
+                for layer in done.sought
             },
         }
         for number, (fact, place) in enumerate(zip(facts, own, strict=True))
@@ -525,15 +513,7 @@ def _write(
         {**dataclasses.asdict(one), "right": [bool(a), bool(b)]}
         for one, a, b in zip(asked, before.right, after.right, strict=True)
     ]
-    write_json(out / EDITS, "jaxcrit.edits", plain(_floats({"facts": rows, "questions": told})))
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _floats(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_floats(one) for one in value]
-    return float(value) if isinstance(value, np.floating) else value
+    write_json(out / EDITS, "jaxcrit.edits", plain({"facts": rows, "questions": told}))
 
 
 def report(run: Mapping[str, Any]) -> Report:

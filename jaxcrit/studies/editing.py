@@ -145,6 +145,11 @@ class Edited:
     sought: dict[int, Sought]
     weights: dict[str, jax.Array]
 
+    def of_search(self, layer: int) -> dict[str, np.ndarray]:
+        """What files say of the search at a layer, ``[n]`` by name; nothing where there was none."""
+        one = self.sought.get(layer)
+        return {} if one is None else {"loss_before": one.before, "loss_after": one.after, "length": one.length}
+
 
 Keep = Callable[[str, Callable[[], Arrays]], Arrays]
 
@@ -259,11 +264,11 @@ def rows_of(model: Model, facts: Sequence[Fact], method: Method) -> tuple[list[R
             " which many models keep a state of huge length that no edit can be keyed on; put a word in front"
         )
     each, most = len(contexts), max(len(one.example.token_ids) - one.example.prompt_length for one in contexts[0])
+    most += most % 2  # as of the other sizes: few of them, so that other facts find the program compiled
     count = min(len(facts), max(1, method.batch_size // each))
     length = -(-max(len(one.example.token_ids) for part in contexts for one in part) // 8) * 8
     if length > model.config.max_length:
         length = max(len(one.example.token_ids) for part in contexts for one in part)
-    # Few lengths, so that other facts find the program compiled.
     span = -(-max(len(one.example.token_ids) - 1 - one.subject[-1] for part in contexts for one in part) // 4) * 4
     size = batch_rows(count * each, model.mesh)
     chunks = []
