@@ -183,9 +183,9 @@ def test_losses_of_the_search_by_whole_passes(study):
         for opening in ("", *openings):
             (one,) = placed([fact], model.tokenizer, before=opening)
             ids = np.asarray(one.example.token_ids)[None]
-            data = np.zeros((DEPTH, 1, ids.shape[1], model.config.width), np.float32)
             pair, at = [], np.arange(one.example.prompt_length, ids.shape[1])
             for moved in (0 * delta[number], delta[number]):
+                data = np.zeros((DEPTH, 1, ids.shape[1], model.config.width), np.float32)
                 data[layer, 0, one.subject[-1]] = moved
                 hidden = forward(decoder, ids, edit=add, edits=data).hidden
                 log_p = jax.nn.log_softmax(logits(decoder, hidden))[0]
