@@ -25,7 +25,7 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.progress import bar
 from jaxcrit.core.remembered import Arrays, remembered
-from jaxcrit.data.facts import GAP, Fact, placed
+from jaxcrit.data.facts import GAP, Fact, Placed, placed
 from jaxcrit.data.templates import Example
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
@@ -271,34 +271,35 @@ def rows_of(model: Model, facts: Sequence[Fact], method: Method) -> tuple[list[R
         length = max(len(one.example.token_ids) for part in contexts for one in part)
     span = -(-max(len(one.example.token_ids) - 1 - one.subject[-1] for part in contexts for one in part) // 4) * 4
     size = batch_rows(count * each, model.mesh)
+
+    def row(number: int, context: int, one: Placed) -> Rows:
+        own = context == each - 1  # the subject in a sentence of its own, without a target
+        ids, last = (prompt_of(one.example) if own else one.example).token_ids, one.subject[-1]
+        behind = one.example.prompt_length + np.arange(most)
+        alone = 1.0 if not method.openings else 0.5
+        return Rows(
+            np.pad(ids, (0, length - len(ids))),
+            len(ids),
+            number,
+            last,
+            last + np.arange(span),
+            np.full(most, last + 1) if own else np.minimum(behind, length - 1),
+            behind < len(ids),
+            np.float32(0 if own else alone if context == 0 else 0.5 / len(method.openings)),
+            context == 0,
+        )
+
+    ones, no = np.ones(most, int), np.zeros(most, bool)
+    filling = Rows(np.zeros(length, int), 1, count, 0, np.zeros(span, int), ones, no, np.float32(0), False)
     chunks = []
     for start in range(0, len(facts), count):
-        rows = Rows(
-            np.zeros((size, length), np.int32),
-            np.ones(size, np.int32),
-            np.full(size, count, np.int32),
-            np.zeros(size, np.int32),
-            np.zeros((size, span), np.int32),
-            np.ones((size, most), np.int32),
-            np.zeros((size, most), bool),
-            np.zeros(size, np.float32),
-            np.zeros(size, bool),
-        )
-        for number in range(min(count, len(facts) - start)):
-            for context, part in enumerate(contexts):
-                row, one = number * each + context, part[start + number]
-                own = context == each - 1  # the subject in a sentence of its own, without a target
-                example = prompt_of(one.example) if own else one.example
-                rows.tokens[row, : len(example.token_ids)] = example.token_ids
-                rows.lengths[row], rows.fact[row], rows.at[row] = len(example.token_ids), number, one.subject[-1]
-                behind = example.prompt_length + np.arange(most)
-                rows.inside[row] = behind < len(example.token_ids)
-                rows.behind[row] = one.subject[-1] + 1 if own else np.minimum(behind, length - 1)
-                alone = 1.0 if not method.openings else 0.5
-                rows.tail[row] = one.subject[-1] + np.arange(span)
-                rows.share[row] = 0 if own else alone if context == 0 else 0.5 / len(method.openings)
-                rows.bare[row] = context == 0
-        chunks.append(rows)
+        rows = [
+            row(number, context, part[start + number])
+            for number in range(min(count, len(facts) - start))
+            for context, part in enumerate(contexts)
+        ]
+        rows += [filling] * (size - len(rows))
+        chunks.append(jax.tree.map(lambda *parts: np.stack(parts), *rows))
     return chunks, count
 
 
