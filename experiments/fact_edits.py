@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -211,18 +209,16 @@ def in_sequence(config: FactEditOptions, known: Sequence[Fact]) -> list[dict[str
 
 
 def covered(config: FactEditOptions) -> str:
-    """What the covariance of all layers costs, computed anew: seconds, and the peak of this process's memory."""
+    """What the covariance of all layers costs where none is kept: seconds, and the peak of this process's memory."""
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
-    tokens = config.covariance_tokens or 10 * model.config.ff_width
-    with tempfile.TemporaryDirectory() as empty:
-        os.environ["JAXCRIT_CACHE"] = empty
-        texts, _ = parted(texts_of(EditOptions(covariance_data=config.covariance_data), model), tokens)
-        model.decoder()
-        began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        found = covariances(model, texts, range(model.config.num_layers), config.batch_size, bars)
-        seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    texts = texts_of(EditOptions(covariance_data=config.covariance_data), model)
+    texts, _ = parted(texts, config.covariance_tokens or 10 * model.config.ff_width)
+    model.decoder()
+    began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    found = covariances(model, texts, range(model.config.num_layers), config.batch_size, bars)
+    seconds, peak = time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return (
-        f"{model.config.num_layers} layers, {found.tokens} tokens: {seconds:.0f} s;"
+        f"{model.config.num_layers} layers, {len(found.cached)} of them kept; {found.tokens} tokens: {seconds:.0f} s;"
         f" peak {peak / 2**20:.2f} GiB, {before / 2**20:.2f} before"
     )
 

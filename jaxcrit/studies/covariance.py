@@ -23,7 +23,7 @@ from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import Context, Decoder, embed, layer_windows, run
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
-from jaxcrit.parallel.mesh import batch_rows, batch_sharding
+from jaxcrit.parallel.mesh import batch_sharding
 
 ENOUGH = 10  # tokens for each direction
 
@@ -85,10 +85,10 @@ def _sums(
     model: Model, examples: Sequence[Example], layers: tuple[int, ...], batch_size: int, bars: Bars | None
 ) -> np.ndarray:
     """``[n, F, F]`` float64 sums of k k^T; added up on the device in float32 over a batch, here over batches."""
-    decoder, size = model.decoder(bars), batch_rows(batch_size, model.mesh)
+    decoder = model.decoder(bars)
     total = np.zeros((len(layers), model.config.ff_width, model.config.ff_width))
     with bar(bars, total=len(examples), desc="covariance", unit=" rows") as shown:
-        for batch in make_batches(examples, size, max_length=model.config.max_length):
+        for batch in make_batches(examples, model.budget(batch_size), max_length=model.config.max_length):
             placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(model.mesh))
             with jax.default_matmul_precision("highest"):
                 for number, moment in enumerate(processes.whole(layer_moments(decoder, *placed, layers=layers))):
