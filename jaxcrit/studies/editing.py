@@ -29,7 +29,7 @@ from jaxcrit.data.facts import GAP, Fact, Placed, placed
 from jaxcrit.data.templates import Example
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Context, Decoder, Output, embed, layer_windows, logits, run
+from jaxcrit.models.decoder import Context, Decoder, Output, embed, layer_windows, logits, run, run_span
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import batch_rows, batch_sharding
@@ -220,7 +220,7 @@ def edited(
                 # Vectors of the model as given depend on no layer edited: other ways to edit find them again.
                 of = None if number else model.determines
                 sought[top] = _seek(decoder, laid, top, count, facts, method, keep, lambda: leave(next(steps)), of)
-            parts = [_states(decoder, rows, layer=layer, top=top, count=count) for rows in laid]
+            parts = [_states(decoder, rows, np.int32(layer), np.int32(top), count=count) for rows in laid]
             keys, states = (np.concatenate(part)[: len(facts)] for part in zip(*processes.whole(parts), strict=True))
             start = states if start is None or method.residual == "full" else start
             # What is left: nothing has moved before the first edit, and bits of the state must not come into it.
@@ -412,19 +412,22 @@ def _descend(
     return delta, first, loss(delta)[1][1], jnp.linalg.norm(delta, axis=1) / norm
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "top", "count"))
-def _states(decoder: Decoder, rows: Rows, *, layer: int, top: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Keys ``[C, F]`` at a layer, mean over contexts, and states ``[C, D]`` behind another, in the bare prompt."""
+@functools.partial(jax.jit, static_argnames="count")
+def _states(decoder: Decoder, rows: Rows, layer: Any, top: Any, *, count: int) -> tuple[jax.Array, jax.Array]:
+    """Keys ``[C, F]`` at a layer, mean over contexts, and states ``[C, D]`` behind another, in the bare prompt.
+
+    The layers are data, so that all of them share a program.
+    """
 
     def read(site: Site, before: jax.Array, after: jax.Array, positions: jax.Array) -> jax.Array:
         return jnp.take_along_axis(after, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
-    context = _context(decoder, rows, jnp.arange(rows.tokens.shape[1]))
-    x = _through(decoder, embed(decoder, rows.tokens), context, 0, layer).hidden
-    out = _through(decoder, x, context, layer, layer + 1, tap=Tap(read, ("ff",)))
-    x = _through(decoder, out.hidden, context, layer + 1, top + 1).hidden
-    state = jnp.take_along_axis(x, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    keys = _of_facts(out.taps["ff"][0] * rows.share[:, None], rows, count)
+    config, context = decoder.config, _context(decoder, rows, jnp.arange(rows.tokens.shape[1]))
+    given = {"windows": layer_windows(config), "tap": Tap(read, ("ff",))}
+    layers, x = jnp.arange(config.num_layers), embed(decoder, rows.tokens)
+    out = run_span(decoder.blocks, layers, x, context, 0, top + 1, **given)
+    state = jnp.take_along_axis(out.hidden, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    keys = _of_facts(out.taps["ff"][layer] * rows.share[:, None], rows, count)
     return keys, _of_facts(jnp.where(rows.bare[:, None], state, 0), rows, count)
 
 
