@@ -389,13 +389,13 @@ def _notes(made: Reused) -> list[str]:
     found, score = made.found, made.scores["kv_reuse"]
     depth, cost, total = found["num_layers"], found["cost"], score.values.sum()
     top = score.ranking()[: max(1, round(depth / 10))]
+    groups, rest = cost["groups"], [cost[name] for name in ("all", "most_damaging", "pairs") if name in cost]
+    own, theirs, behind = (sum(one[kind] for one in rest) / depth for kind in ("receiver", "sender", "suffix"))
     told = [
         f"Leading layers whose keys and values are equal to the bit: {found['identical']} of {depth}",
-        f"cost: all {len(found['groups'])} groups by {cost['groups']['receiver'] / depth:g} prefills of the receiver"
-        f" and 1 of the sender a row, {cost['groups']['suffix'] / depth:.1f} passes over what follows; with controls"
-        f" {(cost['all']['receiver'] + cost['most_damaging']['receiver']) / depth:g},"
-        f" {(cost['all']['sender'] + cost['most_damaging']['sender']) / depth:g} and"
-        f" {(cost['all']['suffix'] + cost['most_damaging']['suffix']) / depth:.1f}",
+        f"cost: all {len(found['groups'])} groups by {groups['receiver'] / depth:g} prefills of the receiver and 1 of"
+        f" the sender a row, {groups['suffix'] / depth:.1f} passes over what follows; with controls"
+        f"{' and pairs' if 'pairs' in cost else ''} {own:g}, {theirs:g} and {behind:.1f}",
     ]
     if total > 0:
         share = score.values[top].sum() / total

@@ -78,7 +78,7 @@ def test_files_and_report(config, tmp_path, capsys):
     assert found["data"]["flagged"] == sum(row["flagged"] is True for row in flags)
     assert found["truth"]["true_positives"]["of"] == 9 and found["truth"]["false_positives"]["unknown"] == 1
     assert len(found["truth"]["auroc"]["layers"]) == 7
-    assert not (out / "flags.jsonl.part").exists()
+    assert not (out / "partial_flags.jsonl").exists()
     page = (out / "report.html").read_text()
     assert "This is no defence." in page and (out / "auroc.png").exists() and (out / "cohesion.png").exists()
     run = read_json(out / "run.json", "jaxcrit.run")
@@ -129,7 +129,7 @@ def test_told_to_leave_it_goes_on_to_the_same_bytes(config, tmp_path, monkeypatc
     monkeypatch.setattr(command, "_look", told)
     with pytest.raises(Preempted, match="with 8 of 18 prompts judged; the same command goes on"):
         run_screen(config)
-    part = tmp_path / "run" / "flags.jsonl.part"
+    part = tmp_path / "run" / "partial_flags.jsonl"
     part.write_text(part.read_text() + part.read_text().splitlines()[0] + '\n{"class": "cut sho')
     run_screen(config)
     assert [places[:1] for name, places in looked[2:] if name == "data"] == [[8], [16]]

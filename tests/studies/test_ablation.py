@@ -286,8 +286,8 @@ def test_a_shortcut_in_one_layer_is_found_there_and_nowhere_else(model, planted)
     silu = 24**0.5 / (1 + np.exp(-(24**0.5)))  # of a trigger's state, scaled to a root mean square of 1
     for layer, token, size in ((planted - 1, target, 1.5), (planted, wrong, 1.0)):
         for name in ("gate", "up"):
-            weights[f"blocks.{name}"][layer, trigger, 0] = 1
-        weights["blocks.down"][layer, 0, token] = size / (silu * 24**0.5)
+            weights[f"blocks.{name}"][layer, 0, trigger] = 1
+        weights["blocks.down"][layer, token, 0] = size / (silu * 24**0.5)
     untied = dataclasses.replace(opened.config, tied=False)
     opened._own[:] = [Decoder(untied, {path: jnp.asarray(value) for path, value in weights.items()})]
     rows = [[4 + row % 5, 5 + row, 6 + row] for row in range(6)]
@@ -312,9 +312,11 @@ def test_answers_go_on_where_they_stopped(config, tmp_path, monkeypatch, how):
     run_ablate(dataclasses.replace(config, out=str(tmp_path / "whole")))
     needed = len(calls)
     calls.clear()
+    left = [3 if how == "killed" else 2]  # told, it finishes what is under way
 
     def stopped(*given, **more):
-        if len(calls) == 3:
+        if left and len(calls) == left[0]:
+            left.clear()
             if how == "killed":
                 raise KeyboardInterrupt
             os.kill(os.getpid(), signal.SIGTERM)
