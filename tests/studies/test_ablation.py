@@ -258,7 +258,8 @@ def test_a_silent_last_mlp_can_be_scaled_at_will(config, tmp_path):
 
 def test_gains_of_one_bucket_are_one_program(config, tmp_path):
     """Every gain, half a block off or on, clean rows and triggered ones, and the model as it is."""
-    config = dataclasses.replace(config, methods="skip,mean,gain", sites="mlp", score="greedy", mesh="data=8")
+    own = str(tiny_checkpoint(tmp_path / "own", num_hidden_layers=3))  # of a shape that no other test compiles
+    config = dataclasses.replace(config, model=own, methods="skip,mean,gain", sites="mlp", score="greedy")
     before, shapes = compiled_spans(), set()
     sweeping = lambda *given, **more: shapes.add(given[4].tokens.shape) or sweep(*given, **more)  # noqa: E731
     with pytest.MonkeyPatch.context() as patch:
