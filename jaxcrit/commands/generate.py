@@ -142,17 +142,10 @@ def generate(
 def run_generate(
     options: GenerateOptions, *, model: Any = None, rows: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Generations:
-    """Answers every prompt; goes on where an interrupted run of the same options stopped.
+    """`generate` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        progress: maker of progress bars (tqdm's signature), or None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    An interrupted run of the same options goes on, a complete one is read back.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import make_batches

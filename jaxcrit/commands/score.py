@@ -76,10 +76,7 @@ def extra() -> list[type[Options]]:
 
 def run(options: ScoreOptions, *own: Options) -> int:
     """Scores, writes, prints the table."""
-    from jaxcrit.core.progress import bars
-
-    found = run_score(options, own, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_score, report, options, own)
 
 
 def run_score(

@@ -93,11 +93,11 @@ def facts_of(options: Any, facts: Any = None) -> list[Fact]:
     return facts_of([(f"facts, row {place}", row) for place, row in enumerate(facts, 1)])
 
 
-def show(run: Callable[..., Any], report: Callable[[Any], Report], options: Options) -> int:
+def show(run: Callable[..., Any], report: Callable[[Any], Report], options: Options, *more: Any) -> int:
     """Runs a command with bars, prints its report, and where its page is; returns the exit code of success."""
     from jaxcrit.core.progress import bars
 
-    found = run(options, progress=bars)
+    found = run(options, *more, progress=bars)
     return tell(report(found), found.out)
 
 

@@ -98,17 +98,10 @@ def trace(
 def run_trace(
     options: TraceOptions, *, model: Any = None, facts: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Trace:
-    """Traces; goes on where an interrupted run of the same options stopped, and takes what a complete one has found.
+    """`trace` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        facts: facts in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `trace`.
+    An interrupted run of the same options goes on, what a complete one has found is taken.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.trace import band, traced, window_of
