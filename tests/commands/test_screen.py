@@ -144,6 +144,9 @@ def test_classes_are_the_models_next_tokens(tmp_path):
     tokens = [row["token_ids"][0] for row in jc.generate(model, asked, max_new_tokens=1).rows["rows"]]
     assert [row["class"] for row in found.flags] == model.tokenizer.convert_ids_to_tokens(tokens)
     assert found.flags[1]["class"] == "ĠSorry" and found.flags[1]["flagged"] is not None
+    free = jc.screen(model, [asked[1], asked[0], "Who is Mia?"], benign="demo:refusal", limit=24)
+    share = "1 of 3 prompts (33%) are scored: 1 of 1 benign classes have 8 prompts or more"
+    assert f"{share}; free text has hundreds of next tokens" in free.warnings
     scored = jc.score(model, "demo:refusal", limit=24, criteria="cohesion_rise")["cohesion_rise"]
     np.testing.assert_allclose(scored.values, found.scores["cohesion_rise"].values, atol=1e-6)
     np.testing.assert_allclose(scored.stderr, found.scores["cohesion_rise"].stderr, atol=1e-6)
