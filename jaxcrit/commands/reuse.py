@@ -254,8 +254,9 @@ def _studied(
         for number, place in enumerate(best[1:]):
             if wanted := [one for one in pairs_with(groups[place], depth) if one not in pairs]:
                 pairs |= zip(wanted, over(wanted, "pairs", number).swapaxes(0, 1), strict=True)
-        sets = sets.with_pairs(list(pairs))
-        measures = np.concatenate([measures[:, :behind], np.stack([*pairs.values()], 1), measures[:, behind:]], axis=1)
+        if pairs:
+            sets, of_pairs = sets.with_pairs(list(pairs)), np.stack([*pairs.values()], axis=1)
+            measures = np.concatenate([measures[:, :behind], of_pairs, measures[:, behind:]], axis=1)
     worst = most_damaging(alone[:, choose].mean(axis=1))
     of_worst = over(worst, "most_damaging")
     itemsize = receiver.decoder().embed.get_value().dtype.itemsize
