@@ -19,7 +19,7 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     """What ``jaxcrit plan`` is asked; layers go by number or rule, not by score."""
 
     model: str = option("", "directory with a config.json, or a shape such as llama2-7b", word="DIR")
-    job: str = option("finetune", "analyze, finetune, substitute, generate, edit, screen, reuse", word="JOB")
+    job: str = option("finetune", "finetune, analyze, screen, generate, reuse, edit, ...", word="JOB")
     topology: str = option("v5e:4x4", "chips, such as v5e:2x4, v5p:2x2x2, h100:8", word="NAME")
     mesh: str = option("", "devices by axis (default: weights over all of them)", word="AXES")
     batch_size: int = option(32, "rows, over all devices", lowest=1)
