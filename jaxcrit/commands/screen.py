@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jaxcrit.core.groups import (
 )
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.reporting import tables
 
@@ -337,6 +338,12 @@ def _learn(
     return judge, score, warnings
 
 
+class _Kept(TypedDict):
+    """What every row of a run that goes on has."""
+
+    place: Count
+
+
 def _judged(
     judge: Screen,
     given: _Rows,
@@ -348,7 +355,7 @@ def _judged(
     from jaxcrit.parallel.preemption import one_by_one
 
     count = len(given.rows.examples)
-    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"])
+    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], _Kept)
     rounds = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
 
     def do(places: Sequence[int]) -> None:

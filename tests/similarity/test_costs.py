@@ -108,7 +108,9 @@ def test_streamed_sums_of_eight_devices(band):
     given = (moments, floats(L, block, D, sharding=everywhere), jax.ShapeDtypeStruct((block,), bool))
     given = (*given, floats(L, D), floats(L), first, second)
     lean = 4 * pairs * block * D  # sums of lengths times states, of which an eighth's worth is not asked
-    assert product_flops(partial(_features._accumulate, everywhere=everywhere), *given) == 2 * pairs * block * D**2 + lean
+    assert (
+        product_flops(partial(_features._accumulate, everywhere=everywhere), *given) == 2 * pairs * block * D**2 + lean
+    )
     compiled = _features._accumulate.lower(*given, everywhere).compile()
     memory = compiled.memory_analysis()
     sums = 8 * pairs * D**2 / 8
