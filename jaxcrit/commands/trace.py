@@ -72,10 +72,7 @@ class Trace:
 
 def run(options: TraceOptions) -> int:
     """Traces, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_trace(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_trace, report, options)
 
 
 @shared.public
@@ -101,17 +98,10 @@ def trace(
 def run_trace(
     options: TraceOptions, *, model: Any = None, facts: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Trace:
-    """Traces; goes on where an interrupted run of the same options stopped, and takes what a complete one has found.
+    """`trace` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        facts: facts in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `trace`.
+    An interrupted run of the same options goes on, what a complete one has found is taken.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.trace import band, traced, window_of
@@ -209,16 +199,13 @@ def _kept(run: Run, facts: Sequence[Fact], every: Sequence[Placed]) -> tuple[lis
 
 
 def _scores(model: Model, options: TraceOptions, facts: Sequence[Fact], found: Traced) -> dict[str, LayerScores]:
-    from jaxcrit.core.deletions import Deletions
     from jaxcrit.criteria.trace import CRITERIA
 
     ids = [fact.sample_id for fact in facts]
     meta = {**model.facts, "num_samples": len(facts), "noise": options.noise, "draws": options.samples}
     scores = {}
     for key, criterion in CRITERIA.items():
-        measured = criterion.measured(found, {})
-        score = criterion.scores(key, measured, meta)
-        scores[key] = dataclasses.replace(score, deletions=Deletions(measured.without_each, ids))
+        scores[key] = criterion.scores(key, criterion.measured(found, {}), meta, ids)
     return scores
 
 
@@ -348,14 +335,9 @@ def report(found: Trace, beside: Mapping[str, LayerScores] | None = None) -> Rep
 
 
 def _table(found: Trace, style: bool) -> str:
-    layers = found.layers.layers if found.layers else ()
-    rows = []
-    for layer in range(found.scores["trace"].num_layers):
-        marks = ["◀ trace:band"] if layer in layers else []
-        marks += ["◀ the answer arrives"] if layer == found.run["result"]["jump"] else []
-        rows.append([str(layer), *(tables.estimate(one, layer) for one in found.scores.values()), " ".join(marks)])
-    header = ["layer", *(f"{key} ± s.e." for key in found.scores), ""]
-    return tables.table(header, rows, [style and bool(row[-1]) for row in rows])
+    named = [(layer, "◀ trace:band") for layer in (found.layers.layers if found.layers else ())]
+    named.append((found.run["result"]["jump"], "◀ the answer arrives"))
+    return tables.by_layer(tables.estimates(found.scores), named, style)
 
 
 def _sentences(found: Trace) -> list[str]:

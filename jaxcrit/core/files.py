@@ -55,16 +55,20 @@ def as_path(text: str | Path) -> Path:
     return cast(Path, BucketPath(text))
 
 
-def local_path(text: str | Path, flag: str) -> Path:
+def local_path(text: str | Path, flag: str = "", *, named: str = "") -> Path:
     """A local path, ``~`` expanded.
+
+    Args:
+        text: path.
+        flag: option that it was given by, for messages.
+        named: what named it, where that is no option.
 
     Raises:
         UserError: it is one in a bucket.
     """
     if "://" in os.fspath(text):
-        raise UserError(
-            f"--{flag}={text}: expected a local directory; gcloud storage rsync --recursive copies between the two"
-        )
+        named = named or f"--{flag}={text}"
+        raise UserError(f"{named}: expected a local directory; gcloud storage rsync --recursive copies between the two")
     return _expanded(os.fspath(text))
 
 

@@ -168,6 +168,7 @@ GIVEN = {
     "prefix": "context",
     "methods": "skip",
     "layers": "first:2",
+    "groups": 2,
     "band": "4",
     "trigger": "cf@suffix",
     "target": "yes",

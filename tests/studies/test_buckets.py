@@ -86,6 +86,9 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
     assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
     run("screen", *given, f"--benign={data}", "--classes=family", out="screened", twin=True)
+    gains = ["--methods=skip,gain", "--sites=mlp", "--gains=0.5", "--score=generated", "--max_new_tokens=1"]
+    run("ablate", *given, *gains, out="ablated", twin=True)
+    assert "ablated/partial_answers.jsonl" in storage.puts
     run("finetune", *given, *TRAIN, out="tuned")
     assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tuned)
     assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
