@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jaxcrit.core.groups import (
 )
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.reporting import tables
 
@@ -353,6 +354,21 @@ def _learn(
     return judge, score, warnings
 
 
+Verdict = TypedDict(
+    "Verdict",
+    {
+        "class": str | int | float | bool | None,
+        "score": float | None,
+        "threshold": float | None,
+        "z": float | None,
+        "flagged": bool | None,
+        "layers": list[Count] | None,
+        "by_layer": list[float] | None,
+        "distance": float | None,
+    },
+)
+
+
 def _judged(
     judge: Screen,
     given: _Rows,
@@ -361,14 +377,16 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """Verdicts in the order of the rows; those of an interrupted run are in a part that grows."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import GrowingText, json_lines, read_lines
+    from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines
     from jaxcrit.parallel.preemption import Preempted, notice
 
     lines: list[dict[str, Any]] = []
     part = None if out is None else out / f"{FLAGS}.part"
     growing = None if part is None else GrowingText(part)
     if part is not None and growing is not None:
-        lines = processes.share(lambda: read_lines(part))
+        lines = processes.share(lambda: read_lines(part, Verdict))
+        if len(lines) > len(given.rows.examples):
+            raise UserError(f"{part}: expected verdicts on {len(given.rows.examples)} prompts, got more; {DAMAGED}")
         del lines[len(lines) // _AT_ONCE * _AT_ONCE :]  # whole rounds, whose batches are then the same
         growing.start(json_lines(lines))
     count, rounds = len(given.rows.examples), 0
