@@ -369,6 +369,20 @@ Verdict = TypedDict(
 )
 
 
+def read_verdicts(path: Path, count: int) -> list[dict[str, Any]]:
+    """Reads the verdicts that an interrupted run has kept, on at most so many prompts.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    from jaxcrit.core.files import DAMAGED, read_lines
+
+    lines = read_lines(path, Verdict)
+    if len(lines) > count:
+        raise UserError(f"{path}: expected verdicts on {count} prompts, got {len(lines)}; {DAMAGED}")
+    return lines
+
+
 def _judged(
     judge: Screen,
     given: _Rows,
@@ -377,16 +391,14 @@ def _judged(
 ) -> list[dict[str, Any]]:
     """Verdicts in the order of the rows; those of an interrupted run are in a part that grows."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines
+    from jaxcrit.core.files import GrowingText, json_lines
     from jaxcrit.parallel.preemption import Preempted, notice
 
     lines: list[dict[str, Any]] = []
     part = None if out is None else out / f"{FLAGS}.part"
     growing = None if part is None else GrowingText(part)
     if part is not None and growing is not None:
-        lines = processes.share(lambda: read_lines(part, Verdict))
-        if len(lines) > len(given.rows.examples):
-            raise UserError(f"{part}: expected verdicts on {len(given.rows.examples)} prompts, got more; {DAMAGED}")
+        lines = processes.share(lambda: read_verdicts(part, len(given.rows.examples)))
         del lines[len(lines) // _AT_ONCE * _AT_ONCE :]  # whole rounds, whose batches are then the same
         growing.start(json_lines(lines))
     count, rounds = len(given.rows.examples), 0

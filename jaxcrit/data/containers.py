@@ -8,11 +8,12 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, first_line
 from jaxcrit.core.reading import too_deep
 
 Placed = Iterator[tuple[str, Any]]
@@ -52,7 +53,7 @@ def values(path: Path) -> Placed:
                 try:
                     with opener(file) as inside:
                         yield from _plain(io.BufferedReader(inside), path, path.stem)
-                except (EOFError, lzma.LZMAError, OSError, ValueError) as error:
+                except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
                     if isinstance(error, UserError):
                         raise
                     raise UserError(f"{path}: is a {what} file, and cannot be unpacked ({error})") from None
@@ -90,20 +91,22 @@ def _table(file: IO[bytes], path: Path, kind: str) -> Placed:
     import pyarrow
     import pyarrow.parquet
 
-    whole = file if file.seekable() else io.BytesIO(file.read())
+    plain = isinstance(getattr(file, "raw", None), io.FileIO)
     try:
         if kind == "parquet":
+            whole = file if plain else io.BytesIO(file.read())
             batches: Any = pyarrow.parquet.ParquetFile(whole).iter_batches()
-        else:
-            whole.seek(0)
-            batches = _arrow(pyarrow.ipc, whole)
+        else:  # of bytes that are there parts are taken; for a file's, memory would be taken first, however many it says
+            held = pyarrow.memory_map(str(path)) if plain else pyarrow.BufferReader(file.read())
+            batches = _arrow(pyarrow.ipc, held)
         place = 0
         for batch in batches:
+            batch.validate(full=True)  # offsets that lie would be followed out of memory that is ours
             for row in batch.to_pylist():
                 place += 1
                 yield f"row {place}", without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is a {kind} file, and cannot be read ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        raise UserError(f"{path}: is a {kind} file, and cannot be read ({first_line(error)})") from None
 
 
 def _arrow(ipc: Any, file: IO[bytes]) -> Iterator[Any]:
