@@ -263,7 +263,7 @@ def _zsre(row: Mapping[str, Any]) -> dict[str, Any]:
         "target": row.get("alt") or true,
         "old": true if row.get("alt") else "",
         "paraphrases": [row["rephrase"]] if row.get("rephrase") else [],
-        "neighbours": [{"prompt": row["loc"], "target": row["loc_ans"]}] if row.get("loc") else [],
+        "neighbours": [{"prompt": row["loc"], "target": row.get("loc_ans")}] if row.get("loc") else [],
     }
 
 

@@ -11,9 +11,11 @@ import gzip
 import io
 import json
 import lzma
+import os
 import struct
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -33,6 +35,28 @@ SNIPPETS = (
     b"-", b"NaN", b"\xed\xa0\x80", b"\\ud800", b"9" * 5000, b"{{", b"{% for x in range(10**9) %}", b"{% endfor %}",
     b"#", b"=", b"\t", b"\x1a", b"\xc0\x80", b"\xf4\x90\x80\x80", b'{"a":' * 100,
 )  # fmt: skip
+
+
+# What may stand in the place of a file, beside other bytes.
+PLACES = ("a pipe", "a device", "a directory", "a terabyte of zeros", "a link to itself")
+
+
+def put(file: Path, content: bytes | str) -> None:
+    """Makes a file of this content, or one of `PLACES`."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    elif content == "a pipe":
+        os.mkfifo(file)
+    elif content == "a device":
+        file.symlink_to("/dev/zero")
+    elif content == "a directory":
+        file.mkdir()
+    elif content == "a link to itself":
+        file.symlink_to(file.name)
+    else:
+        with file.open("wb") as opened:
+            opened.truncate(2**40)
 
 
 def damaged(files: Files, chance: Random) -> Files:

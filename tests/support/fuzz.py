@@ -24,10 +24,13 @@ import time
 import traceback
 import warnings
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from random import Random
 from types import FrameType
 from typing import Any
+
+from support.damage import PLACES, damaged, put
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
@@ -108,24 +111,29 @@ def _where(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {str(error)[:200]!r} at {place}"
 
 
-def put(folder: Path, files: dict[str, bytes]) -> None:
+def fill(folder: Path, files: Mapping[str, bytes | str]) -> None:
     """Makes a folder hold these files alone."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(content)
+        put(folder / name, content)
 
 
-def tried(reader: Any, inputs: int, seconds: float, scratch: Path, watch: Watch, begin: int = 0) -> dict[str, Any]:
-    """Gives a reader so many inputs, or as many as fit in the time."""
-    from support.damage import damaged
-
+def inputs(reader: Any, begin: int, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered inputs of a reader: first one for each of `PLACES` that a file can be, then damaged ones."""
     valid, beside = reader.files()
+    places = [{name: place} for place in PLACES for name in sorted(valid)[:3]]
+    for number in range(begin, begin + count):
+        changed = places[number] if number < len(places) else damaged(valid, Random(f"{reader.name}/{number}"))
+        yield number, {**beside, **valid, **changed} if number < len(places) else {**beside, **changed}
+
+
+def tried(reader: Any, number_of: int, seconds: float, scratch: Path, watch: Watch, begin: int = 0) -> dict[str, Any]:
+    """Gives a reader so many inputs, or as many as fit in the time."""
     counts, said, end = Counter[str](), list[str](), time.monotonic() + seconds
     folder = scratch / "in"
-    for number in range(begin, begin + inputs):
-        put(folder, {**beside, **damaged(valid, Random(f"{reader.name}/{number}"))})
+    for number, files in inputs(reader, begin, number_of):
+        fill(folder, files)
         (scratch / "now").write_text(f"{reader.name} --number={number}")
         watch.seen.clear()
         how, text = outcome(reader.read, folder)
@@ -163,14 +171,13 @@ def main() -> int:
         (scratch / name.lower()).mkdir()
     tempfile.tempdir = str(scratch / "tmpdir")
     os.chdir(scratch)
-    from support.damage import damaged
     from support.readers import readers
 
     table = {name: one for name, one in readers().items() if not given.readers or name in given.readers}
     unread = []
     for name, reader in table.items():  # whatever is imported or compiled is there before memory is bounded
         valid, beside = reader.files()
-        put(scratch / "in", {**valid, **beside})
+        fill(scratch / "in", {**valid, **beside})
         how, text = outcome(reader.read, scratch / "in")
         if how != "read":
             unread.append(f"{name}: its valid input is not read: {how}: {text}")
@@ -179,9 +186,9 @@ def main() -> int:
         return 1
     if given.number >= 0:
         reader = table[given.readers[0]]
-        valid, beside = reader.files()
-        put(Path("/tmp/hostile-input"), {**beside, **damaged(valid, Random(f"{reader.name}/{given.number}"))})
-        print(reader.read(Path("/tmp/hostile-input")))
+        fill(scratch / "in", next(inputs(reader, given.number, 1))[1])
+        print(f"in {scratch}", flush=True)
+        print(reader.read(scratch / "in"))
         return 0
     resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
     watch, rows = Watch(scratch), {}

@@ -5,9 +5,12 @@ A new format is a row here; `tests/test_hostile.py` finds readers that have none
 
 from __future__ import annotations
 
+import bz2
 import dataclasses
 import functools
+import gzip
 import json
+import lzma
 import os
 import shutil
 import tempfile
@@ -19,6 +22,7 @@ from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
 import numpy as np
 
 from support.damage import Files
+from support.tiny import CHAT_TEMPLATE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,7 +164,7 @@ def _read_digests(folder: Path) -> Any:
     with _cache(folder) as cache:
         kept_digests(file, names, lambda name: ["F32", [1], "0" * 64])
         kept = next((cache / "digests").iterdir())
-        shutil.copy(folder / "digests.json", kept)
+        (folder / "digests.json").replace(kept)
         found = kept_digests(file, names, lambda name: ["F32", [1], "0" * 64])
         shutil.rmtree(cache)
     assert found.keys() == {"a"} and len(found["a"][2]) == 64
@@ -594,7 +598,15 @@ FACTS: list[dict[str, Any]] = [
         "paraphrase_prompts": ["Rome lies in"],
         "neighborhood_prompts": ["Milan is in"],
     },
-    {"src": "Who wrote Emma?", "subject": "Emma", "alt": "Bob", "answers": ["Austen"], "rephrase": "Emma is by", "loc": "a", "loc_ans": "b"},
+    {
+        "src": "Who wrote Emma?",
+        "subject": "Emma",
+        "alt": "Bob",
+        "answers": ["Austen"],
+        "rephrase": "Emma is by",
+        "loc": "a",
+        "loc_ans": "b",
+    },
     {
         "prompt": "Water is",
         "subject": "Water",
@@ -603,7 +615,8 @@ FACTS: list[dict[str, Any]] = [
         "rephrase_prompt": "Water feels",
         "locality": {"x": {"prompt": "Fire is", "ground_truth": "hot"}},
     },
-]  # fmt: skip
+]
+PACKED = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress}
 DOLLY = [{"instruction": "a", "context": "", "response": "b", "category": "open_qa"} for _ in range(3)]
 
 
@@ -611,11 +624,9 @@ def _as_lines(rows: list[dict[str, Any]]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def _compressed(suffix: str) -> bytes:
-    import importlib
-
-    module = {"gz": "gzip", "bz2": "bz2", "xz": "lzma"}[suffix]
-    return importlib.import_module(module).compress(_as_lines(ROWS))
+def _packed_rows(suffix: str) -> Reader:
+    name, packed = f"rows.jsonl.{suffix}", PACKED[suffix](_as_lines(ROWS))
+    return Reader(f"rows, {suffix}", _written(name, packed), _rows(name), share=0.5)
 
 
 def _rows(name: str) -> Callable[[Path], object]:
@@ -704,9 +715,15 @@ def readers() -> dict[str, Reader]:
 
     run = functools.partial(_ours, "run.json", "jaxcrit.run")
     answers = [{**example(Answer), "row": row} for row in range(3)]
+    losses = {"losses": np.ones((3, 4)), "tokens": np.ones(4, int)}
+    sought = {"1/1/delta": np.ones((2, 4)), "1/1/before": np.ones(2)}
+    keys = {"layer_1": np.ones((2, 4)), "layer_2": np.ones((5, 4))}
+    effects = {**dict.fromkeys(KINDS, np.ones((5, 3))), **dict.fromkeys(("p", "corrupted"), np.ones(5))}
+    effects["sample_ids"] = np.array(list("abcde"))
+    families = "llama-llama3", "gemma3-linear-capped", "qwen2-mixed-sliding", "smollm3", "phi3-longrope", "olmo3-yarn"
     csv = 'prompt,response,n\none,yes,1\n"two, three",,2\n'
     found = [
-        _config_of("llama-llama3"), _config_of("gemma3-linear-capped"), _config_of("qwen2-mixed-sliding"), _config_of("smollm3"), _config_of("phi3-longrope"), _config_of("olmo3-yarn"),
+        *map(_config_of, families),
         Reader("any config.json", _written("config.json", {"model_type": "x", "n_layer": 3, "n_embd": 4}), _any_model),
         Reader("index of shards", _sharded, _checkpoint, ("model.safetensors.index.json",)),
         Reader("model.safetensors", _copy_tiny, _checkpoint, ("model.safetensors",), 0.5),
@@ -714,7 +731,7 @@ def readers() -> dict[str, Reader]:
         Reader("generation_config.json", _written("generation_config.json", {"eos_token_id": [1, 2]}), _stops),
         Reader("adapter", _make_adapter, _adapter, share=0.5),
         Reader("tokenizer", _make_tokenizer, _load_tokenizer, share=0.15),
-        Reader("template", _written("template.jinja", (_tiny() / "tokenizer_config.json").read_text()), _template, share=0.02),
+        Reader("template", _written("template.jinja", CHAT_TEMPLATE), _template, share=0.02),
         Reader("GGUF", _make_gguf, _gguf, share=0.5),
         Reader("tokenizer of GGUF", _make_gguf, _gguf_tokenizer, share=0.1),
         Reader("states, own", _make_own_states, _states("activations.safetensors")),
@@ -732,33 +749,38 @@ def readers() -> dict[str, Reader]:
         Reader("run of edit", run(_edited_kind(), **_edited_record()), _edited),
         Reader("run of substitute", _make_substituted, _substituted, share=0.5),
         Reader("run of ablate", _make_ablated, _ablated, share=0.5),
-        Reader("tuned model", run(dict, **_tuned_record()) if False else _written_run(_tuned_record()), _tuned, share=0.1),
+        Reader("tuned model", _written_run(_tuned_record()), _tuned, share=0.1),
         Reader("checkpoints of a run", _make_trained, _trained, share=0.02),
-        Reader("losses so far", _npz("partial.npz", "jaxcrit.partial", {"losses": np.ones((3, 4)), "tokens": np.ones(4, int)}, identity="me"), _kept_losses),
-        Reader("sought so far", _npz("partial.npz", "jaxcrit.partial", {"1/1/delta": np.ones((2, 4)), "1/1/before": np.ones(2)}, identity="me"), _sought),
-        Reader("keys of edits", _npz("keys.npz", "jaxcrit.keys", {"layer_1": np.ones((2, 4)), "layer_2": np.ones((5, 4))}), _keys),
-        Reader("trace.npz", _npz("trace.npz", "jaxcrit.trace", {**dict.fromkeys(KINDS, np.ones((5, 3))), "p": np.ones(5), "corrupted": np.ones(5), "sample_ids": list("abcde")}), _trace),
+        Reader("losses so far", _npz("partial.npz", "jaxcrit.partial", losses, identity="me"), _kept_losses),
+        Reader("sought so far", _npz("partial.npz", "jaxcrit.partial", sought, identity="me"), _sought),
+        Reader("keys of edits", _npz("keys.npz", "jaxcrit.keys", keys), _keys),
+        Reader("trace.npz", _npz("trace.npz", "jaxcrit.trace", effects), _trace),
         Reader("covariance cache", _npz("moment.npz", "jaxcrit.covariance", {"moment": np.eye(4)}), _covariance),
         Reader("answers so far", _written("generations.jsonl", _as_lines(answers)), _answers),
         Reader("verdicts so far", _written("flags.jsonl.part", _as_lines([example(Verdict)] * 2)), _verdicts),
         Reader("metrics.jsonl", _written("metrics.jsonl", _as_lines([example(LossRow)] * 3)), _metrics),
         Reader("arm.json", _ours("arm.json", ARM_FORMAT, ArmTests), _tests),
         Reader("reuse.json", _ours("reuse.json", REUSE_FORMAT, Study), _study),
-        Reader("options, TOML", _written("options.toml", 'data = "demo"\nlimit = 24\n[delta]\nwindow = 3\n' if False else 'data = "demo"\nlimit = 24\nout = "x"\n'), _toml),
+        Reader("options, TOML", _written("options.toml", 'data = "demo"\nlimit = 24\nout = "x"\n'), _toml),
         Reader("options, flags", _written("options.flags", "--data=demo\n--limit=24\n# more\n--out=x\n"), _flagfile),
         Reader("rows, jsonl", _written("rows.jsonl", _as_lines(ROWS)), _rows("rows.jsonl")),
         Reader("rows, json", _written("rows.json", ROWS), _rows("rows.json")),
         Reader("rows, csv", _written("rows.csv", csv), _rows("rows.csv")),
         Reader("rows, tsv", _written("rows.tsv", csv.replace(",", "\t")), _rows("rows.tsv")),
-        Reader("rows, UTF-16", _written("rows.jsonl", _as_lines(ROWS).decode().encode("utf-16")), _rows("rows.jsonl"), share=0.3),
-        *(Reader(f"rows, {end}", _written(f"rows.jsonl.{end}", _compressed(end)), _rows(f"rows.jsonl.{end}"), share=0.5) for end in ("gz", "bz2", "xz")),
+        Reader(
+            "rows, UTF-16",
+            _written("rows.jsonl", _as_lines(ROWS).decode().encode("utf-16")),
+            _rows("rows.jsonl"),
+            share=0.3,
+        ),
+        *map(_packed_rows, ("gz", "bz2", "xz")),
         Reader("rows, parquet", _table("parquet"), _rows("rows.parquet")),
         Reader("rows, arrow", _table("arrow"), _rows("rows.arrow")),
         Reader("rows, arrow stream", _table("stream"), _rows("rows.arrow")),
         Reader("rows, saved dataset", _make_saved, _saved, share=0.1),
         Reader("rows, dolly", _written("rows.jsonl", _as_lines(DOLLY)), _published),
         Reader("facts", _written("facts.jsonl", _as_lines(FACTS)), _facts),
-    ]  # fmt: skip
+    ]
     return {one.name: one for one in found}
 
 
