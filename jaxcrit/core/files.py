@@ -22,7 +22,7 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.reading import Stored, members, parse_json, plain_size, read_text, stored_npy
+from jaxcrit.core.reading import LARGEST_TEXT, Stored, members, parse_json, plain_size, read_text, stored_npy
 from jaxcrit.core.schema import Array, conform, conform_arrays, short
 
 FORMAT_VERSION = 1
@@ -187,10 +187,20 @@ def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     plain_size(path, "a file of lines")
-    *whole, rest = path.read_bytes().split(b"\n")
-    rows = [_line(line, kind, f"{path}: line {number}") for number, line in enumerate(whole, 1)]
-    with contextlib.suppress(UserError):
-        rows += [_line(rest, kind, str(path))] if rest else []
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LARGEST_TEXT), b""), 1):
+                where = f"{path}: line {number}"
+                if line.endswith(b"\n"):
+                    rows.append(_line(line[:-1], kind, where))
+                elif len(line) == LARGEST_TEXT:
+                    raise UserError(f"{where}: expected at most {LARGEST_TEXT // 2**20} MiB; {DAMAGED}")
+                else:
+                    with contextlib.suppress(UserError):
+                        rows.append(_line(line, kind, where))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected a file of lines") from None
     return rows
 
 

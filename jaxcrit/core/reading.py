@@ -6,6 +6,7 @@ or never ends (a FIFO, a device) is no file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -21,6 +22,7 @@ from jaxcrit.core.errors import UserError, listed
 
 # Bytes of JSON that are parsed at once, into some 20 times as many; the largest index of a checkpoint has 10 MB.
 LARGEST_TEXT = 2**26
+LARGEST_PARSED = 2**28  # bytes of a vocabulary, which its library parses; the largest have 35 MB
 MOST_UNPACKED = 200  # times its size that a packed file may have; text has 3 to 100, and what is to fill a memory 1,000
 DEEPEST = 64  # objects and lists inside one another
 
@@ -67,6 +69,25 @@ def plain_size(path: Path, expected: str) -> int:
     if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
         raise UserError(f"{path}: expected {expected}, got a device or pipe")
     return about.st_size
+
+
+def plain_tree(folder: Path, expected: str, text: tuple[str, ...] = ()) -> None:
+    """Refuses a directory that another library is to read, if it would wait there or read without end.
+
+    Args:
+        folder: directory.
+        expected: what it should be, for messages.
+        text: endings of names of files that are read at once, of `LARGEST_PARSED` bytes at most.
+
+    Raises:
+        UserError: a pipe, a device or a link to itself lies in it, or a text that is too large.
+    """
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is nobody's file
+                size = plain_size(Path(at, name), expected)
+                if name.endswith(text) and size > LARGEST_PARSED:
+                    raise UserError(f"{Path(at, name)}: expected {expected}, got {size:,} bytes")
 
 
 def parse_json(text: str, where: str | Path, expected: str = "JSON") -> Any:

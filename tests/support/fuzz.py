@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import io
 import json
 import os
@@ -83,6 +84,7 @@ def outcome(read: Any, folder: Path) -> tuple[str, str]:
 
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(SECONDS)
+    faulthandler.dump_traceback_later(3 * SECONDS, exit=True, file=sys.__stderr__)  # where no signal gets through
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             read(folder)
@@ -103,6 +105,7 @@ def outcome(read: Any, folder: Path) -> tuple[str, str]:
         return ("memory" if big else "tracebacks"), _where(error)
     finally:
         signal.alarm(0)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _where(error: BaseException | None) -> str:
@@ -158,6 +161,7 @@ def main() -> int:
     asked = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     asked.add_argument("readers", nargs="*")
     asked.add_argument("--inputs", type=int, default=100, help="of each reader; slow ones take fewer")
+    asked.add_argument("--total", type=int, default=0, help="instead: of all readers together")
     asked.add_argument("--begin", type=int, default=0, help="number of the first input")
     asked.add_argument("--seconds", type=float, default=1e9, help="of each reader, at most")
     asked.add_argument("--number", type=int, default=-1, help="this input alone")
@@ -174,11 +178,19 @@ def main() -> int:
     from support.readers import readers
 
     table = {name: one for name, one in readers().items() if not given.readers or name in given.readers}
-    unread = []
+    print(f"in {scratch}, where `now` names the input", flush=True)
+    unread, ran = [], set[str]()
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call" and "/jaxcrit/" in frame.f_code.co_filename:
+            ran.add(f"{frame.f_code.co_filename.rpartition('/jaxcrit/')[2]}:{frame.f_code.co_qualname}")
+
     for name, reader in table.items():  # whatever is imported or compiled is there before memory is bounded
         valid, beside = reader.files()
         fill(scratch / "in", {**valid, **beside})
+        sys.setprofile(note)
         how, text = outcome(reader.read, scratch / "in")
+        sys.setprofile(None)
         if how != "read":
             unread.append(f"{name}: its valid input is not read: {how}: {text}")
     if unread:
@@ -193,8 +205,9 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_AS, (_memory() + MEMORY, resource.RLIM_INFINITY))
     watch, rows = Watch(scratch), {}
     print(f"{'reader':<32}" + "".join(f"{column:>11}" for column in COLUMNS), flush=True)
+    each = given.total / sum(reader.share for reader in table.values()) if given.total else given.inputs
     for name, reader in table.items():
-        count = max(1, round(given.inputs * reader.share))
+        count = max(1, round(each * reader.share))
         rows[name] = row = tried(reader, count, given.seconds, scratch, watch, given.begin)
         print(f"{name:<32}" + "".join(f"{row[column]:>11,}" for column in COLUMNS), flush=True)
         for line in row["said"][:5]:
@@ -202,7 +215,7 @@ def main() -> int:
     total = {column: sum(row[column] for row in rows.values()) for column in COLUMNS}
     print(f"{'all':<32}" + "".join(f"{total[column]:>11,}" for column in COLUMNS), flush=True)
     if given.json:
-        given.json.write_text(json.dumps(rows))
+        given.json.write_text(json.dumps({"rows": rows, "ran": sorted(ran)}))
     shutil.rmtree(scratch, ignore_errors=True)
     return 1 if any(row["said"] for row in rows.values()) else 0
 
