@@ -289,6 +289,6 @@ def _several(value: Any) -> list[Any]:
 
 
 def _inner(value: Any) -> list[Mapping[str, Any]]:
-    """Objects in an object; what is none of these counts as an empty one, in which what is needed will be missed."""
+    """Objects in an object; what is none of these counts as a prompt, which will be refused."""
     held = list(value.values()) if isinstance(value, Mapping) else _several(value)
-    return [one if isinstance(one, Mapping) else {} for one in held]
+    return [one if isinstance(one, Mapping) else {"prompt": one} for one in held]
