@@ -653,7 +653,7 @@ def _answers(result: Mapping[str, Any]) -> str:
     header = ["questions", "number", "greedy before", "after", "95 %", "p before", "after", "preferred after", "of"]
     rows = []
     for kind in ("own", "paraphrase", "neighbour"):
-        if kind not in result["after"]:
+        if kind not in result["before"] or kind not in result["after"]:
             continue
         before, after = (result[when][kind] for when in ("before", "after"))
         low, high = wilson(round(after["greedy"] * after["questions"]), after["questions"])

@@ -32,7 +32,7 @@ DAMAGED = "the file is damaged, or another program's: write it again"
 # Directories and files that runs write; no dataset among several may be called so.
 _OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard")
 _OWN_ENDINGS = (".json", ".jsonl", ".npz", ".png", ".html", ".safetensors", ".part", ".md", ".txt", ".yml", ".yaml")
-_LONGEST_NAME = 255  # bytes
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
 
 
@@ -76,7 +76,7 @@ def _expanded(text: str) -> Path:
     """
     try:
         encoded = text.encode("utf-8")
-        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
             raise UserError(f"{short(text)}: expected a path, got a NUL or a name of more than {_LONGEST_NAME} bytes")
         return Path(text).expanduser()
     except UnicodeEncodeError:

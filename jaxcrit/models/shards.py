@@ -183,7 +183,8 @@ def _chosen(path: Path) -> tuple[list[Path], dict[str, Path], list[str]]:
         if not named:
             raise UserError(f"{index}: expected a weight_map of tensor names to files, got an empty one")
         for tensor, file in sorted(named.items()):
-            if file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+            odd = file in ("", ".", "..") or Path(file).name != file or "\\" in file
+            if odd or len(file.encode("utf-8", "replace")) > 255:
                 raise UserError(f"{index}: {tensor} is said to be in {file!r}; expected a file name in {path}, no path")
         files = set(named.values())
         absent = sorted(file for file in files if not (path / file).is_file())
