@@ -6,7 +6,6 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
-
 _LONGEST = 2000  # letters of a message
 
 
