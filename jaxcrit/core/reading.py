@@ -20,8 +20,8 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
 
-# Bytes of JSON that are parsed at once, into some 20 times as many; the largest index of a checkpoint has 10 MB.
-LARGEST_TEXT = 2**26
+# Bytes of JSON that are parsed at once, into 45 times as many at worst (empty objects); the largest index has 10 MB.
+LARGEST_TEXT = 2**25
 LARGEST_PARSED = 2**28  # bytes of a vocabulary, which its library parses; the largest have 35 MB
 MOST_UNPACKED = 200  # times its size that a packed file may have; text has 3 to 100, and what is to fill a memory 1,000
 DEEPEST = 64  # objects and lists inside one another

@@ -238,7 +238,7 @@ def test_lines_are_read_one_by_one(tmp_path):
     """Of a file of a terabyte no more than a line."""
     with (tmp_path / "sparse").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(UserError, match="line 1: expected at most 64 MiB"):
+    with pytest.raises(UserError, match="line 1: expected at most 32 MiB"):
         read_lines(tmp_path / "sparse")
     with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
         read_lines(tmp_path)
