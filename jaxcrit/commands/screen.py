@@ -338,10 +338,20 @@ def _learn(
     return judge, score, warnings
 
 
-class _Kept(TypedDict):
-    """What every row of a run that goes on has."""
-
-    place: Count
+Verdict = TypedDict(
+    "Verdict",
+    {
+        "place": Count,
+        "class": str | int | float | bool | None,
+        "score": float | None,
+        "threshold": float | None,
+        "z": float | None,
+        "flagged": bool | None,
+        "layers": list[Count] | None,
+        "by_layer": list[float] | None,
+        "distance": float | None,
+    },
+)
 
 
 def _judged(
@@ -355,7 +365,7 @@ def _judged(
     from jaxcrit.parallel.preemption import one_by_one
 
     count = len(given.rows.examples)
-    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], _Kept)
+    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], Verdict)
     rounds = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
 
     def do(places: Sequence[int]) -> None:

@@ -20,6 +20,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import in_bucket
+from jaxcrit.core.reading import plain_tree
 from jaxcrit.core.schema import conform
 from jaxcrit.models.partition import Bank
 
@@ -36,6 +38,11 @@ _SYSTEM = re.compile(
 
 class Manager(ocp.CheckpointManager):
     """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
+
+    def __init__(self, directory: str, *items: Any, **options: Any):
+        if not in_bucket(directory):
+            plain_tree(Path(directory), "files of a checkpoint")
+        super().__init__(directory, *items, **options)
 
     def read(self, step: int, like: Mapping[str, Any], **further: ocp.args.CheckpointArgs) -> dict[str, Any]:
         """Reads items of a checkpoint.

@@ -24,6 +24,7 @@ import scipy.linalg
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.progress import bar
+from jaxcrit.core.schema import Array
 from jaxcrit.data.facts import GAP, Fact, placed
 from jaxcrit.data.templates import Example
 from jaxcrit.models.config import ModelConfig
@@ -142,7 +143,7 @@ class Edited:
     weights: dict[str, jax.Array]
 
 
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+Keep = Callable[[str, Callable[[], dict[str, np.ndarray]], Mapping[str, Array]], dict[str, np.ndarray]]
 
 
 def closed_form(moment: np.ndarray, keys: np.ndarray, weight: float, old: np.ndarray | None = None) -> np.ndarray:
@@ -187,7 +188,8 @@ def edited(
         moments: by layer, the second moment of ordinary keys ``[F, F]``.
         method: how.
         old: by layer, keys of earlier edits ``[o, F]``.
-        keep: function of a name and of what makes arrays; gives what was kept under the name, or makes and keeps it.
+        keep: function of a name, of what makes arrays, and of what they are; gives what was kept under the name, or
+            makes and keeps it.
         bars: maker of progress bars.
 
     Raises:
@@ -304,14 +306,16 @@ def _seek(
 ) -> Sought:
     """The vectors of all facts at a layer, chunk by chunk."""
     numbers = np.array([method.step_size, method.clamp], np.float32)
+    holds = {"delta": Array("f", (count, decoder.config.width))}
+    holds |= dict.fromkeys(("before", "after", "length"), Array("f", (count,)))
     parts = []
     for number, rows in enumerate(chunks, 1):
 
         def make(rows: Rows = rows) -> dict[str, np.ndarray]:
             found = _descend(decoder, rows, numbers, np.int32(method.steps), layer=layer, count=count)
-            return dict(zip(("delta", "before", "after", "length"), processes.whole(found), strict=True))
+            return dict(zip(holds, processes.whole(found), strict=True))
 
-        parts.append(keep(f"{layer}/{number}", make))
+        parts.append(keep(f"{layer}/{number}", make, holds))
         if leave() and number < len(chunks):
             raise Preempted(
                 f"told to leave at part {number} of {len(chunks)} of layer {layer}; the same command goes on from there"
