@@ -11,19 +11,20 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
+from jaxcrit.core import console, digests, processes
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.schema import conform
 from jaxcrit.models.partition import Bank
 
-FOLDER = "checkpoints"
+FOLDER = digests.CHECKPOINTS
 _LOGGER = logging.getLogger("absl")
 _HANDLER = ocp.StandardCheckpointHandler()
 # What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
@@ -34,11 +35,24 @@ _SYSTEM = re.compile(
 )
 
 
+class CheckpointDigests(TypedDict):
+    """``digests`` of a checkpoint's meta entry; ``meta`` is that of the rest of it, and of the others."""
+
+    arrays: dict[str, dict[str, str]]
+    meta: str
+
+
+def with_digests(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved with arrays, by item, and the digests of both; a collective."""
+    taken = digests.of_arrays(arrays)
+    return {**meta, "digests": {"arrays": taken, "meta": sha256_json([dict(meta), taken])}}
+
+
 class Manager(ocp.CheckpointManager):
     """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
 
-    def read(self, step: int, like: Mapping[str, Any], **further: ocp.args.CheckpointArgs) -> dict[str, Any]:
-        """Reads items of a checkpoint.
+    def read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads items of a checkpoint, and ``meta``; all of it must be what was written, by its digests.
 
         Runs made before weights of attention were matrices stored them by head, ``[n, heads, head_dim, in]``: they are
         read so and take their new shape.
@@ -46,10 +60,10 @@ class Manager(ocp.CheckpointManager):
         Args:
             step: number of the checkpoint.
             like: trees of abstract arrays with shardings, by item.
-            further: how other items are read.
 
         Raises:
             UserError: an array of another size than expected.
+            ValueError: arrays or ``meta`` are not what was written.
         """
         self.wait_until_finished()  # what is being written has no shapes yet
         stored = {item: _HANDLER.metadata(self.directory / str(step) / item).tree for item in like}
@@ -79,8 +93,23 @@ class Manager(ocp.CheckpointManager):
             for item, tree in like.items()
         }
         arrays = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
-        found = self.restore(step, args=ocp.args.Composite(**arrays, **further))
-        return {**found, **{item: jax.tree.map(_shaped, found[item], tree) for item, tree in like.items()}}
+        found = self.restore(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore()))
+        held = {item: found[item] for item in like}
+        shaped = {item: jax.tree.map(_shaped, held[item], tree) for item, tree in like.items()}
+        return {**shaped, "meta": self._vouched(step, held, found["meta"])}
+
+    def _vouched(self, step: int, held: Mapping[str, Any], meta: Any) -> Any:
+        """What was saved with arrays, less the digests, by which it and they are what was written."""
+        if not isinstance(meta, dict) or "digests" not in meta:
+            console.note(f"jaxcrit: {self.directory / str(step)}: was written without digests; it is taken as it is")
+            return meta
+        rest = {key: value for key, value in meta.items() if key != "digests"}
+        known = conform(meta["digests"], CheckpointDigests, "meta")
+        if known["meta"] != sha256_json([rest, known["arrays"]]):
+            raise ValueError("its meta entry is not what was written")
+        if wrong := digests.differing_arrays(held, known["arrays"]):
+            raise ValueError(f"{listed(wrong, 2)} are not what was written")
+        return rest
 
     def metrics(self, step: int) -> Any:
         """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
@@ -138,6 +167,8 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
                 raise
             except Exception as error:
                 reason = reason_of(error)
+                if candidate != wanted[-1]:
+                    console.note(f"jaxcrit: {path}: the checkpoint of step {candidate} is skipped ({reason})")
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
 
 
