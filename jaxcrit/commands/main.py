@@ -41,6 +41,7 @@ GROUPS = {
         "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
         "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
         "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
+        "verify": ("jaxcrit.commands.verify", "whether run directories are what they claim, by digests and Grams"),
         "compare": (
             "jaxcrit.commands.compare",
             "CKA between two models over the same prompts, from their fingerprints",
@@ -71,7 +72,7 @@ GROUPS = {
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
-FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "plan", "export")
+FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "verify", "plan", "export")
 # Commands that train: what a step frees, the next one takes again.
 TRAINS = ("finetune", "backdoor")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.

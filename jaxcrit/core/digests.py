@@ -137,7 +137,8 @@ def take(run: Path, written: Mapping[str, FileDigest | None]) -> dict[str, FileD
 
 def sealed(text: str) -> str:
     """The text of ``run.json`` with its own digest in the place kept for it."""
-    return text.replace('"itself": ""', f'"itself": "{sha256_text(text)}"', 1)
+    front, blank, rest = text.rpartition('"itself": ""')
+    return f'{front}{blank[:-1]}{sha256_text(text)}"{rest}'
 
 
 def check_seal(path: Path, text: str, content: Mapping[str, Any]) -> None:
@@ -146,7 +147,7 @@ def check_seal(path: Path, text: str, content: Mapping[str, Any]) -> None:
     Raises:
         UserError: it is another.
     """
-    there = _ITSELF.search(text)
+    there = max(_ITSELF.finditer(text), key=lambda one: one.start(), default=None)
     if there is None and "digests" not in content:
         return
     if there is None or sha256_text(text[: there.start(1)] + text[there.end(1) :]) != there[1]:

@@ -204,7 +204,7 @@ class RunDirectory:
 
     def _write(self, run: Mapping[str, Any], status: str, files: Mapping[str, Any]) -> None:
         about = {"itself": "", "launch": self._launch, "files": files}
-        text = json_text(RUN_FORMAT, {"digests": about, **run, "identity": self.identity, "status": status})
+        text = json_text(RUN_FORMAT, {**run, "identity": self.identity, "status": status, "digests": about})
         write_text(self.path / RECORD, digests.sealed(text))
 
 

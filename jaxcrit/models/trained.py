@@ -16,7 +16,7 @@ from typing import Any, TypedDict
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcrit.core import console, digests, processes
 from jaxcrit.core.errors import UserError, listed
@@ -66,7 +66,7 @@ class Manager(ocp.CheckpointManager):
             ValueError: arrays or ``meta`` are not what was written.
         """
         self.wait_until_finished()  # what is being written has no shapes yet
-        stored = {item: _HANDLER.metadata(self.directory / str(step) / item).tree for item in like}
+        stored = {item: self.stored(step, item) for item in like}
 
         def as_stored(item: str, keys: Any, leaf: Any) -> Any:
             name = _named(keys)
@@ -98,6 +98,10 @@ class Manager(ocp.CheckpointManager):
         shaped = {item: jax.tree.map(_shaped, held[item], tree) for item, tree in like.items()}
         return {**shaped, "meta": self._vouched(step, held, found["meta"])}
 
+    def stored(self, step: int, item: str) -> Any:
+        """What an item of a checkpoint holds: a tree of shapes and dtypes."""
+        return _HANDLER.metadata(self.directory / str(step) / item).tree
+
     def _vouched(self, step: int, held: Mapping[str, Any], meta: Any) -> Any:
         """What was saved with arrays, less the digests, by which it and they are what was written."""
         if not isinstance(meta, dict) or "digests" not in meta:
@@ -119,6 +123,37 @@ class Manager(ocp.CheckpointManager):
             return None
 
 
+def refused_steps(run: Path) -> dict[int, str]:
+    """Reads every checkpoint of a run whole, onto one device, and says why it is not what was written; empty if it is.
+
+    Args:
+        run: run directory.
+    """
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def like(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    found = {}
+    with _silence(), _reading(run) as manager:
+        for step in sorted(manager.all_steps()):
+            try:
+                items = ("params", "optimizer")
+                trees = {item: jax.tree.map(like, manager.stored(step, item)) for item in items}
+                known = manager.read(step, trees)["meta"]
+                found[step] = "" if isinstance(known, dict) else "its meta entry is not what was written"
+            except Exception as error:  # tensorstore, orbax and json each have their own for a damaged file
+                found[step] = reason_of(error)
+    return found
+
+
+def _reading(run: Path) -> Manager:
+    # A process that looks for all of them is not to wait for the others.
+    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
+    return Manager(str(run.absolute() / FOLDER), options=options)
+
+
 def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank, int]:
     """Reads the trained parameters of a run, and nothing else.
 
@@ -135,14 +170,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         UserError: there is no such checkpoint, or none that can be read.
     """
     path = run.absolute() / FOLDER
-    # A process that looks for all of them is not to wait for the others.
-    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
-    with (
-        _silence(),
-        Manager(
-            str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
-        ) as manager,
-    ):
+    with _silence(), _reading(run) as manager:
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:
             raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
