@@ -8,6 +8,7 @@ that devices take where the arrays are would spare them the way to the host, but
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -25,6 +26,7 @@ RECORD = "run.json"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 LEFT = re.compile(r"\..*\.part")  # what a kill leaves of a file that was being written
+PARTIAL = "partial*.npz"  # what is kept for a launch that goes on; it goes when the run is complete
 # Of a checkpoint larger files are listed by their size: to read them back would cost as much as to write them, and
 # their arrays have digests of their own.
 LARGE = 2**24
@@ -95,7 +97,7 @@ def digest_of(file: IO[bytes]) -> FileDigest:
 def files_of(run: Path) -> dict[str, int]:
     """Files of a run and their bytes, by name: the one place that says which these are.
 
-    Not ``run.json``, nor what a lock or a kill leaves, nor what lies in a run within the run.
+    Not ``run.json``, nor what a lock, a kill or a launch leaves to go on from, nor what lies in a run within the run.
     """
     found: dict[str, int] = {}
     if "://" in os.fspath(run):
@@ -108,8 +110,12 @@ def files_of(run: Path) -> dict[str, int]:
     return {
         name: size
         for name, size in sorted(found.items())
-        if name not in (RECORD, LOCK) and not name.startswith(tuple(inner)) and not LEFT.fullmatch(Path(name).name)
+        if name not in (RECORD, LOCK) and not name.startswith(tuple(inner)) and not _passing(Path(name).name)
     }
+
+
+def _passing(name: str) -> bool:
+    return bool(LEFT.fullmatch(name)) or fnmatch.fnmatch(name, PARTIAL)
 
 
 def take(run: Path, written: Mapping[str, FileDigest | None]) -> dict[str, FileDigest]:

@@ -218,7 +218,8 @@ def running(
         "versions": versions(),
     }
     run = Run(directory, record, {}, earlier)
-    if run.complete and read_back:
+    if directory is not None and run.complete and read_back:
+        directory.forget()
         processes.share(lambda: None if read_back is True else read_record(out, read_back) and None)
         yield run
         return

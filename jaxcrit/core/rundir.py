@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from jaxcrit.core import console, digests, processes
-from jaxcrit.core.digests import CHECKPOINTS, LEFT, LOCK, RECORD, Digests
+from jaxcrit.core.digests import CHECKPOINTS, LEFT, LOCK, PARTIAL, RECORD, Digests
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, in_bucket, json_text, read_json, remove_tree, write_text
 from jaxcrit.core.hashing import sha256_json
@@ -194,6 +194,12 @@ class RunDirectory:
                 " a directory of its own"
             )
         self._write(run, "complete", digests.take(self.path, self.written))
+        self.forget()
+
+    def forget(self) -> None:
+        """Removes what was kept for a launch that goes on, of a run that is complete."""
+        for file in list(self.path.glob(PARTIAL)) if processes.first() else ():
+            _unlink(file)
 
     def _mine(self) -> bool:
         """Whether ``run.json`` is of this launch."""
@@ -229,7 +235,9 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> None:
                     f"--out={path}: {who} is writing there; wait until it has ended, or choose another directory"
                 ) from None
             except OSError as error:
-                console.note(f"jaxcrit: {path}: its file system has no locks ({error.strerror}); start no other run there")
+                console.note(
+                    f"jaxcrit: {path}: its file system has no locks ({error.strerror}); start no other run there"
+                )
             if not file.exists() or os.fstat(handle).st_ino != file.stat().st_ino:
                 continue  # whoever held it has ended, and taken the file away
             with contextlib.suppress(OSError):  # the disk is full: then nobody is named
@@ -241,7 +249,7 @@ def _lock(path: Path, stack: contextlib.ExitStack) -> None:
 
 
 def _unlink(file: Path) -> None:
-    with contextlib.suppress(OSError):  # a lock's file that stays means nothing
+    with contextlib.suppress(OSError):  # what stays means nothing
         file.unlink(missing_ok=True)
 
 
