@@ -314,4 +314,4 @@ def _ranges(span: str) -> tuple[slice, ...]:
 def _digest(part: Any) -> str:
     import numpy as np
 
-    return hashlib.sha256(np.ascontiguousarray(part).reshape(-1).view(np.uint8)).hexdigest()[:32]
+    return hashlib.sha256(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data).hexdigest()[:32]

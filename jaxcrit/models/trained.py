@@ -9,7 +9,9 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -123,11 +125,12 @@ class Manager(ocp.CheckpointManager):
             return None
 
 
-def refused_steps(run: Path) -> dict[int, str]:
+def refused_steps(run: Path, known: Iterable[str] = ()) -> dict[int, str]:
     """Reads every checkpoint of a run whole, onto one device, and says why it is not what was written; empty if it is.
 
     Args:
         run: run directory.
+        known: names of checkpoints that are left out, for they are known to be damaged.
     """
     here = SingleDeviceSharding(jax.local_devices()[0])
 
@@ -136,7 +139,7 @@ def refused_steps(run: Path) -> dict[int, str]:
 
     found = {}
     with _silence(), _reading(run) as manager:
-        for step in sorted(manager.all_steps()):
+        for step in sorted(set(manager.all_steps()) - {int(name) for name in known if name.isdigit()}):
             try:
                 items = ("params", "optimizer")
                 trees = {item: jax.tree.map(like, manager.stored(step, item)) for item in items}
@@ -212,13 +215,17 @@ def _shaped(found: Any, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only."""
-    level = _LOGGER.level
-    _LOGGER.setLevel(logging.ERROR)
+    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only; and its threads, which
+    go on for a moment where a file is damaged, from telling once more what the error here has told.
+    """
+    level, hooks = _LOGGER.level, (threading.excepthook, sys.unraisablehook)
+    _LOGGER.setLevel(logging.CRITICAL)
+    threading.excepthook = sys.unraisablehook = lambda _: None
     try:
         yield
     finally:
         _LOGGER.setLevel(level)
+        threading.excepthook, sys.unraisablehook = hooks
 
 
 def reason_of(error: Exception) -> str:

@@ -57,31 +57,32 @@ def verify(run: Path, tolerance: float) -> Verification:
     except UserError as error:
         return Verification([f"changed: {error}"], 0, 0, [])
     findings, files, known = [], 0, record.get("digests", {}).get("files", {})
+    differ: dict[str, str] = {}
     if record.get("status") != "complete":
         findings.append(f"incomplete: {RECORD} says {record.get('status')}; the same command goes on from there")
     elif "digests" not in record:
         findings.append("unverified: written without digests; the structure of its files alone can be checked")
     else:
-        there, differ = digests.files_of(run), digests.differing(run, known)
+        differ, there = digests.differing(run, known), digests.files_of(run)
         findings += [f"missing: {name}" for name in known if name not in there]
         findings += [f"extra: {name}: is not among the files of the run" for name in there if name not in known]
         findings += [f"changed: {name}: {what}" for name, what in differ.items()]
         files = sum(name in there and name not in differ and "sha256" in one for name, one in known.items())
-    wrong, steps = _checkpoints(run)
-    redone = []
+    wrong, steps = _checkpoints(run, {name.split("/")[1] for name in differ if name.startswith(f"{CHECKPOINTS}/")})
+    redone: list[str] = []
     if record.get("status") == "complete" and not any(one.startswith("changed") for one in findings):
         differing, redone = _statistics(run, record, tolerance)
         wrong += differing
     return Verification([*findings, *wrong], files, steps, redone)
 
 
-def _checkpoints(run: Path) -> tuple[list[str], int]:
+def _checkpoints(run: Path, damaged: set[str]) -> tuple[list[str], int]:
     """Of every checkpoint, arrays that are not what was written; and how many are as they were."""
     from jaxcrit.models.trained import refused_steps  # orbax takes 25 MB
 
     if not (run / CHECKPOINTS).is_dir():
         return [], 0
-    found = refused_steps(run)
+    found = refused_steps(run, damaged)
     wrong = [f"changed: {CHECKPOINTS}/{step}: {reason}" for step, reason in found.items() if reason]
     return wrong, len(found) - len(wrong)
 
