@@ -250,8 +250,9 @@ class GrowingText:
         self._text, self._written, self._when = "", "", -math.inf
 
     def start(self, text: str) -> None:
-        """Makes the file hold this text."""
-        write_text(self.path, text)
+        """Makes the file hold this text; none is made to hold nothing."""
+        if text or self.path.exists():
+            write_text(self.path, text)
         self._text = self._written = text
 
     def append(self, text: str) -> None:
