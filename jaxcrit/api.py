@@ -24,8 +24,8 @@ from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
 from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
-from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.digests import check
+from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
 from jaxcrit.core.options import from_values, options_of

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sys
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
@@ -52,6 +51,10 @@ def with_digests(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str
 
 class Manager(ocp.CheckpointManager):
     """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        _let_others_end_quietly()
+        super().__init__(*arguments, **options)
 
     def read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads items of a checkpoint, and ``meta``; all of it must be what was written, by its digests.
@@ -215,17 +218,25 @@ def _shaped(found: Any, like: Any) -> Any:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only; and its threads, which
-    go on for a moment where a file is damaged, from telling once more what the error here has told.
-    """
-    level, hooks = _LOGGER.level, (threading.excepthook, sys.unraisablehook)
-    _LOGGER.setLevel(logging.CRITICAL)
-    threading.excepthook = sys.unraisablehook = lambda _: None
+    """Keeps orbax from warning, on the terminal, that what is opened to be read is read-only."""
+    level = _LOGGER.level
+    _LOGGER.setLevel(logging.ERROR)
     try:
         yield
     finally:
         _LOGGER.setLevel(level)
-        threading.excepthook, sys.unraisablehook = hooks
+
+
+@functools.cache
+def _let_others_end_quietly() -> None:
+    """Of a read that fails other arrays still come in, to a loop that has ended, and Python would print that."""
+    before = sys.unraisablehook
+
+    def told(about: Any) -> None:
+        if not (isinstance(about.exc_value, RuntimeError) and str(about.exc_value) == "Event loop is closed"):
+            before(about)
+
+    sys.unraisablehook = told
 
 
 def reason_of(error: Exception) -> str:

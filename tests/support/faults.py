@@ -1,7 +1,7 @@
 """Lets every operation on files fail in turn that a command makes in its run directory, and looks at what is left.
 
     gcc -shared -fPIC -O2 -o faults.so tests/support/faults.c -ldl
-    LD_PRELOAD=$PWD/faults.so PYTHONPATH=tests python -m support.faults [COMMAND ...] [--sample=N]
+    LD_PRELOAD=$PWD/faults.so PYTHONPATH=tests python -m support.faults [COMMAND[:TRIES] ...]
 
 Each operation fails as on a full disk, as on a broken one, and as if the process had been killed there. Then: no run
 says that it is complete and is not, by its digests; no traceback; the same command goes on, and ends with the files
@@ -10,7 +10,6 @@ that it would have written undisturbed. Prints a line per command, and per try t
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import ctypes
 import errno
@@ -141,18 +140,15 @@ def prepare(names, folder: Path):
 
 
 def run(arguments):
-    parser = argparse.ArgumentParser()
-    parser.add_argument("commands", nargs="*", default=list(COMMANDS))
-    parser.add_argument("--sample", type=int, default=0)
-    asked = parser.parse_args(arguments)
+    asked = {name: int(tries or 0) for name, _, tries in (word.partition(":") for word in arguments or COMMANDS)}
     library = ctypes.CDLL(None)
     library.faults_arm.argtypes = [ctypes.c_char_p, ctypes.c_long, ctypes.c_int, ctypes.c_int]
     library.faults_disarm.restype, library.faults_hit.restype = ctypes.c_long, ctypes.c_char_p
     with tempfile.TemporaryDirectory() as scratch:
         folder = as_path(scratch).resolve()
         os.environ["JAXCRIT_CACHE"] = str(folder / "cache")
-        prepare(asked.commands, folder)
-        wrong = [sweep(name, folder, library, asked.sample) for name in asked.commands]
+        prepare(asked, folder)
+        wrong = [sweep(name, folder, library, tries) for name, tries in asked.items()]
     return int(any(wrong))
 
 

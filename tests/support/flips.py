@@ -31,7 +31,7 @@ COMMANDS = {
     "analyze": ["analyze", *ROWS, "--save_activations"],
     "spectrum": ["spectrum", *ROWS, "--k=1,2"],
     "generate": ["generate", *ROWS, "--max_new_tokens=4"],
-    "finetune": ["finetune", *ROWS, "--layers=3", "--steps=1", "--batch_size=2", "--max_length=64", "--template=none"],
+    "finetune": ["finetune", *ROWS, "--layers=3", "--steps=1", "--batch_size=8", "--max_length=64", "--template=none"],
 }
 
 
