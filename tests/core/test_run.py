@@ -272,9 +272,9 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path):
             write_text(tmp_path / "long.txt", "x" * 2000)
         with pytest.raises(OSError, match=r"File too large: .*/grown\.jsonl'$"):
             GrowingText(tmp_path / "grown.jsonl").append("x" * 2000)
-        with pytest.raises(OSError, match=r"File too large: .*/arrays\.safetensors'$"):
-            with atomic_path(tmp_path / "arrays.safetensors") as path:
-                save_file({"a": np.zeros(1000)}, path)
+        named = pytest.raises(OSError, match=r"File too large: .*/arrays\.safetensors'$")
+        with named, atomic_path(tmp_path / "arrays.safetensors") as path:
+            save_file({"a": np.zeros(1000)}, path)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert [path.name for path in tmp_path.iterdir()] == ["grown.jsonl"]
