@@ -16,7 +16,7 @@ class VerifyOptions(Options, title="what", positional=("run",)):
     """What ``jaxcrit verify`` is asked."""
 
     run: tuple[str, ...] = option((), "run directory; several are given as words", word="DIR")
-    tolerance: float = option(1e-5, "difference of a statistic redone from Grams that is rounding", lowest=0)
+    tolerance: float = option(1e-5, "difference from what Grams give that is rounding", lowest=0)
 
 
 OPTIONS = VerifyOptions

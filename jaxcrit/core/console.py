@@ -7,6 +7,7 @@ letter is spelled out (``delta`` for δ), a sign is replaced by the nearest that
 from __future__ import annotations
 
 import codecs
+import os
 import re
 import sys
 import unicodedata
@@ -44,6 +45,19 @@ def spell_what_cannot_be_shown() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a stream that somebody put in their place may not have it
             stream.reconfigure(errors=_ERRORS)
+
+
+def open_what_is_closed() -> None:
+    """Makes closed standard streams lead nowhere, so that no file of a run is opened in their place and printed to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            setattr(sys, name, open(number, "r" if number == 0 else "w", encoding="utf-8", closefd=False))
 
 
 def note(text: str) -> None:

@@ -137,8 +137,15 @@ def take(run: Path, written: Mapping[str, FileDigest | None]) -> dict[str, FileD
             with (run / name).open("rb") as file:
                 found[name] = digest_of(file)
                 if not bucket:
-                    os.fsync(file.fileno())
+                    _sync(file, run / name)
     return found
+
+
+def _sync(file: IO[bytes], path: Path) -> None:
+    try:
+        os.fsync(file.fileno())
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from None
 
 
 def sealed(text: str) -> str:

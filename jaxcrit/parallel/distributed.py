@@ -12,8 +12,8 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.parallel import lifelines
 
-# Seconds after which a process that does not stir counts as gone; kills do not wait for it (`lifelines`). With 8, a machine
-# that stood still for a moment ended the run of all.
+# Seconds after which a process that does not stir counts as gone; kills do not wait for it (`lifelines`). With 8, a
+# machine that stood still for a moment ended the run of all.
 _SILENCE = 100
 MODES = ("auto", "off", "on")
 
