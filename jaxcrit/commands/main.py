@@ -177,7 +177,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments is None and any(name in TRAINS for name in sys.argv[1:2]):  # the process is ours
         keep_pages()
     try:
-        with leaving_at_once():
+        with leaving_at_once(), console.remarks_last():
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code

@@ -7,10 +7,12 @@ letter is spelled out (``delta`` for δ), a sign is replaced by the nearest that
 from __future__ import annotations
 
 import codecs
+import contextlib
 import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator
 
 from jaxcrit.core import processes
 
@@ -64,6 +66,30 @@ def note(text: str) -> None:
     """Tells what happened to the input, on the channel that results do not take; one process of a run speaks."""
     if processes.first():
         tell(text, error=True)
+
+
+_after: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def remarks_last() -> Iterator[None]:
+    """While open, remarks wait, and are told when the block ends without an error, which is one line alone."""
+    waiting: list[str] = []
+    _after.append(waiting)
+    try:
+        yield
+    finally:
+        _after.remove(waiting)
+    for text in waiting:
+        note(text)
+
+
+def remark(text: str) -> None:
+    """A note about input that results do not depend on; see `remarks_last`."""
+    if _after:
+        _after[-1].append(text)
+    else:
+        note(text)
 
 
 def _ascii(letter: str) -> str:

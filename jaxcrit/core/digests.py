@@ -91,7 +91,7 @@ def digest_of(file: IO[bytes]) -> FileDigest:
     """Size and sha256 of a file, from its beginning."""
     file.seek(0)
     found = hashlib.file_digest(cast(Any, file), "sha256").hexdigest()
-    return {"bytes": file.tell(), "sha256": found}
+    return {"bytes": file.seek(0, os.SEEK_END), "sha256": found}
 
 
 def files_of(run: Path) -> dict[str, int]:
@@ -255,7 +255,7 @@ def _compare(path: Path, known: FileDigest | None, file: IO[bytes] | bytes) -> N
 def _tell(text: str, kind: str) -> None:
     if kind in _GIVEN and text not in _told:
         _told.add(text)
-        console.note(f"jaxcrit: {text}")
+        console.remark(f"jaxcrit: {text}")
 
 
 def _key(path: Path) -> str:

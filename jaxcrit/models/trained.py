@@ -110,7 +110,7 @@ class Manager(ocp.CheckpointManager):
     def _vouched(self, step: int, held: Mapping[str, Any], meta: Any) -> Any:
         """What was saved with arrays, less the digests, by which it and they are what was written."""
         if not isinstance(meta, dict) or "digests" not in meta:
-            console.note(f"jaxcrit: {self.directory / str(step)}: was written without digests; it is taken as it is")
+            console.remark(f"jaxcrit: {self.directory / str(step)}: was written without digests; it is taken as it is")
             return meta
         rest = {key: value for key, value in meta.items() if key != "digests"}
         known = conform(meta["digests"], CheckpointDigests, "meta")

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcrit.commands.main import main
 from jaxcrit.core import digests
 from jaxcrit.core.digests import differing_arrays, files_of, of_arrays
 from jaxcrit.core.errors import UserError
@@ -90,6 +91,17 @@ def test_what_no_run_vouches_for_is_said_once(run, tmp_path, capsys):
     assert f"{run}: was written without digests; the structure of its files alone" in capsys.readouterr().err
     read_npz(run / "rows" / "cka.npz")  # nobody is given one apart from its run
     assert capsys.readouterr().err == ""
+
+
+def test_what_no_run_vouches_for_is_said_behind_what_a_command_did_and_not_before_an_error(run, tmp_path, capsys):
+    (tmp_path / "scores.json").write_bytes((run / "scores.json").read_bytes())
+    assert main(["select", f"--scores={tmp_path / 'scores.json'}", "--criterion=detla"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    (tmp_path / "other").mkdir()
+    (tmp_path / "scores.json").rename(tmp_path / "other" / "scores.json")
+    assert main(["select", f"--scores={tmp_path / 'other' / 'scores.json'}", "--criterion=delta", "--trim=0"]) == 0
+    first, second = capsys.readouterr().err.splitlines()
+    assert first.startswith("layers 1 of 2") and "lies apart from its run" in second
 
 
 def test_what_a_run_in_progress_has_written_it_reads_back(tmp_path, capsys):
