@@ -223,7 +223,6 @@ def run_edit(
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
-    from jaxcrit.evidence.rows import forget_partial
     from jaxcrit.studies.covariance import covariances
     from jaxcrit.studies.editing import Method, check, edited, rows_of
 
@@ -282,7 +281,6 @@ def run_edit(
         if run.out is not None:
             _write(run.out, overlay, given, done, old, asked, before, after)
             report(run.record).write(run.out, run.record)
-    forget_partial(run.out)
     return Edit(changed, run.record, run.out)
 
 

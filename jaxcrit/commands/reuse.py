@@ -192,7 +192,7 @@ def run_reuse(
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import joined
     from jaxcrit.data.prefix import with_prefixes
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import read_back, write_scored
 
     if sender is None and not options.sender:
         raise UserError("--sender: expected the model that has read the prefixes, such as a run of jaxcrit finetune")
@@ -215,7 +215,6 @@ def run_reuse(
             write_scored(made.out, scores)
             made.layers.save(made.out / "layers.json")
             report(made).write(made.out, made.run)
-    forget_partial(made.out)
     return made
 
 

@@ -163,7 +163,7 @@ def run_screen(
     from jaxcrit.core.files import json_lines, plain, write_json, write_text
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import common_shapes
-    from jaxcrit.evidence.rows import forget_partial, write_scored
+    from jaxcrit.evidence.rows import write_scored
     from jaxcrit.selection.cautions import training_caution
 
     if benign is None and not options.benign:
@@ -196,7 +196,6 @@ def run_screen(
             write_json(found.out / "flags.json", "jaxcrit.flags", plain(told))
             write_scored(found.out, found.scores)
             report(found).write(found.out, found.run)
-    forget_partial(found.out)
     return found
 
 

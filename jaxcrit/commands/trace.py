@@ -108,7 +108,7 @@ def run_trace(
     from jaxcrit.criteria.trace import band, traced, window_of
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
-    from jaxcrit.evidence.rows import forget_partial, write_scored
+    from jaxcrit.evidence.rows import write_scored
 
     opened = shared.opened(options, model)
     given = shared.facts_of(options, facts)
@@ -151,7 +151,6 @@ def run_trace(
             if chosen is not None:
                 chosen.save(made.out / "layers.json")
             report(made, beside).write(made.out, made.run)
-    forget_partial(made.out)
     return made
 
 

@@ -59,7 +59,7 @@ def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str])
         raise UserError(f"{command}: expected flags, got a word of hundreds of letters before its =") from None
     given = {name: values[name].value for name in known if values[name].present}
     _refuse_slips(arguments, given, known, command)
-    given |= _positional(kinds[0].positional, stray, given, command)
+    given |= _positional(kinds[0].positional, known, stray, given, command)
     file = values[CONFIG].value
     content = _from_file(file, known, command) if file else {}
     try:
@@ -116,10 +116,14 @@ def _own(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     return {one.field: values[one.name] for one in options_of(kind) if one.name in values}
 
 
-def _positional(names: Sequence[str], stray: Sequence[str], given: Mapping[str, Any], command: str) -> dict[str, str]:
-    """Values of flags that were given as words without one."""
+def _positional(
+    names: Sequence[str], known: Mapping[str, Option], stray: Sequence[str], given: Mapping[str, Any], command: str
+) -> dict[str, Any]:
+    """Values of flags that were given as words without one; one that takes several takes them all."""
     if not stray:
         return {}
+    if len(names) == 1 and names[0] not in given and known[names[0]].kind is tuple:
+        return {names[0]: tuple(stray)}
     if names and len(stray) == len(names) and not any(name in given for name in names):
         return dict(zip(names, stray, strict=True))
     if names:

@@ -20,6 +20,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxcrit.core import digests
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import FORMAT_VERSION, atomic_path, check_name, local_path
 from jaxcrit.core.groups import AXES
@@ -113,8 +114,10 @@ def read_states(
     with _opened(path) as arrays:
         if position != "last":
             raise UserError(f"--position={position}: is for files that hold every token, as vLLM's do; leave it out")
-        found = _of_arrays(arrays, path.name == OWN, axes, ends, facts)
-        return found.first(limit) if limit else found
+        found, said = _of_arrays(arrays, path.name == OWN, axes, ends, facts), bool(arrays.said)
+    with path.open("rb") as file:
+        digests.check(path, file, _FORMAT if said else "")
+    return found.first(limit) if limit else found
 
 
 class _Arrays(dict[str, Stored]):

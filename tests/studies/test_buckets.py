@@ -120,6 +120,16 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
         assert "expected a local directory; gcloud storage rsync" in capsys.readouterr().err
     assert main(["finetune", *given, "--layers=2", "--tensorboard", f"--out={BUCKET}/x"]) == 2
     assert "--tensorboard: writes local files only" in capsys.readouterr().err
+    runs = [f"{BUCKET}/{name}" for name in ("analysis", "tuned", "swapped")]
+    capsys.readouterr()
+    assert main(["verify", *runs]) == 0, capsys.readouterr().out
+    objects = storage.buckets["bucket"]
+    generation, content = objects["analysis/scores.json"]
+    objects["analysis/scores.json"] = generation, content.replace(b"low", b"lov", 1)
+    assert main(["verify", runs[0]]) == 1 and "changed: scores.json: other content" in capsys.readouterr().out
+    objects["analysis/scores.json"] = generation, content
+    del objects["tuned/layers.json"]
+    assert main(["verify", runs[1]]) == 1 and "missing: layers.json" in capsys.readouterr().out
 
 
 KILLED = """
