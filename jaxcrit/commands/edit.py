@@ -242,8 +242,8 @@ def run_edit(
     given = shared.facts_of(options, facts)
     chosen, jump = _chosen(options, opened)
     dataset = Dataset("facts", options.facts or MEMORY, [one.example for one in placed(given, opened.tokenizer)])
-    every = _texts(options, opened, text)
-    texts, held = _parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
+    every = texts_of(options, opened, text)
+    texts, held = parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
     openings = tuple(_opening(opened, one) for one in texts[: options.contexts])
     method = Method(
         options.residual,  # type: ignore[arg-type]
@@ -351,7 +351,7 @@ def _chosen(options: EditOptions, model: Model) -> tuple[LayerSet, int | None]:
     return chosen, None if last is None else int(np.argmax(rises(last.values)))
 
 
-def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
+def texts_of(options: EditOptions, model: Model, text: Any = None) -> list[Example]:
     """Rows of ordinary text, whole, cut to the context.
 
     Raises:
@@ -373,7 +373,7 @@ def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
     return examples
 
 
-def _parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
+def parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
     """Rows for the covariance, up to so many tokens; and some from the end, for the loss of text."""
     held = max(1, min(_HELD, len(examples) // 10))
     texts, count = [], 0
@@ -463,15 +463,24 @@ def _asked(
     base: Model, changed: Model, facts: Sequence[Fact], held: Sequence[Example], options: EditOptions, bars: Bars | None
 ) -> tuple[list[Question], Answers, Answers, tuple[float, float]]:
     """Questions, what the model below and the changed one make of them, and the loss of text of both."""
-    from jaxcrit.studies.fact_scores import answered, questions, text_loss
+    from jaxcrit.core.remembered import Arrays, remembered
+    from jaxcrit.studies.fact_scores import Answers, answered, questions, text_loss
 
-    asked, found = questions(facts), []
-    for model in (base, changed):
-        decoder = model.decoder(bars)
-        answers = answered(model, decoder, asked, options.batch_size, bars)
-        found.append((answers, text_loss(model, decoder, held, min(8, options.batch_size))))
-    (before, first), (after, second) = found
-    return asked, before, after, (first, second)
+    asked, size = questions(facts), options.batch_size
+
+    def ask(model: Model) -> Arrays:
+        return vars(answered(model, model.decoder(bars), asked, size, bars))
+
+    def loss(model: Model) -> Arrays:
+        return {"loss": np.array(text_loss(model, model.decoder(bars), held, min(8, size)))}
+
+    # What the model below all edits says is the same whatever is changed.
+    told = {"questions": list(map(dataclasses.asdict, asked)), "batch_size": size}
+    before = remembered("answers", {**base.determines, **told}, lambda: ask(base))
+    read = {"texts": [one.token_ids.tolist() for one in held], "batch_size": size}
+    first = remembered("text_loss", {**base.determines, **read}, lambda: loss(base))
+    losses = float(first["loss"]), float(loss(changed)["loss"])
+    return asked, Answers(**before), Answers(**ask(changed)), losses
 
 
 def _result(
@@ -495,15 +504,7 @@ def _result(
                 "relative": one.relative,
                 "share": float(one.share.mean()),
                 "condition": one.condition,
-                **(
-                    {
-                        "loss_before": float(done.sought[layer].before.mean()),
-                        "loss_after": float(done.sought[layer].after.mean()),
-                        "length": float(done.sought[layer].length.mean()),
-                    }
-                    if layer in done.sought
-                    else {}
-                ),
+                **{name: float(value.mean()) for name, value in done.of_search(layer).items()},
             }
             for layer, one in done.layers.items()
         },
@@ -600,12 +601,8 @@ def _write(
             "p_old": [before.other[place], after.other[place]],
             "greedy": [bool(before.right[place]), bool(after.right[place])],
             "layers": {
-                str(layer): {
-                    "loss_before": one.before[number],
-                    "loss_after": one.after[number],
-                    "length": one.length[number],
-                }
-                for layer, one in done.sought.items()
+                str(layer): {name: float(value[number]) for name, value in done.of_search(layer).items()}
+                for layer in done.sought
             },
         }
         for number, (fact, place) in enumerate(zip(facts, own, strict=True))
@@ -614,15 +611,7 @@ def _write(
         {**dataclasses.asdict(one), "right": [bool(a), bool(b)]}
         for one, a, b in zip(asked, before.right, after.right, strict=True)
     ]
-    write_json(out / EDITS, "jaxcrit.edits", plain(_floats({"facts": rows, "questions": told})))
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _floats(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_floats(one) for one in value]
-    return float(value) if isinstance(value, np.floating) else value
+    write_json(out / EDITS, "jaxcrit.edits", plain({"facts": rows, "questions": told}))
 
 
 def report(run: Mapping[str, Any]) -> Report:
