@@ -106,12 +106,17 @@ def fitting(model: Model, spec: str, count: int, longest: int, out: Path) -> tup
     made = out / Path(path).name
     data = f"{name}:{made}" if name else str(made)
     write_text(made, json_lines(rows))
-    options = FinetuneOptions(data=data, split="all", duplicates="drop", max_length=longest, long="drop")
+    options = FinetuneOptions(data=data, split=whole(data), duplicates="drop", max_length=longest, long="drop")
     (dataset,) = model.read(options, responses=True)
     by_id = {sample_id(row): row for row in rows}
     chosen = [by_id[one] for one in dataset.sample_ids[:count]]
     write_text(made, json_lines(chosen))
     return data, sha256_json(chosen)
+
+
+def whole(data: str) -> str:
+    """``--split`` for all rows of what `fitting` gave: files of no published dataset have no splits."""
+    return "all" if ":" in data else ""
 
 
 def minutes(times: Mapping[str, float], parts: Mapping[str, tuple[str, int]]) -> str:

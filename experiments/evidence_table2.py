@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import Cells, fitting, minutes
+from cells import Cells, fitting, minutes, whole
 from criticality_correlation import TABLE_2
 from pooled_test import DATASETS, PRIMARY, SEEDS, WINDOW, Pooled, pooled, turned, verdict
 
@@ -53,7 +53,7 @@ def base_scores(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -
     analysis = run_analysis(
         AnalyzeOptions(model=given.model, data=rows["prompts"], limit=given.prompts, out=str(out / "analysis"))
     )
-    data = {"model": given.model, "data": rows["train"], "split": "all", "limit": given.scored}
+    data = {"model": given.model, "data": rows["train"], "split": whole(rows["train"]), "limit": given.scored}
     scored = run_score(ScoreOptions(**data, batch_size=given.batch_size, out=str(out / "score")))
     ablated = run_ablate(AblateOptions(**data, batch_size=given.batch_size, out=str(out / "ablate")))
     scores = {**{key: analysis.scores[key] for key in CURVES}, **scored.scores, **ablated.scores}
@@ -66,9 +66,9 @@ def trained(given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps
     options = FinetuneOptions(
         model=given.model,
         data=rows["train"],
-        split="all",
+        split=whole(rows["train"]),
         eval_data=rows["test"],
-        eval_split="all",
+        eval_split=whole(rows["test"]),
         layers="all",
         train_embeddings=True,
         train_norms=True,
@@ -99,7 +99,7 @@ def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Pat
                 base=given.model,
                 tuned=str(out / "tuned"),
                 data=rows["test"],
-                split="all",
+                split=whole(rows["test"]),
                 window=window,
                 batch_size=given.batch_size,
                 out=str(out / f"window{window}"),
@@ -160,10 +160,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         late = bool(given.minutes) and time.perf_counter() - began > 60 * given.minutes
         if not late or (out / "cells" / f"{key}.json").exists():
             found[key] = cells(key, make)
-    parts = {"scores of the model": ("base-", len(names)), "train and substitute": ("cell-", len(names) * len(seeds))}
-    print(
-        minutes(cells.times(), parts | ({"long training": ("long-", 1)} if given.long_steps else {})), file=sys.stderr
-    )
     return plain(
         {
             "settings": settings,
@@ -261,6 +257,30 @@ def criteria_table(content: Mapping[str, Any], window: str) -> str:
     return "\n".join([told, *aligned(head, rows)])
 
 
+def costs(content: Mapping[str, Any]) -> str:
+    """Minutes by part, from the cells that there are; passes of the model that a window's sweep takes a batch."""
+    starts = {"scores of the model": "base-", "train and substitute": "cell-", "long training": "long-"}
+    planned = {part: sum(name.startswith(start) for name in content["planned"]) for part, start in starts.items()}
+    parts = {part: (start, planned[part]) for part, start in starts.items() if planned[part]}
+    first = next(one for name, one in content["cells"].items() if name.startswith("cell-"))
+    passes = ", ".join(f"{one['passes']:.1f} (windows of {window})" for window, one in first["substitution"].items())
+    return f"{minutes(content['time']['seconds'], parts)}\nforward passes of a substitution, a batch: {passes}"
+
+
+def published_table(content: Mapping[str, Any]) -> str:
+    """Table 2 of the paper, and under it what this is: mean of seeds with biased δ, as it is and given depth."""
+    base, tuned = read(content)
+    pairs = {
+        name: [correlate(base[name][PRIMARY], one["substitution"][str(WINDOW)]) for one in cells]
+        for name, cells in tuned.items()
+    }
+    rows = [[*(f"{value:+.3f}" for value in values), f"{name}, published"] for name, values in TABLE_2.items()]
+    for what, field in (("here", "rho"), ("here, given depth", "partial")):
+        means = {name: np.mean([getattr(pair, field) for pair in found]) for name, found in pairs.items()}
+        rows.append([*(f"{means[name]:+.3f}" if name in means else "-" for name in DATASETS), what])
+    return "\n".join(aligned([*DATASETS, ""], rows))
+
+
 def report(content: Mapping[str, Any]) -> str:
     """All tables, and what the pooled test says where all of it is there."""
     settings, tuned = content["settings"], read(content)[1]
@@ -268,7 +288,7 @@ def report(content: Mapping[str, Any]) -> str:
         return "no cell is complete yet"
     windows = settings["windows"].split(",")
     parts = [criteria_table(content, window) for window in windows]
-    parts += [cells_table(content)] if str(WINDOW) in windows else []
+    parts += [cells_table(content), published_table(content)] if str(WINDOW) in windows else []
     lacking = [name for name in content["planned"] if name not in content["cells"]]
     grid = {(name, one["seed"]) for name, cells in tuned.items() for one in cells}
     if {(name, seed) for name in DATASETS for seed in SEEDS} <= grid:
@@ -282,6 +302,7 @@ def report(content: Mapping[str, Any]) -> str:
             parts.append(f"{name[5:]}: {steps[0][0]} steps reach {share:.0%} of the drop of {steps[-1][0]}")
     if lacking:
         parts.append("not run: " + ", ".join(lacking))
+    parts.append(costs(content))
     return "\n\n".join(parts)
 
 

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from cells import Cells, fitting, minutes
+from cells import Cells, fitting, minutes, whole
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
@@ -86,9 +86,9 @@ def reached(
     """Trains one set of layers; test losses by step."""
     options = FinetuneOptions(
         data=rows["train"],
-        split="all",
+        split=whole(rows["train"]),
         eval_data=rows["test"],
-        eval_split="all",
+        eval_split=whole(rows["test"]),
         layers=span(layers),
         steps=steps,
         batch_size=given.batch_size,
@@ -138,9 +138,6 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         ranked = sorted((one for one in found if one["seed"] == 0), key=lambda one: one["loss"])
         for place in np.unique(np.linspace(0, len(ranked) - 1, given.again_sets).astype(int)):
             take(ranked[place]["arm"], ranked[place]["layers"], 0, given.again_steps)
-    parts = {f"{given.steps} steps": (f"{given.steps}-", planned)}
-    parts |= {f"{given.again_steps} steps": (f"{given.again_steps}-", given.again_sets)} if given.again_steps else {}
-    print(minutes(cells.times(), parts), file=sys.stderr)
     facts = model.describe()
     return plain(
         {
@@ -220,6 +217,10 @@ def report(content: Mapping[str, Any]) -> str:
         )
     if len(content["cells"]) < content["planned"]:
         lines.append(f"not run: {content['planned'] - len(content['cells'])} of {content['planned']} cells")
+    again = settings["again_sets"] if settings["again_steps"] else 0
+    parts = {f"{settings['steps']} steps": (f"{settings['steps']}-", content["planned"] - again)}
+    parts |= {f"{settings['again_steps']} steps": (f"{settings['again_steps']}-", again)} if again else {}
+    lines.append(minutes(content["time"]["seconds"], parts))
     return "\n".join(lines)
 
 
