@@ -61,9 +61,11 @@ def base_scores(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -
     return {"scores": kept, "left_out": scored.warnings}
 
 
-def trained(given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps: int, out: Path) -> list[Any]:
-    """Trains everything; gives the tests by step."""
-    options = FinetuneOptions(
+def training(
+    given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps: int, out: Path | str
+) -> FinetuneOptions:
+    """Training of everything."""
+    return FinetuneOptions(
         model=given.model,
         data=rows["train"],
         split=whole(rows["train"]),
@@ -83,13 +85,12 @@ def trained(given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps
         seed=seed,
         out=str(out),
     )
-    return evaluations(run_finetune(options).metrics)
 
 
 def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Path) -> dict[str, Any]:
     """Trains with one seed, and substitutes by every width of window."""
     began = time.perf_counter()
-    tests, spent = trained(given, rows, seed, given.steps, out / "tuned"), {}
+    tests, spent = evaluations(run_finetune(training(given, rows, seed, given.steps, out / "tuned")).metrics), {}
     spent["train"] = time.perf_counter() - began
     found = {}
     for window in map(int, given.windows.split(",")):
@@ -118,7 +119,8 @@ def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Pat
 
 def long(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -> dict[str, Any]:
     """Test loss every ``--steps`` steps of a training of ``--long_steps``."""
-    tests = trained(given, rows, min(map(int, given.seeds.split(","))), given.long_steps, out)
+    seed = min(map(int, given.seeds.split(",")))
+    tests = evaluations(run_finetune(training(given, rows, seed, given.long_steps, out)).metrics)
     remove_tree(out / "checkpoints")
     return {"curve": [[row["step"], row["loss_per_sample"]] for row in tests]}
 

@@ -12,12 +12,15 @@ import numpy as np
 import pooled_test
 import pytest
 import selection_regret
+import tangent_kernel
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines
+from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.data.demo import generate
+from jaxcrit.evidence.backward import response_gradients
 from jaxcrit.models.model import open_model
 from jaxcrit.selection.correlation import partial_given_depth
 
@@ -209,6 +212,29 @@ def test_percentile_and_regret():
     assert good[:2] == ["0.5000", "100"] and good[5:7] == ["0.200", "0.0000"]
     assert bad[1] == "0" and bad[5:7] == ["1.000", "9.0000"]
     assert "1 held-out random sets: percentiles 50" in text and "resolved to ± 25 points" in text
+
+
+def test_tangent_kernels_are_the_jacobian_by_itself():
+    rng = np.random.default_rng(0)
+    jacobian = {"a": rng.normal(size=(5, 3, 4, 2)), "b": rng.normal(size=(5, 3, 6))}  # rows, layers, weights
+    whole = np.concatenate([one.reshape(5, 3, -1) for one in jacobian.values()], axis=2)
+    for block in (1, 2, 5):
+        found = tangent_kernel.kernels(lambda row: {name: one[row] for name, one in jacobian.items()}, 5, block)
+        assert np.allclose(found, np.einsum("ilw,jlw->lij", whole, whole), rtol=1e-4, atol=1e-4)
+    assert np.allclose(tangent_kernel.change(found, 3 * found), 2)
+
+
+def test_tangent_kernels_of_a_model_are_those_of_its_gradients(tiny, tmp_path):
+    """The trace holds squares of single rows' gradients; the sum of all entries is the square of all rows' together."""
+    model = open_model(str(tiny / "model"))
+    data, _ = cells.fitting(model, str(tiny / "closed_test.jsonl"), 3, 512, tmp_path)
+    found = tangent_kernel.of_model(model, data, 3, 2)
+    (dataset,) = model.read(FinetuneOptions(data=data, limit=3), responses=True)
+    rows = dataset.examples
+    alone = response_gradients(model, model.decoder(), rows, 3, per_sample=True)
+    assert np.allclose(np.einsum("lnn->nl", found), alone.samples, rtol=1e-3)
+    tokens = sum(len(row.token_ids) - row.prompt_length for row in rows)
+    assert np.allclose(found.sum(axis=(1, 2)), (alone.total * tokens) ** 2, rtol=1e-3)
 
 
 def test_the_page_is_what_the_kept_results_print():
