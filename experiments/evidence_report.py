@@ -17,6 +17,9 @@ import pooled_test
 import selection_regret
 
 from jaxcrit.core.files import read_json, write_text
+from jaxcrit.reporting.tables import aligned
+from jaxcrit.studies.options import PlanOptions
+from jaxcrit.studies.plan import run_plan
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("gsm8k", "dolly", "boolq", "openbookqa", "alpaca")
@@ -41,8 +44,29 @@ def regret(name: str, *more: str, out: str = "") -> str:
     )
 
 
+def plans(_: Mapping[str, Any]) -> str:
+    """What the same experiment needs on larger models, from shapes: of a batch of 32 rows of 192 tokens, and in all.
+
+    In all: 15 cells of 60 steps; windows of 5, 3 and 1 on 320 test rows (10 batches), reckoned as three of 5.
+    """
+    rows = []
+    for model, topology in LARGER:
+        common = {"model": model, "topology": topology, "length": 192, "compile": False}
+        outside = dict.fromkeys(("train_embeddings", "train_norms", "train_head"), True)
+        train = run_plan(PlanOptions(job="finetune", **outside, **common))
+        swept = run_plan(PlanOptions(job="substitute", **common))
+        seconds = [max(one.seconds.values()) for one in (train, swept)]
+        spent = 15 * (60 * seconds[0] + 3 * 10 * seconds[1]) / 60
+        cells = [f"{one.peak / 2**30:.1f}" for one in (train, swept)] + [f"{one:.2f}" for one in seconds]
+        fits = "fits" if train.fits and swept.fits else "does not fit"
+        rows.append([topology, *cells, f"{spent:.0f}", fits, model])
+    head = ["devices", "train, GiB", "substitute, GiB", "s a step", "s a sweep", "minutes, at best", "", ""]
+    return "\n".join(aligned(head, rows))
+
+
 Printer = Callable[[Mapping[str, Any]], str]
 # By block: file of results, its format, what prints it, the command that makes it.
+LARGER = (("llama3.2-1b", "h100:1"), ("smollm3-3b", "h100:2"), ("llama3.1-8b", "h100:8"))
 PARTS: dict[str, tuple[str, str, Printer, str]] = {
     "size and power": (
         "pooled_test",
@@ -61,6 +85,7 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
             "--minutes=55 --out=runs/table2",
         ),
     ),
+    "larger models": ("", "", plans, "python experiments/evidence_report.py docs/evidence.md"),
     "regret": ("selection_regret", selection_regret.FORMAT, selection_regret.report, regret("gsm8k")),
     "regret on dolly": (
         "selection_regret_dolly",
@@ -87,7 +112,8 @@ def block(name: str) -> str:
     """What a part's results print, or that it was not run; and its command."""
     file, kind, printer, made_by = PARTS[name]
     path = RESULTS / f"{file}.json"
-    shown = printer(read_json(path, kind)) if path.exists() else "not run"
+    content = {} if not file else read_json(path, kind) if path.exists() else None
+    shown = "not run" if content is None else printer(content)
     return f"```\n$ {made_by}\n{shown}\n```"
 
 
