@@ -16,9 +16,11 @@ scores: V circular shifts, each also turned end to end. p is two-sided: the shar
 the one found, itself among them. Its floor is 1/(2V), .019 with 26 layers. More datasets and seeds make T less noisy;
 only other models make p smaller than that.
 
-**What counts.** For the claim: T > 0 and p <= `LEVEL`. Against it: T < 0 and p <= `LEVEL`. Otherwise undecided. Of its
-size apart: as large as published is excluded where the 95 % interval of T over datasets (Student's) lies below
-`PUBLISHED`, the smallest of a chat model in the paper's Table 2 (as it is, with depth in it).
+**What counts.** For the claim: T > 0 and p <= `LEVEL`. Against it: T < 0 and p <= `LEVEL`. Otherwise undecided. The
+level is .02, which 26 layers reach only where no other place fits as well: curves are no rings, and at .05 the shifts
+called .07 of unrelated curves significant (the table that this file prints). Of its size apart: as
+large as published is excluded where the 95 % interval of T over datasets (Student's) lies below `PUBLISHED`, the
+smallest of a chat model in the paper's Table 2 (as it is, with depth in it).
 
 **What had been seen.** Before this was written: single trainings (seed 0) on gsm8k, openbookqa, dolly and boolq of the
 same model, correlation given depth with the claim's sign in three of four, none significant. Seed 0 is therefore left
@@ -44,8 +46,9 @@ from jaxcrit.evaluation.intervals import t_interval, t_test
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import given_depth, spearman
 
-PRIMARY, WINDOW, LEVEL, PUBLISHED = "delta", 5, 0.05, 0.509
+PRIMARY, WINDOW, LEVEL, PUBLISHED = "delta", 5, 0.02, 0.509
 DATASETS, SEEDS = ("alpaca", "dolly", "gsm8k", "boolq", "openbookqa"), (1, 2, 3)
+USUAL = 0.05  # of the tests beside it
 _ROUNDING = 1e-12  # two orders of equal correlation differ by this much
 
 
@@ -171,9 +174,9 @@ WORLDS = {
 
 
 def rates(world: World, draws: int, seed: int) -> dict[str, float]:
-    """Mean T, and how often it is called significant, with the claim's sign and in all, by this test and three others.
+    """Mean T; how often it is called significant by this test, with the claim's sign, and by three others.
 
-    ``apart`` shifts every dataset by itself (499 draws), ``t over datasets`` and ``t over cells`` are Student's: all
+    ``apart`` shifts every dataset by itself (499 draws), ``t, datasets`` and ``t, cells`` are Student's: all
     three take curves of one model for independent.
     """
     rng, layers = np.random.default_rng(seed), np.arange(world.layers)
@@ -193,13 +196,14 @@ def rates(world: World, draws: int, seed: int) -> dict[str, float]:
                 found.statistic,
                 hit,
                 hit and found.statistic > 0,
-                apart <= LEVEL,
-                t_test(cells.mean(axis=1)) <= LEVEL,
-                stats.ttest_1samp(cells.ravel(), 0).pvalue <= LEVEL,
+                found.p <= USUAL,
+                apart <= USUAL,
+                t_test(cells.mean(axis=1)) <= USUAL,
+                stats.ttest_1samp(cells.ravel(), 0).pvalue <= USUAL,
                 found.interval[1] < PUBLISHED,
             )
         )
-    names = ("T", "this test", "for the claim", "apart", "t over datasets", "t over cells", "published excluded")
+    names = ("T", f"at {LEVEL}", "for the claim", "this test", "apart", "t, datasets", "t, cells", "published excluded")
     return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0), strict=True)}
 
 
@@ -223,9 +227,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             "jaxcrit.pooled_test",
             {"draws": given.draws, "level": LEVEL, "worlds": settings, "rates": found},
         )
-    print(
-        f"share of {given.draws:,} draws called significant at {LEVEL}; {len(DATASETS)} datasets x {len(SEEDS)} seeds"
-    )
+    print(f"share of {given.draws:,} draws called significant, at {USUAL} where nothing is said")
     print(table(found))
     print(json.dumps({"floor with 26 layers": round(1 / 52, 4), "with 76": round(1 / 152, 4)}))
     return 0

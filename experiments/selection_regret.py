@@ -2,7 +2,7 @@
 
     python experiments/selection_regret.py --model=DIR --data=gsm8k:TRAIN --test_data=gsm8k:TEST \
         --scores=AN/scores.json,SCORE/scores.json --arms=delta_debiased,step_debiased,rgn --out=runs/regret
-    python experiments/selection_regret.py --known --out=runs/known      (models with a known answer; under a minute)
+    python experiments/selection_regret.py --known --out=runs/known      (a model with a known answer)
 
 Every set trains for as many steps on as many tokens. A set's *percentile* is the share of the random sets that reached
 a higher test loss; 30 sets resolve about 9 points. *Regret* is its loss less the lowest that any set reached.
@@ -10,8 +10,9 @@ a higher test loss; 30 sets resolve about 9 points. *Regret* is its loss less th
 further random sets are ranked among the others: their percentiles must be spread evenly, else the ranking itself is
 biased. ``--again_steps`` trains some sets again for longer: does the order hold?
 
-``--known`` plants answers: layers of the embedded model are damaged, rows are those it solved before. Training the
-damaged layers must beat all random sets, and it is an error (exit 1) if it does not.
+``--known`` plants an answer that is exact: a model in which all layers but two are dead. Their gradients are zero, so a
+set without one of the two ends where it began, bit for bit; the two together must beat all other sets, and scores that
+look at gradients must choose them. It is an error (exit 1) if one of these fails.
 
 A cell is one set with one order of rows, OUT/cells/NAME.json; an interrupted experiment goes on. Prints, and writes
 OUT/selection_regret.json, of which ``--read=FILE`` prints the tables again.
@@ -20,6 +21,8 @@ OUT/selection_regret.json, of which ``--read=FILE`` prints the tables again.
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import shutil
 import sys
 import time
@@ -49,9 +52,12 @@ FORMAT = "jaxcrit.selection_regret"
 PLACES = ("first", "last", "middle")
 QUICK = {"random": 3, "held": 1, "seeds": 1, "steps": 3, "rows": 16, "tests": 8, "again_steps": 6, "again_sets": 2}
 FREE = ("out", "minutes", "read", "quick", "known", "model", "data", "test_data", "scores")
-# Known answers: which layers of the embedded model are damaged, and with which family of its tasks.
-PLANTED = ((3, 9, "closed"), (6, 12, "arithmetic"))
-DAMAGE = 1.0  # standard deviations of a matrix, added to it as noise
+# The known answer: layers of the embedded model that are kept, the two among them that live, what is trained.
+KEPT, ALIVE, FAMILY = 8, (2, 5), "closed"
+KNOWN = {"count": 2, "random": 3, "held": 0, "seeds": 1, "steps": 10, "rows": 64, "tests": 16, "length": 512}
+KNOWN |= {"batch_size": 8, "learning_rate": 2e-3, "again_steps": 0, "lora_rank": 0, "minutes": 0}
+# What enters a block and what leaves it; with both at zero neither has a gradient, and the block adds nothing.
+INNER = ("v_proj", "o_proj", "up_proj", "down_proj")
 
 
 def named(given: argparse.Namespace, model: Model) -> dict[str, LayerSet]:
@@ -224,56 +230,50 @@ def report(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def damage(folder: Path, layers: Sequence[int], seed: int) -> Path:
-    """The embedded model with noise on all matrices of some layers, as a checkpoint."""
+def plant(folder: Path) -> Path:
+    """The first `KEPT` layers of the embedded model as a checkpoint, all but those `ALIVE` dead."""
     source = open_model("").checkpoint.path
-    shutil.copytree(source, folder, dirs_exist_ok=True)
-    rng = np.random.default_rng(seed)
-    for path in sorted(folder.glob("*.safetensors")):
-        tensors = load_file(path)
-        for name, values in sorted(tensors.items()):
-            if any(f".layers.{layer}." in name for layer in layers) and values.ndim == 2:
-                wide = values.astype(np.float32)
-                noise = rng.normal(0, DAMAGE * wide.std(), values.shape)
-                tensors[name] = (wide + noise).astype(values.dtype)
-        save_file(tensors, path, metadata={"format": "pt"})
+    shutil.copytree(source, folder)
+    (path,) = folder.glob("*.safetensors")
+    tensors = {}
+    for name, values in load_file(path).items():
+        layer = int(name.split(".layers.")[1].split(".")[0]) if ".layers." in name else ALIVE[0]
+        if layer < KEPT:
+            dead = layer not in ALIVE and any(f".{part}." in name for part in INNER)
+            tensors[name] = np.zeros_like(values) if dead else values
+    save_file(tensors, path, metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    write_text(folder / "config.json", json.dumps({**config, "num_hidden_layers": KEPT}))
     return folder
 
 
 def known(given: argparse.Namespace) -> bool:
-    """Runs the planted models and prints; whether every answer was found."""
-    right = True
-    for number, (*layers, family) in enumerate(PLANTED):
-        out = Path(given.out) / f"planted{number}"
-        model = out / "model"
-        if not model.exists():
-            damage(model, layers, number)
-        for split, count in (("train", 96), ("test", 24)):
-            write_text(out / f"{split}.jsonl", json_lines(generate(family, count, split=split)))
-        scored = run_score(
-            ScoreOptions(model=str(model), data=str(out / "train.jsonl"), limit=24, out=str(out / "score"))
-        )
-        truth = np.isin(np.arange(16), layers).astype(float)
-        planted = {
-            "planted": LayerScores("planted", truth, np.full(16, True), "high"),
-            "elsewhere": LayerScores("elsewhere", truth, np.full(16, True), "low"),
-        }
-        write_scores(out / "scores.json", {**scored.scores, **planted})
-        inner = argparse.Namespace(**vars(given))
-        vars(inner).update(
-            {
-                **{"model": str(model), "data": str(out / "train.jsonl"), "test_data": str(out / "test.jsonl")},
-                **{"scores": str(out / "scores.json"), "arms": "planted,elsewhere,gradient_norm,rgn", "count": 2},
-                **{"random": 6, "held": 0, "seeds": 1, "steps": 30, "rows": 96, "tests": 24, "length": 512},
-                **{"batch_size": 16, "learning_rate": 2e-3, "again_steps": 0, "out": str(out / "sets"), "minutes": 0},
-            }
-        )
-        content = measure(inner)
-        print(f"layers {span(layers)} damaged, {family}\n{report(content)}\n", flush=True)
-        planted_loss = next(one["loss"] for one in content["cells"] if one["arm"] == "planted")
-        right = right and planted_loss == min(one["loss"] for one in content["cells"])
-    print(f"known answer: {'the damaged layers win' if right else 'MISSED, other layers did better than the damaged'}")
-    return right
+    """Runs the planted model and prints; whether the answer was found."""
+    out = Path(given.out)
+    if not (model := out / "model").exists():
+        out.mkdir(parents=True, exist_ok=True)
+        plant(model)
+    for split in ("train", "test"):
+        write_text(out / f"{split}.jsonl", json_lines(generate(FAMILY, KNOWN["rows"], split=split)))
+    asked = ScoreOptions(model=str(model), data=str(out / "train.jsonl"), limit=16, out=str(out / "score"))
+    scores = run_score(dataclasses.replace(asked, criteria="gradient_norm,rgn,fisher")).scores
+    elsewhere = LayerScores("elsewhere", scores["rgn"].values, scores["rgn"].valid, "low")
+    write_scores(out / "scores.json", {**scores, "elsewhere": elsewhere})
+    files = {"model": str(model), "data": str(out / "train.jsonl"), "test_data": str(out / "test.jsonl")}
+    chosen = {"scores": str(out / "scores.json"), "arms": ",".join([*scores, "elsewhere"]), "out": str(out / "sets")}
+    content = measure(argparse.Namespace(**{**vars(given), **KNOWN, **files, **chosen}))
+    print(report(content))
+    found = {tuple(one["layers"]): one for one in content["cells"]}
+    best = min(found, key=lambda layers: found[layers]["loss"])
+    told = {
+        f"layers {span(ALIVE)} beat all others": best == ALIVE,
+        "sets without them do not move": all(
+            one["loss"] == one["before"] for layers, one in found.items() if not set(layers) & set(ALIVE)
+        ),
+        **{f"{key} chooses them": tuple(content["settings"]["sets"][key]) == ALIVE for key in scores},
+    }
+    print("known answer: " + "; ".join(f"{what}: {'yes' if right else 'NO'}" for what, right in told.items()))
+    return all(told.values())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -286,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--arms", default="", help="keys of scores, with commas")
     parser.add_argument("--out", default="runs/regret")
     parser.add_argument("--read", default="", help="print the tables of this file; nothing is run")
-    parser.add_argument("--known", action="store_true", help="models with a known answer instead")
+    parser.add_argument("--known", action="store_true", help="a model with a known answer instead")
     parser.add_argument("--count", type=int, default=5, help="K, layers of a set")
     parser.add_argument("--random", type=int, default=30, help="random sets that all others are ranked among")
     parser.add_argument("--held", type=int, default=10, help="further random sets, ranked among these")
