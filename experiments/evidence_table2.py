@@ -34,6 +34,7 @@ from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, read_json, remove_tree, write_json
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
+from jaxcrit.core.hashing import sha256_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.evaluation.intervals import holm
 from jaxcrit.models.model import open_model
@@ -141,7 +142,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         (folder := out / "rows").mkdir(parents=True, exist_ok=True)
         learn, learn_hash = fitting(model, data, given.rows, given.length, folder)
         check, check_hash = fitting(model, tests, given.tests, given.length, folder / "tests")
-        rows[name], hashes[name] = {"train": learn, "test": check, "prompts": tests}, [learn_hash, check_hash]
+        prompts_hash = sha256_text(Path(tests.rpartition(":")[2]).read_text(encoding="utf-8"))
+        rows[name] = {"train": learn, "test": check, "prompts": tests}
+        hashes[name] = [learn_hash, check_hash, prompts_hash]
     settings = {key: value for key, value in vars(given).items() if key not in FREE}
     settings |= {"model_hash": model.model_hash, "rows_hash": hashes}
     cells = Cells.open(out, settings)

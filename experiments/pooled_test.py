@@ -204,8 +204,8 @@ def rates(world: World, draws: int, seed: int) -> dict[str, float]:
                 found.interval[1] < PUBLISHED,
             )
         )
-    names = ("T", f"at {LEVEL}", "for the claim", f"at {USUAL}", "apart", "t, datasets", "t, cells", "published
-    excluded") return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0), strict=True)}
+    names = ("T", f"at {LEVEL}", "for the claim", f"at {USUAL}", "apart", "t, datasets", "t, cells", "size excluded")
+    return {name: float(value) for name, value in zip(names, np.mean(rows, axis=0), strict=True)}
 
 
 def table(found: dict[str, dict[str, float]]) -> str:
