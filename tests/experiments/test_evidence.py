@@ -142,7 +142,7 @@ def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, tmp_pat
     assert (
         "the registered test is not made" in text and "2 steps reach" in text and "delta_debiased, closed_train" in text
     )
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 100
     substitute = evidence_table2.run_substitute
     calls = []
 
