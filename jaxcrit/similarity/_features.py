@@ -219,15 +219,15 @@ class _Sums:
     def __init__(
         self, pairs: tuple[np.ndarray, np.ndarray], num_layers: int, width: int, sharding: NamedSharding | None
     ) -> None:
-        count = len(pairs[0])
+        count, self.everywhere = len(pairs[0]), _everywhere(sharding)
         products = jnp.zeros((2, count, width, width), device=sharding)
-        small = (jnp.zeros((2, of, width), device=_everywhere(sharding)) for of in (count, count, num_layers))
+        small = (jnp.zeros((2, of, width), device=self.everywhere) for of in (count, count, num_layers))
         self.pairs, self.moments, self.count = pairs, _Moments(products, *small), 0
         self.lengths, self.squares = np.zeros((num_layers, num_layers)), np.zeros(num_layers)
 
     def add(self, x: jax.Array, mask: np.ndarray, pilot: jax.Array, scale: jax.Array) -> np.ndarray:
         """Adds a block ``[L, B, D]``; returns its raw squared lengths ``[L, B]``, which are finite or tell why not."""
-        self.moments, *found = _accumulate(self.moments, x, mask, pilot, scale, *self.pairs)
+        self.moments, *found = _accumulate(self.moments, x, mask, pilot, scale, *self.pairs, self.everywhere)
         lengths, raw = processes.whole(found)
         lengths = lengths.astype(np.float64).sum(axis=0)
         self.lengths += lengths @ lengths.T
@@ -306,7 +306,7 @@ def _pilot(x: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
     return kept.sum(axis=1) / mask.sum(), _scale(jnp.square(kept).sum(axis=(1, 2)) / mask.sum())
 
 
-@partial(jax.jit, donate_argnames="moments")
+@partial(jax.jit, donate_argnames="moments", static_argnames="everywhere")
 def _accumulate(
     moments: _Moments,
     x: jax.Array,
@@ -315,16 +315,25 @@ def _accumulate(
     scale: jax.Array,
     first: jax.Array,
     second: jax.Array,
+    everywhere: NamedSharding | None = None,
 ) -> tuple[_Moments, jax.Array, jax.Array]:
-    """Adds a block ``[L, B, D]``; returns squared lengths of y, pairs of floats ``[2, L, B]``, and of x ``[L, B]``."""
+    """Adds a block ``[L, B, D]``; returns squared lengths of y, pairs of floats ``[2, L, B]``, and of x ``[L, B]``.
+
+    Where the products are split over devices, a block is kept whole on each, ``everywhere``: left alone, the compiler
+    splits it too, by width, and gathers one side of every pair again, as many bytes as a block for each pair of layers.
+    """
+
+    def whole(of: jax.Array) -> jax.Array:
+        return of if everywhere is None else jax.lax.with_sharding_constraint(of, everywhere)
+
     with jax.named_scope("feature_moments"):
         x = jnp.where(mask[:, None], x.astype(jnp.float32), 0)
-        y = jnp.where(mask[:, None], (x - pilot[:, None]) * scale[:, None, None], 0)
+        y = whole(jnp.where(mask[:, None], (x - pilot[:, None]) * scale[:, None, None], 0))
         lengths = _square_sum(y)
         q = lengths.sum(axis=0)
 
         def pair(p: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-            one, two = y[first[p]], y[second[p]]
+            one, two = whole(y[first[p]]), whole(y[second[p]])
             updates = _product(one.T, two), _product(q[second[p]], one), _product(q[first[p]], two)
             # One update of one array: of two, XLA would copy one whole at every step.
             return tuple(of.at[:, p].set(add_exactly(of[:, p], new)) for of, new in zip(sums, updates, strict=True))
