@@ -211,7 +211,7 @@ def tests(content: Mapping[str, Any], window: str) -> tuple[dict[str, Pooled], n
 def cells_table(content: Mapping[str, Any]) -> str:
     """Of every dataset and seed: what was learnt, and the correlation of three scores with windows of `WINDOW`."""
     base, tuned = read(content)
-    header = ["seed", "loss", "after", "ρ", "p shift", "p block", "given depth", "p shift", "paper", ""]
+    header = ["seed", "loss", "after", "ρ", "p shift", "block", "given depth", "p shift", "paper", ""]
     rows = []
     for key in KEYS:
         for name, cells in tuned.items():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.criteria.registry import parse_criteria
 from jaxcrit.data.demo import generate
 from jaxcrit.evidence.backward import response_gradients
 from jaxcrit.models.model import open_model
@@ -125,17 +127,36 @@ def test_rows_without_a_response_or_too_long_are_left_out(tiny, tmp_path):
 
 
 def table2(tiny, out, *more):
-    train, test = (
-        ",".join(f"{tiny}/{name}_{split}.jsonl" for name in ("closed", "order")) for split in ("train", "test")
-    )
-    rows = [f"--model={tiny}/model", f"--data={train}", f"--test_data={test}", f"--out={out}"]
-    little = (
-        "--seeds=1,2 --steps=2 --long_steps=4 --rows=12 --tests=4 --prompts=12 --scored=4 --length=512 --windows=5,1"
-    )
-    return evidence_table2.main([*rows, *little.split(), *more])
+    rows = [f"--model={tiny}/model", f"--data={tiny}/closed_train.jsonl", f"--test_data={tiny}/closed_test.jsonl"]
+    little = "--seeds=1 --steps=2 --long_steps=4 --rows=16 --tests=4 --prompts=12 --scored=4 --length=512 --windows=5,1"
+    return evidence_table2.main([*rows, f"--out={out}", *little.split(), "--batch_size=8", *more])
 
 
-def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, tmp_path, monkeypatch, capsys):
+def test_every_score_of_the_model_is_taken(tiny, tmp_path):
+    given = argparse.Namespace(model=str(tiny / "model"), prompts=12, scored=4, batch_size=4)
+    data, _ = cells.fitting(open_model(given.model), str(tiny / "closed_train.jsonl"), 12, 512, tmp_path / "rows")
+    found = evidence_table2.base_scores(given, {"prompts": data, "train": data}, tmp_path)["scores"]
+    assert set(found) == {
+        *evidence_table2.CURVES,
+        "ablation_skip",
+        "ablation_mean",
+        *parse_criteria("", two_models=False),
+    }
+    assert all(len(one["values"]) == 10 for one in found.values()) and found["delta"]["meta"] == {"window": 5}
+
+
+@pytest.fixture
+def scores(monkeypatch):
+    """Scores that cost nothing stand for those of the model."""
+    rng, made = np.random.default_rng(0), {}
+    for key in evidence_table2.CURVES:
+        valid = np.arange(10) if key.startswith("step") else np.arange(2, 8)
+        score = LayerScores(key, rng.normal(size=10), np.isin(np.arange(10), valid), "low", meta={"window": 5})
+        made[key] = score.to_json()
+    monkeypatch.setattr(evidence_table2, "base_scores", lambda *_: {"scores": made, "left_out": []})
+
+
+def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, scores, tmp_path, monkeypatch, capsys):
     whole, halted = tmp_path / "whole", tmp_path / "halted"
     assert table2(tiny, whole) == 0
     text = capsys.readouterr().out
@@ -160,7 +181,7 @@ def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, tmp_pat
     assert "no cell is complete yet" in capsys.readouterr().out
     assert table2(tiny, halted) == 0
     names = sorted(path.name for path in (whole / "cells").iterdir())
-    assert len(names) == 2 + 4 + 1
+    assert names == ["base-closed_train.json", "cell-closed_train-1.json", "long-closed_train.json"]
     for name in names:
         assert (halted / "cells" / name).read_bytes() == (whole / "cells" / name).read_bytes()
     assert not list(halted.glob("runs/*/tuned/checkpoints"))
