@@ -57,7 +57,8 @@ def base_scores(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -
     data = {"model": given.model, "data": rows["train"], "split": whole(rows["train"]), "limit": given.scored}
     scored = run_score(ScoreOptions(**data, batch_size=given.batch_size, out=str(out / "score")))
     ablated = run_ablate(AblateOptions(**data, batch_size=given.batch_size, out=str(out / "ablate")))
-    scores = {**{key: analysis.scores[key] for key in CURVES}, **scored.scores, **ablated.scores}
+    skipped = {key: score for key, score in ablated.scores.items() if not key.endswith("_per_token")}
+    scores = {**{key: analysis.scores[key] for key in CURVES}, **scored.scores, **skipped}
     kept = {key: score.to_json() | {"meta": {"window": score.meta.get("window")}} for key, score in scores.items()}
     return {"scores": kept, "left_out": scored.warnings}
 
