@@ -266,12 +266,19 @@ def partial_given_depth(x: np.ndarray, y: np.ndarray, layers: np.ndarray | None 
         The correlation and p; both NaN where either score is constant or monotone in depth, which leaves nothing.
     """
     x, y, depth = _paired(x, y, np.arange(len(x)) if layers is None else layers)
-    along = _unit_ranks(depth)
-    left = []
-    for values in (x, y):
-        ranks = _unit_ranks(values)
-        left.append(_unit(ranks - (ranks @ along) * along))
+    left = [given_depth(values, depth) for values in (x, y)]
     return float(left[0] @ left[1]), _shift_p(left[0], left[1])
+
+
+def given_depth(values: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """What a straight line in depth leaves of the ranks of finite values, of length 1; NaN where it leaves nothing.
+
+    Args:
+        values: ``[V]``.
+        layers: ``[V]`` index of each.
+    """
+    ranks, along = _unit_ranks(values), _unit_ranks(layers)
+    return _unit(ranks - (ranks @ along) * along)
 
 
 def jackknife_interval(
