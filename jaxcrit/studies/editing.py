@@ -25,6 +25,7 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.progress import bar
 from jaxcrit.core.remembered import Arrays, remembered
+from jaxcrit.core.schema import Array
 from jaxcrit.data.facts import GAP, Fact, Placed, placed
 from jaxcrit.data.templates import Example
 from jaxcrit.models.cache import Cache, LayerCache
@@ -151,7 +152,7 @@ class Edited:
         return {} if one is None else {"loss_before": one.before, "loss_after": one.after, "length": one.length}
 
 
-Keep = Callable[[str, Callable[[], Arrays]], Arrays]
+Keep = Callable[[str, Callable[[], Arrays], Mapping[str, Array]], Arrays]
 
 
 def closed_form(moment: np.ndarray, keys: np.ndarray, weight: float, old: np.ndarray | None = None) -> np.ndarray:
@@ -196,7 +197,8 @@ def edited(
         moments: by layer, the second moment of ordinary keys ``[F, F]``.
         method: how.
         old: by layer, keys of earlier edits ``[o, F]``.
-        keep: function of a name and of what makes arrays; gives what was kept under the name, or makes and keeps it.
+        keep: function of a name, of what makes arrays, and of what they are; gives what was kept under the name, or
+            makes and keeps it.
         bars: maker of progress bars.
 
     Raises:
@@ -321,10 +323,12 @@ def _seek(
 ) -> Sought:
     """The vectors of all facts at a layer, chunk by chunk; kept for other edits under ``of``, unless that is None."""
     numbers = np.array([method.step_size, method.clamp], np.float32)
+    holds = {"delta": Array("f", (count, decoder.config.width))}
+    holds |= dict.fromkeys(("before", "after", "length"), Array("f", (count,)))
 
     def descend(rows: Rows) -> Arrays:
         found = _descend(decoder, rows, numbers, np.int32(method.steps), layer=layer, count=count)
-        return dict(zip(("delta", "before", "after", "length"), processes.whole(found), strict=True))
+        return dict(zip(holds, processes.whole(found), strict=True))
 
     def make(rows: Rows) -> Arrays:
         if of is None:
@@ -335,7 +339,7 @@ def _seek(
 
     parts = []
     for number, rows in enumerate(chunks, 1):
-        parts.append(keep(f"{layer}/{number}", functools.partial(make, rows)))
+        parts.append(keep(f"{layer}/{number}", functools.partial(make, rows), holds))
         if leave() and number < len(chunks):
             raise Preempted(
                 f"told to leave at part {number} of {len(chunks)} of layer {layer}; the same command goes on from there"
@@ -423,9 +427,8 @@ def _states(decoder: Decoder, rows: Rows, layer: Any, top: Any, *, count: int) -
         return jnp.take_along_axis(after, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
     config, context = decoder.config, _context(decoder, rows, jnp.arange(rows.tokens.shape[1]))
-    given = {"windows": layer_windows(config), "tap": Tap(read, ("ff",))}
-    layers, x = jnp.arange(config.num_layers), embed(decoder, rows.tokens)
-    out = run_span(decoder.blocks, layers, x, context, 0, top + 1, **given)
+    layers, x, tap = jnp.arange(config.num_layers), embed(decoder, rows.tokens), Tap(read, ("ff",))
+    out = run_span(decoder.blocks, layers, x, context, 0, top + 1, windows=layer_windows(config), tap=tap)
     state = jnp.take_along_axis(out.hidden, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
     keys = _of_facts(out.taps["ff"][layer] * rows.share[:, None], rows, count)
     return keys, _of_facts(jnp.where(rows.bare[:, None], state, 0), rows, count)

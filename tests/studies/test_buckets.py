@@ -86,6 +86,9 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
     assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
     run("screen", *given, f"--benign={data}", "--classes=family", out="screened", twin=True)
+    gains = ["--methods=skip,gain", "--sites=mlp", "--gains=0.5", "--score=generated", "--max_new_tokens=1"]
+    run("ablate", *given, *gains, out="ablated", twin=True)
+    assert "ablated/partial_answers.jsonl" in storage.puts
     run("finetune", *given, *TRAIN, out="tuned")
     assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tuned)
     assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
@@ -130,6 +133,16 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
         assert "expected a local directory; gcloud storage rsync" in capsys.readouterr().err
     assert main(["finetune", *given, "--layers=2", "--tensorboard", f"--out={BUCKET}/x"]) == 2
     assert "--tensorboard: writes local files only" in capsys.readouterr().err
+    runs = [f"{BUCKET}/{name}" for name in ("analysis", "tuned", "swapped")]
+    capsys.readouterr()
+    assert main(["verify", *runs]) == 0, capsys.readouterr().out
+    objects = storage.buckets["bucket"]
+    generation, content = objects["analysis/scores.json"]
+    objects["analysis/scores.json"] = generation, content.replace(b"low", b"lov", 1)
+    assert main(["verify", runs[0]]) == 1 and "changed: scores.json: other content" in capsys.readouterr().out
+    objects["analysis/scores.json"] = generation, content
+    del objects["tuned/layers.json"]
+    assert main(["verify", runs[1]]) == 1 and "missing: layers.json" in capsys.readouterr().out
 
 
 KILLED = """
