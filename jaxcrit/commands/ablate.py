@@ -237,7 +237,7 @@ def run_ablate(
     from jaxcrit.criteria.ablation import ablations, answered
     from jaxcrit.criteria.shortcut import curves
     from jaxcrit.evaluation.scorers import exact_match, same_number
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import read_back, write_scored
 
     opened = shared.opened(options, model)
     datasets, tasks = _read(options, opened, rows)
@@ -273,7 +273,6 @@ def run_ablate(
                     clean, attacked = _halves(found, task)
                     write_json(folder / "gains.json", GAINS_FORMAT, curves(clean, attacked, gains))
             report(done).write(done.out, done.run)
-    forget_partial(done.out)
     return done
 
 

@@ -187,12 +187,12 @@ def run_reuse(
     An interrupted run of the same options goes on, a complete one is read back.
     ``keep`` says whether a run directory is written.
     """
-    from jaxcrit.core.files import read_json, write_json
+    from jaxcrit.core.files import write_json
     from jaxcrit.core.processes import share
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import joined
     from jaxcrit.data.prefix import with_prefixes
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import read_back, write_scored
 
     if sender is None and not options.sender:
         raise UserError("--sender: expected the model that has read the prefixes, such as a run of jaxcrit finetune")
@@ -205,7 +205,7 @@ def run_reuse(
     with running("reuse", options, models=models, datasets=datasets, keep=keep, read_back=ReuseRun) as run:
         if run.complete:
             path = run.path
-            found = share(lambda: read_json(path / "reuse.json", REUSE_FORMAT, Study))
+            found = share(lambda: read_study(path / "reuse.json"))
             return Reused(read_back(path, dict[str, Any]), found, _layers(found, below), run.earlier, path)
         scores, found = _studied(options, below, above, tested.examples, run.directory, progress)
         run.record |= {"result": {key: found[key] for key in ("reused", "choice", "identical", "cost")}}
@@ -215,8 +215,18 @@ def run_reuse(
             write_scored(made.out, scores)
             made.layers.save(made.out / "layers.json")
             report(made).write(made.out, made.run)
-    forget_partial(made.out)
     return made
+
+
+def read_study(path: Path) -> dict[str, Any]:
+    """Reads ``reuse.json``.
+
+    Raises:
+        UserError: absent or damaged.
+    """
+    from jaxcrit.core.files import read_json
+
+    return read_json(path, REUSE_FORMAT, Study)
 
 
 def _studied(

@@ -163,7 +163,7 @@ def run_screen(
     from jaxcrit.core.files import json_lines, plain, write_json, write_text
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import common_shapes
-    from jaxcrit.evidence.rows import forget_partial, write_scored
+    from jaxcrit.evidence.rows import write_scored
     from jaxcrit.selection.cautions import training_caution
 
     if benign is None and not options.benign:
@@ -196,7 +196,6 @@ def run_screen(
             write_json(found.out / "flags.json", "jaxcrit.flags", plain(told))
             write_scored(found.out, found.scores)
             report(found).write(found.out, found.run)
-    forget_partial(found.out)
     return found
 
 
@@ -338,10 +337,20 @@ def _learn(
     return judge, score, warnings
 
 
-class _Kept(TypedDict):
-    """What every row of a run that goes on has."""
-
-    place: Count
+Verdict = TypedDict(
+    "Verdict",
+    {
+        "place": Count,
+        "class": str | int | float | bool | None,
+        "score": float | None,
+        "threshold": float | None,
+        "z": float | None,
+        "flagged": bool | None,
+        "layers": list[Count] | None,
+        "by_layer": list[float] | None,
+        "distance": float | None,
+    },
+)
 
 
 def _judged(
@@ -355,7 +364,7 @@ def _judged(
     from jaxcrit.parallel.preemption import one_by_one
 
     count = len(given.rows.examples)
-    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], _Kept)
+    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], Verdict)
     rounds = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
 
     def do(places: Sequence[int]) -> None:

@@ -199,7 +199,7 @@ def run_substitute(
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
     from jaxcrit.data.dataset import joined
-    from jaxcrit.evidence.rows import forget_partial, write_scored
+    from jaxcrit.evidence.rows import write_scored
     from jaxcrit.models.model import changed_layers
 
     if tuned is None and not options.tuned:
@@ -244,7 +244,6 @@ def run_substitute(
             if scores:
                 write_scored(found.out, scores)
             report(found).write(found.out, found.run)
-    forget_partial(found.out)
     return found
 
 

@@ -216,13 +216,6 @@ def write_scored(out: Path, scores: Mapping[str, LayerScores]) -> None:
     write_deletions(out, {key: one.values for key, one in left.items()}, ids)
 
 
-def forget_partial(out: Path | None) -> None:
-    """Removes what was kept for a resumption, in a run directory if there is one."""
-    if out is not None and processes.first():
-        for file in list(out.glob("partial*")):
-            file.unlink(missing_ok=True)
-
-
 def _kept(directory: RunDirectory, partial: str, variants: int, samples: int) -> dict[str, Any]:
     """What an earlier run of this identity has left, as JSON values; empty where nothing."""
     file = directory.path / partial

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path
+from jaxcrit.core.reading import safetensors_header
 from jaxcrit.core.schema import Range, Size, short
 from jaxcrit.data.tokenizer import has_tokenizer
 from jaxcrit.models.checkpoint import locate
@@ -224,6 +225,7 @@ def _tensors(
         raise UserError(f"{path}: expected {WEIGHTS} beside {ADAPTER}, found none{pickled}; save it with peft again")
     try:
         refuse_pointer(file)
+        safetensors_header(file)
         held = {name: value.astype(np.float32) for name, value in load_file(file).items()}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

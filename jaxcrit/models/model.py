@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcrit import __version__
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import DAMAGED, as_path
 from jaxcrit.core.groups import RowOptions
@@ -108,6 +109,12 @@ class Model:
             "notes": list(self.checkpoint.notes),
             **self._told(),
         }
+
+    @property
+    def determines(self) -> dict[str, Any]:
+        """JSON values on which the bits of whatever is computed with this model depend, for what is kept of it."""
+        versions = {"jaxcrit": __version__, "jax": jax.__version__, "platform": platform_of(self.mesh.devices.flat[0])}
+        return {"model": self.model_hash, "dtype": self.dtype, "mesh": dict(self.mesh.shape), **versions}
 
     @property
     def partly_trained(self) -> bool:

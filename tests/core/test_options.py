@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 
 import pytest
 
@@ -132,6 +133,29 @@ def test_a_file_that_is_not_there(tmp_path):
 def test_a_file_of_flags(tmp_path):
     (tmp_path / "flags").write_text("--window=9\n# a remark\n--kind=rbf\n")
     assert read([Own], "test", [f"--flagfile={tmp_path / 'flags'}"]) == [Own(window=9, kind="rbf")]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"--window=9\xff\n", "expected flags, a line each, got something else"),
+        (b"--flagfile=another\n", "got another --flagfile in it"),
+        (b"--" + b"w" * 3000 + b"=9\n", "got a word of hundreds of letters"),
+        (None, "no such file"),
+        ("pipe", "got a device or pipe"),
+    ],
+)
+def test_a_bad_file_of_flags_is_refused(content, message, tmp_path):
+    """absl reads a pipe for ever, and looks for the nearest of a long name until Python's stack ends."""
+    file = tmp_path / "flags"
+    if content == "pipe":
+        os.mkfifo(file)
+    elif content is not None:
+        file.write_bytes(content)
+    for words in ([f"--flagfile={file}"], ["--flagfile", str(file)]):
+        with pytest.raises(UserError, match=message) as raised:
+            read([Own], "test", words)
+        assert "\n" not in str(raised.value)
 
 
 def test_values_by_name():

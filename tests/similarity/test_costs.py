@@ -77,7 +77,7 @@ def test_a_device_of_eight_does_an_eighth(count, by):
     layers = _tiled.Layers(floats(L, D, sharding=mean), *(floats(L) for _ in range(3)))
     given = (floats(L, count, D, sharding=NamedSharding(devices, over)), *facts, layers)
     # What a device does: the trace of a shard_map has its own shapes.
-    assert product_flops(partial(_features._accumulate, everywhere=everywhere), *given) == gram_once(count, ROWS) // 8
+    assert product_flops(program, *given) == gram_once(count, ROWS) // 8
     compiled = program.lower(*given).compile()
     memory, states = compiled.memory_analysis(), 4 * L * count * D / 8
     assert memory.argument_size_in_bytes <= 1.02 * states + 16 * L * count + 4 * L * D * 2
@@ -108,9 +108,8 @@ def test_streamed_sums_of_eight_devices(band):
     given = (moments, floats(L, block, D, sharding=everywhere), jax.ShapeDtypeStruct((block,), bool))
     given = (*given, floats(L, D), floats(L), first, second)
     lean = 4 * pairs * block * D  # sums of lengths times states, of which an eighth's worth is not asked
-    assert (
-        product_flops(partial(_features._accumulate, everywhere=everywhere), *given) == 2 * pairs * block * D**2 + lean
-    )
+    program = partial(_features._accumulate, everywhere=everywhere)
+    assert product_flops(program, *given) == 2 * pairs * block * D**2 + lean
     compiled = _features._accumulate.lower(*given, everywhere).compile()
     memory = compiled.memory_analysis()
     sums = 8 * pairs * D**2 / 8
