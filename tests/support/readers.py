@@ -451,12 +451,15 @@ def _kept_losses(folder: Path) -> Any:
 def _remembered(folder: Path) -> Any:
     """A cache of arrays, in the place where it would be."""
     from jaxcrit.core.remembered import _file, recalled
+    from jaxcrit.core.schema import Array
 
     with _cache(folder):
         kept = _file("covariance", {"rows": "a"})
         kept.parent.mkdir(parents=True)
         (folder / "moment.npz").replace(kept)
-        return recalled("covariance", {"rows": "a"})
+        found = recalled("covariance", {"rows": "a"}, {"moment": Array("f", (4, 4))})
+    assert found is None or found["moment"].shape == (4, 4)
+    return found
 
 
 def _answers(folder: Path) -> Any:
