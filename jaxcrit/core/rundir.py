@@ -135,7 +135,7 @@ class RunDirectory:
         for name in _TREES:
             remove_tree(self.path / name)
         record = self.path / RECORD  # goes last: what a kill leaves of this is a run
-        for file in (*(as_path(name) for name in self.written if not record.absolute() == as_path(name)), record):
+        for file in (*(as_path(name) for name in self.written if record.absolute() != as_path(name)), record):
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
         if in_bucket(self.path):
