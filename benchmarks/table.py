@@ -4,7 +4,8 @@
 
 CPU-seconds (user and system) and wall seconds of jaxcrit and of its peers, who take turns; the ratio of each peer to
 jaxcrit; and the limit, what the work's products take at the rate of the better of XLA and torch on this machine, and
-how far above it jaxcrit is. Needs the parity extra. Writes benchmarks/results/table.json with hardware and versions.
+how far above it jaxcrit is. Needs the parity extra. Writes benchmarks/results/table-PROCESSOR.json with hardware and
+versions; rows that are there of the same model and versions, and are not measured anew, stay.
 """
 
 from __future__ import annotations
@@ -13,13 +14,15 @@ import argparse
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import rows
-from environment import write_result
+from environment import RESULTS, describe, write_result
 
 # Word of --only -> module with `rows(checkpoint)`.
 PARTS = {
@@ -63,9 +66,24 @@ def main() -> None:
                 table.append(rows.Row(**row))
                 print("\n".join(table[-1].lines()), flush=True)
     name = given.checkpoint.name if given.checkpoint else "random weights"
-    figures = {"model": name, "rows": [dataclasses.asdict(row) for row in table]}
-    print(f"written: {write_result('table', figures)}")
+    print(f"written: {write_result(file := _file(), _with_earlier(file, name, table))}")
     sys.exit(bool(failed))
+
+
+def _file() -> str:
+    """Name of the results of this processor."""
+    return "table-" + "-".join(re.findall(r"[a-z0-9]+", describe()["cpu"].lower()))
+
+
+def _with_earlier(file: str, model: str, table: list[rows.Row]) -> dict[str, Any]:
+    """The rows of this call among those that an earlier one has left, where what they depend on is the same."""
+    found = {row.work: dataclasses.asdict(row) for row in table}
+    path = RESULTS / f"{file}.json"
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if before["model"] == model and before["environment"]["versions"] == describe()["versions"]:
+            found = {row["work"]: row for row in before["rows"]} | found
+    return {"model": model, "rows": list(found.values())}
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ RECORD = "run.json"
 LOCK = ".lock"
 CHECKPOINTS = "checkpoints"
 LEFT = re.compile(r"\..*\.part")  # what a kill leaves of a file that was being written
-PARTIAL = "partial*.npz"  # what is kept for a launch that goes on; it goes when the run is complete
+PARTIAL = "partial*"  # what is kept for a launch that goes on; it goes when the run is complete
 # Of a checkpoint larger files are listed by their size: to read them back would cost as much as to write them, and
 # their arrays have digests of their own.
 LARGE = 2**24

@@ -23,7 +23,7 @@ import numpy as np
 
 from jaxcrit.core import digests, processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.reading import Stored, members, parse_json, plain_size, read_text, stored_npy
+from jaxcrit.core.reading import LARGEST_TEXT, Stored, members, parse_json, plain_size, read_text, stored_npy
 from jaxcrit.core.schema import Array, conform, conform_arrays, short
 
 FORMAT_VERSION = 1
@@ -33,7 +33,7 @@ DAMAGED = "the file is damaged, or another program's: write it again"
 # Directories and files that runs write; no dataset among several may be called so.
 _OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard")
 _OWN_ENDINGS = (".json", ".jsonl", ".npz", ".png", ".html", ".safetensors", ".part", ".md", ".txt", ".yml", ".yaml")
-_LONGEST_NAME = 255  # bytes
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
 _RUST = re.compile(r"os error (\d+)")
 
@@ -57,16 +57,20 @@ def as_path(text: str | Path) -> Path:
     return cast(Path, BucketPath(text))
 
 
-def local_path(text: str | Path, flag: str) -> Path:
+def local_path(text: str | Path, flag: str = "", *, named: str = "") -> Path:
     """A local path, ``~`` expanded.
+
+    Args:
+        text: path.
+        flag: option that it was given by, for messages.
+        named: what named it, where that is no option.
 
     Raises:
         UserError: it is one in a bucket.
     """
     if "://" in os.fspath(text):
-        raise UserError(
-            f"--{flag}={text}: expected a local directory; gcloud storage rsync --recursive copies between the two"
-        )
+        named = named or f"--{flag}={text}"
+        raise UserError(f"{named}: expected a local directory; gcloud storage rsync --recursive copies between the two")
     return _expanded(os.fspath(text))
 
 
@@ -78,7 +82,7 @@ def _expanded(text: str) -> Path:
     """
     try:
         encoded = text.encode("utf-8")
-        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
             raise UserError(f"{short(text)}: expected a path, got a NUL or a name of more than {_LONGEST_NAME} bytes")
         return Path(text).expanduser()
     except UnicodeEncodeError:
@@ -223,12 +227,21 @@ def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     plain_size(path, "a file of lines")
-    content = path.read_bytes()
-    *whole, rest = content.split(b"\n")
-    rows = [_line(line, kind, f"{path}: line {number}") for number, line in enumerate(whole, 1)]
-    with contextlib.suppress(UserError):
-        rows += [_line(rest, kind, str(path))] if rest else []
-    digests.check(path, content)
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LARGEST_TEXT), b""), 1):
+                where = f"{path}: line {number}"
+                if line.endswith(b"\n"):
+                    rows.append(_line(line[:-1], kind, where))
+                elif len(line) == LARGEST_TEXT:
+                    raise UserError(f"{where}: expected at most {LARGEST_TEXT // 2**20} MiB; {DAMAGED}")
+                else:
+                    with contextlib.suppress(UserError):
+                        rows.append(_line(line, kind, where))
+            digests.check(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected a file of lines") from None
     return rows
 
 

@@ -21,7 +21,9 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from jaxcrit.core import console, digests, processes
 from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.files import in_bucket
 from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.reading import plain_tree
 from jaxcrit.core.schema import conform
 from jaxcrit.models.partition import Bank
 
@@ -52,9 +54,11 @@ def with_digests(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str
 class Manager(ocp.CheckpointManager):
     """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
 
-    def __init__(self, *arguments: Any, **options: Any):
+    def __init__(self, directory: str, *items: Any, **options: Any):
+        if not in_bucket(directory):
+            plain_tree(Path(directory), "files of a checkpoint")
         _let_others_end_quietly()
-        super().__init__(*arguments, **options)
+        super().__init__(directory, *items, **options)
 
     def read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """Reads items of a checkpoint, and ``meta``; all of it must be what was written, by its digests.

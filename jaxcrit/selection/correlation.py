@@ -266,12 +266,19 @@ def partial_given_depth(x: np.ndarray, y: np.ndarray, layers: np.ndarray | None 
         The correlation and p; both NaN where either score is constant or monotone in depth, which leaves nothing.
     """
     x, y, depth = _paired(x, y, np.arange(len(x)) if layers is None else layers)
-    along = _unit_ranks(depth)
-    left = []
-    for values in (x, y):
-        ranks = _unit_ranks(values)
-        left.append(_unit(ranks - (ranks @ along) * along))
+    left = [given_depth(values, depth) for values in (x, y)]
     return float(left[0] @ left[1]), _shift_p(left[0], left[1])
+
+
+def given_depth(values: np.ndarray, layers: np.ndarray) -> np.ndarray:
+    """What a straight line in depth leaves of the ranks of finite values, of length 1; NaN where it leaves nothing.
+
+    Args:
+        values: ``[V]``.
+        layers: ``[V]`` index of each.
+    """
+    ranks, along = _unit_ranks(values), _unit_ranks(layers)
+    return _unit(ranks - (ranks @ along) * along)
 
 
 def jackknife_interval(
@@ -300,7 +307,8 @@ def jackknife_interval(
         seed: seed of the weights.
 
     Returns:
-        Lower and upper end by percentiles; None where neither score carries deletions.
+        Lower and upper end by percentiles; None where neither score carries deletions, or without some sample too few
+        layers have a value.
     """
     known = sorted({str(i) for one in (without_x, without_y) if one is not None for i in one.sample_ids})
     if not known:
@@ -315,6 +323,8 @@ def jackknife_interval(
             influence = (left.values.mean(axis=0) - left.values) * np.sqrt((count - 1) / count)
             drawn[-1] = values + weights[:, [place[str(i)] for i in left.sample_ids]] @ influence
     inside = np.isfinite(drawn[0][0]) & np.isfinite(drawn[1][0])
+    if inside.sum() < 2:
+        return None
     rho = np.einsum("dv,dv->d", *(_unit_ranks(one[:, inside]) for one in drawn))
     low, high = np.quantile(rho, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
