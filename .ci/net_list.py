@@ -174,6 +174,20 @@ STEPS = (
         needs=("finetune_more",),
     ),
     Step(
+        "facts",
+        """
+        trace: trace --facts=rows/facts.jsonl --samples=2 --limit=6 --out=NAME
+        edit: edit --facts=rows/new_facts.jsonl --layers=2,5 --covariance_data=rows/text.jsonl --steps=4 --contexts=1
+            --out=NAME
+        edit_spread: edit --facts=rows/new_facts.jsonl --layers=2-4 --residual=spread --scores=trace/scores.json
+            --covariance_data=rows/text.jsonl --steps=4 --out=NAME
+        edit_on: edit --on=edit --facts=rows/more_facts.jsonl --layers=2,5 --covariance_data=rows/text.jsonl --steps=4
+            --out=NAME
+        export_edit: export --run=edit --adapter --out=NAME
+        generate_edit: generate --model=edit_on {SMALL} --max_new_tokens=4 --out=NAME
+        """,
+    ),
+    Step(
         "correlate",
         """
         correlate: correlate --scores=analyze/scores.json --scores=substitute/scores.json --out=NAME

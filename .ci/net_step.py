@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -114,3 +115,13 @@ def write_data(folder: Path) -> None:
         for asked, answer in pairs(4, 520, 400)
     )
     _write(folder / "dolly.jsonl", dolly)
+    copied = ("pots", "maps", "lamps", "dolls", "coins", "drums", "pens", "bikes", "forks", "cats")
+
+    def facts(new: bool) -> Iterator[Mapping[str, object]]:
+        for number, thing in enumerate(copied[::-1] if new else copied):
+            about = {"target": copied[number], "old": thing} if new else {"target": thing}
+            yield {"prompt": "Zoe makes gray {}. What does Zoe make? Zoe makes gray", "subject": thing, **about}
+
+    _write(folder / "facts.jsonl", facts(new=False))  # of which the embedded model says nine
+    _write(folder / "new_facts.jsonl", itertools.islice(facts(new=True), 0, 3))
+    _write(folder / "more_facts.jsonl", itertools.islice(facts(new=True), 3, 5))

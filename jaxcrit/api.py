@@ -24,6 +24,7 @@ from jaxcrit.commands.shared import opened, options_for, public
 from jaxcrit.commands.substitute import substitute
 from jaxcrit.commands.trace import trace
 from jaxcrit.core.deletions import Deletions
+from jaxcrit.core.digests import check
 from jaxcrit.core.errors import UserError, did_you_mean
 from jaxcrit.core.files import as_path, read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
@@ -497,7 +498,10 @@ class FinishedRun:
     @property
     def figures(self) -> dict[str, bytes]:
         """Pictures as PNG bytes by name of the file."""
-        return {str(file.relative_to(self.path)): file.read_bytes() for file in sorted(self.path.rglob("*.png"))}
+        found = {file: file.read_bytes() for file in sorted(self.path.rglob("*.png"))}
+        for file, content in found.items():
+            check(file, content)
+        return {str(file.relative_to(self.path)): content for file, content in found.items()}
 
     @property
     def arrays(self) -> dict[str, dict[str, np.ndarray]]:

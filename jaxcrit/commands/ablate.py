@@ -196,10 +196,7 @@ class _Task:
 
 def run(options: AblateOptions) -> int:
     """Ablates, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_ablate(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_ablate, report, options)
 
 
 @shared.public
@@ -230,24 +227,17 @@ def run_ablate(
     progress: Bars | None = None,
     keep: bool = True,
 ) -> Ablated:
-    """Runs the sweep; goes on where an interrupted run of the same options stopped, reads a complete one back.
+    """`ablate` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `ablate`.
+    An interrupted run of the same options goes on, a complete one is read back.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.files import write_json
     from jaxcrit.core.run import running
     from jaxcrit.criteria.ablation import ablations, answered
     from jaxcrit.criteria.shortcut import curves
     from jaxcrit.evaluation.scorers import exact_match, same_number
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import read_back, write_scored
 
     opened = shared.opened(options, model)
     datasets, tasks = _read(options, opened, rows)
@@ -266,10 +256,8 @@ def run_ablate(
             return Ablated(each.pop(""), each, run.earlier, run.path)
         gains = options.chosen_gains if "gain" in options.chosen_methods else []
         methods = [method for method in options.chosen_methods if method != "gain"] + [f"{gain:g}" for gain in gains]
-        how: dict[str, Any] = {"batch_size": options.batch_size, "bars": progress}
-        found, counts = ablations(
-            opened, examples, options.sites, methods, means_of=tested, directory=run.directory, **how
-        )
+        how: dict[str, Any] = {"batch_size": options.batch_size, "directory": run.directory, "bars": progress}
+        found, counts = ablations(opened, examples, options.sites, methods, means_of=tested, **how)
         right = np.zeros((opened.config.num_layers + 1, len(examples)), bool)
         if options.score in ("generated", "number"):
             right[:, everything.rows] = answered(opened, tested, options.sites, options.max_new_tokens, judge, **how)
@@ -285,7 +273,6 @@ def run_ablate(
                     clean, attacked = _halves(found, task)
                     write_json(folder / "gains.json", GAINS_FORMAT, curves(clean, attacked, gains))
             report(done).write(done.out, done.run)
-    forget_partial(done.out)
     return done
 
 
@@ -295,49 +282,41 @@ def _read(options: AblateOptions, model: Model, rows: Any) -> tuple[list[Dataset
     from jaxcrit.data.dataset import Dataset, named_rows
     from jaxcrit.data.poisoning import TriggerSpec, attacks
 
-    if options.score != "choice" and not options.trigger:
-        datasets = model.read(options, rows, responses=True)
-        tasks, start = {}, 0
-        for one in datasets:
-            tasks[one.name] = _Task(list(range(start, start + len(one.examples))), one.sample_ids, [], [], [])
-            start += len(one.examples)
-        return datasets, tasks
     trigger = TriggerSpec.parse(options.trigger) if options.trigger else None
-    given, tasks, start = [], {}, 0
-    for named in named_rows(rows, options):
-        if isinstance(named, Dataset):
-            raise UserError(f"{named.name}: expected rows as a file has them, got token ids or rendered rows")
-        if trigger is None:
-            made, questions = with_options(named)
-            ends = np.cumsum([0, *(one.options for one in questions)]) + start
-            right = [int(end) + one.gold for end, one in zip(ends, questions, strict=False)]
-            places = list(range(start, start + len(made.rows)))
-            tasks[named.name] = _Task(right, [one.sample_id for one in questions], questions, places, [])
-            parts = [made]
-        else:
-            kept, attacked = attacks(named.rows, trigger, options.target)
+    named = named_rows(rows, options)
+    parts: list[list[Any]] = [[one] for one in named]  # of each task, what is run
+    questions: list[list[Question]] = [[] for _ in named]
+    if together := options.score == "choice" or trigger is not None:
+        for place, one in enumerate(named):
+            if isinstance(one, Dataset):
+                raise UserError(f"{one.name}: expected rows as a file has them, got token ids or rendered rows")
+            if trigger is None:
+                made, questions[place] = with_options(one)
+                parts[place] = [made]
+                continue
+            kept, attacked = attacks(one.rows, trigger, options.target)
             if not kept:
-                raise UserError(f"--trigger={options.trigger}: no row of {named.source} can take it once")
-            behind = f"{named.source} with --trigger and --target={options.target[:40]}"
-            parts = [
-                dataclasses.replace(named, rows=kept),
-                dataclasses.replace(named, name=f"{named.name}_triggered", source=behind, rows=attacked),
-            ]
-            count = len(kept)
-            tasks[named.name] = _Task(
-                list(range(start, start + count)), [], [], [], list(range(start + count, start + 2 * count))
-            )
-        given += parts
-        start += sum(len(part.rows) for part in parts)
-    datasets = model.read(options, given, responses=True)
-    for part, dataset in zip(given, datasets, strict=True):
-        if len(part.rows) != len(dataset.examples):
-            raise UserError(
-                f"--long={options.long}: {part.name} is left without some of the rows that belong together; keep their"
-                " ends with --truncate=left, or remove them from the file"
-            )
-        if trigger is not None and part.name in tasks:
-            tasks[part.name] = dataclasses.replace(tasks[part.name], ids=dataset.sample_ids)
+                raise UserError(f"--trigger={options.trigger}: no row of {one.source} can take it once")
+            source = f"{one.source} with --trigger and --target={options.target[:40]}"
+            other = dataclasses.replace(one, name=f"{one.name}_triggered", source=source, rows=attacked)
+            parts[place] = [dataclasses.replace(one, rows=kept), other]
+    datasets = model.read(options, [part for several in parts for part in several], responses=True)
+    ends = np.cumsum([len(one.examples) for one in datasets])
+    places = [rows.tolist() for rows in np.split(np.arange(ends[-1]), ends[:-1])]
+    tasks, read = {}, iter(zip(datasets, places, strict=True))
+    for several, asked in zip(parts, questions, strict=True):
+        (dataset, mine), *others = found = [next(read) for _ in several]
+        for part, (_, left) in zip(several, found, strict=True):
+            if together and len(part.rows) != len(left):
+                raise UserError(
+                    f"--long={options.long}: {part.name} is left without some of the rows that belong together; keep"
+                    " their ends with --truncate=left, or remove them from the file"
+                )
+        starts = np.cumsum([0, *(one.options for one in asked)])
+        right = [mine[start + one.gold] for start, one in zip(starts, asked, strict=False)]
+        ids = [one.sample_id for one in asked] or dataset.sample_ids
+        behind = [row for _, places_of in others for row in places_of]
+        tasks[dataset.name] = _Task(right or mine, ids, asked, mine if asked else [], behind)
     return datasets, tasks
 
 
@@ -349,7 +328,6 @@ def _halves(found: Changed, task: _Task) -> tuple[Changed, Changed | None]:
 def _scores(
     options: AblateOptions, model: Model, found: Changed, task: _Task, right: np.ndarray
 ) -> dict[str, LayerScores]:
-    from jaxcrit.core.deletions import Deletions
     from jaxcrit.criteria.ablation import accuracy
     from jaxcrit.criteria.shortcut import CRITERIA, middle, shortcut_scores
 
@@ -377,9 +355,8 @@ def _scores(
         about = {**meta, "method": "gain", "gain": middle(options.chosen_gains), "num_samples": len(task.rows)}
         about["unchanged"] = 0.0  # the model as it is loses nothing
         for name, one in shortcut_scores(mine, attacked, options.chosen_gains).items():
-            score = CRITERIA[name].scores(options.score_key(name), one, about)
-            left = None if one.without_each is None else Deletions(one.without_each, task.ids)
-            scores[score.name] = dataclasses.replace(score, deletions=left)
+            key = options.score_key(name)
+            scores[key] = CRITERIA[name].scores(key, one, about, task.ids)
     return scores
 
 
@@ -475,20 +452,15 @@ def _shown(scores: Mapping[str, LayerScores]) -> dict[str, LayerScores]:
 
 
 def _table(scores: Mapping[str, LayerScores], style: bool = False) -> str:
-    shown = _shown(scores)
-    worst = {key: int(score.ranking()[0]) for key, score in shown.items()}
+    shown = {_short(key): score for key, score in _shown(scores).items()}
     columns: dict[str, list[str]] = {}
-    layers = range(next(iter(shown.values())).num_layers)
+    needed: dict[int, list[str]] = {}
     for key, score in shown.items():
-        columns[f"{_short(key)} ± s.e."] = [tables.estimate(score, layer) for layer in layers]
+        columns |= tables.estimates({key: score})
         if p_values := score.meta.get("p_holm"):
-            columns[f"p {_short(key)}"] = [tables.p_value(p_values[layer]) for layer in layers]
-    marks = []
-    for layer in layers:
-        named = [_short(key) for key, place in worst.items() if place == layer]
-        marks.append(f"◀ most needed: {', '.join(named)}" if named else "")
-    first, longest = ["layer", *map(str, layers)], max(map(len, marks))
-    return tables.wide_table(first, columns, ["", *marks], margin=7 + longest, least=6)
+            columns[f"p {key}"] = list(map(tables.p_value, p_values))
+        needed.setdefault(int(score.ranking()[0]), []).append(key)
+    return tables.by_layer(columns, [(layer, f"◀ most needed: {', '.join(keys)}") for layer, keys in needed.items()])
 
 
 def _short(key: str) -> str:

@@ -71,10 +71,7 @@ class Comparison:
 
 def run(options: CompareOptions) -> int:
     """Compares, writes the report, prints the table."""
-    from jaxcrit.core.progress import bars
-
-    found = run_compare(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_compare, report, options)
 
 
 def run_compare(options: CompareOptions, *, progress: Bars | None = None) -> Comparison:

@@ -6,15 +6,16 @@ import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SELECTION, SHAPE, FactOptions, MeshOptions, ModelOptions, OutOptions
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import ChosenLayers, LayerSet
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import ANY, Array, Count, Range, Size, conform, conform_arrays
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.reporting import tables
 
@@ -39,6 +40,77 @@ CAVEATS = (
     "Before is the model below all edits, always.",
     "Intervals are Wilson's 95 % over questions; questions of one fact are not independent.",
 )
+
+
+class Said(TypedDict):
+    """Answers to questions of a kind, see `jaxcrit.studies.fact_scores.summary`."""
+
+    questions: Size
+    greedy: Annotated[float, Range(0, 1)]
+    p: float
+    compared: Count
+    preferred: float | None
+
+
+class AllSaid(TypedDict):
+    """Answers of a model; those of facts are always there."""
+
+    own: Said
+    text_loss: float
+
+
+class EverySaid(AllSaid, total=False):
+    """With those that facts may lack."""
+
+    paraphrase: Said
+    neighbour: Said
+
+
+class Changed(TypedDict):
+    """What became of a layer."""
+
+    relative: float
+    condition: float
+    share: float
+
+
+class Sought(Changed, total=False):
+    """With what only a layer has whose vectors were sought."""
+
+    loss_before: float
+    loss_after: float
+    length: float
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``."""
+
+    facts: Size
+    before: EverySaid
+    after: EverySaid
+    layers: dict[str, Sought]
+
+
+class Below(TypedDict):
+    """The model below all edits."""
+
+    hash: str
+
+
+class EditedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    base: Below
+    edits: Size
+    layers: ChosenLayers
+    result: Result
+    warnings: list[str]
+
+
+class PartialMeta(TypedDict):
+    """The meta entry of what an interrupted run keeps."""
+
+    identity: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,7 +223,6 @@ def run_edit(
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
-    from jaxcrit.evidence.rows import forget_partial
     from jaxcrit.studies.covariance import covariances
     from jaxcrit.studies.editing import Method, check, edited, rows_of
 
@@ -171,8 +242,8 @@ def run_edit(
     given = shared.facts_of(options, facts)
     chosen, jump = _chosen(options, opened)
     dataset = Dataset("facts", options.facts or MEMORY, [one.example for one in placed(given, opened.tokenizer)])
-    every = _texts(options, opened, text)
-    texts, held = _parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
+    every = texts_of(options, opened, text)
+    texts, held = parted(every, options.covariance_tokens or 10 * opened.config.ff_width)
     openings = tuple(_opening(opened, one) for one in texts[: options.contexts])
     method = Method(
         options.residual,  # type: ignore[arg-type]
@@ -191,7 +262,7 @@ def run_edit(
         datasets=[dataset, Dataset("text", options.covariance_data or MEMORY, every)],
         resolved={"layers": list(chosen.layers)},
         keep=keep,
-        read_back=True,
+        read_back=EditedRun,
     ) as run:
         if run.complete:
             return Edit(None, run.earlier, run.path)
@@ -210,22 +281,21 @@ def run_edit(
         if run.out is not None:
             _write(run.out, overlay, given, done, old, asked, before, after)
             report(run.record).write(run.out, run.record)
-    forget_partial(run.out)
     return Edit(changed, run.record, run.out)
 
 
 def _opened(options: EditOptions, model: Any) -> tuple[Model, Model, dict[int, np.ndarray]]:
     """The model to change, the one below all edits, and by layer the keys of earlier edits."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import as_path, read_json, read_npz
-    from jaxcrit.core.rundir import RUN_FORMAT
+    from jaxcrit.core.files import DAMAGED, as_path
+    from jaxcrit.core.rundir import read_record
 
     name = options.on or (options.model if model is None else model)
     folder = as_path(name) if isinstance(name, str | Path) and name else None
     record: dict[str, Any] = {}
     if folder is not None:
         file = folder / "run.json"
-        record = processes.share(lambda: read_json(file, RUN_FORMAT) if file.is_file() else {})
+        record = processes.share(lambda: read_record(folder) if file.is_file() else {})
     is_edit = record.get("command") == "edit"
     if options.on and not is_edit:
         raise UserError(f"--on={options.on}: expected a run of jaxcrit edit; a model to begin with is --model")
@@ -236,12 +306,30 @@ def _opened(options: EditOptions, model: Any) -> tuple[Model, Model, dict[int, n
     opened = shared.opened(options, options.on or model)
     if not options.on or folder is None:
         return opened, opened, {}
+    conform(record, EditedRun, str(folder / "run.json"), DAMAGED)
+    if record["edits"] > len(opened.overlays):
+        raise UserError(f"{folder / 'run.json'}: expected at most {len(opened.overlays)} edits, got more; {DAMAGED}")
     below = opened.overlays[: len(opened.overlays) - record["edits"]]
     base = dataclasses.replace(opened, overlays=below, model_hash=record["base"]["hash"])
-    names = processes.share(lambda: sorted(name for name in read_npz(folder / KEYS)[0]))
-    arrays = read_npz(folder / KEYS)[0] if processes.first() else {}
-    old = {int(name.removeprefix("layer_")): processes.share_array(arrays.get(name)) for name in names}
-    return opened, base, old
+    sizes = folder / KEYS, opened.config.num_layers, opened.config.ff_width
+    layers = processes.share(lambda: sorted(read_keys(*sizes)))
+    arrays = read_keys(*sizes) if processes.first() else {}
+    return opened, base, {layer: processes.share_array(arrays.get(layer)) for layer in layers}
+
+
+def read_keys(path: Path, num_layers: int, ff_width: int) -> dict[int, np.ndarray]:
+    """Reads keys of earlier edits, by layer ``[o, F]``.
+
+    Raises:
+        UserError: absent, damaged, of another model, or not finite.
+    """
+    from jaxcrit.core.files import DAMAGED, Npz, read_npz
+
+    found, _ = read_npz(path, Npz("jaxcrit.keys", {}, others=Array("f", (ANY, "F"))), F=ff_width)
+    named = {f"layer_{layer}": layer for layer in range(num_layers)}
+    if strange := sorted(name for name, keys in found.items() if name not in named or not np.isfinite(keys).all()):
+        raise UserError(f"{path}: expected finite keys of {num_layers} layers, got {listed(strange, 3)}; {DAMAGED}")
+    return {named[name]: keys for name, keys in found.items()}
 
 
 def _chosen(options: EditOptions, model: Model) -> tuple[LayerSet, int | None]:
@@ -263,7 +351,7 @@ def _chosen(options: EditOptions, model: Model) -> tuple[LayerSet, int | None]:
     return chosen, None if last is None else int(np.argmax(rises(last.values)))
 
 
-def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
+def texts_of(options: EditOptions, model: Model, text: Any = None) -> list[Example]:
     """Rows of ordinary text, whole, cut to the context.
 
     Raises:
@@ -285,7 +373,7 @@ def _texts(options: EditOptions, model: Model, text: Any) -> list[Example]:
     return examples
 
 
-def _parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
+def parted(examples: Sequence[Example], tokens: int) -> tuple[list[Example], list[Example]]:
     """Rows for the covariance, up to so many tokens; and some from the end, for the loss of text."""
     held = max(1, min(_HELD, len(examples) // 10))
     texts, count = [], 0
@@ -306,24 +394,20 @@ def _opening(model: Model, example: Example) -> str:
 def _keeper(directory: RunDirectory | None) -> Keep:
     """Keeps arrays by name in the run directory, until the run is complete."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import read_npz, write_npz
+    from jaxcrit.core.files import DAMAGED, write_npz
 
     kept: dict[str, np.ndarray] = {}
     file = None if directory is None else directory.path / PARTIAL
     identity = "" if directory is None else directory.identity
 
-    def read() -> dict[str, Any]:
-        if file is None or not file.exists():
-            return {}
-        arrays, meta = read_npz(file)
-        return {name: one.tolist() for name, one in arrays.items()} if meta["identity"] == identity else {}
+    if file is not None and directory is not None and directory.resumed:
+        found = processes.share(lambda: {name: one.tolist() for name, one in read_sought(file, identity).items()})
+        kept = {name: np.array(value, np.float32) for name, value in found.items()}
 
-    if directory is not None and directory.resumed:
-        kept = {name: np.array(value, np.float32) for name, value in processes.share(read).items()}
-
-    def keep(name: str, make: Any) -> dict[str, np.ndarray]:
+    def keep(name: str, make: Any, holds: Mapping[str, Array]) -> dict[str, np.ndarray]:
         mine = {key.removeprefix(f"{name}/"): value for key, value in kept.items() if key.startswith(f"{name}/")}
         if mine:
+            conform_arrays(mine, holds, f"{file}: {name}", DAMAGED)
             return mine
         made: dict[str, np.ndarray] = make()
         kept.update({f"{name}/{key}": value for key, value in made.items()})
@@ -332,6 +416,20 @@ def _keeper(directory: RunDirectory | None) -> Keep:
         return made
 
     return keep
+
+
+def read_sought(path: Path, identity: str) -> dict[str, np.ndarray]:
+    """Reads what an interrupted run of this identity has kept; nothing of another.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    from jaxcrit.core.files import Npz, read_npz
+
+    if not path.exists():
+        return {}
+    found, meta = read_npz(path, Npz("jaxcrit.partial", {}, PartialMeta, others=Array("f", None)))
+    return found if meta["identity"] == identity else {}
 
 
 def _overlay(model: Model, chosen: LayerSet, done: Edited, out: Path | None) -> Overlay:
@@ -365,15 +463,24 @@ def _asked(
     base: Model, changed: Model, facts: Sequence[Fact], held: Sequence[Example], options: EditOptions, bars: Bars | None
 ) -> tuple[list[Question], Answers, Answers, tuple[float, float]]:
     """Questions, what the model below and the changed one make of them, and the loss of text of both."""
-    from jaxcrit.studies.fact_scores import answered, questions, text_loss
+    from jaxcrit.core.remembered import Arrays, remembered
+    from jaxcrit.studies.fact_scores import Answers, answered, questions, text_loss
 
-    asked, found = questions(facts), []
-    for model in (base, changed):
-        decoder = model.decoder(bars)
-        answers = answered(model, decoder, asked, options.batch_size, bars)
-        found.append((answers, text_loss(model, decoder, held, min(8, options.batch_size))))
-    (before, first), (after, second) = found
-    return asked, before, after, (first, second)
+    asked, size = questions(facts), options.batch_size
+
+    def ask(model: Model) -> Arrays:
+        return vars(answered(model, model.decoder(bars), asked, size, bars))
+
+    def loss(model: Model) -> Arrays:
+        return {"loss": np.array(text_loss(model, model.decoder(bars), held, min(8, size)))}
+
+    # What the model below all edits says is the same whatever is changed.
+    told = {"questions": list(map(dataclasses.asdict, asked)), "batch_size": size}
+    before = remembered("answers", {**base.determines, **told}, lambda: ask(base))
+    read = {"texts": [one.token_ids.tolist() for one in held], "batch_size": size}
+    first = remembered("text_loss", {**base.determines, **read}, lambda: loss(base))
+    losses = float(first["loss"]), float(loss(changed)["loss"])
+    return asked, Answers(**before), Answers(**ask(changed)), losses
 
 
 def _result(
@@ -397,15 +504,7 @@ def _result(
                 "relative": one.relative,
                 "share": float(one.share.mean()),
                 "condition": one.condition,
-                **(
-                    {
-                        "loss_before": float(done.sought[layer].before.mean()),
-                        "loss_after": float(done.sought[layer].after.mean()),
-                        "length": float(done.sought[layer].length.mean()),
-                    }
-                    if layer in done.sought
-                    else {}
-                ),
+                **{name: float(value.mean()) for name, value in done.of_search(layer).items()},
             }
             for layer, one in done.layers.items()
         },
@@ -502,12 +601,8 @@ def _write(
             "p_old": [before.other[place], after.other[place]],
             "greedy": [bool(before.right[place]), bool(after.right[place])],
             "layers": {
-                str(layer): {
-                    "loss_before": one.before[number],
-                    "loss_after": one.after[number],
-                    "length": one.length[number],
-                }
-                for layer, one in done.sought.items()
+                str(layer): {name: float(value[number]) for name, value in done.of_search(layer).items()}
+                for layer in done.sought
             },
         }
         for number, (fact, place) in enumerate(zip(facts, own, strict=True))
@@ -516,15 +611,7 @@ def _write(
         {**dataclasses.asdict(one), "right": [bool(a), bool(b)]}
         for one, a, b in zip(asked, before.right, after.right, strict=True)
     ]
-    write_json(out / EDITS, "jaxcrit.edits", plain(_floats({"facts": rows, "questions": told})))
-
-
-def _floats(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _floats(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_floats(one) for one in value]
-    return float(value) if isinstance(value, np.floating) else value
+    write_json(out / EDITS, "jaxcrit.edits", plain({"facts": rows, "questions": told}))
 
 
 def report(run: Mapping[str, Any]) -> Report:
@@ -532,7 +619,7 @@ def report(run: Mapping[str, Any]) -> Report:
     from jaxcrit.reporting.report import Report, Section
 
     result = run["result"]
-    chosen = LayerSet(**{**run["layers"], "layers": tuple(run["layers"]["layers"])})
+    chosen = LayerSet.from_json(run["layers"], "run.json")
     own = result["after"]["own"]
     facts = f"{result['facts']} fact{'s' if result['facts'] > 1 else ''}"
     headline = [
@@ -553,7 +640,7 @@ def _answers(result: Mapping[str, Any]) -> str:
     header = ["questions", "number", "greedy before", "after", "95 %", "p before", "after", "preferred after", "of"]
     rows = []
     for kind in ("own", "paraphrase", "neighbour"):
-        if kind not in result["after"]:
+        if kind not in result["before"] or kind not in result["after"]:
             continue
         before, after = (result[when][kind] for when in ("before", "after"))
         low, high = wilson(round(after["greedy"] * after["questions"]), after["questions"])

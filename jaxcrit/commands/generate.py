@@ -142,34 +142,29 @@ def generate(
 def run_generate(
     options: GenerateOptions, *, model: Any = None, rows: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Generations:
-    """Answers every prompt; goes on where an interrupted run of the same options stopped.
+    """`generate` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        progress: maker of progress bars (tqdm's signature), or None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: any mistake in flags, checkpoint or data; then nothing is left in the run directory.
+    An interrupted run of the same options goes on, a complete one is read back.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import make_batches
+    from jaxcrit.data.prefix import with_prefixes
     from jaxcrit.evidence.answers import answers
     from jaxcrit.models.generation import blocks_apart
-    from jaxcrit.models.model import open_model
     from jaxcrit.models.sampling import Sampling
     from jaxcrit.models.stops import stop_tokens
 
     sampling = Sampling(options.repetition_penalty, options.temperature, options.top_k, options.top_p)
-    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
+    model = shared.opened(options, model)
     mixed = _Mixed.of(options, model) if options.sender else None
     stop = stop_tokens(options.stop, model, options.template)
     datasets = model.read(options, rows, reserve=options.max_new_tokens)
     models = {"model": model}
     if mixed is not None:
-        datasets, models["sender"] = mixed.read(datasets, options), mixed.sender
+        boundary = model.config.rope.boundary
+        datasets = with_prefixes(datasets, options, boundary=boundary, reserve=options.max_new_tokens)
+        models["sender"] = mixed.sender
     # The sampling in canonical form: options that do not matter beside the others are told apart by nothing.
     resolved = {"stop": stop, **dataclasses.asdict(sampling)}
     if mixed is not None:
@@ -209,29 +204,13 @@ class _Mixed:
     @classmethod
     def of(cls, options: GenerateOptions, model: Model) -> _Mixed:
         """Opens the sender, checks the pair, resolves the layers."""
-        from jaxcrit.commands.reuse import pair
         from jaxcrit.core.selections import LayerSpec, resolve
 
         spec = LayerSpec.parse(options.recompute, "recompute")
-        if spec.needs_scores:
-            raise UserError(
-                f"--recompute={options.recompute}: needs scores; give the layers.json of jaxcrit reuse, as"
-                " @DIR/layers.json"
-            )
-        _, sender = pair(options, None, model, "model")
-        depth = model.config.num_layers
-        chosen = resolve(spec, depth, model_hash=model.model_hash, flag="recompute")
-        return cls(sender, chosen.layers)
-
-    def read(self, datasets: Sequence[Dataset], options: GenerateOptions) -> list[Dataset]:
-        """The rows with their prefixes."""
-        from jaxcrit.commands.reuse import check_rows
-        from jaxcrit.data.prefix import with_prefixes
-
-        found = with_prefixes(datasets, options)
-        for one in found:
-            check_rows(self.sender, one.examples, options.max_new_tokens)
-        return found
+        _, sender = shared.pair(options, ("model", "sender"), (model, None))
+        hint = "give the layers.json of jaxcrit reuse, as @DIR/layers.json"
+        depth, own = model.config.num_layers, model.model_hash
+        return cls(sender, resolve(spec, depth, model_hash=own, flag="recompute", hint=hint).layers)
 
     def prompts(self, model: Model, batch: Batch, examples: Sequence[Example], options: GenerateOptions) -> Prefilled:
         """A batch over the mixed cache; a row that fills up has no prefix."""
@@ -250,73 +229,43 @@ def _rows(
     progress: Bars | None,
 ) -> dict[str, list[Row]]:
     """Answers by dataset in the order of its rows; those of an interrupted run are in a part that grows, of each."""
+    from jaxcrit.core.files import DAMAGED, json_lines, write_text
     from jaxcrit.core.progress import bar
-    from jaxcrit.parallel.preemption import Preempted, notice
+    from jaxcrit.evidence.rows import GrowingRows
+    from jaxcrit.parallel.preemption import one_by_one
 
-    counts = [len(dataset.examples) for dataset in datasets]
-    starts, total = np.cumsum([0, *counts]), sum(counts)
-    parts = [_Part(folder, count) for folder, count in zip(folders, counts, strict=True)]
+    counts, names = [len(dataset.examples) for dataset in datasets], [dataset.name for dataset in datasets]
+    starts, total, parts = np.cumsum([0, *counts]), sum(counts), []
+    for folder, count in zip(folders, counts, strict=True):
+        part, whole = (None, None) if folder is None else (folder / f"{GENERATIONS}.part", folder / GENERATIONS)
+        parts.append(GrowingRows(part, lambda row: row["row"], Answer, whole))
+        if any(row >= count for row in parts[-1].rows):
+            raise UserError(f"{part}: expected answers of {count} prompts, got more; {DAMAGED}")
     done = {int(start) + row for start, part in zip(starts, parts, strict=False) for row in part.rows}
     left = [batch for batch in batches if not done.issuperset(batch.rows[batch.rows < total].tolist())]
-    names = [dataset.name for dataset in datasets]
     shown_as = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
-    with notice() as leave, bar(progress, total=total, desc=shown_as, initial=len(done)) as shown:
-        for number, batch in enumerate(left, 1):
+    with bar(progress, total=total, desc=shown_as, initial=len(done)) as shown:
+
+        def do(batch: Batch) -> None:
             made = answer(batch)
             of = np.searchsorted(starts, [place for place, _ in made], side="right") - 1
             for which, part in enumerate(parts):
                 part.add([row for (_, row), mine in zip(made, of, strict=True) if mine == which])
-            done |= {place for place, _ in made}
+            done.update(place for place, _ in made)
             shown.update(len(made))
-            if leave(number) and number < len(left):
-                for part in parts:
-                    part.flush()
-                raise Preempted(f"told to leave with {len(done)} of {total} prompts answered; the same command goes on")
-    return {name: part.finished() for name, part in zip(names, parts, strict=True)}
 
+        def flush() -> None:
+            for part in parts:
+                part.flush()
 
-class _Part:
-    """The answers to one dataset: in memory, and where there is a folder in a file that grows."""
-
-    def __init__(self, folder: Path | None, count: int):
-        from jaxcrit.core import processes
-        from jaxcrit.core.files import DAMAGED, GrowingText, json_lines, read_lines
-
-        self.folder, self.rows, self.growing = folder, dict[int, Row](), None
+        one_by_one(left, do, lambda _: f"with {len(done)} of {total} prompts answered", flush)
+    found = {}
+    for name, kept, folder in zip(names, parts, folders, strict=True):
+        found[name] = [kept.rows[row] for row in sorted(kept.rows)]
         if folder is not None:
-            file, self.part = folder / GENERATIONS, folder / f"{GENERATIONS}.part"
-            self.growing = GrowingText(self.part)
-            kept = processes.share(lambda: [*read_lines(self.part, Answer), *read_lines(file, Answer)])
-            self.rows = {row["row"]: row for row in kept}
-            if any(row >= count for row in self.rows):
-                raise UserError(f"{self.part}: expected answers of {count} prompts, got more; {DAMAGED}")
-            if self.rows:  # whole lines only, whatever an interruption left
-                self.growing.start(json_lines(self.rows.values()))
-
-    def add(self, rows: Sequence[Row]) -> None:
-        """Keeps some more answers."""
-        from jaxcrit.core.files import json_lines
-
-        self.rows |= {row["row"]: row for row in rows}
-        if self.growing is not None and rows:
-            self.growing.append(json_lines(rows))
-
-    def flush(self) -> None:
-        """Returns when all of them are in the file."""
-        if self.growing is not None:
-            self.growing.flush()
-
-    def finished(self) -> list[Row]:
-        """All answers in the order of their rows, written for good."""
-        from jaxcrit.core import processes
-        from jaxcrit.core.files import json_lines, write_text
-
-        rows = [self.rows[row] for row in sorted(self.rows)]
-        if self.folder is not None:
-            write_text(self.folder / GENERATIONS, json_lines(rows))
-            if processes.first():
-                self.part.unlink(missing_ok=True)
-        return rows
+            write_text(folder / GENERATIONS, json_lines(found[name]))
+        kept.forget()
+    return found
 
 
 def text(found: Generations) -> str:

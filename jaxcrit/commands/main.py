@@ -6,6 +6,7 @@ Commands are imported when they are run, so that help answers at once.
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import os
 import platform
@@ -41,6 +42,7 @@ GROUPS = {
         "data": ("jaxcrit.commands.data", "show what a model will see of a dataset: rows, mask, lengths"),
         "generate": ("jaxcrit.commands.generate", "write a model's answers to every prompt"),
         "spectrum": ("jaxcrit.commands.spectrum", "principal components of every layer, and which of them track δ"),
+        "verify": ("jaxcrit.commands.verify", "whether run directories are what they claim, by digests and Grams"),
         "compare": (
             "jaxcrit.commands.compare",
             "CKA between two models over the same prompts, from their fingerprints",
@@ -71,11 +73,12 @@ GROUPS = {
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
-FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "plan", "export")
+FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "verify", "plan", "export")
 # Commands that train: what a step frees, the next one takes again.
 TRAINS = ("finetune", "backdoor")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.
 QUIET = {"TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "TF_CPP_MIN_LOG_LEVEL": "2"}
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 FAILED, BAD_USAGE, PREEMPTED, BROKEN_PIPE = 1, 2, 75, 141  # 75: EX_TEMPFAIL, try again
 
 
@@ -168,11 +171,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point of the ``jaxcrit`` command; returns the exit code."""
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
+    if arguments is None:
+        console.open_what_is_closed()
     console.spell_what_cannot_be_shown()
     if arguments is None and any(name in TRAINS for name in sys.argv[1:2]):  # the process is ours
         keep_pages()
     try:
-        with leaving_at_once():
+        with leaving_at_once(), console.remarks_last():
             code = dispatch(sys.argv[1:] if arguments is None else arguments)
         sys.stdout.flush()
         return code
@@ -186,8 +191,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         processes.leave(INTERRUPTED)  # which would wait for the others
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader has gone (| head). Python would complain once more when it closes stdout on exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _print_no_more()  # the reader has gone (| head)
         return BROKEN_PIPE
     except BaseException as error:
         if not is_error(error):
@@ -195,7 +199,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(error, OSError) and error.filename and error.strerror:
             # Of a file: the disk is full, the bucket no longer lets itself be written, the share is gone.
             return _ended(f"{error.filename}: {error.strerror}", FAILED)
+        if isinstance(error, OSError) and error.errno in NO_ROOM:  # files have names
+            _print_no_more()
+            return _ended(f"what is printed cannot be written: {error.strerror}", FAILED)
         return _ended(f"unexpected {type(error).__name__}: {first_line(error)}", FAILED, _kept(error))
+
+
+def _print_no_more() -> None:
+    """Lets what is still to be printed go nowhere; Python would complain once more when it closes stdout on exit."""
+    with contextlib.suppress(OSError):  # a stream in the place of stdout has no number
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _ended(text: str, code: int, more: str = "") -> int:

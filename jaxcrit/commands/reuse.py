@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypedDict
 import numpy as np
 
 from jaxcrit.commands import shared
-from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, BatchOptions, MeshOptions, OutOptions, PrefixOptions, RowOptions
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.options import Options, option
@@ -20,7 +21,6 @@ from jaxcrit.core.selections import span
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
-    from jaxcrit.data.batches import Batch
     from jaxcrit.data.templates import Example
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.reporting.report import Report
@@ -119,6 +119,7 @@ class ReuseOptions(TwoModels, RowOptions, OutOptions, PrefixOptions, BatchOption
 
     answers: Literal["own", "gold"] = option("own", "scored: the receiver's own answers, or the rows'", ("own", "gold"))
     max_new_tokens: int = option(16, "tokens of an own answer, at most", lowest=1)
+    groups: int = option(1, "groups of layers recomputed, at most: 1, or greedily 2", lowest=1, highest=2)
     random: int = option(20, "random sets of layers to compare with", lowest=0)
     tolerance: float = option(0.01, "damage that is accepted, nats a scored token", lowest=0)
     seed: int = option(0, "seed of the random layers and of the bootstrap", lowest=0)
@@ -148,10 +149,7 @@ class Reused:
 
 def run(options: ReuseOptions) -> int:
     """Measures, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_reuse(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_reuse, report, options)
 
 
 @shared.public
@@ -184,39 +182,30 @@ def run_reuse(
     progress: Bars | None = None,
     keep: bool = True,
 ) -> Reused:
-    """Runs the study; goes on where an interrupted run of the same options stopped, reads a complete one back.
+    """`reuse` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        sender: model in place of the one that the options name.
-        receiver: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `reuse`.
+    An interrupted run of the same options goes on, a complete one is read back.
+    ``keep`` says whether a run directory is written.
     """
-    from jaxcrit.core.files import read_json, write_json
+    from jaxcrit.core.files import write_json
     from jaxcrit.core.processes import share
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import joined
     from jaxcrit.data.prefix import with_prefixes
-    from jaxcrit.evidence.rows import forget_partial, read_back, write_scored
+    from jaxcrit.evidence.rows import read_back, write_scored
 
     if sender is None and not options.sender:
         raise UserError("--sender: expected the model that has read the prefixes, such as a run of jaxcrit finetune")
-    below, above = pair(options, sender, receiver)
-    gold = options.answers == "gold"
-    read = below.read(options, rows, responses=gold, reserve=0 if gold else options.max_new_tokens)
-    datasets = with_prefixes(read, options)
+    below, above = shared.pair(options, ("receiver", "sender"), (receiver, sender))
+    longest = options.max_new_tokens if options.answers == "own" else 0
+    read = below.read(options, rows, responses=not longest, reserve=longest)
+    datasets = with_prefixes(read, options, boundary=below.config.rope.boundary, reserve=longest)
     tested = joined("rows", "", datasets)
-    check_rows(below, tested.examples, 0 if gold else options.max_new_tokens)
     models = {"model": below, "sender": above}
     with running("reuse", options, models=models, datasets=datasets, keep=keep, read_back=ReuseRun) as run:
         if run.complete:
             path = run.path
-            found = share(lambda: read_json(path / "reuse.json", REUSE_FORMAT, Study))
+            found = share(lambda: read_study(path / "reuse.json"))
             return Reused(read_back(path, dict[str, Any]), found, _layers(found, below), run.earlier, path)
         scores, found = _studied(options, below, above, tested.examples, run.directory, progress)
         run.record |= {"result": {key: found[key] for key in ("reused", "choice", "identical", "cost")}}
@@ -226,86 +215,68 @@ def run_reuse(
             write_scored(made.out, scores)
             made.layers.save(made.out / "layers.json")
             report(made).write(made.out, made.run)
-    forget_partial(made.out)
     return made
 
 
-def pair(options: Any, sender: Any, receiver: Any, role: str = "receiver") -> tuple[Model, Model]:
-    """The receiver, which ``role`` names, and the sender; checked to be of one shape and vocabulary.
+def read_study(path: Path) -> dict[str, Any]:
+    """Reads ``reuse.json``.
 
     Raises:
-        UserError: see `check_pair`; or weights of two dtypes.
+        UserError: absent or damaged.
     """
-    from jaxcrit.models.model import check_pair, open_model
+    from jaxcrit.core.files import read_json
 
-    below = shared.opened(options, receiver, role)
-    name = options.sender if sender is None else sender
-    above = open_model(name, mesh=below.mesh, dtype=options.dtype, keep=sender is not None)
-    check_pair(below, above, (role, "sender"))
-    if below.dtype != above.dtype:
-        raise UserError(f"--{role} is in {below.dtype}, --sender in {above.dtype}; give --dtype")
-    return below, above
-
-
-def check_rows(model: Model, examples: Sequence[Example], reserve: int) -> None:
-    """Refuses rows whose prefix and whole rotate differently.
-
-    Args:
-        model: model of a certain context.
-        examples: rows with prefixes.
-        reserve: tokens of an answer that are not there yet.
-
-    Raises:
-        UserError: it names the rows.
-    """
-    boundary = model.config.rope.boundary
-    if boundary is None:
-        return
-    over = [
-        row
-        for row, one in enumerate(examples, 1)
-        if one.prefix_length <= boundary < (one.prompt_length + reserve if reserve else len(one.token_ids))
-    ]
-    if over:
-        raise UserError(
-            f"row {listed(over)}: the prefix lies on one side of the {boundary} tokens at which the model's longrope"
-            " takes other frequencies, the whole on the other: no cache serves both; leave these rows out"
-        )
+    return read_json(path, REUSE_FORMAT, Study)
 
 
 def _studied(
     options: ReuseOptions, receiver: Model, sender: Model, examples: Sequence[Example], directory: Any, bars: Any
 ) -> tuple[dict[str, LayerScores], dict[str, Any]]:
-    """Both passes over the rows: all groups and random sets, then the layers that the first found most damaging."""
+    """All passes over the rows: groups and random sets, pairs of groups if asked for, the most damaging layers."""
     from jaxcrit.criteria.kv_reuse import scores
     from jaxcrit.evidence.reuse import damage, own_answers, planned, sources
     from jaxcrit.models.stops import stop_tokens
-    from jaxcrit.studies.reuse import halves, most_damaging, sets_to_try, studied
+    from jaxcrit.studies.reuse import best_of_each_size, halves, most_damaging, pairs_with, sets_to_try, studied
 
     if len(examples) < _LEAST_ROWS:
         raise UserError(f"expected {_LEAST_ROWS} rows or more, half to choose by and half to test, got {len(examples)}")
-    config, depth = receiver.config, receiver.config.num_layers
-    sets = sets_to_try(depth, options.random, options.seed)
+    config, depth, choose = receiver.config, receiver.config.num_layers, halves(len(examples))[0]
     longest = options.max_new_tokens if options.answers == "own" else 0
-    answer: Any = _of_rows(examples)
-    if longest:
-        stop = stop_tokens("", receiver, options.template)
-        answer = own_answers(receiver, receiver.decoder(bars), examples, longest, stop)
-    how = {"batch_size": options.batch_size, "directory": directory, "bars": bars}
-    pass_over = (examples, answer, longest)
-    first = damage(receiver, sender, sets.plan, *pass_over, partial="partial.npz", **how)
-    alone = first.measures[0, 1 : 1 + depth]
-    worst = most_damaging(alone[:, halves(len(examples))[0]].mean(axis=1))
-    plan = np.stack([np.zeros(depth, int), *(sources(depth, one) for one in worst)])
-    second = damage(receiver, sender, plan, *pass_over, partial="partial_worst.npz", **how)
+    gold = {row: one.token_ids[one.prompt_length :].tolist() for row, one in enumerate(examples)}
+    stop = stop_tokens("", receiver, options.template)
+    answer = own_answers(receiver, receiver.decoder(bars), examples, longest, stop) if longest else lambda _: gold
+    rows: Any = (examples, answer, longest)
+    how: dict[str, Any] = {"batch_size": options.batch_size, "directory": directory, "bars": bars}
+    costs: dict[str, Any] = {}
+
+    def over(sets: Sequence[tuple[int, ...]], name: str, number: int = 0) -> np.ndarray:
+        plan = np.stack([np.zeros(depth, int), *(sources(depth, one) for one in sets)])
+        costs[name] = {kind: count + costs.get(name, {}).get(kind, 0) for kind, count in planned(plan).items()}
+        return damage(receiver, sender, plan, *rows, partial=f"partial_{name}{number}.npz", **how).measures[:, 1:]
+
+    sets = sets_to_try(depth, options.random, options.seed)
+    first = damage(receiver, sender, sets.plan, *rows, partial="partial.npz", **how)
+    measures, alone, behind = first.measures, first.measures[0, 1 : 1 + depth], 1 + depth + sets.groups
+    if options.groups == 2:
+        pairs: dict[tuple[int, ...], np.ndarray] = {}
+        groups = sets.recomputed[: sets.groups]
+        best = best_of_each_size(groups, measures[0, 1 + depth : behind], choose)
+        for number, place in enumerate(best[1:]):
+            if wanted := [one for one in pairs_with(groups[place], depth) if one not in pairs]:
+                pairs |= zip(wanted, over(wanted, "pairs", number).swapaxes(0, 1), strict=True)
+        if pairs:
+            sets, of_pairs = sets.with_pairs(list(pairs)), np.stack([*pairs.values()], axis=1)
+            measures = np.concatenate([measures[:, :behind], of_pairs, measures[:, behind:]], axis=1)
+    worst = most_damaging(alone[:, choose].mean(axis=1))
+    of_worst = over(worst, "most_damaging")
     itemsize = receiver.decoder().embed.get_value().dtype.itemsize
-    how = {"tolerance": options.tolerance, "seed": options.seed, "itemsize": itemsize}
-    found = studied(config, sets, first.measures, worst, second.measures[:, 1:], first.distances, **how)
+    about = {"tolerance": options.tolerance, "seed": options.seed, "itemsize": itemsize}
+    found = studied(config, sets, measures, worst, of_worst, first.distances, **about)
     windows = [window for window in config.windows if window is not None]
     cost = {
         "groups": planned(sets.plan[[0, *range(1 + depth, 1 + depth + sets.groups)]]),
         "all": planned(sets.plan),
-        "most_damaging": planned(plan),
+        **costs,
         "batches": first.batches,
     }
     found |= {
@@ -319,16 +290,6 @@ def _studied(
     return scores(alone, first.distances, [one.sample_id for one in examples], meta), found
 
 
-def _of_rows(examples: Sequence[Example]) -> Any:
-    """Function that gives the answers which the rows of a batch have themselves."""
-
-    def answer(batch: Batch) -> dict[int, Any]:
-        rows = batch.rows[batch.rows < len(examples)].tolist()
-        return {row: examples[row].token_ids[examples[row].prompt_length :].tolist() for row in rows}
-
-    return answer
-
-
 def _layers(found: Found, receiver: Model) -> LayerSet:
     layers, tolerance = found["choice"]["layers"], found["choice"]["tolerance"]
     rule = f"group:{len(layers)} within {tolerance:g} nats"
@@ -340,7 +301,8 @@ def report(made: Reused) -> Report:
     from jaxcrit.reporting import plots, reuse_plots
     from jaxcrit.reporting.report import Figure, Report, Section, on_axes, rows_title
 
-    found, depth = made.found, made.found["num_layers"]
+    found, depth, worst = made.found, made.found["num_layers"], int(made.scores["kv_reuse"].ranking()[0])
+    each = tables.estimates(made.scores)
     draw = on_axes(
         plots.layer_losses,
         made.scores["kv_reuse"],
@@ -362,7 +324,7 @@ def report(made: Reused) -> Report:
         Section(
             "Recomputed layers", note, _front(found, range(depth + 1)), [front, groups], brief=_front(found, steps)
         ),
-        Section("One layer reused", "", lambda style: _alone(made.scores, style), [alone]),
+        Section("One layer reused", "", functools.partial(tables.by_layer, each, [(worst, "◀")]), [alone]),
     ]
     return Report(_sentences(made), _warnings(made), sections, CAVEATS, _notes(made))
 
@@ -403,16 +365,6 @@ def _front(found: Found, counts: Sequence[int] | range) -> str:
     return tables.table(header, rows)
 
 
-def _alone(scores: Mapping[str, LayerScores], style: bool = False) -> str:
-    worst = int(scores["kv_reuse"].ranking()[0])
-    header = ["layer", *(f"{key} ± s.e." for key in scores), ""]
-    rows = [
-        [str(layer), *(tables.estimate(score, layer) for score in scores.values()), "◀" if layer == worst else ""]
-        for layer in range(next(iter(scores.values())).num_layers)
-    ]
-    return tables.table(header, rows, [style and layer == worst for layer in range(len(rows))])
-
-
 def _sentences(made: Reused) -> list[str]:
     found, chosen, reused = made.found, made.found["choice"], made.found["reused"]["test"]
     layers, depth, tolerance = chosen["layers"], found["num_layers"], f"--tolerance={chosen['tolerance']:g}"
@@ -448,13 +400,13 @@ def _notes(made: Reused) -> list[str]:
     found, score = made.found, made.scores["kv_reuse"]
     depth, cost, total = found["num_layers"], found["cost"], score.values.sum()
     top = score.ranking()[: max(1, round(depth / 10))]
+    groups, rest = cost["groups"], [cost[name] for name in ("all", "most_damaging", "pairs") if name in cost]
+    own, theirs, behind = (sum(one[kind] for one in rest) / depth for kind in ("receiver", "sender", "suffix"))
     told = [
         f"Leading layers whose keys and values are equal to the bit: {found['identical']} of {depth}",
-        f"cost: all {len(found['groups'])} groups by {cost['groups']['receiver'] / depth:g} prefills of the receiver"
-        f" and 1 of the sender a row, {cost['groups']['suffix'] / depth:.1f} passes over what follows; with controls"
-        f" {(cost['all']['receiver'] + cost['most_damaging']['receiver']) / depth:g},"
-        f" {(cost['all']['sender'] + cost['most_damaging']['sender']) / depth:g} and"
-        f" {(cost['all']['suffix'] + cost['most_damaging']['suffix']) / depth:.1f}",
+        f"cost: all {len(found['groups'])} groups by {groups['receiver'] / depth:g} prefills of the receiver and 1 of"
+        f" the sender a row, {groups['suffix'] / depth:.1f} passes over what follows; with controls"
+        f"{' and pairs' if 'pairs' in cost else ''} {own:g}, {theirs:g} and {behind:.1f}",
     ]
     if total > 0:
         share = score.values[top].sum() / total

@@ -76,10 +76,7 @@ def extra() -> list[type[Options]]:
 
 def run(options: ScoreOptions, *own: Options) -> int:
     """Scores, writes, prints the table."""
-    from jaxcrit.core.progress import bars
-
-    found = run_score(options, own, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_score, report, options, own)
 
 
 def run_score(
@@ -108,14 +105,13 @@ def run_score(
     from jaxcrit.core.layers import write_scores
     from jaxcrit.core.run import running
     from jaxcrit.criteria.registry import of_chosen, parse_criteria
-    from jaxcrit.models.model import open_model
     from jaxcrit.selection.cautions import training_caution
     from jaxcrit.selection.choice import mean_rank
 
     chosen = parse_criteria(options.criteria, two_models=bool(options.base))
     own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
-    model = open_model(options.model if model is None else model, mesh=options.mesh, dtype=options.dtype)
-    base = open_model(options.base, mesh=model.mesh, dtype=options.dtype) if "two models" in needs else None
+    model = shared.opened(options, model)
+    base = shared.opened(options, None, "base", mesh=model.mesh) if "two models" in needs else None
     datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward"} else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved, further = {"criteria": list(chosen)}, tuple(own.values())

@@ -6,7 +6,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from jaxcrit.core.groups import (
 )
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Count
 from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.reporting import tables
 
@@ -101,10 +102,7 @@ class Screened:
 
 def run(options: ScreenOptions) -> int:
     """Screens, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_screen(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_screen, report, options)
 
 
 @shared.public
@@ -157,20 +155,11 @@ def run_screen(
     progress: Bars | None = None,
     keep: bool = True,
 ) -> Screened:
-    """Screens rows by a model; goes on where an interrupted run of the same options stopped.
+    """`screen` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        benign: benign rows in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `screen`.
+    An interrupted run of the same options goes on.
+    ``keep`` says whether a run directory is written.
     """
-    from jaxcrit.core import processes
     from jaxcrit.core.files import json_lines, plain, write_json, write_text
     from jaxcrit.core.run import running
     from jaxcrit.data.batches import common_shapes
@@ -207,8 +196,6 @@ def run_screen(
             write_json(found.out / "flags.json", "jaxcrit.flags", plain(told))
             write_scored(found.out, found.scores)
             report(found).write(found.out, found.run)
-            if processes.first():
-                (found.out / f"{FLAGS}.part").unlink(missing_ok=True)
     return found
 
 
@@ -328,15 +315,12 @@ def _learn(
     normed: bool = False,
 ) -> tuple[Screen, LayerScores, list[str]]:
     """The classes of benign states ``[N, L, D]``, the score of the layers, and warnings."""
-    from jaxcrit.core.deletions import Deletions
     from jaxcrit.criteria.cohesion_rise import measured
     from jaxcrit.criteria.registry import criterion
     from jaxcrit.studies.screening import Rule, Screen
 
     rises = measured(states, labels)
-    score = criterion(KEY).scores(KEY, rises, {**facts, "by": options.classes, "num_samples": len(states)})
-    assert rises.without_each is not None
-    score = dataclasses.replace(score, deletions=Deletions(rises.without_each, ids))
+    score = criterion(KEY).scores(KEY, rises, {**facts, "by": options.classes, "num_samples": len(states)}, ids)
     layers = None
     if options.layers != "loi":
         spec = LayerSpec.parse(options.layers)
@@ -353,6 +337,22 @@ def _learn(
     return judge, score, warnings
 
 
+Verdict = TypedDict(
+    "Verdict",
+    {
+        "place": Count,
+        "class": str | int | float | bool | None,
+        "score": float | None,
+        "threshold": float | None,
+        "z": float | None,
+        "flagged": bool | None,
+        "layers": list[Count] | None,
+        "by_layer": list[float] | None,
+        "distance": float | None,
+    },
+)
+
+
 def _judged(
     judge: Screen,
     given: _Rows,
@@ -360,32 +360,21 @@ def _judged(
     out: Path | None,
 ) -> list[dict[str, Any]]:
     """Verdicts in the order of the rows; those of an interrupted run are in a part that grows."""
-    from jaxcrit.core import processes
-    from jaxcrit.core.files import GrowingText, json_lines, read_lines
-    from jaxcrit.parallel.preemption import Preempted, notice
+    from jaxcrit.evidence.rows import GrowingRows
+    from jaxcrit.parallel.preemption import one_by_one
 
-    lines: list[dict[str, Any]] = []
-    part = None if out is None else out / f"{FLAGS}.part"
-    growing = None if part is None else GrowingText(part)
-    if part is not None and growing is not None:
-        lines = processes.share(lambda: read_lines(part))
-        del lines[len(lines) // _AT_ONCE * _AT_ONCE :]  # whole rounds, whose batches are then the same
-        growing.start(json_lines(lines))
-    count, rounds = len(given.rows.examples), 0
-    with notice() as leave:
-        while len(lines) < count:
-            places = range(len(lines), min(len(lines) + _AT_ONCE, count))
-            states, labels = look(given, places)
-            made = [{"class": label, **row} for label, row in zip(labels, judge.rows(states, labels), strict=True)]
-            lines += made
-            if growing is not None:
-                growing.append(json_lines(made))
-            rounds += 1
-            if leave(rounds) and len(lines) < count:
-                if growing is not None:
-                    growing.flush()
-                raise Preempted(f"told to leave with {len(lines)} of {count} prompts judged; the same command goes on")
-    return lines
+    count = len(given.rows.examples)
+    kept = GrowingRows(None if out is None else out / "partial_flags.jsonl", lambda row: row["place"], Verdict)
+    rounds = [range(start, min(start + _AT_ONCE, count)) for start in range(0, count, _AT_ONCE)]
+
+    def do(places: Sequence[int]) -> None:
+        states, labels = look(given, places)
+        each = zip(places, labels, judge.rows(states, labels), strict=True)
+        kept.add([{"place": place, "class": label, **row} for place, label, row in each])
+
+    left = [places for places in rounds if kept.lacks(places)]
+    one_by_one(left, do, lambda _: f"with {len(kept.rows)} of {count} prompts judged", kept.flush)
+    return [kept.rows[place] for place in range(count)]
 
 
 def _screen_states(
@@ -497,20 +486,13 @@ def report(found: Screened) -> Report:
 
 
 def _layer_table(found: Screened) -> str:
-    told, score = found.found, found.scores[KEY]
-    sizes = [one["prompts"] for one in told["classes"]]
-    cohesion = np.average([one["cohesion"] for one in told["classes"]], axis=0, weights=sizes)
-    interest = Counter(one["layer_of_interest"] for one in told["classes"])
-    header, auroc = (
-        ["layer", "cohesion", f"{KEY} ± s.e."],
-        [] if told["truth"] is None else told["truth"]["auroc"]["layers"],
-    )
-    rows = []
-    for layer in range(score.num_layers):
-        cells = [str(layer), tables.number(cohesion[layer]), tables.estimate(score, layer)]
-        cells += [_with_interval(auroc[layer])] if auroc else []
-        rows.append([*cells, f"◀ layer of interest of {_counted(interest[layer])}" if interest[layer] else ""])
-    return tables.table([*header, *(["AUROC [95 %]"] if auroc else []), ""], rows)
+    classes, truth = found.found["classes"], found.found["truth"]
+    cohesion = np.average([one["cohesion"] for one in classes], axis=0, weights=[one["prompts"] for one in classes])
+    columns = {"cohesion": list(map(tables.number, cohesion)), **tables.estimates(found.scores)}
+    if truth is not None and truth["auroc"]["layers"]:
+        columns["AUROC [95 %]"] = list(map(_with_interval, truth["auroc"]["layers"]))
+    interest = Counter(one["layer_of_interest"] for one in classes if one["layer_of_interest"] is not None)
+    return tables.by_layer(columns, [(layer, f"◀ layer of interest of {_counted(n)}") for layer, n in interest.items()])
 
 
 def _class_table(classes: Sequence[Mapping[str, Any]]) -> str:

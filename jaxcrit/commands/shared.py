@@ -33,7 +33,7 @@ def public(function: Function) -> Function:
     return called  # type: ignore[return-value]
 
 
-def opened(options: Any, model: Any = None, role: str = "model") -> Model:
+def opened(options: Any, model: Any = None, role: str = "model", *, mesh: Any = None) -> Model:
     """The model that an option names, or the one given, on the mesh and in the dtype that are asked for.
 
     One that a caller gives keeps its weights; one that an option names is the command's own, to take apart.
@@ -42,6 +42,7 @@ def opened(options: Any, model: Any = None, role: str = "model") -> Model:
         options: options with the field ``role``, and with ``mesh`` and ``dtype``.
         model: a `Model`, or a name that stands for the option's; None for the option.
         role: field that names the model.
+        mesh: devices in place of the option's.
 
     Raises:
         UserError: see `open_model`.
@@ -49,7 +50,30 @@ def opened(options: Any, model: Any = None, role: str = "model") -> Model:
     from jaxcrit.models.model import open_model
 
     name = getattr(options, role, "") if model is None else model
-    return open_model(name, mesh=options.mesh, dtype=options.dtype, keep=model is not None)
+    how: dict[str, Any] = {"mesh": mesh or options.mesh, "dtype": options.dtype, "keep": model is not None}
+    return open_model(name, **how, named=f"--{role}={name}")
+
+
+def pair(options: Any, roles: tuple[str, str], given: tuple[Any, Any]) -> tuple[Model, Model]:
+    """Two models of one shape, vocabulary and dtype, on one mesh; see `opened`.
+
+    Args:
+        options: options with both roles as fields.
+        roles: fields that name the models.
+        given: models, or names, that stand for the options'; None for the option.
+
+    Raises:
+        UserError: see `opened` and `check_pair`; or weights of two dtypes.
+    """
+    from jaxcrit.models.model import check_pair
+
+    first = opened(options, given[0], roles[0])
+    both = first, opened(options, given[1], roles[1], mesh=first.mesh)
+    check_pair(*both, roles)
+    one, other = (model.dtype or model.natural_dtype for model in both)
+    if one != other:
+        raise UserError(f"--{roles[0]} is in {one}, --{roles[1]} in {other}; give --dtype")
+    return both
 
 
 def facts_of(options: Any, facts: Any = None) -> list[Fact]:
@@ -67,6 +91,14 @@ def facts_of(options: Any, facts: Any = None) -> list[Fact]:
     if facts is None or isinstance(facts, str | Path):
         return read_facts(str(facts or options.facts))
     return facts_of([(f"facts, row {place}", row) for place, row in enumerate(facts, 1)])
+
+
+def show(run: Callable[..., Any], report: Callable[[Any], Report], options: Options, *more: Any) -> int:
+    """Runs a command with bars, prints its report, and where its page is; returns the exit code of success."""
+    from jaxcrit.core.progress import bars
+
+    found = run(options, *more, progress=bars)
+    return tell(report(found), found.out)
 
 
 def tell(report: Report, out: Path | None) -> int:

@@ -104,10 +104,7 @@ class SpectralAnalysis:
 
 def run(options: SpectrumOptions) -> int:
     """Decomposes, writes the report, prints the tables."""
-    from jaxcrit.core.progress import bars
-
-    found = run_spectrum(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_spectrum, report, options)
 
 
 def parse_components(text: str) -> tuple[int, ...]:

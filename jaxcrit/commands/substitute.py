@@ -15,13 +15,12 @@ from jaxcrit.core.groups import BY_HASH, SITES, MeshOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.rundir import CountedRows, SizedModel, SweepCost
-from jaxcrit.core.schema import Array, Count
+from jaxcrit.core.schema import Count
 from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
 from jaxcrit.reporting import tables
 
 if TYPE_CHECKING:
     from jaxcrit.criteria.substitution import Layers, Plan
-    from jaxcrit.evidence.sample_scores import SampleLosses
     from jaxcrit.models.model import Bars, Model
     from jaxcrit.reporting.report import Report
 
@@ -33,16 +32,11 @@ class Averages(TypedDict):
     tokens: float
 
 
-class WholeEntry(Averages):
+class Entry(Averages):
     """A set of layers in ``result``."""
 
     layers: list[Count]
     stderr: float | None
-
-
-class Entry(WholeEntry, total=False):
-    """With what runs of earlier versions lack."""
-
     changed: Count
 
 
@@ -136,14 +130,12 @@ class Substituted:
     Attributes:
         scores: scores by key: `SubstituteOptions.score` is the mean over rows of each row's mean loss (the paper's), in
             nats; the same ``_per_token`` weighs tokens alike. Empty where sets were asked for.
-        samples: losses of every row under every window; None where sets were asked for.
         warnings: what would mislead a reader.
         run: content of ``run.json``; ``result`` has losses and counts.
         out: run directory; None where nothing is written.
     """
 
     scores: dict[str, LayerScores]
-    samples: SampleLosses | None
     warnings: Sequence[str]
     run: Mapping[str, Any]
     out: Path | None
@@ -166,10 +158,7 @@ class Substituted:
 
 def run(options: SubstituteOptions) -> int:
     """Substitutes, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_substitute(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_substitute, report, options)
 
 
 @shared.public
@@ -202,31 +191,20 @@ def run_substitute(
     progress: Bars | None = None,
     keep: bool = True,
 ) -> Substituted:
-    """Runs the sweep; goes on where an interrupted run of the same options stopped, reads a complete one back.
+    """`substitute` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        base: model in place of the one that the options name.
-        tuned: model in place of the one that the options name.
-        rows: rows in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `substitute`.
+    An interrupted run of the same options goes on, a complete one is read back.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.substitution import make_plan, substitution_losses
     from jaxcrit.data.dataset import joined
-    from jaxcrit.evidence.rows import forget_partial, write_scored
-    from jaxcrit.models.model import changed_layers, check_pair, open_model
+    from jaxcrit.evidence.rows import write_scored
+    from jaxcrit.models.model import changed_layers
 
     if tuned is None and not options.tuned:
         raise UserError("--tuned: expected the tuned model, a checkpoint directory or a run of jaxcrit finetune")
-    lower = shared.opened(options, base, "base")
-    name, mine = (options.tuned, True) if tuned is None else (tuned, False)
-    upper = open_model(name, mesh=lower.mesh, dtype=options.dtype, keep=not mine)
-    check_pair(lower, upper)
+    lower, upper = shared.pair(options, ("base", "tuned"), (base, tuned))
     depth = upper.config.num_layers
     sets = [_set(text, depth) for text in split_specs(options.sets, ";")] if options.sets else []
     plan = make_plan(depth, options.window, sets, options.random, options.seed)
@@ -241,7 +219,7 @@ def run_substitute(
         read_back=SubstitutedRun,
     ) as run:
         if run.complete:
-            return _finished(dict(run.earlier), run.path)
+            return _finished(run.earlier, run.path)
         tested = joined("rows", "", datasets)
         losses, tokens, counts = substitution_losses(
             lower,
@@ -256,60 +234,50 @@ def run_substitute(
         )
         changed = changed_layers(lower, upper)
         result = _result(plan, losses, tokens, changed, reverse=options.reverse) | {"block_evaluations": counts}
-        ids = tested.sample_ids
-        samples = _samples(result, losses, tokens, ids) if plan.centres else None
-        scores = {} if samples is None else _scores(options, lower, upper, samples, changed)
+        kept = losses, tokens, tested.sample_ids
+        scores = _scores(options, lower, upper, result, *kept) if plan.centres else {}
         warnings = _warnings(result, lower, upper, scores)
         run.record |= {"result": result, "warnings": warnings}
-        found = Substituted(scores, samples, warnings, run.record, run.out)
+        found = Substituted(scores, warnings, run.record, run.out)
         if found.out is not None:
-            _write_losses(found.out, plan, depth, losses, tokens, ids)
+            _write_losses(found.out, plan, depth, *kept)
             if scores:
                 write_scored(found.out, scores)
             report(found).write(found.out, found.run)
-    forget_partial(found.out)
     return found
 
 
 def _set(text: str, num_layers: int) -> Layers:
-    spec = LayerSpec.parse(text, "sets")
-    if spec.needs_scores:
-        raise UserError(f"--sets={text}: needs scores; give the layers.json of an analysis, as @DIR/layers.json")
-    return resolve(spec, num_layers, flag="sets").layers
+    hint = "give the layers.json of an analysis, as @DIR/layers.json"
+    return resolve(LayerSpec.parse(text, "sets"), num_layers, flag="sets", hint=hint).layers
 
 
 def _scores(
-    options: SubstituteOptions, base: Model, tuned: Model, samples: SampleLosses, changed: Sequence[int]
+    options: SubstituteOptions,
+    base: Model,
+    tuned: Model,
+    result: Mapping[str, Any],
+    losses: np.ndarray,
+    tokens: np.ndarray,
+    sample_ids: Sequence[str],
 ) -> dict[str, LayerScores]:
-    partly = 0 < len(changed) < tuned.config.num_layers
-    trained = {"criteria": [], "rules": [], **tuned.trained, "layers": list(changed)}
+    """Scores of the windows that hold a layer in which the two models differ; the others say nothing of theirs."""
+    from jaxcrit.evidence.sample_scores import SampleLosses
+
+    centres, changed, depth = np.array(result["centres"]), result["changed"], tuned.config.num_layers
+    differs = [entry["changed"] > 0 or not changed for entry in result["sets"]]  # none does: a warning says so
+    trained = {"criteria": [], "rules": [], **tuned.trained, "layers": changed}
     meta = {
         **tuned.facts,
-        **({"trained": trained} if partly else {}),
+        **({"trained": trained} if 0 < len(changed) < depth else {}),
         "model_hash": base.model_hash,
         "tuned_hash": tuned.model_hash,
         "window": options.window,
         "sites": options.sites,
         "reverse": options.reverse,
     }
-    return samples.scores(options.score, tuned.config.num_layers, meta, "low" if options.reverse else "high")
-
-
-def _samples(
-    result: Mapping[str, Any], losses: np.ndarray, tokens: np.ndarray, sample_ids: Sequence[str]
-) -> SampleLosses:
-    """Losses of the windows that hold a layer in which the two models differ; the others say nothing of theirs."""
-    from jaxcrit.evidence.sample_scores import SampleLosses
-
-    centres, differs = np.array(result["centres"]), [_differs(entry) for entry in result["sets"]]
-    if not any(differs):  # the models are the same, as a warning says
-        differs = [True] * len(differs)
-    return SampleLosses(centres[differs], losses[: len(centres)][differs], losses[-2], tokens, sample_ids)
-
-
-def _differs(entry: Entry) -> bool:
-    """Whether the models differ in a layer of a set; runs of earlier versions do not say, and count as if they did."""
-    return entry.get("changed", 1) > 0
+    samples = SampleLosses(centres[differs], losses[: len(centres)][differs], losses[-2], tokens, sample_ids)
+    return samples.scores(options.score, depth, meta, "low" if options.reverse else "high")
 
 
 def _result(
@@ -363,32 +331,15 @@ def _write_losses(
     write_npz(out / "substitution.npz", arrays, {"format": "jaxcrit.substitution", "format_version": 1})
 
 
-def _finished(run: dict[str, Any], out: Path) -> Substituted:
+def _finished(run: Mapping[str, Any], out: Path) -> Substituted:
     """Reads a complete run back."""
-    from jaxcrit.core import processes
-    from jaxcrit.core.files import DAMAGED, Npz, read_npz
+    from jaxcrit.core.files import DAMAGED
     from jaxcrit.evidence.rows import read_back
 
-    result = run["result"]
-    centres, sets = result["centres"], len(result["sets"])
-    file, rows, variants = out / "substitution.npz", ("N",), ("V", "N")
-    if not sets or len(centres) not in (0, sets):
-        raise UserError(
-            f"{out / 'run.json'}: expected as many centres as sets, got {len(centres)} of {sets}; {DAMAGED}"
-        )
-    if not centres:
-        return Substituted({}, None, run["warnings"], run, out)
-    floats = {"losses": Array("f", variants), "host": Array("f", rows), "guest": Array("f", rows)}
-    holds = Npz("jaxcrit.substitution", {**floats, "tokens": Array("iu", rows), "sample_ids": Array("U", rows)})
-
-    def look() -> dict[str, Any]:
-        arrays, _ = read_npz(file, holds, V=sets + len(result["random"]))
-        found = {name: array.tolist() for name, array in arrays.items()}
-        return {**found, "losses": [*found["losses"], found["host"], found["guest"]]}
-
-    kept = processes.share(look)
-    samples = _samples(result, np.array(kept["losses"]), np.array(kept["tokens"]), kept["sample_ids"])
-    return Substituted(read_back(out), samples, run["warnings"], run, out)
+    centres, sets = len(run["result"]["centres"]), len(run["result"]["sets"])
+    if not sets or centres not in (0, sets):
+        raise UserError(f"{out / 'run.json'}: expected as many centres as sets, got {centres} of {sets}; {DAMAGED}")
+    return Substituted(read_back(out) if centres else {}, run["warnings"], run, out)
 
 
 def _warnings(result: Mapping[str, Any], base: Model, tuned: Model, scores: Mapping[str, LayerScores]) -> list[str]:
@@ -454,7 +405,7 @@ def _table(run: Mapping[str, Any], style: bool = False) -> str:
         error = "" if entry["stderr"] is None else f" ± {entry['stderr']:.4f}"
         share = (entry["samples"] - host) / (guest - host) if guest != host else np.nan
         where = [str(result["centres"][place]) if windows else "", _short(span(entry["layers"]))]
-        if not _differs(entry):
+        if not entry["changed"]:
             rows.append([*where, "-", "-", "-", "-", "untrained"])
             continue
         rows.append(
@@ -511,7 +462,7 @@ def _sentences(run: Mapping[str, Any]) -> list[str]:
 def _extreme(run: Mapping[str, Any]) -> Entry:
     """The set of highest loss (of lowest, in the other direction), of those in which the models differ."""
     sets = run["result"]["sets"]
-    differing = [entry for entry in sets if _differs(entry)] or sets
+    differing = [entry for entry in sets if entry["changed"]] or sets
     return (min if run["config"]["reverse"] else max)(differing, key=lambda entry: entry["samples"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BatchOptions, FactOptions, MeshOptions, ModelOptions, OutOptions
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.options import option
+from jaxcrit.core.schema import Array, AtLeastZero, Count, conform
 from jaxcrit.core.selections import span
 from jaxcrit.reporting import tables
 
@@ -72,10 +73,7 @@ class Trace:
 
 def run(options: TraceOptions) -> int:
     """Traces, writes the run directory, prints the report."""
-    from jaxcrit.core.progress import bars
-
-    found = run_trace(options, progress=bars)
-    return shared.tell(report(found), found.out)
+    return shared.show(run_trace, report, options)
 
 
 @shared.public
@@ -101,23 +99,16 @@ def trace(
 def run_trace(
     options: TraceOptions, *, model: Any = None, facts: Any = None, progress: Bars | None = None, keep: bool = True
 ) -> Trace:
-    """Traces; goes on where an interrupted run of the same options stopped, and takes what a complete one has found.
+    """`trace` of options; what is given beside them stands in place of what they name.
 
-    Args:
-        options: what is asked.
-        model: model in place of the one that the options name.
-        facts: facts in place of those that the options name.
-        progress: maker of progress bars; None for silence.
-        keep: whether a run directory is written.
-
-    Raises:
-        UserError: see `trace`.
+    An interrupted run of the same options goes on, what a complete one has found is taken.
+    ``keep`` says whether a run directory is written.
     """
     from jaxcrit.core.run import running
     from jaxcrit.criteria.trace import band, traced, window_of
     from jaxcrit.data.dataset import MEMORY, Dataset
     from jaxcrit.data.facts import placed
-    from jaxcrit.evidence.rows import forget_partial, write_scored
+    from jaxcrit.evidence.rows import write_scored
 
     opened = shared.opened(options, model)
     given = shared.facts_of(options, facts)
@@ -134,7 +125,7 @@ def run_trace(
         keep=keep,
     ) as run:
         if run.complete:
-            facts, known, found = _kept(run, given, every)
+            facts, known, found = _kept(run, given, every, depth)
         else:
             facts, known = _known(opened, given, every, options, progress)
             found = traced(
@@ -160,8 +151,27 @@ def run_trace(
             if chosen is not None:
                 chosen.save(made.out / "layers.json")
             report(made, beside).write(made.out, made.run)
-    forget_partial(made.out)
     return made
+
+
+class Cost(TypedDict):
+    """``block_evaluations`` of ``result``."""
+
+    batch: Count
+
+
+class Result(TypedDict):
+    """``result`` of ``run.json``, as far as it is not found anew."""
+
+    sigma: AtLeastZero
+    batches: Count
+    block_evaluations: Cost
+
+
+class TracedRun(TypedDict):
+    """``run.json`` of a complete run."""
+
+    result: Result
 
 
 def _known(
@@ -193,32 +203,51 @@ def _known(
     return [facts[place] for place in places], [every[place] for place in places]
 
 
-def _kept(run: Run, facts: Sequence[Fact], every: Sequence[Placed]) -> tuple[list[Fact], list[Placed], Traced]:
+def _kept(
+    run: Run, facts: Sequence[Fact], every: Sequence[Placed], depth: int
+) -> tuple[list[Fact], list[Placed], Traced]:
     """What a complete run has found, and of which facts."""
     from jaxcrit.core import processes
-    from jaxcrit.core.files import read_npz
+    from jaxcrit.core.files import DAMAGED
     from jaxcrit.criteria.trace import KINDS, Traced
 
-    arrays = read_npz(run.path / TRACE)[0] if processes.first() else {}
-    ids = processes.share(lambda: arrays["sample_ids"].tolist())
+    path, place = run.path / TRACE, {fact.sample_id: number for number, fact in enumerate(facts)}
+    ids = processes.share(lambda: read_trace(path, depth)["sample_ids"].tolist())
+    arrays = read_trace(path, depth) if processes.first() else {}
+    if len(set(ids)) < max(FEWEST, len(ids)) or not set(ids) <= place.keys():
+        raise UserError(f"{path}: expected {FEWEST} of the facts or more, each once, got others; {DAMAGED}")
     p, corrupted, *effects = (processes.share_array(arrays.get(name)) for name in ("p", "corrupted", *KINDS))
-    result, place = run.earlier["result"], {fact.sample_id: number for number, fact in enumerate(facts)}
+    result = conform(run.earlier, TracedRun, str(run.path / "run.json"), DAMAGED)["result"]
     cost = result["block_evaluations"]["batch"], result["batches"]
     found = Traced(p, corrupted, dict(zip(KINDS, effects, strict=True)), result["sigma"], *cost)
     return [facts[place[one]] for one in ids], [every[place[one]] for one in ids], found
 
 
+def read_trace(path: Path, num_layers: int) -> dict[str, np.ndarray]:
+    """Reads ``trace.npz``: effects ``[F, L]`` by kind, ``p`` and ``corrupted`` ``[F]``, and which facts these are.
+
+    Raises:
+        UserError: absent, damaged, or of another model; numbers that are not finite.
+    """
+    from jaxcrit.core.files import DAMAGED, Npz, read_npz
+    from jaxcrit.criteria.trace import KINDS
+
+    holds = {"sample_ids": Array("U", ("F",)), **dict.fromkeys(("p", "corrupted"), Array("f", ("F",)))}
+    holds |= dict.fromkeys(KINDS, Array("f", ("F", "L")))
+    found, _ = read_npz(path, Npz("jaxcrit.trace", holds), L=num_layers)
+    if not all(np.isfinite(one).all() for one in found.values() if one.dtype.kind == "f"):
+        raise UserError(f"{path}: expected finite numbers, got NaN or infinity; {DAMAGED}")
+    return found
+
+
 def _scores(model: Model, options: TraceOptions, facts: Sequence[Fact], found: Traced) -> dict[str, LayerScores]:
-    from jaxcrit.core.deletions import Deletions
     from jaxcrit.criteria.trace import CRITERIA
 
     ids = [fact.sample_id for fact in facts]
     meta = {**model.facts, "num_samples": len(facts), "noise": options.noise, "draws": options.samples}
     scores = {}
     for key, criterion in CRITERIA.items():
-        measured = criterion.measured(found, {})
-        score = criterion.scores(key, measured, meta)
-        scores[key] = dataclasses.replace(score, deletions=Deletions(measured.without_each, ids))
+        scores[key] = criterion.scores(key, criterion.measured(found, {}), meta, ids)
     return scores
 
 
@@ -348,14 +377,9 @@ def report(found: Trace, beside: Mapping[str, LayerScores] | None = None) -> Rep
 
 
 def _table(found: Trace, style: bool) -> str:
-    layers = found.layers.layers if found.layers else ()
-    rows = []
-    for layer in range(found.scores["trace"].num_layers):
-        marks = ["◀ trace:band"] if layer in layers else []
-        marks += ["◀ the answer arrives"] if layer == found.run["result"]["jump"] else []
-        rows.append([str(layer), *(tables.estimate(one, layer) for one in found.scores.values()), " ".join(marks)])
-    header = ["layer", *(f"{key} ± s.e." for key in found.scores), ""]
-    return tables.table(header, rows, [style and bool(row[-1]) for row in rows])
+    named = [(layer, "◀ trace:band") for layer in (found.layers.layers if found.layers else ())]
+    named.append((found.run["result"]["jump"], "◀ the answer arrives"))
+    return tables.by_layer(tables.estimates(found.scores), named, style)
 
 
 def _sentences(found: Trace) -> list[str]:

@@ -54,6 +54,12 @@ class BucketPath(PosixGPath):
         with _told(self):
             return iter([self._new(f"gs://{name}") for name in _storage().glob(f"{self}/{pattern}")])
 
+    def files(self) -> dict[str, int]:
+        """Objects below, at any depth, and their bytes, by what follows this path."""
+        with _told(self):
+            found = _storage().find(str(self), detail=True)
+        return {str(self._new(f"gs://{name}").relative_to(self)): int(about["size"]) for name, about in found.items()}
+
     def read_bytes(self) -> bytes:
         """The object."""
         with _told(self):

@@ -7,9 +7,12 @@ letter is spelled out (``delta`` for δ), a sign is replaced by the nearest that
 from __future__ import annotations
 
 import codecs
+import contextlib
+import os
 import re
 import sys
 import unicodedata
+from collections.abc import Iterator
 
 from jaxcrit.core import processes
 
@@ -46,10 +49,48 @@ def spell_what_cannot_be_shown() -> None:
             stream.reconfigure(errors=_ERRORS)
 
 
+def open_what_is_closed() -> None:
+    """Makes closed standard streams lead nowhere, so that no file of a run is opened in their place and printed to."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_RDWR)
+            if nowhere != number:
+                os.dup2(nowhere, number)
+                os.close(nowhere)
+            mode = "r" if number == 0 else "w"
+            setattr(sys, name, open(number, mode, encoding="utf-8", closefd=False))  # noqa: SIM115 (it stays open)
+
+
 def note(text: str) -> None:
     """Tells what happened to the input, on the channel that results do not take; one process of a run speaks."""
     if processes.first():
         tell(text, error=True)
+
+
+_after: list[list[str]] = []
+
+
+@contextlib.contextmanager
+def remarks_last() -> Iterator[None]:
+    """While open, remarks wait, and are told when the block ends without an error, which is one line alone."""
+    waiting: list[str] = []
+    _after.append(waiting)
+    try:
+        yield
+    finally:
+        _after.remove(waiting)
+    for text in waiting:
+        note(text)
+
+
+def remark(text: str) -> None:
+    """A note about input that results do not depend on; see `remarks_last`."""
+    if _after:
+        _after[-1].append(text)
+    else:
+        note(text)
 
 
 def _ascii(letter: str) -> str:

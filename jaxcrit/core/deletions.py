@@ -8,7 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
-from jaxcrit.core.files import Npz, read_npz, write_npz
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import DAMAGED, Npz, read_npz, write_npz
 from jaxcrit.core.schema import Array
 
 DELETIONS_FORMAT = "jaxcrit.deletions"
@@ -50,6 +51,8 @@ def read_deletions(folder: Path, key: str, **sizes: int) -> Deletions | None:
         return None
     holds = {"sample_ids": Array("U", ("N",)), key: Array("f", ("N", "L"), optional=True)}
     arrays, _ = read_npz(path, Npz(DELETIONS_FORMAT, holds), **sizes)
+    if (count := len(arrays["sample_ids"])) < 2:
+        raise UserError(f"{path}: expected 2 samples or more, got {count}; {DAMAGED}")
     return Deletions(arrays[key], arrays["sample_ids"].tolist()) if key in arrays else None
 
 

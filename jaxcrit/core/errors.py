@@ -6,15 +6,20 @@ import difflib
 import re
 from collections.abc import Iterable, Sequence
 
+_LONGEST = 2000  # letters of a message
+
 
 class UserError(ValueError):
     """A mistake in what the user gave: files, flags or data.
 
     The message is one line: what was expected, what came, where, what to do. The command prints it
-    without a traceback and exits with 2. Line breaks of what it quotes are written out.
+    without a traceback and exits with 2. Line breaks of what it quotes are written out; of a message that quotes
+    pages, the beginning and the end are kept.
     """
 
     def __init__(self, message: str):
+        if len(message) > _LONGEST:
+            message = f"{message[: _LONGEST // 2]} [...] {message[-_LONGEST // 2 :]}"
         super().__init__(message.replace("\r", "\\r").replace("\n", "\\n"))
 
 

@@ -9,6 +9,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -20,9 +21,9 @@ from typing import Any, cast
 
 import numpy as np
 
-from jaxcrit.core import processes
+from jaxcrit.core import digests, processes
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.reading import Stored, members, parse_json, plain_size, read_text, stored_npy
+from jaxcrit.core.reading import LARGEST_TEXT, Stored, members, parse_json, plain_size, read_text, stored_npy
 from jaxcrit.core.schema import Array, conform, conform_arrays, short
 
 FORMAT_VERSION = 1
@@ -32,8 +33,9 @@ DAMAGED = "the file is damaged, or another program's: write it again"
 # Directories and files that runs write; no dataset among several may be called so.
 _OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard")
 _OWN_ENDINGS = (".json", ".jsonl", ".npz", ".png", ".html", ".safetensors", ".part", ".md", ".txt", ".yml", ".yaml")
-_LONGEST_NAME = 255  # bytes
+_LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
+_RUST = re.compile(r"os error (\d+)")
 
 
 def as_path(text: str | Path) -> Path:
@@ -55,16 +57,20 @@ def as_path(text: str | Path) -> Path:
     return cast(Path, BucketPath(text))
 
 
-def local_path(text: str | Path, flag: str) -> Path:
+def local_path(text: str | Path, flag: str = "", *, named: str = "") -> Path:
     """A local path, ``~`` expanded.
+
+    Args:
+        text: path.
+        flag: option that it was given by, for messages.
+        named: what named it, where that is no option.
 
     Raises:
         UserError: it is one in a bucket.
     """
     if "://" in os.fspath(text):
-        raise UserError(
-            f"--{flag}={text}: expected a local directory; gcloud storage rsync --recursive copies between the two"
-        )
+        named = named or f"--{flag}={text}"
+        raise UserError(f"{named}: expected a local directory; gcloud storage rsync --recursive copies between the two")
     return _expanded(os.fspath(text))
 
 
@@ -76,7 +82,7 @@ def _expanded(text: str) -> Path:
     """
     try:
         encoded = text.encode("utf-8")
-        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME or len(encoded) > _LONGEST_PATH:
             raise UserError(f"{short(text)}: expected a path, got a NUL or a name of more than {_LONGEST_NAME} bytes")
         return Path(text).expanduser()
     except UnicodeEncodeError:
@@ -135,27 +141,61 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that replaces it when the block ends without error.
 
     Of several processes only the first writes; the others' files are thrown away. In a bucket, where an object is there
-    as a whole or not at all, the file is put together here and then brought there.
+    as a whole or not at all, the file is put together here and then brought there. Elsewhere the content is on the disk
+    before the name is, and the name when the block has ended.
+
+    Raises:
+        OSError: it cannot be written; names ``path``.
     """
     if in_bucket(path) or not processes.first():
         with tempfile.TemporaryDirectory() as scratch:
             temporary = Path(scratch) / path.name
             yield temporary
             if processes.first():
+                with temporary.open("rb") as file:
+                    digests.note(path, file)
                 cast(Any, path).upload(temporary)
         return
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
-    temporary = Path(name)
+    with _naming(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            # mkstemp makes files private; a result should be as readable as any file the user writes.
+            umask = os.umask(0)
+            os.umask(umask)
+            temporary.chmod(0o666 & ~umask)
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+                digests.note(path, file)
+            temporary.replace(path)
+            sync_directory(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # what is left is swept when a run begins there
+                temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Makes whatever fails inside for want of room or right an `OSError` that names the file."""
     try:
-        yield temporary
-        # mkstemp makes files private; a result should be as readable as any file the user writes.
-        umask = os.umask(0)
-        os.umask(umask)
-        temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), os.fspath(path)) from None
+    except Exception as error:
+        if (said := _RUST.search(str(error))) is None:  # of safetensors, which has one kind of error for all
+            raise
+        raise OSError(int(said[1]), os.strerror(int(said[1])), os.fspath(path)) from None
+
+
+def sync_directory(path: Path) -> None:
+    """Returns when the names of the files in a directory are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -187,10 +227,21 @@ def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     plain_size(path, "a file of lines")
-    *whole, rest = path.read_bytes().split(b"\n")
-    rows = [_line(line, kind, f"{path}: line {number}") for number, line in enumerate(whole, 1)]
-    with contextlib.suppress(UserError):
-        rows += [_line(rest, kind, str(path))] if rest else []
+    rows: list[dict[str, Any]] = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(iter(lambda: file.readline(LARGEST_TEXT), b""), 1):
+                where = f"{path}: line {number}"
+                if line.endswith(b"\n"):
+                    rows.append(_line(line[:-1], kind, where))
+                elif len(line) == LARGEST_TEXT:
+                    raise UserError(f"{where}: expected at most {LARGEST_TEXT // 2**20} MiB; {DAMAGED}")
+                else:
+                    with contextlib.suppress(UserError):
+                        rows.append(_line(line, kind, where))
+            digests.check(path, file)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected a file of lines") from None
     return rows
 
 
@@ -212,16 +263,18 @@ class GrowingText:
         self._text, self._written, self._when = "", "", -math.inf
 
     def start(self, text: str) -> None:
-        """Makes the file hold this text."""
-        write_text(self.path, text)
+        """Makes the file hold this text; none is made to hold nothing."""
+        if text or self.path.exists():
+            write_text(self.path, text)
         self._text = self._written = text
 
     def append(self, text: str) -> None:
         """Adds to it; whole lines."""
         if not processes.first():
             return
+        digests.note(self.path)
         if not in_bucket(self.path):
-            with self.path.open("a", encoding="utf-8") as file:
+            with _naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
             return
         self._text += text
@@ -283,11 +336,17 @@ def read_json(path: str | Path, kind: str, content: Any = Any) -> dict[str, Any]
     """
     path, expected = as_path(path), f"JSON of format {kind}"
     try:
-        found = parse_json(read_text(path, expected), path, expected)
+        text = read_text(path, expected)
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; expected a {kind} file") from None
+    found = parse_json(text, path, expected)
     _check_format(found, kind, str(path))
-    return conform(found, content, str(path), DAMAGED)
+    conform(found, content, str(path), DAMAGED)
+    if path.name == digests.RECORD:
+        digests.check_seal(path, text, found)
+    else:
+        digests.check(path, text.encode("utf-8"), kind)
+    return dict(found)
 
 
 def _check_format(content: Any, kind: str, where: str) -> None:
@@ -349,13 +408,17 @@ def read_npz(path: str | Path, kind: Npz | None = None, **sizes: int) -> tuple[d
             meta = parse_json(str(held.pop("meta").read()), "meta")
             if kind is None:
                 conform(meta, dict[str, Any], "meta", DAMAGED)
-                return {name: array.read() for name, array in held.items()}, meta
+                arrays = {name: array.read() for name, array in held.items()}
+                digests.check(path, file)
+                return arrays, meta
             _check_format(meta, kind.format, "")
             conform(meta, kind.meta, "meta", DAMAGED)
             rest = dict.fromkeys(held.keys() - kind.arrays.keys(), kind.others) if kind.others else {}
             declared = {**kind.arrays, **{name: one for name, one in rest.items() if one is not None}}
             conform_arrays(held, declared, "", DAMAGED, sizes)
-            return {name: held[name].read() for name in held if name in declared}, meta
+            arrays = {name: held[name].read() for name in held if name in declared}
+            digests.check(path, file, kind.format)
+            return arrays, meta
     except UserError as error:
         raise (error if str(error).startswith(str(path)) else UserError(f"{path}: {error}")) from None
     except FileNotFoundError:

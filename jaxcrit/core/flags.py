@@ -49,21 +49,50 @@ def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str])
         _DEFINE[one.kind](one.name, default, one.help, flag_values=values)
     flags.DEFINE_string(CONFIG, "", "options from a TOML file; what is given here wins", flag_values=values)
     try:
-        stray = values([command, *arguments])[1:]
+        stray = values([command, *_with_files(arguments, command)])[1:]
     except flags.UnrecognizedFlagError as error:
         nearest = did_you_mean(error.flagname, known)
         raise UserError(f"{command}: unknown flag --{error.flagname}{nearest}; see jaxcrit {command} --help") from None
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}") from None
+    except RecursionError:  # absl looks for the nearest name letter by letter
+        raise UserError(f"{command}: expected flags, got a word of hundreds of letters before its =") from None
     given = {name: values[name].value for name in known if values[name].present}
     _refuse_slips(arguments, given, known, command)
-    given |= _positional(kinds[0].positional, stray, given, command)
+    given |= _positional(kinds[0].positional, known, stray, given, command)
     file = values[CONFIG].value
     content = _from_file(file, known, command) if file else {}
     try:
         return [kind(**_own(kind, {**content, **given})) for kind in kinds]
     except UserError as error:
         raise UserError(f"{command}: {error}") from None
+
+
+def _with_files(arguments: Sequence[str], command: str) -> list[str]:
+    """The arguments with the lines of a ``--flagfile`` in its place; absl would wait for a pipe, and read without end.
+
+    Raises:
+        UserError: no such file, none of text, or one that names another.
+    """
+    found: list[str] = []
+    words = iter(arguments)
+    for word in words:
+        name, equals, file = word.partition("=")
+        if name.lstrip("-") != "flagfile" or not name.startswith("-"):
+            found.append(word)
+            continue
+        file = file if equals else next(words, "")
+        try:
+            text = read_text(as_path(file), "flags, a line each")
+        except (FileNotFoundError, UserError) as error:
+            reason = "no such file" if isinstance(error, FileNotFoundError) else str(error)
+            raise UserError(f"{command}: --flagfile={file}: {reason}") from None
+        lines = [line.strip() for line in text.splitlines()]
+        lines = [line for line in lines if line and not line.startswith(("#", "//"))]
+        if any(line.lstrip("-").startswith("flagfile") for line in lines):
+            raise UserError(f"{command}: --flagfile={file}: expected flags, got another --flagfile in it; name both")
+        found += lines
+    return found
 
 
 def _refuse_slips(
@@ -87,10 +116,14 @@ def _own(kind: type[Options], values: Mapping[str, Any]) -> dict[str, Any]:
     return {one.field: values[one.name] for one in options_of(kind) if one.name in values}
 
 
-def _positional(names: Sequence[str], stray: Sequence[str], given: Mapping[str, Any], command: str) -> dict[str, str]:
-    """Values of flags that were given as words without one."""
+def _positional(
+    names: Sequence[str], known: Mapping[str, Option], stray: Sequence[str], given: Mapping[str, Any], command: str
+) -> dict[str, Any]:
+    """Values of flags that were given as words without one; one that takes several takes them all."""
     if not stray:
         return {}
+    if len(names) == 1 and names[0] not in given and known[names[0]].kind is tuple:
+        return {names[0]: tuple(stray)}
     if names and len(stray) == len(names) and not any(name in given for name in names):
         return dict(zip(names, stray, strict=True))
     if names:

@@ -21,12 +21,11 @@ LAYERS_FORMAT = "jaxcrit.layers"
 _COLUMNS = ("values", "valid", "stderr")
 
 
-class TrainedFacts(TypedDict, total=False):
+class TrainedFacts(TypedDict):
     """What a score's meta tells of a training, where not every layer was trained."""
 
     layers: list[Count]
     criteria: list[str]
-    rules: list[str]
 
 
 class ScoreMeta(TypedDict, total=False):

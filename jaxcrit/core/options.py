@@ -249,7 +249,8 @@ def usage(
         extra: options that every command has, below its own.
         further: options that the command has beside its own.
     """
-    words = "".join(f"{name.upper()} " for name in kind.positional)
+    several = {one.field for one in options_of(kind) if one.kind is tuple}
+    words = "".join(f"{name.upper()}{'...' if name in several else ''} " for name in kind.positional)
     lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} {words}[flags]"]
     own = [group for one in (kind, *further) for group in groups_of(one).items()]
     groups = dict(sorted(own, key=lambda group: group[0] in _LAST)) | (groups_of(extra) if extra else {})

@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _PATIENCE = 7 * 24 * 3600 * 1000  # ms; who dies takes the others along, so only
 _MOMENT = 5000  # ms that processes may fail apart
 _ENDED = "jaxcrit/ended/"  # by process, its exit code, where it is that of an error
 _LOOK = 0.5  # seconds between looks at it
+_KILLED = 137  # exit code of a run of which a process was killed, as a shell has it
 # Seconds from there to the end: before the one that failed is gone; of the coordinator, that jax needs, after it.
 _GRACE = (3.0, 6.5)
 _ending = threading.Event()  # this process ends with an error of its own
@@ -167,9 +169,7 @@ def end_with_others() -> None:
         if over.wait(_GRACE[_index == 0]) or _ending.is_set():  # what fails all of them alike is said by the first
             return
         name, code = ended[0]
-        print(f"jaxcrit: process {name.removeprefix(_ENDED)} has failed, and this one ends with it", file=sys.stderr)
-        sys.stderr.flush()
-        os._exit(int(code))
+        _end_with(name.removeprefix(_ENDED), int(code))
 
     watching = threading.Thread(target=watch, daemon=True)
     watching.start()
@@ -181,6 +181,23 @@ def end_with_others() -> None:
     # A thread that the end of Python meets inside jax's client aborts the process ("exception not rethrown"). Named
     # after jax's own, this is called before it: while the coordinator still answers.
     atexit.register(stop)
+
+
+def gone(other: int) -> None:
+    """Ends the run of a process that is gone without a word, as a kill ends it: first the others, then this one."""
+    if not first():  # process 0, and with it the coordinator
+        time.sleep(_MOMENT / 1000)  # if it has failed, it has said so
+        if not _ending.is_set():
+            _end_with(str(other), _KILLED)
+        return
+    with contextlib.suppress(Exception):  # jax's own error, of no public class: the process has said why it ends
+        _client().key_value_set(f"{_ENDED}{other}", str(_KILLED))
+
+
+def _end_with(other: str, code: int) -> None:
+    what = "was killed" if code == _KILLED else "has failed"
+    print(f"jaxcrit: process {other} {what}, and this one ends with it", file=sys.stderr, flush=True)
+    os._exit(code)
 
 
 def make_directory(path: Path) -> None:

@@ -6,6 +6,7 @@ or never ends (a FIFO, a device) is no file.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -19,7 +20,10 @@ import numpy as np
 
 from jaxcrit.core.errors import UserError, listed
 
-LARGEST_TEXT = 2**28  # bytes of a JSON file; the largest index of a checkpoint has some 10 MB
+# Bytes of JSON that are parsed at once, into 45 times as many at worst (empty objects); the largest index has 10 MB.
+LARGEST_TEXT = 2**25
+LARGEST_PARSED = 2**28  # bytes of a vocabulary, which its library parses; the largest have 35 MB
+MOST_UNPACKED = 200  # times its size that a packed file may have; text has 3 to 100, and what is to fill a memory 1,000
 DEEPEST = 64  # objects and lists inside one another
 
 
@@ -51,15 +55,39 @@ def plain_size(path: Path, expected: str) -> int:
     """Bytes of a file; 0 for one in a bucket.
 
     Raises:
-        OSError: there is none.
-        UserError: it is a pipe or a device, which may never end.
+        FileNotFoundError: there is none.
+        UserError: it is a pipe or a device, which may never end, or cannot be read.
     """
     if "://" in os.fspath(path):
         return 0
-    about = path.stat()
+    try:
+        about = path.stat()
+    except FileNotFoundError:
+        raise
+    except OSError as error:  # a link to itself, a directory that may not be looked into
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); expected {expected}") from None
     if not (stat.S_ISREG(about.st_mode) or stat.S_ISDIR(about.st_mode)):
         raise UserError(f"{path}: expected {expected}, got a device or pipe")
     return about.st_size
+
+
+def plain_tree(folder: Path, expected: str, text: tuple[str, ...] = ()) -> None:
+    """Refuses a directory that another library is to read, if it would wait there or read without end.
+
+    Args:
+        folder: directory.
+        expected: what it should be, for messages.
+        text: endings of names of files that are read at once, of `LARGEST_PARSED` bytes at most.
+
+    Raises:
+        UserError: a pipe, a device or a link to itself lies in it, or a text that is too large.
+    """
+    for at, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # a link to nothing, which is nobody's file
+                size = plain_size(Path(at, name), expected)
+                if name.endswith(text) and size > LARGEST_PARSED:
+                    raise UserError(f"{Path(at, name)}: expected {expected}, got {size:,} bytes")
 
 
 def parse_json(text: str, where: str | Path, expected: str = "JSON") -> Any:
@@ -75,12 +103,7 @@ def parse_json(text: str, where: str | Path, expected: str = "JSON") -> Any:
     """
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            names = [name for name, _ in pairs]
-            twice = sorted(name for name in found if names.count(name) > 1)
-            raise UserError(f"{where}: {listed(twice, 4)} named twice; which one holds cannot be known")
-        return found
+        return each_once(pairs, where)
 
     def refuse(word: str) -> Any:
         raise ValueError(f"{word} is no number of JSON")
@@ -93,6 +116,20 @@ def parse_json(text: str, where: str | Path, expected: str = "JSON") -> Any:
         raise UserError(f"{where}: expected {expected}, got something else ({error})") from None
     if too_deep(found):
         raise UserError(f"{where}: expected {expected}, got lists and objects nested deeper than {DEEPEST}")
+    return found
+
+
+def each_once(pairs: list[tuple[str, Any]], where: str | Path) -> dict[str, Any]:
+    """An object of JSON.
+
+    Raises:
+        UserError: a key stands in it twice.
+    """
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = sorted(name for name in found if names.count(name) > 1)
+        raise UserError(f"{where}: {listed(twice, 4)} named twice; which one holds cannot be known")
     return found
 
 
@@ -168,6 +205,22 @@ def fitting(shape: Sequence[int], size: int = 4, advice: str = "for hidden state
         )
 
 
+def safetensors_header(path: Path) -> str:
+    """The JSON in front of a safetensors file, before anything maps the whole of it.
+
+    Raises:
+        OSError: there is no such file.
+        UserError: it is no plain file.
+        ValueError: it is none of safetensors, or ends before its header does.
+    """
+    size = plain_size(path, "safetensors")
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if not 2 <= length <= min(LARGEST_TEXT, size - 8):
+            raise ValueError(f"no header, or one of {length:,} bytes in a file of {size:,}")
+        return file.read(length).decode("utf-8")
+
+
 def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
     """Arrays in an npz, by name.
 
@@ -184,5 +237,7 @@ def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             )
         if name in found:
             raise UserError(f"expected each array once, got {name!r} twice")
+        if member.file_size > MOST_UNPACKED * max(member.compress_size, 1024):
+            raise UserError(f"{name!r} unpacks to more than {MOST_UNPACKED} times its size; save it unpacked")
         found[name] = member
     return found

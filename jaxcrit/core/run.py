@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from jaxcrit import __version__
 from jaxcrit.core import processes
+from jaxcrit.core.digests import refuse_differing
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, check_name
 from jaxcrit.core.hashing import sha256_json
@@ -25,7 +26,9 @@ from jaxcrit.core.rundir import RunDirectory, read_record
 
 RUNS = "jaxcrit-runs"  # where runs go that were given no directory
 # Of run.json: what a run that goes on says anew.
-_OF_A_LAUNCH = ("format", "format_version", "status", "identity", "time", "result", "warnings")
+_OF_A_LAUNCH = ("format", "format_version", "status", "identity", "time", "digests", "result", "warnings")
+# Of a complete run that is begun again: files that are not read, but made anew.
+_MADE_ANEW = (".html", ".png", ".md", ".txt", ".yml")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors")
 
 
@@ -215,10 +218,25 @@ def running(
         "versions": versions(),
     }
     run = Run(directory, record, {}, earlier)
-    if run.complete and read_back:
+    if directory is not None and run.complete and read_back:
+        directory.forget()
         processes.share(lambda: None if read_back is True else read_record(out, read_back) and None)
         yield run
         return
+    if directory is not None and run.complete:
+        files = earlier.get("digests", {}).get("files", {})
+        read = {name: one for name, one in files.items() if not name.endswith(_MADE_ANEW)}
+        processes.share(lambda: refuse_differing(out, read))
+    try:
+        yield from _lived(run)
+    finally:
+        if directory is not None:
+            directory.release()
+
+
+def _lived(run: Run) -> Iterator[Run]:
+    """From ``running`` to ``complete``."""
+    directory, record = run.directory, run.record
     began, clock = time.time(), time.perf_counter()
     run.save()
     try:

@@ -192,18 +192,21 @@ class Shaped(Protocol):
         """Type of an element."""
 
 
+ANY = "any"  # size of an axis that is left open
+
+
 @dataclasses.dataclass(frozen=True)
 class Array:
     """What an array must be.
 
     Attributes:
         kinds: numpy's letters for its dtype: ``f`` float, ``iu`` whole numbers, ``b`` bool, or ``U`` text.
-        shape: sizes; a name stands for one size in all arrays of a file.
+        shape: sizes; a name stands for one size in all arrays of a file, `ANY` for any. None is any shape.
         optional: whether it may be absent.
     """
 
     kinds: str
-    shape: tuple[str | int, ...]
+    shape: tuple[str | int, ...] | None
     optional: bool = False
 
 
@@ -236,11 +239,13 @@ def conform_arrays(
                 continue
             raise UserError(f"{front}has no {name}{'; ' if advice else ''}{advice}")
         array = found[name]
-        same_rank = len(array.shape) == len(one.shape)
-        for size, part in zip(array.shape, one.shape, strict=False) if same_rank else ():
-            if isinstance(part, str):
-                known.setdefault(part, size)
-        wanted = [known.get(part, part) if isinstance(part, str) else part for part in one.shape]
+        shape = array.shape if one.shape is None else one.shape
+        if len(array.shape) == len(shape):
+            shape = tuple(size if part == ANY else part for size, part in zip(array.shape, shape, strict=True))
+            for size, part in zip(array.shape, shape, strict=True):
+                if isinstance(part, str):
+                    known.setdefault(part, size)
+        wanted = [known.get(part, part) if isinstance(part, str) else part for part in shape]
         if array.dtype.kind not in one.kinds or list(array.shape) != wanted:
             said = f"{array.dtype} {list(array.shape)}"
             expected = f"{_KINDS[one.kinds]} [{', '.join(map(str, wanted))}]"

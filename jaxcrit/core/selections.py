@@ -176,6 +176,7 @@ def resolve(
     trim: int = 2,
     model_hash: str | None = None,
     flag: str = "layers",
+    hint: str = "run jaxcrit analyze first, or give --scores=FILE",
 ) -> LayerSet:
     """Turns a LayerSpec into a LayerSet for a model of L layers.
 
@@ -187,6 +188,7 @@ def resolve(
         trim: layers at each end that a rule which ranks never chooses.
         model_hash: kept in the set; a file made for another model is refused.
         flag: option that the selection was given by, for messages.
+        hint: what to do where there are no scores.
 
     Raises:
         UserError: more layers asked for than there are, layers outside the model, or a score that is absent.
@@ -201,6 +203,7 @@ def resolve(
             trim=trim,
             model_hash=model_hash,
             flag=flag,
+            hint=hint,
         )
         ends = tuple(sorted({*whole.layers[:1], *whole.layers[-1:]}))
         return dataclasses.replace(whole, layers=ends, rule=f"boundary({whole.rule})")
@@ -217,6 +220,8 @@ def resolve(
             )
         return stored
     if spec.needs_scores:
+        if scores is None:
+            raise UserError(f"{where}: needs scores; {hint}")
         score = _score(spec, scores, criterion, flag)
         if score.num_layers != num_layers:
             raise UserError(f"{where}: scores of {score.num_layers} layers, but the model has {num_layers}")
@@ -237,12 +242,8 @@ def resolve(
     return LayerSet(checked(pool[:count], num_layers, where), chosen_by, rule, num_layers, model_hash)
 
 
-def _score(
-    spec: LayerSpec, scores: LayerScores | Mapping[str, LayerScores] | None, criterion: str, flag: str
-) -> LayerScores:
+def _score(spec: LayerSpec, scores: LayerScores | Mapping[str, LayerScores], criterion: str, flag: str) -> LayerScores:
     """The score that a rule ranks by."""
-    if scores is None:
-        raise UserError(f"--{flag}={spec}: needs scores; run jaxcrit analyze first, or give --scores=FILE")
     known = {scores.name: scores} if isinstance(scores, LayerScores) else scores
     spec.check_key(known, flag)
     key = spec.key or (scores.name if isinstance(scores, LayerScores) else criterion)

@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +27,14 @@ from jaxcrit.core.groups import Sites
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.data.batches import make_batches
+from jaxcrit.core.schema import Count
+from jaxcrit.data.batches import Batch, make_batches
 from jaxcrit.data.choices import Question
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.intervals import holm, mcnemar
 from jaxcrit.evidence.answers import answers
 from jaxcrit.evidence.criterion import Criterion
-from jaxcrit.evidence.rows import batches_of, sample_losses
+from jaxcrit.evidence.rows import GrowingRows, batches_of, sample_losses
 from jaxcrit.evidence.sample_scores import SampleLosses
 from jaxcrit.evidence.variants import (
     Variant,
@@ -48,6 +49,7 @@ from jaxcrit.models.gains import scaled
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.models.stops import stop_tokens
+from jaxcrit.parallel.preemption import one_by_one
 from jaxcrit.training.step import TokenBatch
 
 METHODS = ("skip", "mean")
@@ -243,20 +245,62 @@ def answered(
     judge: Callable[[Sequence[str], Sequence[str]], np.ndarray],
     *,
     batch_size: int,
+    directory: RunDirectory | None,
     bars: Bars | None,
 ) -> np.ndarray:
-    """``[L+1, N]`` bool, whether each generated answer is right by a scorer, with each layer skipped and with none."""
-    depth, weights, stop = model.config.num_layers, model.decoder(bars).weights(), stop_tokens("", model)
+    """Whether each generated answer is right by a scorer, with each layer skipped and with none.
+
+    Args:
+        model: model whose layers are skipped.
+        examples: N rendered rows with responses.
+        sites: whole blocks, or their attention or MLP alone.
+        max_new_tokens: tokens of each answer, at most.
+        judge: scorer of texts beside references.
+        batch_size: rows at a time.
+        directory: directory of the run, where answers survive an interruption; None keeps nothing.
+        bars: maker of progress bars.
+
+    Returns:
+        ``[L+1, N]`` bool.
+
+    Raises:
+        Preempted: told to leave; what is done is kept.
+    """
+    depth, count, stop = model.config.num_layers, len(examples), stop_tokens("", model)
     batches = make_batches(examples, model.budget(batch_size, passes=depth + 1, new_tokens=max_new_tokens))
-    texts = [[""] * len(examples) for _ in range(depth + 1)]
-    with bar(bars, total=(depth + 1) * len(examples), desc="answers", unit=" answers") as shown:
-        for layer in range(depth + 1):
-            decoder = Decoder(model.config, weights if layer == depth else silenced(weights, layer, sites))
-            for batch in batches:
-                for one in answers(model, decoder, batch, len(examples), max_new_tokens, stop=stop):
-                    texts[layer][one.row] = one.text
-                    shown.update(1)
+    part = None if directory is None else directory.path / "partial_answers.jsonl"
+    kept, total = GrowingRows(part, lambda row: (row["layer"], row["row"]), _Answer), (depth + 1) * count
+    left = [
+        (layer, batch)
+        for layer in range(depth + 1)
+        for batch in batches
+        if kept.lacks([(layer, row) for row in batch.rows.tolist() if row < count])
+    ]
+    weights = model.decoder(bars).weights()
+
+    @functools.lru_cache(maxsize=1)
+    def without(layer: int) -> Decoder:
+        return Decoder(model.config, weights if layer == depth else silenced(weights, layer, sites))
+
+    with bar(bars, total=total, initial=len(kept.rows), desc="answers", unit=" answers") as shown:
+
+        def do(item: tuple[int, Batch]) -> None:
+            found = answers(model, without(item[0]), item[1], count, max_new_tokens, stop=stop)
+            made = [{"layer": item[0], "row": one.row, "text": one.text} for one in found]
+            kept.add(made)
+            shown.update(len(made))
+
+        one_by_one(left, do, lambda _: f"with {len(kept.rows)} of {total} answers given", kept.flush)
+    texts = [[kept.rows[layer, row]["text"] for row in range(count)] for layer in range(depth + 1)]
     return np.stack([judge(one, [example.response or "" for example in examples]) for one in texts])
+
+
+class _Answer(TypedDict):
+    """An answer that an interrupted run has kept."""
+
+    layer: Count
+    row: Count
+    text: str
 
 
 def accuracy(

@@ -7,13 +7,11 @@ cache, p^l over the same with layer l from the sender. Nothing passes on inside 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from jaxcrit.core.deletions import Deletions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.evidence.criterion import Criterion, Measured, mean_over
 
@@ -51,13 +49,8 @@ def scores(
         "kv_distance_keys": kv_distance(keys_apart, keys),
         "kv_distance_values": kv_distance(values_apart, values),
     }
-    made = {}
-    for key, one in found.items():
-        score = CRITERIA[key].scores(key, one, {**meta, "num_samples": len(sample_ids)})
-        if one.without_each is not None:
-            score = dataclasses.replace(score, deletions=Deletions(one.without_each, sample_ids))
-        made[key] = score
-    return made
+    about = {**meta, "num_samples": len(sample_ids)}
+    return {key: CRITERIA[key].scores(key, one, about, sample_ids) for key, one in found.items()}
 
 
 def _criterion(formula: str, responds: str, blind: str, score: Any) -> Criterion:

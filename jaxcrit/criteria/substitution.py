@@ -141,7 +141,7 @@ def substitution_losses(
 
     Args:
         base: model that layers are taken from; with ``reverse`` they are put into it.
-        tuned: model that was tuned from it.
+        tuned: model that was tuned from it, in the same dtype.
         plan: sets of layers.
         examples: N rendered rows with responses.
         sites: halves of a block that are taken.
@@ -153,15 +153,9 @@ def substitution_losses(
     Returns:
         ``[V, N]`` losses in nats, of the sets, the random sets, the host and the guest, in this order; ``[N]``
         response tokens; counts of block evaluations.
-
-    Raises:
-        UserError: the two models are in different dtypes.
     """
     depth = tuned.config.num_layers
     arrays = {"base": base.weights(bars), "tuned": tuned.weights(bars)}
-    kinds = {name: weights["embed"].dtype.name for name, weights in arrays.items()}
-    if len(set(kinds.values())) > 1:
-        raise UserError(f"the base is in {kinds['base']}, the tuned model in {kinds['tuned']}; give --dtype")
     blocks = join(tuned.config, arrays["base"], arrays["tuned"])
     host, guest = ("base", "tuned") if reverse else ("tuned", "base")
     as_it_is = {name: host_variant(depth, base=name == "base") for name in arrays}

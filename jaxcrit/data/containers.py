@@ -8,12 +8,13 @@ import gzip
 import io
 import json
 import lzma
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.reading import too_deep
+from jaxcrit.core.errors import UserError, first_line
+from jaxcrit.core.reading import LARGEST_TEXT, MOST_UNPACKED, each_once, plain_size, too_deep
 
 Placed = Iterator[tuple[str, Any]]
 _COMPRESSED: dict[bytes, tuple[str, Callable[[Any], Any]]] = {
@@ -27,6 +28,7 @@ _REFUSED = {
     b"7z\xbc\xaf": "a 7z archive",
 }
 _WIDE = {b"\xff\xfe\0\0": "utf-32", b"\0\0\xfe\xff": "utf-32", b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+_LARGEST = 2**30  # bytes of CSV, of an array of JSON, or of a packed table
 SUFFIXES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".bz2", ".xz")
 
 
@@ -41,6 +43,7 @@ def values(path: Path) -> Placed:
         OSError: the file cannot be read.
         UserError: it is none of these, or damaged.
     """
+    plain_size(path, "rows in a file")
     with path.open("rb") as file:
         head = file.read(8)
         for magic, what in _REFUSED.items():
@@ -51,14 +54,54 @@ def values(path: Path) -> Placed:
                 file.seek(0)
                 try:
                     with opener(file) as inside:
-                        yield from _plain(io.BufferedReader(inside), path, path.stem)
-                except (EOFError, lzma.LZMAError, OSError, ValueError) as error:
+                        yield from _plain(io.BufferedReader(_Unpacked(inside, file, path)), path, path.stem)
+                except (EOFError, lzma.LZMAError, zlib.error, OSError, ValueError) as error:
                     if isinstance(error, UserError):
                         raise
                     raise UserError(f"{path}: is a {what} file, and cannot be unpacked ({error})") from None
                 return
         file.seek(0)
         yield from _plain(file, path, path.name)
+
+
+class _Unpacked(io.RawIOBase):
+    """What a packed file holds, up to so many times what was read of it."""
+
+    def __init__(self, inside: Any, packed: IO[bytes], path: Path):
+        self.inside, self.packed, self.path, self.count = inside, packed, path, 0
+
+    def readable(self) -> bool:
+        """It can be read."""
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """As of any raw stream.
+
+        Raises:
+            UserError: it unpacks to what no text does.
+        """
+        found = self.inside.read(len(buffer))
+        buffer[: len(found)] = found
+        self.count += len(found)
+        if self.count > max(2**24, MOST_UNPACKED * self.packed.tell()):
+            raise UserError(
+                f"{self.path}: expected rows, got what unpacks to more than {MOST_UNPACKED} times its size; unpack it"
+            )
+        return len(found)
+
+
+def _whole(file: IO[bytes], path: Path, before: bytes = b"") -> bytes:
+    """The rest of a file.
+
+    Raises:
+        UserError: it has more than is read at once.
+    """
+    parts, size = [before], len(before)
+    while part := file.read(2**20):
+        parts.append(part)
+        if (size := size + len(part)) > _LARGEST:
+            raise UserError(f"{path}: expected at most {_LARGEST // 2**30} GiB, unless a row a line (JSONL) or a table")
+    return b"".join(parts)
 
 
 def _plain(file: Any, path: Path, name: str) -> Placed:
@@ -71,7 +114,7 @@ def _plain(file: Any, path: Path, name: str) -> Placed:
         yield from _csv(_text(file, head, path), path, "\t" if name.lower().endswith("tsv") else ",")
     elif mark := next((mark for mark in _WIDE if head.startswith(mark)), b""):
         yield from _json_rows(
-            io.BytesIO(_decoded(file.read(), _WIDE[mark], path).encode("utf-8", "surrogatepass")), path
+            io.BytesIO(_decoded(_whole(file, path), _WIDE[mark], path).encode("utf-8", "surrogatepass")), path
         )
     else:
         yield from _json_rows(file, path)
@@ -90,20 +133,22 @@ def _table(file: IO[bytes], path: Path, kind: str) -> Placed:
     import pyarrow
     import pyarrow.parquet
 
-    whole = file if file.seekable() else io.BytesIO(file.read())
+    plain = isinstance(getattr(file, "raw", None), io.FileIO)
     try:
         if kind == "parquet":
+            whole = file if plain else io.BytesIO(_whole(file, path))
             batches: Any = pyarrow.parquet.ParquetFile(whole).iter_batches()
-        else:
-            whole.seek(0)
-            batches = _arrow(pyarrow.ipc, whole)
+        else:  # parts of bytes that are there are taken; for a file's, memory comes first, whatever it says
+            held = pyarrow.memory_map(str(path)) if plain else pyarrow.BufferReader(_whole(file, path))
+            batches = _arrow(pyarrow.ipc, held)
         place = 0
         for batch in batches:
+            batch.validate(full=True)  # offsets that lie would be followed out of memory that is ours
             for row in batch.to_pylist():
                 place += 1
                 yield f"row {place}", without_nulls(row)
-    except (pyarrow.ArrowException, OSError) as error:
-        raise UserError(f"{path}: is a {kind} file, and cannot be read ({str(error).splitlines()[0]})") from None
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
+        raise UserError(f"{path}: is a {kind} file, and cannot be read ({first_line(error)})") from None
 
 
 def _arrow(ipc: Any, file: IO[bytes]) -> Iterator[Any]:
@@ -133,7 +178,7 @@ def _csv(text: str, path: Path, delimiter: str) -> Placed:
 
 def _text(file: Any, head: bytes, path: Path) -> str:
     wide = next((encoding for mark, encoding in _WIDE.items() if head.startswith(mark)), "utf-8-sig")
-    return _decoded(file.read(), wide, path)
+    return _decoded(_whole(file, path), wide, path)
 
 
 def _decoded(raw: bytes, encoding: str, path: Path) -> str:
@@ -146,12 +191,14 @@ def _decoded(raw: bytes, encoding: str, path: Path) -> str:
 
 def _json_rows(file: IO[bytes], path: Path) -> Placed:
     first = True
-    for number, raw in enumerate(file, 1):
+    for number, raw in enumerate(iter(lambda: file.readline(LARGEST_TEXT), b""), 1):
         line = raw.removeprefix(b"\xef\xbb\xbf") if number == 1 else raw
         if first and line.lstrip().startswith(b"["):
-            whole = _json(line + file.read(), f"{path}: the array that begins in line {number}")
+            whole = _json(_whole(file, path, line), f"{path}: the array that begins in line {number}")
             yield from ((f"row {index}", row) for index, row in enumerate(whole, 1))
             return
+        if len(raw) == LARGEST_TEXT:
+            raise UserError(f"{path}: line {number}: expected a row, got more than {LARGEST_TEXT // 2**20} MiB")
         if line.strip():
             first = False
             yield f"line {number}", _json(line, f"{path}: line {number}")
@@ -159,7 +206,7 @@ def _json_rows(file: IO[bytes], path: Path) -> Placed:
 
 def _json(raw: bytes, where: str) -> Any:
     try:
-        value = json.loads(raw.decode("utf-8"))
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: each_once(pairs, where))
         if too_deep(value):
             raise RecursionError("too deeply nested")
         return value
@@ -173,5 +220,7 @@ def _json(raw: bytes, where: str) -> Any:
             f"{where}: expected one JSON object per line, or one array, got broken JSON"
             f" ({line}column {error.colno}: {error.msg}); files of other kinds: parquet, arrow, .csv, .tsv"
         ) from None
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         raise UserError(f"{where}: expected a JSON object, got what cannot be read ({error})") from None

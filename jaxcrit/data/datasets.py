@@ -411,7 +411,7 @@ def _tools(row: Row) -> Any:
     tools = row.get("tools")
     try:
         return json.loads(tools) if isinstance(tools, str) else tools
-    except ValueError:
+    except (ValueError, RecursionError):
         return tools
 
 

@@ -11,6 +11,7 @@ are read too. Facts are completed as plain text, without a chat template, a spac
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -220,7 +221,7 @@ def _fact(row: Any, where: str) -> Fact:
         raise UserError(f"{where}: expected one {GAP} in the prompt {prompt!r}, where the subject belongs, got {times}")
     if subject in prompt.replace(GAP, ""):
         raise UserError(f"{where}: the subject {subject!r} is in the prompt {prompt!r} a second time; say it once")
-    paraphrases = tuple(str(text).replace(GAP, subject).rstrip() for text in given.get("paraphrases") or ())
+    paraphrases = tuple(str(text).replace(GAP, subject).rstrip() for text in _several(given.get("paraphrases")))
     return Fact(
         prompt,
         subject,
@@ -228,7 +229,7 @@ def _fact(row: Any, where: str) -> Fact:
         str(given.get("old") or "").strip(),
         str(given.get("relation") or prompt),
         paraphrases,
-        tuple(_neighbour(one, where) for one in given.get("neighbours") or ()),
+        tuple(_neighbour(one, where) for one in _several(given.get("neighbours"))),
     )
 
 
@@ -250,37 +251,44 @@ def _counterfact(row: Mapping[str, Any], where: str) -> dict[str, Any]:
         "old": true,
         "relation": asked.get("relation_id"),
         "paraphrases": row.get("paraphrase_prompts"),
-        "neighbours": [{"prompt": text, "target": true} for text in row.get("neighborhood_prompts") or ()],
+        "neighbours": [{"prompt": text, "target": true} for text in _several(row.get("neighborhood_prompts"))],
     }
 
 
 def _zsre(row: Mapping[str, Any]) -> dict[str, Any]:
-    true = (row.get("answers") or [""])[0]
+    true = next(iter(_several(row.get("answers"))), "")
     return {
         "prompt": row["src"],
         "subject": row.get("subject"),
         "target": row.get("alt") or true,
         "old": true if row.get("alt") else "",
         "paraphrases": [row["rephrase"]] if row.get("rephrase") else [],
-        "neighbours": [{"prompt": row["loc"], "target": row["loc_ans"]}] if row.get("loc") else [],
+        "neighbours": [{"prompt": row["loc"], "target": row.get("loc_ans")}] if row.get("loc") else [],
     }
 
 
 def _easyedit(row: Mapping[str, Any]) -> dict[str, Any]:
     local = [(row.get("locality_prompt"), row.get("locality_ground_truth"))]
-    local += [(one.get("prompt"), one.get("ground_truth")) for one in (row.get("locality") or {}).values()]
+    local += [(one.get("prompt"), one.get("ground_truth")) for one in _inner(row.get("locality"))]
     return {
         **{name: row.get(name) for name in ("prompt", "subject")},
         "target": row["target_new"],
-        "old": (_several(row.get("ground_truth")) or [""])[0],
+        "old": next(iter(_several(row.get("ground_truth"))), ""),
         "paraphrases": _several(row.get("rephrase_prompt")),
         "neighbours": [
             {"prompt": text, "target": answer}
             for texts, answers in local
-            for text, answer in zip(_several(texts), _several(answers), strict=True)
+            for text, answer in itertools.zip_longest(_several(texts), _several(answers))
         ],
     }
 
 
 def _several(value: Any) -> list[Any]:
-    return [value] if isinstance(value, str) else list(value or ())
+    """One or several of something; nothing of null."""
+    return value if isinstance(value, list) else [] if value is None or value == "" else [value]
+
+
+def _inner(value: Any) -> list[Mapping[str, Any]]:
+    """Objects in an object; what is none of these counts as a prompt, which will be refused."""
+    held = list(value.values()) if isinstance(value, Mapping) else _several(value)
+    return [one if isinstance(one, Mapping) else {"prompt": one} for one in held]

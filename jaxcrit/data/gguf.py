@@ -17,6 +17,7 @@ from typing import Annotated, Any, TypedDict
 import numpy as np
 
 from jaxcrit.core.errors import UserError, first_line, is_error
+from jaxcrit.core.reading import plain_size
 from jaxcrit.core.schema import Range, conform
 from jaxcrit.data.tokenizer import quiet
 
@@ -113,8 +114,8 @@ def read_gguf(path: Path) -> GgufFile:
     Raises:
         UserError: no GGUF file, a truncated one, one of several parts, or a tensor of a type that nothing here knows.
     """
-    state = path.stat()
-    return _read(path, state.st_size, state.st_mtime_ns)
+    size = plain_size(path, "a GGUF file")
+    return _read(path, size, path.stat().st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=2)  # a model's weights and its tokenizer are opened one after the other

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
+from jaxcrit.core.reading import plain_tree
 from jaxcrit.data.containers import without_nulls
 from jaxcrit.data.tokenizer import quiet
 
@@ -47,6 +48,7 @@ def from_directory(path: Path, split: str, preferred: str) -> list[Row]:
     Raises:
         UserError: it cannot be read, or its split has to be named.
     """
+    plain_tree(path, "a saved dataset", (".json",))
     try:
         with quiet():
             import datasets

@@ -12,6 +12,7 @@ from typing import Any, TypedDict
 
 from jaxcrit.core.errors import UserError, first_line, is_error
 from jaxcrit.core.files import read_object
+from jaxcrit.core.reading import plain_tree
 
 # What holds the vocabulary in the checkpoints served; any one of them will do.
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -53,6 +54,7 @@ def load_tokenizer(path: str | Path) -> Any:
         return gguf_tokenizer(path)
     if not path.is_dir():
         raise UserError(f"{path}: expected a checkpoint directory with a tokenizer, got no directory")
+    plain_tree(path, "files of a checkpoint", (".json", ".jinja", ".model", ".txt"))
     found = [name for name in _VOCABULARIES if (path / name).is_file()]
     if not found:
         raise UserError(

@@ -8,12 +8,12 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
-from jaxcrit.core.deletions import jackknife_stderr
+from jaxcrit.core.deletions import Deletions, jackknife_stderr
 from jaxcrit.core.layers import Direction, LayerScores
 from jaxcrit.core.options import Options
 
@@ -94,11 +94,18 @@ class Criterion:
         assert self.options is not None
         return own.get(self.options) or self.options()
 
-    def scores(self, key: str, found: Measured, meta: Mapping[str, Any]) -> LayerScores:
-        """Scores of a result; invalid where not finite, with the jackknife's error where there are deletions."""
-        stderr = found.stderr if found.without_each is None else jackknife_stderr(found.without_each)
+    def scores(
+        self, key: str, found: Measured, meta: Mapping[str, Any], sample_ids: Sequence[str] | None = None
+    ) -> LayerScores:
+        """Scores of a result; invalid where not finite, with the jackknife's error where there are deletions.
+
+        These are kept beside them where the samples' identities are given.
+        """
+        left = found.without_each
+        stderr = found.stderr if left is None else jackknife_stderr(left)
         facts = {**meta, "needs": self.needs, **found.meta}
-        return LayerScores(key, found.values, np.isfinite(found.values), self.direction, stderr, facts)
+        kept = None if left is None or sample_ids is None else Deletions(left, sample_ids)
+        return LayerScores(key, found.values, np.isfinite(found.values), self.direction, stderr, facts, kept)
 
 
 @functools.lru_cache(maxsize=64)

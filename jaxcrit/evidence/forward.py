@@ -149,7 +149,7 @@ def forward_pass(
         given = (batch.tokens, batch.lengths, starts[batch.rows])
         placed = jax.device_put(given, batch_sharding(model.mesh))
         with jax.default_matmul_precision(precision):
-            found = processes.whole(_pass(decoder, *placed, pairs=pairs, mesh=model.mesh))
+            found = processes.whole(pass_step(decoder, *placed, pairs=pairs, mesh=model.mesh))
         for number, (values, places) in enumerate(found):
             rows = batch.rows if places is None else places
             kept[number] = _keep(kept[number], values, rows, sizes[number])
@@ -161,7 +161,7 @@ def forward_pass(
 
 def compiled_passes() -> int:
     """How many programs the pass has compiled to in this process: one per bucket, mesh and set of taps."""
-    return _pass._cache_size()  # type: ignore[attr-defined]
+    return pass_step._cache_size()  # type: ignore[attr-defined]
 
 
 def _keep(kept: Any, values: Any, rows: np.ndarray, size: int) -> Any:
@@ -175,7 +175,7 @@ def _keep(kept: Any, values: Any, rows: np.ndarray, size: int) -> Any:
 
 
 @functools.partial(jax.jit, static_argnames=("pairs", "mesh"))
-def _pass(
+def pass_step(
     decoder: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,

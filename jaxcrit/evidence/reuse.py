@@ -148,7 +148,8 @@ def walk(
             if 0 in kept:
                 distances.append(_done(apart_step(kept[SENDER], kept[0], rows.heads, mesh)))
             above = []
-            for x, variants in streams:
+            while streams:  # each is let go when it has been read
+                x, variants = streams.pop()
                 for source in np.unique(plan[variants, layer]):
                     y = _done(answer_step(receiver.blocks, which, x, behind, kept[int(source)], mesh))
                     above.append((y, variants[plan[variants, layer] == source]))
@@ -156,7 +157,8 @@ def walk(
             if progress is not None:
                 progress(1 + len(runs) + len(above))
         found: list[Any] = [None] * len(plan)
-        for x, variants in streams:
+        while streams:
+            x, variants = streams.pop()
             picked = _done(pick_step(x, rows.at))
             for variant in variants:
                 found[variant] = picked

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -13,7 +13,7 @@ import numpy as np
 from jaxcrit.core import processes
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import DAMAGED, Npz, read_npz, write_npz
+from jaxcrit.core.files import DAMAGED, GrowingText, Npz, json_lines, read_lines, read_npz, write_npz
 from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
@@ -22,7 +22,7 @@ from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import most_scored
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.parallel.preemption import Preempted, notice
+from jaxcrit.parallel.preemption import one_by_one
 from jaxcrit.training.step import TokenBatch, place
 
 _PARTIAL = "partial.npz"
@@ -87,19 +87,20 @@ def sample_losses(
 
     whole = {"total": len(batches) * evaluations, "initial": (len(batches) - len(left)) * evaluations}
     try:
-        with notice() as leave, bar(progress, **whole, desc="layers", unit=" block evaluations") as shown:
-            for number, (rows, batch) in enumerate(left, 1):
+        with bar(progress, **whole, desc="layers", unit=" block evaluations") as shown:
+
+            def do(item: tuple[np.ndarray, Any]) -> None:
+                nonlocal saved
+                rows, batch = item
                 sums, counts = take(batch, rows, shown.update)
                 real = rows < len(examples)
                 losses[:, rows[real]] = sums[:, real].astype(np.float64) / counts[real]
                 tokens[rows[real]] = counts[real]
-                if leave(number) and number < len(left):
-                    raise Preempted(
-                        f"told to leave at batch {number} of {len(left)}; the same command goes on from there"
-                    )
                 if time.monotonic() - saved > _SAVE_SECONDS:
                     save()
                     saved = time.monotonic()
+
+            one_by_one(left, do, lambda number: f"at batch {number} of {len(left)}")
     finally:
         if np.isfinite(losses).any():
             save()
@@ -125,6 +126,57 @@ def batches_of(
         scored[mask.shape] = max(scored[mask.shape], most_scored(mask, model.mesh))
     for batch, mask in zip(batches, masks, strict=True):
         yield batch.rows, place(TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape]), model.mesh)
+
+
+class GrowingRows:
+    """Rows by key, as a run makes them; where it writes, in a file that grows too: what is there is not made again.
+
+    Attributes:
+        rows: rows by key.
+    """
+
+    def __init__(
+        self,
+        part: Path | None,
+        key: Callable[[dict[str, Any]], Any],
+        kind: Any = dict[str, Any],
+        whole: Path | None = None,
+    ):
+        """Reads what an earlier run has left.
+
+        Args:
+            part: file that grows; None keeps nothing.
+            key: key of a row.
+            kind: declaration (`jaxcrit.core.schema`) of a row.
+            whole: file that a complete run has left in its place.
+        """
+        self._key, self._part = key, part
+        self.rows: dict[Any, dict[str, Any]] = {}
+        if part is not None:
+            files = [file for file in (part, whole) if file is not None]
+            kept = processes.share(lambda: [row for file in files for row in read_lines(file, kind)])
+            self.rows, self._text = {key(row): row for row in kept}, GrowingText(part)
+            self._text.start(json_lines(self.rows.values()))  # whole lines only, whatever an interruption left
+
+    def lacks(self, keys: Iterable[Any]) -> bool:
+        """Whether a row of these keys is still to make."""
+        return any(key not in self.rows for key in keys)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keeps some more rows."""
+        self.rows |= {self._key(row): row for row in rows}
+        if self._part is not None and rows:
+            self._text.append(json_lines(rows))
+
+    def flush(self) -> None:
+        """Returns when all of them are in the file."""
+        if self._part is not None:
+            self._text.flush()
+
+    def forget(self) -> None:
+        """Removes the file."""
+        if self._part is not None and processes.first():
+            self._part.unlink(missing_ok=True)
 
 
 class SweepMeta(TypedDict):
@@ -162,13 +214,6 @@ def write_scored(out: Path, scores: Mapping[str, LayerScores]) -> None:
     left = {key: score.deletions for key, score in scores.items() if score.deletions is not None}
     ids = next(iter(left.values())).sample_ids
     write_deletions(out, {key: one.values for key, one in left.items()}, ids)
-
-
-def forget_partial(out: Path | None) -> None:
-    """Removes what `sample_losses` kept for a resumption, in a run directory if there is one."""
-    if out is not None and processes.first():
-        for file in list(out.glob("partial*.npz")):
-            file.unlink(missing_ok=True)
 
 
 def _kept(directory: RunDirectory, partial: str, variants: int, samples: int) -> dict[str, Any]:

@@ -202,7 +202,9 @@ def states_from(
         raise UserError(f"expected an array of floats, got {values.dtype}{hint}")
     kept = values.transpose([axes.index(axis) for axis in AXES[0]])["embed" in ends :]
     hidden = kept.astype(np.float32)
-    layers, samples, _ = hidden.shape
+    layers, samples, width = hidden.shape
+    if not layers or not width:
+        raise DegenerateError(f"expected a layer and a dimension or more, got {layers} and {width} (axes={axes!r})")
     dtype = facts.pop("dtype", str(kept.dtype))
     if samples < 4:
         raise DegenerateError(f"expected at least 4 samples, got {samples} (axes={axes!r}); give more prompts")

@@ -20,11 +20,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from jaxcrit.core import digests
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import FORMAT_VERSION, atomic_path, check_name, local_path
 from jaxcrit.core.groups import AXES
 from jaxcrit.core.hashing import sample_id
-from jaxcrit.core.reading import Stored, fitting, members, parse_json, plain_size, stored_npy
+from jaxcrit.core.reading import Stored, fitting, members, parse_json, plain_size, safetensors_header, stored_npy
 from jaxcrit.core.rundir import read_record
 from jaxcrit.core.schema import conform
 from jaxcrit.evidence.states import HiddenStates, states_from
@@ -113,8 +114,10 @@ def read_states(
     with _opened(path) as arrays:
         if position != "last":
             raise UserError(f"--position={position}: is for files that hold every token, as vLLM's do; leave it out")
-        found = _of_arrays(arrays, path.name == OWN, axes, ends, facts)
-        return found.first(limit) if limit else found
+        found, said = _of_arrays(arrays, path.name == OWN, axes, ends, facts), bool(arrays.said)
+    with path.open("rb") as file:
+        digests.check(path, file, _FORMAT if said else "")
+    return found.first(limit) if limit else found
 
 
 class _Arrays(dict[str, Stored]):
@@ -142,6 +145,7 @@ def _opened(path: Path) -> Iterator[_Arrays]:
                 for name, member in members(archive).items():
                     found[name] = stored_npy(opened.enter_context(archive.open(member)), member.file_size)
             else:
+                safetensors_header(path)
                 tensors = opened.enter_context(safe_open(path, framework="numpy"))
                 for name in tensors.keys():  # noqa: SIM118 (it is no mapping)
                     read = functools.partial(tensors.get_slice, name)
@@ -165,7 +169,7 @@ def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str
         raise UserError(f"expected one array of hidden states, or one called hidden; got {listed(sorted(arrays))}")
     stored = arrays["hidden" if "hidden" in arrays else names[0]]
     fitting(stored.shape)
-    beside = {name: np.asarray(arrays[name].read()[...]).tolist() for name in ("sample_ids", "units") if name in arrays}
+    beside = {name: _beside(arrays, name) for name in ("sample_ids", "units") if name in arrays}
     facts = {**beside, **facts}
     if said or (own and "hidden" in arrays):
         own_ends = "normed" if said.get("normed") is True else "blocks"
@@ -181,6 +185,16 @@ def _of_arrays(arrays: _Arrays, own: bool, axes: str, ends: str, facts: dict[str
             " embed,normed, as output_hidden_states of transformers is"
         )
     return states_from(np.asarray(stored.read()[...]), axes=axes, ends=ends, **facts)
+
+
+def _beside(arrays: _Arrays, name: str) -> list[Any]:
+    """A value of each sample, that stands beside the states."""
+    if len(arrays[name].shape) != 1:
+        raise UserError(f"expected {name} to be [samples], got shape {list(arrays[name].shape)}")
+    found = np.asarray(arrays[name].read()[...])
+    if name == "units" and found.dtype.kind not in "iu":
+        raise UserError(f"expected units to be whole numbers, got {found.dtype}")
+    return found.tolist()
 
 
 class SaidMeta(TypedDict, total=False):

@@ -20,6 +20,7 @@ from safetensors.numpy import load_file
 
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path
+from jaxcrit.core.reading import safetensors_header
 from jaxcrit.core.schema import Range, Size, short
 from jaxcrit.data.tokenizer import has_tokenizer
 from jaxcrit.models.checkpoint import locate
@@ -101,31 +102,33 @@ class Place:
     named: str
 
 
-def place_of(model: str) -> Place:
+def place_of(model: str, named: str = "") -> Place:
     """Finds a model: a checkpoint, or an adapter and its base.
 
     Args:
         model: directory or hub id, of a checkpoint or of an adapter; ``ADAPTER@BASE`` names the base too.
+        named: what named it, for messages, such as ``--base=MODEL``; default ``--model=MODEL``.
 
     Raises:
         UserError: there is no such thing, an adapter names no base, or is on top of another.
     """
     name, _, base = (model, "", "") if as_path(model).exists() else model.partition("@")
-    path = locate(name)
+    named = named or f"--model={model}"
+    path = locate(name, named)
     called = str(path.resolve()) if as_path(name).exists() else name
     if not (path / ADAPTER).is_file():
         if base:
-            raise UserError(f"--model={model}: expected ADAPTER@BASE, but {name} holds no {ADAPTER}")
+            raise UserError(f"{named}: expected ADAPTER@BASE, but {name} holds no {ADAPTER}")
         return Place(path, path, None, called)
     below, own = path, (path / "config.json").is_file()  # as in transformers, a model beside its adapter is the base
     if base or not own:
         given = base or read_json_object(path / ADAPTER, AdapterSettings).get("base_model_name_or_path")
         if not given:
-            raise UserError(f"{path / ADAPTER}: names no base_model_name_or_path; give --model={name}@BASE")
+            raise UserError(f"{path / ADAPTER}: names no base_model_name_or_path; give {name}@BASE")
         try:
             below = locate(str(given))
         except UserError as error:
-            raise UserError(f"{path}: its base is not there: {error}; give --model={name}@BASE") from None
+            raise UserError(f"{path}: its base is not there: {error}; give {name}@BASE") from None
         if (below / ADAPTER).is_file():
             raise UserError(f"{path}: its base {given} holds an adapter itself; merge that one first: jaxcrit export")
         if base:
@@ -222,6 +225,7 @@ def _tensors(
         raise UserError(f"{path}: expected {WEIGHTS} beside {ADAPTER}, found none{pickled}; save it with peft again")
     try:
         refuse_pointer(file)
+        safetensors_header(file)
         held = {name: value.astype(np.float32) for name, value in load_file(file).items()}
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, UserError):

@@ -87,19 +87,24 @@ class Checkpoint:
         return {name: found[file][self.names[name]] for name, file in self.shards.items()}
 
 
-def locate(model: str) -> Path:
+def locate(model: str, named: str = "") -> Path:
     """Where a model is: a local path, or a hub id that is fetched (safetensors and small files only).
+
+    Args:
+        model: path or hub id.
+        named: what named it, for messages, such as ``--base=MODEL``; default the model alone.
 
     Raises:
         UserError: neither a directory, a GGUF file nor reachable on the hub.
     """
-    path = local_path(model, "model")
+    named = named or model
+    path = local_path(model, named=named)
     if path.is_dir() or (path.suffix.lower() == ".gguf" and path.is_file()):
         return path
     if path.exists():
-        raise UserError(f"--model={model}: expected a checkpoint directory, got a file; name the directory it is in")
+        raise UserError(f"{named}: expected a checkpoint directory, got a file; name the directory it is in")
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", model):
-        raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)")
+        raise UserError(f"{named}: no such directory, and not a hub id (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         HfHubHTTPError,
@@ -112,10 +117,10 @@ def locate(model: str) -> Path:
     try:
         return Path(snapshot_download(model, allow_patterns=patterns))
     except HFValidationError:
-        raise UserError(f"--model={model}: no such directory, and not a hub id (owner/name)") from None
+        raise UserError(f"{named}: no such directory, and not a hub id (owner/name)") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--model={model}: no such directory, and the hub did not give it ({reason})") from None
+        raise UserError(f"{named}: no such directory, and the hub did not give it ({reason})") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -182,7 +182,7 @@ def ignored_keys(raw: Mapping[str, Any], read: set[str], family: str, where: str
                 " here; it is refused, not guessed"
             )
         claim = next((what for name, what in _CLAIMS.items() if re.search(name, key)), "")
-        known = key[0] == "_" or key in changes or key in recorded()["generation"]
+        known = key[:1] == "_" or key in changes or key in recorded()["generation"]
         if claim and not known and (value is True or value not in _NOTHING):
             raise UserError(
                 f"{where}: {key} is {_short(value)}, which claims {claim}; transformers ignores it in a {family} model"

@@ -289,6 +289,7 @@ def run(
     edit: Edit | None = None,
     edits: Any = None,
     adapters: Mapping[str, jax.Array] | None = None,
+    past: LayerCache | None = None,
     tap: Tap | None = None,
     remat: bool = False,
 ) -> Output:
@@ -309,6 +310,8 @@ def run(
         edit: changes the stream at sites inside the blocks; ablations and interventions are such edits.
         edits: its data, a tree of arrays ``[n, ...]``; each step's slice is handed to ``edit``.
         adapters: further weights of the steps ``[n, ...]`` by name, each step's put beside its block's own.
+        past: in place of ``cache``, what earlier tokens left in each step, ``[n, B, K, S, head_dim]``: read, not handed
+            back, so that a gradient does not carry it.
         tap: reads the stream at sites inside the blocks; what it returns is stacked, nothing else is kept.
         remat: recompute block activations in the backward pass instead of keeping them.
 
@@ -316,21 +319,21 @@ def run(
         Output with taps ``[n, ...]`` by site.
     """
 
-    def step(carry: tuple[jax.Array, Cache | None], inputs: tuple[jax.Array, Any, jax.Array | None, Any, Any]) -> Any:
+    def step(carry: tuple[jax.Array, Cache | None], inputs: Any) -> Any:
         x, cache = carry
-        index, block, window, data, further = inputs
+        index, block, window, data, further, before = inputs
         if slots is not None:
             block = _take(stack, block)
         if further is not None:
             block = block.beside(further)
-        mine = None if cache is None else (cache, index)
+        mine = before if cache is None else (cache, index)
         visit, found = visitor(edit, data, tap, context.positions)
         x, mine = block(x, context, window, mine, visit)
-        return (x, None if mine is None else mine[0]), found
+        return (x, None if cache is None else mine[0]), found
 
     body = jax.checkpoint(step) if remat else step
     count = (jax.tree.leaves(stack)[0] if slots is None else slots).shape[0]
-    steps = (jnp.arange(count), stack if slots is None else slots, windows, edits, adapters)
+    steps = (jnp.arange(count), stack if slots is None else slots, windows, edits, adapters, past)
     (x, cache), taps = jax.lax.scan(body, (x, cache), steps)
     return Output(x, taps, cache)
 

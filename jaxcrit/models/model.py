@@ -13,6 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxcrit import __version__
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import DAMAGED, as_path
 from jaxcrit.core.groups import RowOptions
@@ -82,6 +83,12 @@ class Model:
         return self.checkpoint.config
 
     @property
+    def natural_dtype(self) -> str:
+        """Dtype of the file's weights; float32, as which they are read, where it has several."""
+        stored = set(self.checkpoint.dtypes.values())
+        return stored.pop() if len(stored) == 1 else "float32"
+
+    @property
     def short_name(self) -> str:
         """Name for a directory: the last overlay's run, else the checkpoint's directory, else ``embedded``."""
         if self.overlays and self.overlays[-1].run is not None:
@@ -102,6 +109,12 @@ class Model:
             "notes": list(self.checkpoint.notes),
             **self._told(),
         }
+
+    @property
+    def determines(self) -> dict[str, Any]:
+        """JSON values on which the bits of whatever is computed with this model depend, for what is kept of it."""
+        versions = {"jaxcrit": __version__, "jax": jax.__version__, "platform": platform_of(self.mesh.devices.flat[0])}
+        return {"model": self.model_hash, "dtype": self.dtype, "mesh": dict(self.mesh.shape), **versions}
 
     @property
     def partly_trained(self) -> bool:
@@ -196,9 +209,7 @@ class Model:
         Arrays that the model holds are among them: a training that donates must donate copies. The values do not depend
         on what was asked of the model before.
         """
-        stored = set(self.checkpoint.dtypes.values())
-        natural = stored.pop() if len(stored) == 1 else "float32"  # what a file of several dtypes is read as
-        mine = self.dtype or natural
+        natural, mine = self.natural_dtype, self.dtype or self.natural_dtype
         exact = mine == "float32" or (mine == natural and not self.overlays)
         if exact and (self.keep or self._own or self.dtype in self._held):
             return self.weights(bars)
@@ -272,6 +283,7 @@ def open_model(
     step: str = "",
     bars: Bars | None = None,
     keep: bool = True,
+    named: str = "",
 ) -> Model:
     """Opens a checkpoint directory, GGUF file, hub id, adapter or fine-tuning run; for an empty name the embedded one.
 
@@ -283,6 +295,7 @@ def open_model(
         step: which checkpoint of a run: a number, ``best``, ``last``; default where training ended.
         bars: makes progress bars.
         keep: whether weights once read are kept, see `Model`.
+        named: what named the model, for messages, such as ``--base=MODEL``; default ``--model=MODEL``.
 
     Raises:
         UserError: see `open_checkpoint`, `place_of`, `read_adapter`, `load_tokenizer`, `make_mesh`, `choose_attention`;
@@ -294,7 +307,7 @@ def open_model(
     if model and (as_path(model) / "run.json").is_file():
         return _open_run(as_path(model), mesh, dtype, step, bars, keep)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
-    place = place_of(model or str(EMBEDDED_MODEL))
+    place = place_of(model or str(EMBEDDED_MODEL), named)
     if step:
         raise UserError(f"--step={step}: {model or 'the embedded model'} is no finetune run, and has no steps")
     try:
@@ -302,7 +315,7 @@ def open_model(
     except UserError as error:
         if place.adapter in (None, place.checkpoint):
             raise
-        raise UserError(f"{error}; it is the base of {place.adapter}: --model=ADAPTER@BASE names another") from None
+        raise UserError(f"{error}; it is the base of {place.adapter}: ADAPTER@BASE names another") from None
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
     devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype))
     how = Attention(ASKED.get(), platform_of(devices.devices.flat[0]), devices)
@@ -373,7 +386,7 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
         raise UserError(f"{run / 'run.json'}: names a model that is tuned from itself; {DAMAGED}")
     inside = _OPENING.set((*_OPENING.get(), run.resolve()))
     try:
-        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep)
+        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep, named=f"{run}: trained on {path}")
     finally:
         _OPENING.reset(inside)
     if below.model_hash != base["hash"]:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jaxcrit.core import processes
+from jaxcrit.core.digests import CHECKPOINTS, refuse_differing
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.models.config import ModelConfig
@@ -78,6 +79,9 @@ def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[
         gains = parse_gains(record["trained"].get("gain", ""), config)
     except UserError as error:
         raise UserError(f"{run / 'run.json'}: {error}") from None
+    files = record.get("digests", {}).get("files", {})
+    which = f"{CHECKPOINTS}/{step}/" if step.isdigit() else f"{CHECKPOINTS}/"
+    processes.share(lambda: refuse_differing(run, files, below=which))
     like, _ = split(parts.abstract(mesh, np.float32))
     params, found = trained_parameters(run, like, step)
     return Overlay(parts, params, run.resolve(), found, chosen, gains)

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.reading import parse_json, read_text
+from jaxcrit.core.reading import parse_json, read_text, safetensors_header
 from jaxcrit.core.schema import conform
 
 SINGLE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_config.json"
@@ -183,7 +183,8 @@ def _chosen(path: Path) -> tuple[list[Path], dict[str, Path], list[str]]:
         if not named:
             raise UserError(f"{index}: expected a weight_map of tensor names to files, got an empty one")
         for tensor, file in sorted(named.items()):
-            if file in ("", ".", "..") or Path(file).name != file or "\\" in file:
+            odd = file in ("", ".", "..") or Path(file).name != file or "\\" in file
+            if odd or len(file.encode("utf-8", "replace")) > 255:
                 raise UserError(f"{index}: {tensor} is said to be in {file!r}; expected a file name in {path}, no path")
         files = set(named.values())
         absent = sorted(file for file in files if not (path / file).is_file())
@@ -216,15 +217,14 @@ def _header_of(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each tensor of a file."""
     try:
         refuse_pointer(file)
-        with safe_open(file, framework="numpy") as opened, file.open("rb") as raw:
-            header = raw.read(
-                int.from_bytes(raw.read(8), "little")
-            )  # 8 bytes of its length, little endian, then itself
-            parse_json(header.decode("utf-8"), file)  # safe_open would keep one of two tensors of a name
+        parse_json(safetensors_header(file), file)  # safe_open would keep one of two tensors of a name
+        with safe_open(file, framework="numpy") as opened:
             names = list(opened.keys())
             parts = {name: opened.get_slice(name) for name in names}
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
-    except SafetensorError as error:
+    except UserError:
+        raise
+    except (SafetensorError, ValueError) as error:
         raise UserError(f"{file}: truncated or damaged safetensors ({error}); fetch the file again") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror or error})") from None

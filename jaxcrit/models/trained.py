@@ -9,21 +9,25 @@ import logging
 import math
 import os
 import re
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
-from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
+from jaxcrit.core import console, digests, processes
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.files import in_bucket
+from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.reading import plain_tree
 from jaxcrit.core.schema import conform
 from jaxcrit.models.partition import Bank
 
-FOLDER = "checkpoints"
+FOLDER = digests.CHECKPOINTS
 _LOGGER = logging.getLogger("absl")
 _HANDLER = ocp.StandardCheckpointHandler()
 # What a system says when a file cannot be written; tensorstore wraps it in a page of its own.
@@ -34,11 +38,30 @@ _SYSTEM = re.compile(
 )
 
 
+class CheckpointDigests(TypedDict):
+    """``digests`` of a checkpoint's meta entry; ``meta`` is that of the rest of it, and of the others."""
+
+    arrays: dict[str, dict[str, str]]
+    meta: str
+
+
+def with_digests(meta: Mapping[str, Any], arrays: Mapping[str, Any]) -> dict[str, Any]:
+    """What is saved with arrays, by item, and the digests of both; a collective."""
+    taken = digests.of_arrays(arrays)
+    return {**meta, "digests": {"arrays": taken, "meta": sha256_json([dict(meta), taken])}}
+
+
 class Manager(ocp.CheckpointManager):
     """Orbax's manager of a run's checkpoints, which reads what it can of a damaged directory."""
 
-    def read(self, step: int, like: Mapping[str, Any], **further: ocp.args.CheckpointArgs) -> dict[str, Any]:
-        """Reads items of a checkpoint.
+    def __init__(self, directory: str, *items: Any, **options: Any):
+        if not in_bucket(directory):
+            plain_tree(Path(directory), "files of a checkpoint")
+        _let_others_end_quietly()
+        super().__init__(directory, *items, **options)
+
+    def read(self, step: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads items of a checkpoint, and ``meta``; all of it must be what was written, by its digests.
 
         Runs made before weights of attention were matrices stored them by head, ``[n, heads, head_dim, in]``: they are
         read so and take their new shape.
@@ -46,13 +69,13 @@ class Manager(ocp.CheckpointManager):
         Args:
             step: number of the checkpoint.
             like: trees of abstract arrays with shardings, by item.
-            further: how other items are read.
 
         Raises:
             UserError: an array of another size than expected.
+            ValueError: arrays or ``meta`` are not what was written.
         """
         self.wait_until_finished()  # what is being written has no shapes yet
-        stored = {item: _HANDLER.metadata(self.directory / str(step) / item).tree for item in like}
+        stored = {item: self.stored(step, item) for item in like}
 
         def as_stored(item: str, keys: Any, leaf: Any) -> Any:
             name = _named(keys)
@@ -79,8 +102,27 @@ class Manager(ocp.CheckpointManager):
             for item, tree in like.items()
         }
         arrays = {item: ocp.args.StandardRestore(tree) for item, tree in wanted.items()}
-        found = self.restore(step, args=ocp.args.Composite(**arrays, **further))
-        return {**found, **{item: jax.tree.map(_shaped, found[item], tree) for item, tree in like.items()}}
+        found = self.restore(step, args=ocp.args.Composite(**arrays, meta=ocp.args.JsonRestore()))
+        held = {item: found[item] for item in like}
+        shaped = {item: jax.tree.map(_shaped, held[item], tree) for item, tree in like.items()}
+        return {**shaped, "meta": self._vouched(step, held, found["meta"])}
+
+    def stored(self, step: int, item: str) -> Any:
+        """What an item of a checkpoint holds: a tree of shapes and dtypes."""
+        return _HANDLER.metadata(self.directory / str(step) / item).tree
+
+    def _vouched(self, step: int, held: Mapping[str, Any], meta: Any) -> Any:
+        """What was saved with arrays, less the digests, by which it and they are what was written."""
+        if not isinstance(meta, dict) or "digests" not in meta:
+            console.remark(f"jaxcrit: {self.directory / str(step)}: was written without digests; it is taken as it is")
+            return meta
+        rest = {key: value for key, value in meta.items() if key != "digests"}
+        known = conform(meta["digests"], CheckpointDigests, "meta")
+        if known["meta"] != sha256_json([rest, known["arrays"]]):
+            raise ValueError("its meta entry is not what was written")
+        if wrong := digests.differing_arrays(held, known["arrays"]):
+            raise ValueError(f"{listed(wrong, 2)} are not what was written")
+        return rest
 
     def metrics(self, step: int) -> Any:
         """The test loss saved with a checkpoint, or None; a damaged file of it is no reason not to begin."""
@@ -88,6 +130,38 @@ class Manager(ocp.CheckpointManager):
             return conform(super().metrics(step), dict[str, float] | None, "metrics")
         except (ValueError, RecursionError):
             return None
+
+
+def refused_steps(run: Path, known: Iterable[str] = ()) -> dict[int, str]:
+    """Reads every checkpoint of a run whole, onto one device, and says why it is not what was written; empty if it is.
+
+    Args:
+        run: run directory.
+        known: names of checkpoints that are left out, for they are known to be damaged.
+    """
+    here = SingleDeviceSharding(jax.local_devices()[0])
+
+    def like(leaf: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here)
+
+    found = {}
+    with _silence(), _reading(run) as manager:
+        for step in sorted(set(manager.all_steps()) - {int(name) for name in known if name.isdigit()}):
+            try:
+                items = ("params", "optimizer")
+                trees = {item: jax.tree.map(like, manager.stored(step, item)) for item in items}
+                known = manager.read(step, trees)["meta"]
+                found[step] = "" if isinstance(known, dict) else "its meta entry is not what was written"
+            except Exception as error:  # tensorstore, orbax and json each have their own for a damaged file
+                found[step] = reason_of(error)
+    return found
+
+
+def _reading(run: Path) -> Manager:
+    # A process that looks for all of them is not to wait for the others.
+    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
+    options = ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
+    return Manager(str(run.absolute() / FOLDER), options=options)
 
 
 def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank, int]:
@@ -106,14 +180,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         UserError: there is no such checkpoint, or none that can be read.
     """
     path = run.absolute() / FOLDER
-    # A process that looks for all of them is not to wait for the others.
-    who = ocp.options.MultiprocessingOptions(active_processes={jax.process_index()} if processes.alone() else None)
-    with (
-        _silence(),
-        Manager(
-            str(path), options=ocp.CheckpointManagerOptions(create=False, read_only=True, multiprocessing_options=who)
-        ) as manager,
-    ):
+    with _silence(), _reading(run) as manager:
         losses = {number: (manager.metrics(number) or {}).get("loss") for number in manager.all_steps()}
         if not losses:
             raise UserError(f"{run}: holds no checkpoint yet; let jaxcrit finetune run on")
@@ -138,6 +205,8 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
                 raise
             except Exception as error:
                 reason = reason_of(error)
+                if candidate != wanted[-1]:
+                    console.note(f"jaxcrit: {path}: the checkpoint of step {candidate} is skipped ({reason})")
     raise UserError(f"{path}: the checkpoint of step {', '.join(map(str, wanted))} cannot be read ({reason})")
 
 
@@ -160,6 +229,18 @@ def _silence() -> Iterator[None]:
         yield
     finally:
         _LOGGER.setLevel(level)
+
+
+@functools.cache
+def _let_others_end_quietly() -> None:
+    """Of a read that fails other arrays still come in, to a loop that has ended, and Python would print that."""
+    before = sys.unraisablehook
+
+    def told(about: Any) -> None:
+        if not (isinstance(about.exc_value, RuntimeError) and str(about.exc_value) == "Event loop is closed"):
+            before(about)
+
+    sys.unraisablehook = told
 
 
 def reason_of(error: Exception) -> str:

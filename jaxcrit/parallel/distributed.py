@@ -10,8 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
+from jaxcrit.parallel import lifelines
 
-_SILENCE = 8  # seconds after which a process that does not stir counts as gone
+# Seconds after which a process that does not stir counts as gone; kills do not wait for it (`lifelines`). With 8, a
+# machine that stood still for a moment ended the run of all.
+_SILENCE = 100
 MODES = ("auto", "off", "on")
 
 
@@ -57,7 +60,6 @@ def start(
                     None if process_id < 0 else process_id,
                     # Where jax runs out of patience it aborts the process with a stack trace; ours ends first.
                     initialization_timeout=timeout + 60,
-                    # Killed, a process says nothing; jax would let the others wait for 100 s.
                     heartbeat_timeout_seconds=_SILENCE,
                 )
         except (RuntimeError, ValueError) as error:
@@ -73,6 +75,8 @@ def start(
                 " same versions (tpu_scripts/pod.sh install and run do)"
             )
         processes.end_with_others()
+        if not processes.alone():
+            lifelines.hold(global_state.coordinator_address or coordinator)
         jax.devices()  # another process may be late here too
 
 

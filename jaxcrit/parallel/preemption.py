@@ -6,12 +6,13 @@ import contextlib
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 from jaxcrit.core import processes
 
 Leave = Callable[[int], bool]
+Item = TypeVar("Item")
 INTERRUPTED = 130  # exit code
 _BY_HAND = threading.Event()  # Ctrl-C came while a run listened
 
@@ -65,6 +66,31 @@ def notice() -> Iterator[Leave]:
     finally:
         for number, act in before.items():
             signal.signal(number, act)
+
+
+def one_by_one(
+    items: Sequence[Item],
+    do: Callable[[Item], None],
+    told: Callable[[int], str],
+    save: Callable[[], None] = lambda: None,
+) -> None:
+    """Does every item; told to leave, keeps what is done and raises `Preempted` in place of the next one.
+
+    Args:
+        items: what is to do.
+        do: does one.
+        told: function of the number of items done, which says how far that is.
+        save: keeps what is done.
+
+    Raises:
+        Preempted: with a line for the user.
+    """
+    with notice() as leave:
+        for number, item in enumerate(items, 1):
+            do(item)
+            if leave(number) and number < len(items):
+                save()
+                raise Preempted(f"told to leave {told(number)}; the same command goes on from there")
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ def plan_text(plan: Any) -> str:
         f"{f', adapters of rank {config.lora_rank}' if config.lora_rank else ''})",
         "substitute": f" in windows of {config.window}",
         "generate": f" of {config.max_new_tokens} tokens",
+        "reuse": f" of prefixes of 0.8, {config.max_new_tokens} new tokens",
     }.get(config.job, "")
     done, unit = config.batch_size * config.length, "tokens"
     if config.job == "generate":

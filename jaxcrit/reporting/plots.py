@@ -22,6 +22,8 @@ from jaxcrit.selection.confidence import SampleSizes
 DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
 
+_TOLD_APART = 6  # of these colours; the seventh is grey
+
 
 class Drawing(Figure):
     """A figure that a notebook shows as it is, whatever its backend."""
@@ -336,11 +338,10 @@ def cohesion_curves(classes: Mapping[str, tuple[Sequence[float], int | None]], a
         axes: axes to draw on.
     """
     for index, (name, (values, interest)) in enumerate(classes.items()):
-        known = index < len(LINES)
-        color = LINES[index] if known else NULL
-        axes.plot(
-            values, color=color, linewidth=1.4 if known else 0.6, label=name.replace("$", r"\$") if known else None
-        )
+        known = index < _TOLD_APART
+        color, rest = LINES[index] if known else NULL, len(classes) - index
+        label = name if known else f"{rest} more" if index == _TOLD_APART else None
+        axes.plot(values, color=color, linewidth=1.4 if known else 0.6, label=label)
         if interest is not None:
             axes.plot(interest, values[interest], "o", color=color, markersize=5)
     layer_axis(axes, len(values))

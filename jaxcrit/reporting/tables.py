@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -61,8 +61,33 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]], bold: Sequence[b
     return "\n".join(aligned(header, rows, bold))
 
 
+def estimates(scores: Mapping[str, LayerScores]) -> dict[str, list[str]]:
+    """A column of `by_layer` of each score."""
+    return {f"{key} ± s.e.": [estimate(one, layer) for layer in range(one.num_layers)] for key, one in scores.items()}
+
+
+def by_layer(columns: Mapping[str, Sequence[str]], marks: Iterable[tuple[int, str]], style: bool = False) -> str:
+    """A row of each layer; in as many parts as the width takes.
+
+    Args:
+        columns: cells of all layers by header.
+        marks: what is said of a layer at the end of its row.
+        style: marked rows are bold, for a terminal.
+    """
+    depth, marks = len(next(iter(columns.values()))), list(marks)
+    named = [" ".join(text for layer, text in marks if layer == one) for one in range(depth)]
+    first, margin = ["layer", *map(str, range(depth))], 7 + max(map(len, named))
+    return wide_table(first, columns, ["", *named], margin=margin, least=6, bold=[style and bool(one) for one in named])
+
+
 def wide_table(
-    first: Sequence[str], columns: Mapping[str, Sequence[str]], last: Sequence[str], *, margin: int, least: int
+    first: Sequence[str],
+    columns: Mapping[str, Sequence[str]],
+    last: Sequence[str],
+    *,
+    margin: int,
+    least: int,
+    bold: Sequence[bool] = (),
 ) -> str:
     """A table in as many parts, one below the other, as the width takes.
 
@@ -72,6 +97,7 @@ def wide_table(
         last: header and cells of the column that ends every part.
         margin: width of what is not ``columns``.
         least: width of a column, at least.
+        bold: rows that are bold.
     """
     parts: list[list[str]] = [[]]
     for name in columns:
@@ -81,7 +107,7 @@ def wide_table(
     made = []
     for part in parts:
         rows = list(zip(first, *([name, *columns[name]] for name in part), last, strict=True))
-        made.append(table(rows[0], rows[1:]))
+        made.append(table(rows[0], rows[1:], bold))
     return "\n\n".join(made)
 
 

@@ -307,7 +307,8 @@ def jackknife_interval(
         seed: seed of the weights.
 
     Returns:
-        Lower and upper end by percentiles; None where neither score carries deletions.
+        Lower and upper end by percentiles; None where neither score carries deletions, or without some sample too few
+        layers have a value.
     """
     known = sorted({str(i) for one in (without_x, without_y) if one is not None for i in one.sample_ids})
     if not known:
@@ -322,6 +323,8 @@ def jackknife_interval(
             influence = (left.values.mean(axis=0) - left.values) * np.sqrt((count - 1) / count)
             drawn[-1] = values + weights[:, [place[str(i)] for i in left.sample_ids]] @ influence
     inside = np.isfinite(drawn[0][0]) & np.isfinite(drawn[1][0])
+    if inside.sum() < 2:
+        return None
     rho = np.einsum("dv,dv->d", *(_unit_ranks(one[:, inside]) for one in drawn))
     low, high = np.quantile(rho, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines, read_json, remove_tree, write_json, write_text
+from jaxcrit.core.files import DAMAGED, json_lines, read_json, remove_tree, write_json, write_text
 from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.progress import Say
 from jaxcrit.core.run import running
@@ -150,6 +150,18 @@ class ArmTests(Tests):
     frozen: list[Count]
 
 
+def read_tests(path: Path, kind: Any = Tests) -> dict[str, Any]:
+    """Reads the tests of an arm, or of the untouched model: one or more.
+
+    Raises:
+        UserError: absent or damaged.
+    """
+    found = read_json(path, ARM_FORMAT, kind)
+    if not found["points"]:
+        raise UserError(f"{path}: expected a test or more in points, got none; {DAMAGED}")
+    return found
+
+
 def _curve(run: Run) -> dict[str, Any]:
     points = zip(run.curve(), run.curve("clean_loss"), strict=True)
     return {
@@ -188,7 +200,7 @@ class _Lab:
         if not processes.share(path.exists):
             tested = self.scoring(Decoder(self.model.config, self.weights))
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
-        return dict(processes.share(lambda: read_json(path, ARM_FORMAT, Tests))["points"][0])
+        return dict(processes.share(lambda: read_tests(path))["points"][0])
 
     def done(self, arm: Arm, seed: int) -> bool:
         """Whether an arm with a seed is finished."""
@@ -208,7 +220,7 @@ class _Lab:
             content = {"arm": arm.name, "draw": arm.draw, "seed": seed, "frozen": list(chosen.layers), "points": points}
             write_json(folder / "arm.json", ARM_FORMAT, content)
             remove_tree(folder / FOLDER)
-        stored = processes.share(lambda: read_json(folder / "arm.json", ARM_FORMAT, ArmTests))
+        stored = processes.share(lambda: read_tests(folder / "arm.json", ArmTests))
         if tuple(stored["frozen"]) != chosen.layers:
             raise UserError(f"{folder}: froze layers {stored['frozen']}, not {list(chosen.layers)}; remove it")
         return list(stored["points"])

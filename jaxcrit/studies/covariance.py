@@ -9,24 +9,21 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxcrit.core import processes
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import Npz, cache_directory, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.progress import bar
-from jaxcrit.core.schema import Array
+from jaxcrit.core.remembered import recalled, remember
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import Context, Decoder, embed, layer_windows, run
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
-from jaxcrit.parallel.mesh import batch_rows, batch_sharding
+from jaxcrit.parallel.mesh import batch_sharding
 
 ENOUGH = 10  # tokens for each direction
 
@@ -66,13 +63,14 @@ def covariances(
     ff = model.config.ff_width
     tokens = sum(example.prompt_length - 1 for example in examples)
     rows = sha256_json([example.token_ids[: example.prompt_length].tolist() for example in examples])
-    files = {layer: _file(model.model_hash, model.dtype, rows, layer) for layer in layers}
-    found = {layer: moment for layer, file in files.items() if (moment := _kept(file, ff)) is not None}
+    made_of = {"model": model.model_hash, "dtype": model.dtype, "rows": rows}
+    kept = {layer: recalled("covariance", {**made_of, "layer": layer}) for layer in layers}
+    found = {layer: arrays["moment"] for layer, arrays in kept.items() if arrays is not None}
     cached, missing = tuple(found), [layer for layer in layers if layer not in found]
     if missing:
         for layer, moment in zip(missing, _sums(model, examples, tuple(missing), batch_size, bars), strict=True):
             found[layer] = (moment / tokens).astype(np.float32)
-            _keep(files[layer], found[layer])
+            remember("covariance", {**made_of, "layer": layer}, {"moment": found[layer]})
     shrunk = 0.0 if tokens >= ENOUGH * ff else min(1.0, ff / tokens)
     if shrunk:
         eye = np.eye(ff, dtype=np.float32)
@@ -87,10 +85,10 @@ def _sums(
     model: Model, examples: Sequence[Example], layers: tuple[int, ...], batch_size: int, bars: Bars | None
 ) -> np.ndarray:
     """``[n, F, F]`` float64 sums of k k^T; added up on the device in float32 over a batch, here over batches."""
-    decoder, size = model.decoder(bars), batch_rows(batch_size, model.mesh)
+    decoder = model.decoder(bars)
     total = np.zeros((len(layers), model.config.ff_width, model.config.ff_width))
     with bar(bars, total=len(examples), desc="covariance", unit=" rows") as shown:
-        for batch in make_batches(examples, size, max_length=model.config.max_length):
+        for batch in make_batches(examples, model.budget(batch_size), max_length=model.config.max_length):
             placed = jax.device_put((batch.tokens, batch.lengths), batch_sharding(model.mesh))
             with jax.default_matmul_precision("highest"):
                 for number, moment in enumerate(processes.whole(layer_moments(decoder, *placed, layers=layers))):
@@ -121,30 +119,3 @@ def layer_moments(
         x = out.hidden
         found += list(out.taps["ff"]) if wanted else []
     return found
-
-
-_FORMAT = "jaxcrit.covariance"
-
-
-def _file(model: str, dtype: str, rows: str, layer: int) -> Path:
-    name = sha256_json({"model": model, "dtype": dtype, "rows": rows, "layer": layer})
-    return cache_directory() / "covariance" / f"{name[:32]}.npz"
-
-
-def _kept(file: Path, ff: int) -> np.ndarray | None:
-    """What the cache has; nothing of several processes, which need not share a disk."""
-    if not processes.alone() or not file.exists():
-        return None
-    try:
-        return read_npz(file, Npz(_FORMAT, {"moment": Array("f", ("F", "F"))}), F=ff)[0]["moment"]
-    except UserError:  # a damaged cache is made again
-        return None
-
-
-def _keep(file: Path, moment: np.ndarray) -> None:
-    if processes.alone():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            write_npz(file, {"moment": moment}, {"format": _FORMAT, "format_version": 1})
-        except OSError:  # a cache is no reason to fail
-            return

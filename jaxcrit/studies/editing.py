@@ -24,10 +24,13 @@ import scipy.linalg
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.progress import bar
-from jaxcrit.data.facts import GAP, Fact, placed
+from jaxcrit.core.remembered import Arrays, remembered
+from jaxcrit.core.schema import Array
+from jaxcrit.data.facts import GAP, Fact, Placed, placed
 from jaxcrit.data.templates import Example
+from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import Context, Decoder, embed, layer_windows, logits, run
+from jaxcrit.models.decoder import Context, Decoder, Output, embed, layer_windows, logits, run, run_span
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import batch_rows, batch_sharding
@@ -72,6 +75,7 @@ class Rows:
         lengths: ``[R]`` int32.
         fact: ``[R]`` int32, which of the C facts; C in a row that fills up.
         at: ``[R]`` int32, place of the subject's last token.
+        tail: ``[R, S]`` int32, places from there to the last that is asked, and beyond in a shorter row.
         behind: ``[R, M]`` int32, places of the target's tokens.
         inside: ``[R, M]`` bool, which of them there are; none in the sentence of the subject's own.
         share: ``[R]`` float32, what the row counts in its fact's key: one half without an opening in front, the others
@@ -83,6 +87,7 @@ class Rows:
     lengths: Any
     fact: Any
     at: Any
+    tail: Any
     behind: Any
     inside: Any
     share: Any
@@ -141,8 +146,13 @@ class Edited:
     sought: dict[int, Sought]
     weights: dict[str, jax.Array]
 
+    def of_search(self, layer: int) -> dict[str, np.ndarray]:
+        """What files say of the search at a layer, ``[n]`` by name; nothing where there was none."""
+        one = self.sought.get(layer)
+        return {} if one is None else {"loss_before": one.before, "loss_after": one.after, "length": one.length}
 
-Keep = Callable[[str, Callable[[], dict[str, np.ndarray]]], dict[str, np.ndarray]]
+
+Keep = Callable[[str, Callable[[], Arrays], Mapping[str, Array]], Arrays]
 
 
 def closed_form(moment: np.ndarray, keys: np.ndarray, weight: float, old: np.ndarray | None = None) -> np.ndarray:
@@ -187,7 +197,8 @@ def edited(
         moments: by layer, the second moment of ordinary keys ``[F, F]``.
         method: how.
         old: by layer, keys of earlier edits ``[o, F]``.
-        keep: function of a name and of what makes arrays; gives what was kept under the name, or makes and keeps it.
+        keep: function of a name, of what makes arrays, and of what they are; gives what was kept under the name, or
+            makes and keeps it.
         bars: maker of progress bars.
 
     Raises:
@@ -208,8 +219,10 @@ def edited(
             decoder = Decoder(config, weights)
             top = last if method.residual == "spread" else layer
             if top not in sought:
-                sought[top] = _seek(decoder, laid, top, count, facts, method, keep, lambda: leave(next(steps)))
-            parts = [_states(decoder, rows, layer=layer, top=top, count=count) for rows in laid]
+                # Vectors of the model as given depend on no layer edited: other ways to edit find them again.
+                of = None if number else model.determines
+                sought[top] = _seek(decoder, laid, top, count, facts, method, keep, lambda: leave(next(steps)), of)
+            parts = [_states(decoder, rows, np.int32(layer), np.int32(top), count=count) for rows in laid]
             keys, states = (np.concatenate(part)[: len(facts)] for part in zip(*processes.whole(parts), strict=True))
             start = states if start is None or method.residual == "full" else start
             # What is left: nothing has moved before the first edit, and bits of the state must not come into it.
@@ -253,37 +266,42 @@ def rows_of(model: Model, facts: Sequence[Fact], method: Method) -> tuple[list[R
             " which many models keep a state of huge length that no edit can be keyed on; put a word in front"
         )
     each, most = len(contexts), max(len(one.example.token_ids) - one.example.prompt_length for one in contexts[0])
+    most += most % 2  # as of the other sizes: few of them, so that other facts find the program compiled
     count = min(len(facts), max(1, method.batch_size // each))
     length = -(-max(len(one.example.token_ids) for part in contexts for one in part) // 8) * 8
     if length > model.config.max_length:
         length = max(len(one.example.token_ids) for part in contexts for one in part)
+    span = -(-max(len(one.example.token_ids) - 1 - one.subject[-1] for part in contexts for one in part) // 4) * 4
     size = batch_rows(count * each, model.mesh)
+
+    def row(number: int, context: int, one: Placed) -> Rows:
+        own = context == each - 1  # the subject in a sentence of its own, without a target
+        ids, last = (prompt_of(one.example) if own else one.example).token_ids, one.subject[-1]
+        behind = one.example.prompt_length + np.arange(most)
+        alone = 1.0 if not method.openings else 0.5
+        return Rows(
+            np.pad(ids, (0, length - len(ids))),
+            len(ids),
+            number,
+            last,
+            last + np.arange(span),
+            np.full(most, last + 1) if own else np.minimum(behind, length - 1),
+            behind < len(ids),
+            np.float32(0 if own else alone if context == 0 else 0.5 / len(method.openings)),
+            context == 0,
+        )
+
+    ones, no = np.ones(most, int), np.zeros(most, bool)
+    filling = Rows(np.zeros(length, int), 1, count, 0, np.zeros(span, int), ones, no, np.float32(0), False)
     chunks = []
     for start in range(0, len(facts), count):
-        rows = Rows(
-            np.zeros((size, length), np.int32),
-            np.ones(size, np.int32),
-            np.full(size, count, np.int32),
-            np.zeros(size, np.int32),
-            np.ones((size, most), np.int32),
-            np.zeros((size, most), bool),
-            np.zeros(size, np.float32),
-            np.zeros(size, bool),
-        )
-        for number in range(min(count, len(facts) - start)):
-            for context, part in enumerate(contexts):
-                row, one = number * each + context, part[start + number]
-                own = context == each - 1  # the subject in a sentence of its own, without a target
-                example = prompt_of(one.example) if own else one.example
-                rows.tokens[row, : len(example.token_ids)] = example.token_ids
-                rows.lengths[row], rows.fact[row], rows.at[row] = len(example.token_ids), number, one.subject[-1]
-                behind = example.prompt_length + np.arange(most)
-                rows.inside[row] = behind < len(example.token_ids)
-                rows.behind[row] = one.subject[-1] + 1 if own else np.minimum(behind, length - 1)
-                alone = 1.0 if not method.openings else 0.5
-                rows.share[row] = 0 if own else alone if context == 0 else 0.5 / len(method.openings)
-                rows.bare[row] = context == 0
-        chunks.append(rows)
+        rows = [
+            row(number, context, part[start + number])
+            for number in range(min(count, len(facts) - start))
+            for context, part in enumerate(contexts)
+        ]
+        rows += [filling] * (size - len(rows))
+        chunks.append(jax.tree.map(lambda *parts: np.stack(parts), *rows))
     return chunks, count
 
 
@@ -301,17 +319,27 @@ def _seek(
     method: Method,
     keep: Keep,
     leave: Callable[[], bool],
+    of: Mapping[str, Any] | None,
 ) -> Sought:
-    """The vectors of all facts at a layer, chunk by chunk."""
+    """The vectors of all facts at a layer, chunk by chunk; kept for other edits under ``of``, unless that is None."""
     numbers = np.array([method.step_size, method.clamp], np.float32)
+    holds = {"delta": Array("f", (count, decoder.config.width))}
+    holds |= dict.fromkeys(("before", "after", "length"), Array("f", (count,)))
+
+    def descend(rows: Rows) -> Arrays:
+        found = _descend(decoder, rows, numbers, np.int32(method.steps), layer=layer, count=count)
+        return dict(zip(holds, processes.whole(found), strict=True))
+
+    def make(rows: Rows) -> Arrays:
+        if of is None:
+            return descend(rows)
+        given = {name: value.tolist() for name, value in processes.whole(vars(rows)).items()}
+        how = {"layer": layer, "count": count, "numbers": numbers.tolist(), "steps": method.steps, "rows": given}
+        return remembered("vectors", {**of, **how}, lambda: descend(rows))
+
     parts = []
     for number, rows in enumerate(chunks, 1):
-
-        def make(rows: Rows = rows) -> dict[str, np.ndarray]:
-            found = _descend(decoder, rows, numbers, np.int32(method.steps), layer=layer, count=count)
-            return dict(zip(("delta", "before", "after", "length"), processes.whole(found), strict=True))
-
-        parts.append(keep(f"{layer}/{number}", make))
+        parts.append(keep(f"{layer}/{number}", functools.partial(make, rows), holds))
         if leave() and number < len(chunks):
             raise Preempted(
                 f"told to leave at part {number} of {len(chunks)} of layer {layer}; the same command goes on from there"
@@ -329,11 +357,16 @@ def _descend(
     decoder: Decoder, rows: Rows, numbers: jax.Array, steps: jax.Array, *, layer: int, count: int
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The fields of `Sought`, of C facts; ``numbers`` are step size and clamp."""
-    context = _context(decoder, rows)
-    below = _through(decoder, embed(decoder, rows.tokens), context, 0, layer + 1)
-    here = (jnp.arange(rows.tokens.shape[1]) == rows.at[:, None])[..., None]
-    at = jnp.take_along_axis(below, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    state = _of_facts(jnp.where(rows.bare[:, None], at, 0), rows, count)
+    config = decoder.config
+    context, tail = _context(decoder, rows, jnp.arange(rows.tokens.shape[1])), _context(decoder, rows, rows.tail)
+    below = _through(decoder, embed(decoder, rows.tokens), context, 0, layer + 1).hidden
+    # What stands in front of the subject's last token does not see the vector: its keys and values are of one pass.
+    kept = (config.num_layers - 1 - layer, *rows.tokens.shape, config.num_kv_heads, config.head_dim)
+    room = Cache(jnp.zeros(kept, below.dtype), jnp.zeros(kept, below.dtype), fresh=True)
+    made = _through(decoder, below, context, layer + 1, config.num_layers, cache=room).cache
+    past = LayerCache(made.keys.swapaxes(2, 3), made.values.swapaxes(2, 3))
+    behind = jnp.take_along_axis(below, rows.tail[..., None], axis=1, mode="clip")
+    state = _of_facts(jnp.where(rows.bare[:, None], behind[:, 0].astype(jnp.float32), 0), rows, count)
     norm = jnp.maximum(jnp.linalg.norm(state, axis=1), 1e-20)  # of a row that fills up, 0
     counts = rows.inside.sum(axis=1)
     targets = jnp.take_along_axis(rows.tokens, rows.behind, axis=1)
@@ -343,9 +376,10 @@ def _descend(
     def said(delta: jax.Array) -> jax.Array:
         """Log-probabilities ``[R, M, V]`` at the places of the targets."""
         moved = jnp.concatenate([delta, jnp.zeros_like(delta[:1])])[rows.fact]
-        x = below + jnp.where(here, moved[:, None], 0).astype(below.dtype)
-        x = _through(decoder, x, context, layer + 1, decoder.config.num_layers, remat=True)
-        scores = logits(decoder, jnp.take_along_axis(x, rows.behind[..., None] - 1, axis=1))
+        x = behind.at[:, 0].add(moved.astype(behind.dtype))
+        x = _through(decoder, x, tail, layer + 1, config.num_layers, past=past).hidden
+        asked = (rows.behind - 1 - rows.at[:, None])[..., None]
+        scores = logits(decoder, jnp.take_along_axis(x, asked, axis=1, mode="clip"))
         return jax.nn.log_softmax(scores.astype(jnp.float32), axis=-1)
 
     own = real & (counts == 0)
@@ -382,35 +416,34 @@ def _descend(
     return delta, first, loss(delta)[1][1], jnp.linalg.norm(delta, axis=1) / norm
 
 
-@functools.partial(jax.jit, static_argnames=("layer", "top", "count"))
-def _states(decoder: Decoder, rows: Rows, *, layer: int, top: int, count: int) -> tuple[jax.Array, jax.Array]:
-    """Keys ``[C, F]`` at a layer, mean over contexts, and states ``[C, D]`` behind another, in the bare prompt."""
+@functools.partial(jax.jit, static_argnames="count")
+def _states(decoder: Decoder, rows: Rows, layer: Any, top: Any, *, count: int) -> tuple[jax.Array, jax.Array]:
+    """Keys ``[C, F]`` at a layer, mean over contexts, and states ``[C, D]`` behind another, in the bare prompt.
+
+    The layers are data, so that all of them share a program.
+    """
 
     def read(site: Site, before: jax.Array, after: jax.Array, positions: jax.Array) -> jax.Array:
         return jnp.take_along_axis(after, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
 
-    context = _context(decoder, rows)
-    x = _through(decoder, embed(decoder, rows.tokens), context, 0, layer)
-    windows = layer_windows(decoder.config, [layer])
-    out = run(decoder.blocks, jnp.array([layer]), x, context, windows=windows, tap=Tap(read, ("ff",)))
-    x = _through(decoder, out.hidden, context, layer + 1, top + 1)
-    state = jnp.take_along_axis(x, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
-    keys = _of_facts(out.taps["ff"][0] * rows.share[:, None], rows, count)
+    config, context = decoder.config, _context(decoder, rows, jnp.arange(rows.tokens.shape[1]))
+    layers, x, tap = jnp.arange(config.num_layers), embed(decoder, rows.tokens), Tap(read, ("ff",))
+    out = run_span(decoder.blocks, layers, x, context, 0, top + 1, windows=layer_windows(config), tap=tap)
+    state = jnp.take_along_axis(out.hidden, rows.at[:, None, None], axis=1)[:, 0].astype(jnp.float32)
+    keys = _of_facts(out.taps["ff"][layer] * rows.share[:, None], rows, count)
     return keys, _of_facts(jnp.where(rows.bare[:, None], state, 0), rows, count)
 
 
-def _context(decoder: Decoder, rows: Rows) -> Context:
-    positions = jnp.broadcast_to(jnp.arange(rows.tokens.shape[1], dtype=jnp.int32), rows.tokens.shape)
+def _context(decoder: Decoder, rows: Rows, places: jax.Array) -> Context:
+    positions = jnp.broadcast_to(places.astype(jnp.int32), (len(rows.tokens), places.shape[-1]))
     return Context(positions, *decoder.config.rope.cos_sin(positions, rows.lengths))
 
 
-def _through(decoder: Decoder, x: jax.Array, context: Context, start: int, stop: int, remat: bool = False) -> jax.Array:
-    """The stream after layers ``start`` to ``stop``, half-open; itself where there are none."""
-    if start >= stop:
-        return x
+def _through(decoder: Decoder, x: jax.Array, context: Context, start: int, stop: int, **given: Any) -> Output:
+    """Runs layers ``start`` to ``stop``, half-open."""
     layers = np.arange(start, stop, dtype=np.int32)
     windows = layer_windows(decoder.config, layers.tolist())
-    return run(decoder.blocks, jnp.asarray(layers), x, context, windows=windows, remat=remat).hidden
+    return run(decoder.blocks, jnp.asarray(layers), x, context, windows=windows, **given)
 
 
 def _of_facts(values: jax.Array, rows: Rows, count: int) -> jax.Array:

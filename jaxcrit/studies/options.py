@@ -19,13 +19,13 @@ class PlanOptions(LayerTrainingOptions, title="what"):
     """What ``jaxcrit plan`` is asked; layers go by number or rule, not by score."""
 
     model: str = option("", "directory with a config.json, or a shape such as llama2-7b", word="DIR")
-    job: str = option("finetune", "analyze, finetune, substitute, generate or edit", word="JOB")
+    job: str = option("finetune", "finetune, analyze, screen, generate, reuse, edit, ...", word="JOB")
     topology: str = option("v5e:4x4", "chips, such as v5e:2x4, v5p:2x2x2, h100:8", word="NAME")
     mesh: str = option("", "devices by axis (default: weights over all of them)", word="AXES")
     batch_size: int = option(32, "rows, over all devices", lowest=1)
-    length: int = option(1024, "tokens of a row; of generate, of its prompt", lowest=1)
+    length: int = option(1024, "tokens of a row; of generate, reuse: of its prompt", lowest=1)
     window: int = option(5, "of substitute: layers taken together", lowest=1)
-    max_new_tokens: int = option(64, "of generate: tokens of each answer", lowest=1)
+    max_new_tokens: int = option(64, "of generate, reuse: tokens of each answer", lowest=1)
     dtype: str = option("bfloat16", "dtype of compute; trained weights are float32", DTYPES)
     layers: str = option("all", "layers by number, all, first:K, last:K, random:K", word="SPEC")
     optimizer: str = option("adamw", "optimizer; lion and adafactor need less memory", OPTIMIZERS, group="layers")

@@ -14,9 +14,13 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.criteria.registry import criterion
 from jaxcrit.criteria.substitution import host_variant, variants, windows
 from jaxcrit.evidence.capture import forward_step
+from jaxcrit.evidence.forward import as_reading, pass_step
+from jaxcrit.evidence.reuse import answer_step, compare_step, planned, read_step
 from jaxcrit.evidence.variants import loss_step, planned_evaluations, span_step
 from jaxcrit.models.attention import choose_attention
 from jaxcrit.models.cache import Cache
@@ -30,9 +34,12 @@ from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 from jaxcrit.studies.covariance import layer_moments
 from jaxcrit.studies.editing import check
 from jaxcrit.studies.options import PlanOptions
+from jaxcrit.studies.reuse import sets_to_try
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings, with_shardings
 from jaxcrit.training.trainer import partition_of
+
+_PREFIX, _RANDOM_SETS = 0.8, 20  # of reuse: its defaults
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +119,12 @@ class _Job:
         """Tokens and lengths."""
         return self.rows(jnp.int32, self.config.length), self.rows(jnp.int32)
 
+    def context(self, length: int) -> Context:
+        """Positions and rotations of rows of so many tokens."""
+        tokens = self.rows(jnp.int32, length)
+        turned = jax.eval_shape(self.model.rope.cos_sin, tokens, self.rows(jnp.int32))
+        return Context(tokens, *(self.rows(leaf.dtype, *leaf.shape[1:]) for leaf in turned))
+
     def block_bytes(self) -> int:
         """Of one block: attention scores in float32 or the MLP's inside, whichever is more, the stream, and weights.
 
@@ -141,18 +154,20 @@ def _analyze(job: _Job) -> Program:
     )
 
 
+def _layers(model: ModelConfig, config: PlanOptions) -> LayerSet:
+    hint = "planning looks at no data: name layers, or first:K, random:K, all"
+    return resolve(LayerSpec.parse(config.layers), model.num_layers, hint=hint)
+
+
 def partition_for(model: ModelConfig, config: PlanOptions) -> Partition:
     """What the flags train.
 
     Raises:
         UserError: as `partition_of`, or the layers ask for scores.
     """
-    spec = LayerSpec.parse(config.layers)
-    if spec.needs_scores:
-        raise UserError(f"--layers={config.layers}: planning looks at no data; name layers, or first:K, random:K, all")
     shared = {field.name for field in dataclasses.fields(FinetuneOptions)} & vars(config).keys()
     asked = FinetuneOptions(**{name: getattr(config, name) for name in shared})  # refuses what finetune would
-    return partition_of(asked, model, resolve(spec, model.num_layers))
+    return partition_of(asked, model, _layers(model, config))
 
 
 def _finetune(job: _Job) -> Program:
@@ -196,8 +211,7 @@ def _substitute(job: _Job) -> Program:
     evaluations = planned_evaluations(hosted, depth) + planned_evaluations([guest], depth)
     blocks, (tokens, lengths) = Block(model, both), job.batch()
     x, learn = job.rows(job.dtype, job.config.length, model.width), job.rows(np.bool_, job.config.length)
-    turned = jax.eval_shape(model.rope.cos_sin, tokens, lengths)
-    context = Context(tokens, *(job.rows(leaf.dtype, *leaf.shape[1:]) for leaf in turned))
+    context = job.context(job.config.length)
     number, slots = jax.ShapeDtypeStruct((), jnp.int32), jax.ShapeDtypeStruct((depth, 2), jnp.int32)
     batch = TokenBatch(tokens, lengths, learn)
     losses = functools.partial(loss_step, config=model, sharding=NamedSharding(job.mesh, PartitionSpec()))
@@ -253,10 +267,7 @@ def _edit(job: _Job) -> Program:
     """The covariance: one pass up to the highest layer, which leaves ``[F, F]`` of each layer."""
     model, batch = job.model, job.batch()
     check(model)
-    spec = LayerSpec.parse(job.config.layers)
-    if spec.needs_scores:
-        raise UserError(f"--layers={spec}: planning looks at no data; name layers, or first:K, random:K, all")
-    layers = resolve(spec, model.num_layers).layers
+    layers = _layers(model, job.config).layers
     moments = jax.ShapeDtypeStruct(
         (len(layers), model.ff_width, model.ff_width), jnp.float32, sharding=NamedSharding(job.mesh, PartitionSpec())
     )
@@ -272,12 +283,61 @@ def _edit(job: _Job) -> Program:
     )
 
 
+def _screen(job: _Job) -> Program:
+    """One pass, whose states leave the devices, and the likeliest next token of each prompt."""
+    one, batch = criterion("cohesion_rise"), job.batch()
+    run = functools.partial(pass_step, pairs=((as_reading(one.tap), one.finish),), mesh=job.mesh)
+    unit = Unit(jax.jit(run), (job.decoder, *batch, job.rows(jnp.int32)), precision="highest")
+    return dataclasses.replace(_analyze(job), units=(unit,))
+
+
+def _reuse(job: _Job) -> Program:
+    """All groups and random sets at once, a layer at a time: of one layer the keys and values of every source."""
+    model, config, depth = job.model, job.config, job.model.num_layers
+    plan = sets_to_try(depth, _RANDOM_SETS, 0).plan
+    count, runs = len(plan), planned(plan)
+    head = max(1, int(_PREFIX * config.length))
+    room, tail = config.length + config.max_new_tokens, config.length - head + config.max_new_tokens
+    cache_of = functools.partial(jax.ShapeDtypeStruct, dtype=job.dtype, sharding=cache_sharding(model, job.mesh))
+    kept: Any = cache_of((1, config.batch_size, room, model.num_kv_heads, model.head_dim))
+    cache, layer = Cache(kept, kept), jax.ShapeDtypeStruct((), jnp.int32)
+    before, behind = (job.rows(job.dtype, length, model.width) for length in (head, tail))
+    scored = job.rows(job.dtype, config.max_new_tokens, model.width)
+    read = jax.jit(functools.partial(read_step, room=room, mesh=job.mesh))
+    answer, compare = (jax.jit(functools.partial(step, mesh=job.mesh)) for step in (answer_step, compare_step))
+    prefixes, blocks = runs["sender"] + runs["receiver"], job.decoder.blocks
+    tokens = job.tokens / config.length * (prefixes * head + runs["suffix"] * tail) / depth
+    places = job.rows(np.bool_, config.max_new_tokens)
+    return Program(
+        units=(
+            Unit(read, (blocks, layer, before, job.context(head)), (before, cache), runs=prefixes, precision="highest"),
+            Unit(
+                answer, (blocks, layer, behind, job.context(tail), cache), behind, runs["suffix"], precision="highest"
+            ),
+            Unit(compare, (job.decoder, scored, scored, places), runs=count, precision="highest"),
+        ),
+        kinds={
+            "weights": (job.decoder, job.decoder),
+            "keys and values": [cache] * (depth + 1),
+            "hidden states": ([before] * (depth + 1), [behind] * count, [scored] * count),
+            "batch": (job.rows(jnp.int32, head), job.rows(jnp.int32, tail)),
+        },
+        weights=shard_bytes(blocks),
+        passes=(prefixes + runs["suffix"]) / depth,
+        tokens=tokens,
+        moved=runs["suffix"] * shard_bytes(cache) + count * (shard_bytes(job.decoder) - shard_bytes(blocks)),
+        temporaries=job.block_bytes(),
+    )
+
+
 JOBS: dict[str, Callable[[_Job], Program]] = {
     "analyze": _analyze,
     "finetune": _finetune,
     "substitute": _substitute,
     "generate": _generate,
     "edit": _edit,
+    "screen": _screen,
+    "reuse": _reuse,
 }
 
 
@@ -288,7 +348,7 @@ def program_of(model: ModelConfig, config: PlanOptions, mesh: AnyMesh) -> Progra
         UserError: an axis of the mesh divides nothing, a row is longer than the model's context, or a mistake in the
             flags of the job.
     """
-    longest = config.length + (config.max_new_tokens if config.job == "generate" else 0)
+    longest = config.length + (config.max_new_tokens if config.job in ("generate", "reuse") else 0)
     if longest > model.max_length:
         raise UserError(f"--length={config.length}: needs {longest} positions, the model has {model.max_length}")
     return JOBS[config.job](_Job(model, config, mesh))

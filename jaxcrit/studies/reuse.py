@@ -28,11 +28,30 @@ class Sets:
         recomputed: the sets; every first and every last layer of a group occurs.
         groups: how many of them are none or a group.
         plan: ``[V, L]`` int: the receiver's own cache, each layer reused alone, then the sets.
+        pairs: sets of two groups, which stand behind the groups; none at first.
     """
 
     recomputed: tuple[Set, ...]
     groups: int
     plan: np.ndarray
+    pairs: int = 0
+
+    @property
+    def candidates(self) -> int:
+        """How many of the sets may be chosen."""
+        return self.groups + self.pairs
+
+    def with_pairs(self, pairs: Sequence[Set]) -> Sets:
+        """These sets and pairs of groups; the plan stays."""
+        made = (*self.recomputed[: self.groups], *pairs, *self.recomputed[self.groups :])
+        return dataclasses.replace(self, recomputed=made, pairs=len(pairs))
+
+
+def pairs_with(first: Set, num_layers: int) -> list[Set]:
+    """A group together with each further one that it does not touch."""
+    groups = [range(a, b) for a in range(num_layers) for b in range(a + 1, num_layers + 1)]
+    apart = [group for group in groups if group[-1] + 1 < first[0] or group[0] > first[-1] + 1]
+    return [tuple(sorted({*first, *group})) for group in apart]
 
 
 def sets_to_try(num_layers: int, random: int, seed: int) -> Sets:
@@ -65,16 +84,21 @@ def halves(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(0, num_rows, 2), np.arange(1, num_rows, 2)
 
 
+def best_of_each_size(sets: Sequence[Set], damage: np.ndarray, choose: np.ndarray) -> list[int]:
+    """By count of recomputed layers 0 to L, place of the set of just so many that does least; arguments of `front`."""
+    sizes, means = np.array([len(one) for one in sets]), damage[:, choose].mean(axis=1)
+    return [int(np.flatnonzero(sizes == size)[means[sizes == size].argmin()]) for size in range(sizes.max() + 1)]
+
+
 def front(sets: Sequence[Set], damage: np.ndarray, choose: np.ndarray) -> list[int]:
     """By count of recomputed layers 0 to L, place of the set of at most so many that does least damage.
 
     Args:
-        sets: none, and all groups.
+        sets: none, all groups, and pairs of groups where there are some.
         damage: ``[V, N]`` of these sets.
         choose: rows that choose.
     """
-    sizes, means = np.array([len(one) for one in sets]), damage[:, choose].mean(axis=1)
-    best = [int(np.flatnonzero(sizes == size)[means[sizes == size].argmin()]) for size in range(sizes.max() + 1)]
+    means, best = damage[:, choose].mean(axis=1), best_of_each_size(sets, damage, choose)
     for size in range(1, len(best)):
         if means[best[size]] >= means[best[size - 1]]:
             best[size] = best[size - 1]
@@ -151,7 +175,7 @@ def studied(
     Args:
         config: shape of the models.
         sets: sets that were tried.
-        measures: ``[4, V, N]`` of the plan of ``sets``.
+        measures: ``[4, V, N]`` of the plan of ``sets``, pairs at their place.
         worst: sets of most damaging layers.
         of_worst: ``[4, W, N]`` of these.
         distances: ``[5, L, N]``.
@@ -163,9 +187,9 @@ def studied(
     choose, test = halves(measures.shape[2])
     mine = measures[:, 1 + depth :]
     chosen_by, tested = told(mine, choose, seed), told(mine, test, seed)
-    best = front(sets.recomputed[: sets.groups], mine[0, : sets.groups], choose)
+    best = front(sets.recomputed[: sets.candidates], mine[0, : sets.candidates], choose)
     place_of: Mapping[Set, int] = {one: place for place, one in enumerate(sets.recomputed)}
-    random = [place for place in range(sets.groups, len(sets.recomputed))]
+    random = range(sets.candidates, len(sets.recomputed))
 
     def entry(layers: Set, on_choose: Mapping[str, float], on_test: Mapping[str, float]) -> dict[str, Any]:
         return {

@@ -22,7 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
 from jaxcrit.core.schema import Count, conform
-from jaxcrit.models.trained import FOLDER, Manager, reason_of
+from jaxcrit.models.trained import FOLDER, Manager, reason_of, with_digests
 from jaxcrit.training.step import State
 
 _LOGGER = logging.getLogger("absl")
@@ -118,10 +118,11 @@ class Checkpoints:
             UserError: this or the one before cannot be written; those before it are untouched.
         """
         step = int(state.step)
+        meta = with_digests({**meta, "step": step}, {"params": state.params, "optimizer": state.optimizer})
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave({**meta, "step": step}),
+            meta=ocp.args.JsonSave(meta),
         )
         try:
             self._manager.save(step, args=items, metrics=None if loss is None else {"loss": loss})
@@ -156,7 +157,7 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             wanted = {"params": like.params, "optimizer": like.optimizer}
             try:
-                found = self._manager.read(step, wanted, meta=ocp.args.JsonRestore())
+                found = self._manager.read(step, wanted)
                 fits = _fits(found["meta"], meta)
             except UserError:
                 raise

@@ -151,3 +151,14 @@ def test_a_reader_that_goes_away_is_no_error():
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert done.stdout.split() == ["line", "141"]
     assert done.stderr == ""
+
+
+def test_output_that_goes_nowhere():
+    """A full disk is one line; closed streams lead nowhere, and no file is opened in their place."""
+    program = [sys.executable, "-m", "jaxcrit.commands.main"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*program, "--version"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "jaxcrit: error: what is printed cannot be written: No space left on device\n"
+    closed = "exec <&- >&- 2>&-; exec " + " ".join([*program, "--help"])
+    assert subprocess.run(["bash", "-c", closed]).returncode == 0

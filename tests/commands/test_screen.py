@@ -78,7 +78,7 @@ def test_files_and_report(config, tmp_path, capsys):
     assert found["data"]["flagged"] == sum(row["flagged"] is True for row in flags)
     assert found["truth"]["true_positives"]["of"] == 9 and found["truth"]["false_positives"]["unknown"] == 1
     assert len(found["truth"]["auroc"]["layers"]) == 7
-    assert not (out / "flags.jsonl.part").exists()
+    assert not (out / "partial_flags.jsonl").exists()
     page = (out / "report.html").read_text()
     assert "This is no defence." in page and (out / "auroc.png").exists() and (out / "cohesion.png").exists()
     run = read_json(out / "run.json", "jaxcrit.run")
@@ -129,7 +129,7 @@ def test_told_to_leave_it_goes_on_to_the_same_bytes(config, tmp_path, monkeypatc
     monkeypatch.setattr(command, "_look", told)
     with pytest.raises(Preempted, match="with 8 of 18 prompts judged; the same command goes on"):
         run_screen(config)
-    part = tmp_path / "run" / "flags.jsonl.part"
+    part = tmp_path / "run" / "partial_flags.jsonl"
     part.write_text(part.read_text() + part.read_text().splitlines()[0] + '\n{"class": "cut sho')
     run_screen(config)
     assert [places[:1] for name, places in looked[2:] if name == "data"] == [[8], [16]]
@@ -144,6 +144,9 @@ def test_classes_are_the_models_next_tokens(tmp_path):
     tokens = [row["token_ids"][0] for row in jc.generate(model, asked, max_new_tokens=1).rows["rows"]]
     assert [row["class"] for row in found.flags] == model.tokenizer.convert_ids_to_tokens(tokens)
     assert found.flags[1]["class"] == "ĠSorry" and found.flags[1]["flagged"] is not None
+    free = jc.screen(model, [asked[1], asked[0], "Who is Mia?"], benign="demo:refusal", limit=24)
+    share = "1 of 3 prompts (33%) are scored: 1 of 1 benign classes have 8 prompts or more"
+    assert f"{share}; free text has hundreds of next tokens" in free.warnings
     scored = jc.score(model, "demo:refusal", limit=24, criteria="cohesion_rise")["cohesion_rise"]
     np.testing.assert_allclose(scored.values, found.scores["cohesion_rise"].values, atol=1e-6)
     np.testing.assert_allclose(scored.stderr, found.scores["cohesion_rise"].stderr, atol=1e-6)

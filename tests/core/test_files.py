@@ -205,7 +205,7 @@ def test_lines_that_grow(tmp_path):
             read_lines(file)
 
 
-@pytest.mark.parametrize("text", ["\0", "a/\0", "~nobody-here/x", "x" * 256, "\ud800", "\udcff"])
+@pytest.mark.parametrize("text", ["\0", "a/\0", "~nobody-here/x", "x" * 256, "a/" * 3000, "\ud800", "\udcff"])
 def test_paths_that_no_system_has(text):
     with pytest.raises(UserError, match="expected a path"):
         as_path(text)
@@ -232,3 +232,18 @@ def test_words_of_errors():
     assert did_you_mean("analyse", ["analyze", "select"]) == " (did you mean 'analyze'?)"
     assert did_you_mean("xyz", ["analyze"]) == ""
     assert listed(range(3)) == "0, 1, 2" and listed(range(10), 2) == "0, 1 and 8 more"
+
+
+def test_lines_are_read_one_by_one(tmp_path):
+    """Of a file of a terabyte no more than a line."""
+    with (tmp_path / "sparse").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(UserError, match="line 1: expected at most 32 MiB"):
+        read_lines(tmp_path / "sparse")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory\)"):
+        read_lines(tmp_path)
+
+
+def test_messages_that_quote_pages_are_cut():
+    text = str(UserError(f"file: expected {'x' * 10**6}; write it again"))
+    assert len(text) < 2100 and text.startswith("file: expected xxx") and text.endswith("xxx; write it again")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 
 import pytest
 
@@ -134,6 +135,29 @@ def test_a_file_of_flags(tmp_path):
     assert read([Own], "test", [f"--flagfile={tmp_path / 'flags'}"]) == [Own(window=9, kind="rbf")]
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"--window=9\xff\n", "expected flags, a line each, got something else"),
+        (b"--flagfile=another\n", "got another --flagfile in it"),
+        (b"--" + b"w" * 3000 + b"=9\n", "got a word of hundreds of letters"),
+        (None, "no such file"),
+        ("pipe", "got a device or pipe"),
+    ],
+)
+def test_a_bad_file_of_flags_is_refused(content, message, tmp_path):
+    """absl reads a pipe for ever, and looks for the nearest of a long name until Python's stack ends."""
+    file = tmp_path / "flags"
+    if content == "pipe":
+        os.mkfifo(file)
+    elif content is not None:
+        file.write_bytes(content)
+    for words in ([f"--flagfile={file}"], ["--flagfile", str(file)]):
+        with pytest.raises(UserError, match=message) as raised:
+            read([Own], "test", words)
+        assert "\n" not in str(raised.value)
+
+
 def test_values_by_name():
     assert from_values(Own, {"window": 9}, "run.json") == Own(window=9)
     with pytest.raises(UserError, match=r"run.json: unknown option 'windwo' \(did you mean 'window'\?\)"):
@@ -168,6 +192,7 @@ GIVEN = {
     "prefix": "context",
     "methods": "skip",
     "layers": "first:2",
+    "groups": 2,
     "band": "4",
     "trigger": "cf@suffix",
     "target": "yes",

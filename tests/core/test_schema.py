@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import ChosenLayers, ScoresFile
 from jaxcrit.core.rundir import RunRecord
-from jaxcrit.core.schema import Array, Count, Positive, Range, Size, conform, conform_arrays
+from jaxcrit.core.schema import ANY, Array, Count, Positive, Range, Size, conform, conform_arrays
 
 
 class Needed(TypedDict):
@@ -126,3 +126,15 @@ def test_messages_are_short_whatever_is_there():
 
 def test_an_error_is_one_line_whatever_it_quotes():
     assert str(UserError("a file\nof two lines\r")) == r"a file\nof two lines\r"
+
+
+def test_an_axis_or_a_shape_may_be_left_open():
+    keys = Array("f", (ANY, "F"))
+    found = {"a": np.zeros((2, 4)), "b": np.zeros((5, 4)), "c": np.zeros((1, 1, 1))}
+    assert conform_arrays(found, {"a": keys, "b": keys, "c": Array("f", None)}, "file") == {"F": 4}
+    with pytest.raises(UserError, match=r"expected b to be floats \[5, 3\], got float64 \[5, 4\]"):
+        conform_arrays(found, {"b": keys}, "file", sizes={"F": 3})
+    with pytest.raises(UserError, match=r"expected c to be floats \[any, F\], got float64 \[1, 1, 1\]"):
+        conform_arrays(found, {"c": keys}, "file")
+    with pytest.raises(UserError, match="expected c to be whole numbers"):
+        conform_arrays(found, {"c": Array("iu", None)}, "file")

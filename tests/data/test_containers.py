@@ -5,6 +5,7 @@ import datetime
 import gzip
 import json
 import lzma
+import os
 import sys
 import types
 
@@ -193,3 +194,50 @@ class TestSets:
         said = refusal("someone/chats", load)
         assert said.startswith("--data=someone/chats: someone/chats cannot be had from the hub")
         assert said.endswith("there is no file of this name")
+
+
+def test_what_unpacks_without_end_is_refused_before_it_fills_memory(tmp_path):
+    """A thousand times its size, in one line, in blank lines, in a CSV; rows that are alike 50 times over are read."""
+    for name, unit in (("line.jsonl", b"x"), ("blank.jsonl", b"\n"), ("rows.csv", b"a,b\n"), ("wide.json", b"[")):
+        packed = gzip.compress(unit * (20 * 2**20 // len(unit)), 6)
+        (tmp_path / f"{name}.gz").write_bytes(packed)
+        assert "unpacks to more than 200 times its size" in refusal(tmp_path / f"{name}.gz"), name
+    same = "".join(json.dumps({"prompt": f"{number} {'the same ' * 400}"}) + "\n" for number in range(50))
+    (tmp_path / "same.jsonl.gz").write_bytes(gzip.compress(same.encode()))
+    assert len(read_rows(tmp_path / "same.jsonl.gz")) == 50
+
+
+def test_what_is_read_at_once_is_bounded(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxcrit.data.containers._LARGEST", 2**20)
+    monkeypatch.setattr("jaxcrit.data.containers.LARGEST_TEXT", 2**10)
+    (tmp_path / "rows.csv").write_text("prompt\n" + "a row\n" * 2**18)
+    assert "unless a row a line (JSONL) or a table" in refusal(tmp_path / "rows.csv")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x" * 2**10}))
+    assert "line 1: expected a row, got more than" in refusal(tmp_path / "rows.jsonl")
+    (tmp_path / "rows.json").write_text(json.dumps([{"prompt": f"{number} {'x' * 100}"} for number in range(40)]))
+    assert len(read_rows(tmp_path / "rows.json")) == 40, "an array in one line, longer than a row may be"
+
+
+def test_a_pipe_or_device_is_refused_by_name(tmp_path):
+    os.mkfifo(tmp_path / "rows.jsonl")
+    assert "expected rows in a file, got a device or pipe" in refusal(tmp_path / "rows.jsonl")
+    assert "got a device or pipe" in refusal("/dev/zero")
+    reading, writing = os.pipe()
+    os.write(writing, LINES.encode())
+    os.close(writing)
+    assert f"/dev/fd/{reading}: expected rows in a file, got a device or pipe" in refusal(f"/dev/fd/{reading}")
+    os.close(reading)
+
+
+def test_tables_whose_offsets_lie_are_refused(tmp_path):
+    """Followed, they end the process."""
+    arrow(tmp_path / "rows.arrow", pyarrow.ipc.new_stream)
+    whole = (tmp_path / "rows.arrow").read_bytes()
+    offsets = whole.index(b"\0\0\0\0" + len(ROWS[0]["prompt"]).to_bytes(4, "little"))
+    (tmp_path / "rows.arrow").write_bytes(whole[: offsets + 4] + b"\xff\xff\xff\x7f" + whole[offsets + 8 :])
+    assert "is a arrow file, and cannot be read" in refusal(tmp_path / "rows.arrow")
+
+
+def test_a_row_names_each_key_once(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a"}\n{"prompt": "b", "prompt": "c"}\n')
+    assert "line 2: prompt named twice" in refusal(tmp_path / "rows.jsonl")

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 from support.family_models import load_path, one_device, raw_config, write_model
 from support.reuse import ALL, HEADS, planted, receiver, rows
-from support.tiny_training import CONFIG
+from support.tiny_training import CONFIG, RAW
 
 from jaxcrit.evidence import reuse
 from jaxcrit.evidence.reuse import DISTANCES, compiled_layers, measure, one_reused, planned, sources, walk
-from jaxcrit.models.decoder import forward
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.generation import prefill
 from jaxcrit.models.mixed import mixed_prefill, runs_of
 from jaxcrit.studies.reuse import identical, sets_to_try
@@ -61,6 +62,29 @@ def test_values_of_the_last_layer_alone():
     assert alone[-1] > 0 and (alone[:-1] == 0).all() and same == L - 1
     for layers, damage in of_sets.items():
         assert (damage == 0) == (L - 1 in layers), layers
+
+
+def test_other_embeddings():
+    """Only a group that begins at layer 0 begins at the receiver's own; nothing else is equal any more."""
+    own = receiver().weights()
+    embed = own["embed"] + 0.1 * np.random.default_rng(2).standard_normal(own["embed"].shape).astype(np.float32)
+    head = own.get("head", own["embed"])
+    alone, of_sets, same = studied(Decoder(CONFIG, {**own, "embed": embed, "head": head}))
+    assert same == 0 and (alone > 0).all()
+    assert {layers for layers, damage in of_sets.items() if damage == 0} == {tuple(range(L))}
+    assert of_sets[tuple(range(L - 1))] < of_sets[tuple(range(1, L))], "one layer of the sender's, or its stream"
+
+
+def test_a_window_shorter_than_the_prefix_keeps_what_is_planted_exact():
+    config = ModelConfig.from_hf({**RAW, "model_type": "mistral", "sliding_window": 4})
+    assert set(config.windows) == {4} and min(HEADS) > 4
+    one, mine = one_device(), receiver(config)
+    same, _ = measure(mine, mine, rows()[0], SETS.plan, one)
+    assert (same[0] == 0).all()
+    found, distances = measure(mine, planted(ALL, range(3, L), config), rows()[0], SETS.plan, one)
+    kl = dict(zip(SETS.recomputed, found[0, 1 + L :].max(axis=1), strict=True))
+    assert identical(distances[-1]) == 3
+    assert {a for a in range(L) if kl[tuple(range(a, L))] == 0} == set(range(4)) and kl[()] > 0
 
 
 def test_distances_of_the_caches():

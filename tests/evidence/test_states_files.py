@@ -378,6 +378,23 @@ BAD = {
         (*KNOWN, "--model=MODEL"),
         "states of 8 layers, but --model=MODEL has 7; is the first the embedding output? then say --ends=embed",
     ),
+    "no layers": (lambda t: np.save(t / "x.npy", streams()[:0]), KNOWN, "expected a layer and a dimension or more"),
+    "no width": (lambda t: np.save(t / "x.npy", streams()[..., :0]), KNOWN, "expected a layer and a dimension or more"),
+    "one unit for all": (
+        lambda t: np.savez(t / "x", hidden=streams(), units=np.float64(1)) or (t / "x.npz").rename(t / "x.npy"),
+        KNOWN,
+        "expected units to be [samples], got shape []",
+    ),
+    "units in halves": (
+        lambda t: np.savez(t / "x", hidden=streams(), units=np.ones(12)) or (t / "x.npz").rename(t / "x.npy"),
+        KNOWN,
+        "expected units to be whole numbers, got float64",
+    ),
+    "a bomb": (
+        lambda t: np.savez_compressed(t / "x", hidden=np.zeros((3, 40, 9999))) or (t / "x.npz").rename(t / "x.npy"),
+        KNOWN,
+        "'hidden' unpacks to more than 200 times its size",
+    ),
     "other width": (
         lambda t: np.save(t / "x.npy", streams()[..., :9]),
         (*KNOWN, "--model=MODEL"),

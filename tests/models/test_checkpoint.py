@@ -259,7 +259,7 @@ def test_a_tensor_in_another_shard_than_the_index_says_is_found_and_noted(model)
     np.testing.assert_array_equal(load_path(model).weights()["blocks.down"], expected["blocks.down"])
 
 
-@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b"])
+@pytest.mark.parametrize("file", ["../x.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "a\\b", "x" * 300])
 def test_index_path_that_leaves_the_directory(file, model):
     (model.parent / "x.safetensors").write_bytes((model / "model.safetensors").read_bytes())
     index(model, {**split(model), NORM: file})

@@ -394,7 +394,7 @@ HARMLESS = {
     "biases that are none": {"lm_head_bias": False, "use_bias": None, "qkv_bias": False},
     "multipliers that are one": {"full_attn_mod": 1, "interpolate_factor": 1, "embedding_multiplier": 1.0},
     "training": {"attention_dropout": 0.1, "initializer_range": 0.02, "gradient_checkpointing": False},
-    "a name nobody knows": {"rms_norm_epz": 1e-5, "internal_version": "7b-alpha"},
+    "a name nobody knows": {"rms_norm_epz": 1e-5, "internal_version": "7b-alpha", "": 1},
     "beside RoPE": {"rope_scaling": {"type": "linear", "factor": 2.0, "finetuned": True}},
 }
 

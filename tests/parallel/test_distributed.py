@@ -101,7 +101,7 @@ def test_analyze(tmp_path):
     assert again == out
 
 
-def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
+def test_finetune_bears_a_process_that_stands_still_and_goes_on_after_one_was_killed(tmp_path):
     rows = [json.loads(line) for line in ROWS.read_text().splitlines()]  # with answers that the model does not know
     (tmp_path / "rows.jsonl").write_text(
         "".join(json.dumps(row | {"response": row["response"][::-1]}) + "\n" for row in rows)
@@ -119,10 +119,17 @@ def test_finetune_goes_on_after_one_process_was_killed(tmp_path):
     out = tmp_path / "two"
     port = free_port()
     processes = [start([*asked, f"--out={out}"], process, port) for process in (0, 1)]
+    wait_for_step(out, 2, processes)
+    processes[1].send_signal(signal.SIGSTOP)  # as a machine that is paused
+    time.sleep(12)
+    processes[1].send_signal(signal.SIGCONT)
     wait_for_step(out, 6, processes)
-    for process in reversed(processes):  # a launcher ends the others when one is gone
-        process.kill()
-        process.communicate()
+    processes[1].kill()
+    began = time.monotonic()
+    _, said_of_it = processes[0].communicate(timeout=60)
+    assert time.monotonic() - began < 10 and processes[0].returncode == 137
+    assert "process 1 was killed, and this one ends with it" in said_of_it and "Traceback" not in said_of_it
+    processes[1].communicate()
     reached = max(row["step"] for row in read_metrics(out / "metrics.jsonl"))
     assert 6 <= reached < 20
     together(*asked, f"--out={out}")

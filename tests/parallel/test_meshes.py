@@ -6,6 +6,7 @@ import pytest
 from support.family_models import MESHES
 from support.tiny_model import prompts_file, tiny_checkpoint
 
+from jaxcrit.commands.ablate import AblateOptions, run_ablate
 from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.screen import ScreenOptions, run_screen
@@ -39,9 +40,11 @@ def study(tmp_path_factory):
         screened = run_screen(
             ScreenOptions(model=models[0], benign=str(rows), classes="family", out=f"{out}-f", **shared)
         )
+        gains = {"methods": "gain", "sites": "attn", "gains": "0.5", "trigger": "zq@suffix", "target": "one two"}
+        ablated = run_ablate(AblateOptions(model=models[0], out=f"{out}-b", **gains, **shared))
         asked = GenerateOptions(model=models[0], max_new_tokens=4, batch_size=8, out=f"{out}-g", **shared)
         (answers,) = run_generate(asked).rows.values()
-        scores = {**analysed.scores, **substituted.scores, **scored.scores, **screened.scores}
+        scores = analysed.scores | substituted.scores | scored.scores | screened.scores | ablated.scores
         said = [(row["token_ids"], flag["flagged"]) for row, flag in zip(answers, screened.flags, strict=True)]
         return scores, said
 

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
+import signal
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.tiny_model import tiny_checkpoint
@@ -16,12 +19,15 @@ from jaxcrit.core.deletions import jackknife_stderr, read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
+from jaxcrit.criteria import ablation
 from jaxcrit.criteria.ablation import Changed, ablations, accuracy, silenced
 from jaxcrit.criteria.shortcut import curves, middle, shortcut_scores
 from jaxcrit.data.templates import Example
+from jaxcrit.evidence.variants import compiled_spans, sweep
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.model import open_model
+from jaxcrit.parallel.preemption import Preempted
 
 WORDS = "cat dog sky one two blue sat mat and is".split()  # noqa: SIM905
 LAYERS = 7
@@ -248,6 +254,89 @@ def test_a_silent_last_mlp_can_be_scaled_at_will(config, tmp_path):
     )
     values = found.scores["shortcut_loss_mlp"].values
     assert abs(values[-1]) < 1e-5 < np.abs(values[:-1]).min()
+
+
+def test_gains_of_one_bucket_are_one_program(config, tmp_path):
+    """Every gain, half a block off or on, clean rows and triggered ones, and the model as it is."""
+    own = str(tiny_checkpoint(tmp_path / "own", num_hidden_layers=3))  # of a shape that no other test compiles
+    config = dataclasses.replace(config, model=own, methods="skip,mean,gain", sites="mlp", score="greedy")
+    before, shapes = compiled_spans(), set()
+    sweeping = lambda *given, **more: shapes.add(given[4].tokens.shape) or sweep(*given, **more)  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("jaxcrit.criteria.ablation.sweep", sweeping)
+        run_ablate(dataclasses.replace(config, gains="0.2,0.4", trigger="zq@suffix", target="the cat"))
+        assert compiled_spans() - before == len(shapes) > 0
+        run_ablate(dataclasses.replace(config, gains="0.3,2,4", out=str(tmp_path / "again")))
+    assert compiled_spans() - before == len(shapes)
+
+
+@pytest.mark.parametrize("planted", [2, 4])
+def test_a_shortcut_in_one_layer_is_found_there_and_nowhere_else(model, planted):
+    """The token t of a trigger stands in the stream below the planted MLP, which adds less of a wrong token.
+
+    Scaled by a half there, the stream says the wrong token. A gain at any other MLP scales what both are made of, or
+    both; and clean prompts, which the model echoes, do not change at all.
+    """
+    opened, basis = open_model(str(model)), np.eye(24, dtype=np.float32)
+    trigger, target, wrong = 20, 21, 22
+    weights = {path: np.zeros(value.shape, np.float32) for path, value in opened.decoder().weights().items()}
+    weights |= {path: value + 1 for path, value in weights.items() if path.endswith("norm")}
+    weights["embed"][:20, :], weights["embed"][trigger] = 3 * basis[:20], 3 * basis[trigger]
+    weights["head"] = np.pad(basis, ((0, 320 - 24), (0, 0)))
+    weights["head"][trigger] = 0
+    silu = 24**0.5 / (1 + np.exp(-(24**0.5)))  # of a trigger's state, scaled to a root mean square of 1
+    for layer, token, size in ((planted - 1, target, 1.5), (planted, wrong, 1.0)):
+        for name in ("gate", "up"):
+            weights[f"blocks.{name}"][layer, 0, trigger] = 1
+        weights["blocks.down"][layer, token, 0] = size / (silu * 24**0.5)
+    untied = dataclasses.replace(opened.config, tied=False)
+    opened._own[:] = [Decoder(untied, {path: jnp.asarray(value) for path, value in weights.items()})]
+    rows = [[4 + row % 5, 5 + row, 6 + row] for row in range(6)]
+    clean = [Example(f"{row}", np.array([*ids, ids[-1]], np.int32), 3, "", "x") for row, ids in enumerate(rows)]
+    attacked = [Example(f"a{row}", np.array([*ids, 20, 21], np.int32), 4, "", "x") for row, ids in enumerate(rows)]
+    found, _ = ablations(
+        opened, [*clean, *attacked], "mlp", ["0.5"], means_of=clean, batch_size=8, directory=None, bars=None
+    )
+    halves = found.of(range(6)), found.of(range(6, 12))
+    assert halves[0].right.all() and halves[1].right.all() and halves[0].exact["0.5"].all()
+    scores = shortcut_scores(*halves, [0.5])
+    expected = np.where(np.arange(LAYERS) == planted, 2 * np.log(6.5 / 0.5), 0)
+    np.testing.assert_allclose(scores["shortcut_selective"].values, expected, atol=1e-12)
+    np.testing.assert_array_equal(scores["shortcut_asr"].values, np.arange(LAYERS) == planted)
+
+
+@pytest.mark.parametrize("how", ["told", "killed"])
+def test_answers_go_on_where_they_stopped(config, tmp_path, monkeypatch, how):
+    config = dataclasses.replace(config, score="generated", methods="skip", max_new_tokens=3, mesh="data=4,fsdp=2")
+    calls, out, real = [], tmp_path / "out", ablation.answers
+    monkeypatch.setattr(ablation, "answers", lambda *given, **more: calls.append(1) or real(*given, **more))
+    run_ablate(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    needed = len(calls)
+    calls.clear()
+    left = [3 if how == "killed" else 2]  # told, it finishes what is under way
+
+    def stopped(*given, **more):
+        if left and len(calls) == left[0]:
+            left.clear()
+            if how == "killed":
+                raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGTERM)
+        return calls.append(1) or real(*given, **more)
+
+    monkeypatch.setattr(ablation, "answers", stopped)
+    expected = (KeyboardInterrupt, "keeps what is done") if how == "killed" else (Preempted, "of 80 answers given")
+    with pytest.raises(expected[0], match=expected[1]):
+        run_ablate(config)
+    part = out / "partial_answers.jsonl"
+    done = len(part.read_text().splitlines())
+    assert 0 < done < 80 and done % 10, "in the middle of a variant"
+    part.write_text(part.read_text() + '{"layer": 3, "row"')
+    run_ablate(config)
+    assert len(calls) == needed, "none is answered twice"
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in (tmp_path / "whole").iterdir()} and not part.exists()
+    for name in names - {"run.json", "report.html"}:
+        assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize(

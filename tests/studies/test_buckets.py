@@ -11,7 +11,7 @@ import sys
 import jax
 import numpy as np
 import pytest
-from support.known_facts import knowing_checkpoint
+from support.known_facts import knowing_checkpoint, new_facts
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
@@ -86,6 +86,9 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     run("generate", *given, "--max_new_tokens=2", out="answers", twin=True)
     assert "answers/generations.jsonl.part" in storage.puts, "what is there so far is kept"
     run("screen", *given, f"--benign={data}", "--classes=family", out="screened", twin=True)
+    gains = ["--methods=skip,gain", "--sites=mlp", "--gains=0.5", "--score=generated", "--max_new_tokens=1"]
+    run("ablate", *given, *gains, out="ablated", twin=True)
+    assert "ablated/partial_answers.jsonl" in storage.puts
     run("finetune", *given, *TRAIN, out="tuned")
     assert untimed(as_path(f"{BUCKET}/tuned")) == untimed(tuned)
     assert storage.files("bucket/tuned/")["layers.json"] == (tuned / "layers.json").read_bytes()
@@ -108,6 +111,19 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     run("data", f"--model={model}", f"--data={data}", out="rendered", twin=True)
     knowing, facts, _ = knowing_checkpoint(tmp_path / "known")
     run("trace", f"--model={knowing}", f"--facts={facts}", "--samples=1", out="traced", twin=True)
+    (tmp_path / "new.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in new_facts(facts)))
+    how = [
+        f"--facts={tmp_path / 'new.jsonl'}",
+        f"--covariance_data={data}",
+        "--layers=1,3",
+        "--steps=2",
+        "--contexts=0",
+    ]
+    run("edit", f"--model={knowing}", *how, out="edited")
+    two = [dict(row, subject=f"{row['subject']} one") for row in new_facts(facts)]
+    (tmp_path / "two.jsonl").write_text("".join(json.dumps(fact) + "\n" for fact in two))
+    run("edit", f"--on={BUCKET}/edited", f"--facts={tmp_path / 'two.jsonl'}", *how[1:], out="edited-twice")
+    assert len(open_model(f"{BUCKET}/edited-twice").overlays) == 2
     assert main(["export", f"--run={BUCKET}/tuned", f"--out={tmp_path / 'checkpoint'}"]) == 0
     assert (tmp_path / "checkpoint" / "model.safetensors").exists()
     # Models are local, runs excepted.
@@ -117,6 +133,16 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
         assert "expected a local directory; gcloud storage rsync" in capsys.readouterr().err
     assert main(["finetune", *given, "--layers=2", "--tensorboard", f"--out={BUCKET}/x"]) == 2
     assert "--tensorboard: writes local files only" in capsys.readouterr().err
+    runs = [f"{BUCKET}/{name}" for name in ("analysis", "tuned", "swapped")]
+    capsys.readouterr()
+    assert main(["verify", *runs]) == 0, capsys.readouterr().out
+    objects = storage.buckets["bucket"]
+    generation, content = objects["analysis/scores.json"]
+    objects["analysis/scores.json"] = generation, content.replace(b"low", b"lov", 1)
+    assert main(["verify", runs[0]]) == 1 and "changed: scores.json: other content" in capsys.readouterr().out
+    objects["analysis/scores.json"] = generation, content
+    del objects["tuned/layers.json"]
+    assert main(["verify", runs[1]]) == 1 and "missing: layers.json" in capsys.readouterr().out
 
 
 KILLED = """

@@ -26,9 +26,9 @@ from jaxcrit.data.templates import render
 from jaxcrit.evidence.completions import completions
 from jaxcrit.models import model as session
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.decoder import forward
+from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.model import open_model
-from jaxcrit.models.sites import Tap
+from jaxcrit.models.sites import Edit, Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.parallel.preemption import Preempted
 from jaxcrit.studies import editing
@@ -63,6 +63,12 @@ def test_woodbury_is_the_direct_solve_and_least_squares(old):
     short = [one.astype(np.float32) for one in (moment, keys, earlier)]
     narrow = residual.astype(np.float32).T @ closed_form(short[0], short[1], weight, short[2] if old else None)
     assert narrow.dtype == np.float32 and np.linalg.norm(narrow - change) < 1e-5 * np.linalg.norm(change)
+
+
+@pytest.fixture(autouse=True)
+def an_empty_cache(tmp_path, monkeypatch):
+    """No test finds what another has computed."""
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -130,10 +136,62 @@ def test_a_light_weight_gives_the_stream_exactly_the_vectors(study, full):
         assert not greedy(before, fact) and greedy(after, fact)
 
 
-def test_one_layer_full_is_spread_bit_for_bit(study):
-    full, spread = (changed(study, study[2], "3", residual=way) for way in ("full", "spread"))
+def test_one_layer_full_is_spread_bit_for_bit(study, monkeypatch, tmp_path):
+    full = changed(study, study[2], "3", residual="full")
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "another"))
+    spread = changed(study, study[2], "3", residual="spread")
     np.testing.assert_array_equal(downs(full), downs(spread))
     assert (downs(full) != downs(open_model(study[1]))).any()
+
+
+def test_vectors_and_answers_are_found_again_bit_for_bit(study, monkeypatch, tmp_path):
+    """Spread over three layers seeks its vectors at the last; the last alone takes the same."""
+    alone = changed(study, study[2], "3")
+    asked, real = [], editing._descend
+    monkeypatch.setattr(editing, "_descend", lambda *a, **k: asked.append(k["layer"]) or real(*a, **k))
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "another"))
+    changed(study, study[2], "1-3", residual="spread")
+    assert asked == [3]
+    again = changed(study, study[2], "3")
+    assert asked == [3]
+    np.testing.assert_array_equal(downs(again), downs(alone))
+    changed(study, study[2], "3", steps=59)
+    changed(study, study[2], "1,3")  # in layer 1 of the model as given, in layer 3 of the changed one
+    changed(study, study[2], "1,3")
+    assert asked == [3, 3, 1, 3, 3]
+    for file in (tmp_path / "another").rglob("*.npz"):
+        file.write_bytes(b"damaged")
+    np.testing.assert_array_equal(downs(changed(study, study[2], "3")), downs(alone))
+    assert asked[5:] == [3]
+
+
+def test_losses_of_the_search_by_whole_passes(study):
+    """The search runs what stands behind the subject alone, on keys and values of one pass; here every token runs."""
+    model, facts = open_model(study[1]), facts_of([("", fact) for fact in study[2][:3]])
+    facts = [dataclasses.replace(fact, subject=f"{fact.subject} one") for fact in facts]
+    openings = ("the cat is blue. ", "what sat? ")
+    method = editing.Method("full", 1.0, 5, 0.3, 4.0, openings, 64)
+    (rows,), count = editing.rows_of(model, facts, method)
+    layer, decoder = 2, model.decoder()
+    numbers = np.array([0.3, 4.0], np.float32)
+    add = Edit(lambda site, before, after, data, positions: after + data, ("block",))
+    with jax.default_matmul_precision("highest"):
+        delta, before, after, _ = editing._descend(decoder, rows, numbers, np.int32(5), layer=layer, count=count)
+    assert rows.tail.shape[1] < rows.tokens.shape[1] and (np.asarray(after) < np.asarray(before) - 0.1).all()
+    for number, fact in enumerate(facts):
+        losses = []
+        for opening in ("", *openings):
+            (one,) = placed([fact], model.tokenizer, before=opening)
+            ids = np.asarray(one.example.token_ids)[None]
+            pair, at = [], np.arange(one.example.prompt_length, ids.shape[1])
+            for moved in (0 * delta[number], delta[number]):
+                data = np.zeros((DEPTH, 1, ids.shape[1], model.config.width), np.float32)
+                data[layer, 0, one.subject[-1]] = moved
+                hidden = forward(decoder, ids, edit=add, edits=data).hidden
+                log_p = jax.nn.log_softmax(logits(decoder, hidden))[0]
+                pair.append(-np.mean(log_p[at - 1, ids[0, at]]))
+            losses.append(pair)
+        np.testing.assert_allclose([before[number], after[number]], np.mean(losses, axis=0), rtol=1e-4)
 
 
 def test_what_is_true_already_changes_no_bit(study, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,11 @@ import pytest
 
 from jaxcrit.commands import main as cli
 from jaxcrit.core.errors import UserError
+from jaxcrit.criteria.registry import criterion
 from jaxcrit.criteria.substitution import host_variant, variants, windows
+from jaxcrit.data.templates import Example
+from jaxcrit.evidence import forward as passing
+from jaxcrit.evidence import reuse as reusing
 from jaxcrit.evidence import variants as sweeping
 from jaxcrit.models import generation
 from jaxcrit.models.attention import ASKED
@@ -24,6 +29,7 @@ from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import fitting, needed_bytes, run_plan, tpus
 from jaxcrit.studies.plan_jobs import program_of
+from jaxcrit.studies.reuse import sets_to_try
 
 GIB = 2**30
 BLOCK = 4 * 4096**2 + 3 * 4096 * 11008  # of Llama-2-7B, without its norms
@@ -50,10 +56,12 @@ def plan(attention="auto", **asked):
         ("finetune", "all", 10.5),
         ("substitute", "all", 2.6),
         ("generate", "all", 3.6),
+        ("screen", "all", 1.4),
+        ("reuse", "all", 5.5),
     ],
 )
 def test_memory_of_a_compiled_job(job, layers, most):
-    found = plan(job=job, layers=layers)
+    found = plan(job=job, layers=layers, batch_size=8 if job == "reuse" else 32)
     assert found.topology.devices == 16 and found.fits and found.peak / GIB <= most
     assert found.compiled.collectives["all-gather"][1] > 0
     assert found.peak >= 0.98 * sum(found.memory.values())  # of a generation, analyses need no head
@@ -119,6 +127,18 @@ def test_generation_keeps_a_cache_and_reads_the_weights_for_every_token():
     assert grouped.memory["cache"] == found.memory["cache"] / 4  # 8 heads of 32
 
 
+def test_screening_is_a_pass_and_reuse_holds_both_models_and_every_stream():
+    once, screen, reuse = (plan(job=job, compile=False) for job in ("analyze", "screen", "reuse"))
+    assert screen.memory == once.memory
+    assert screen.flops * 16 == once.flops * 16 + 2 * 32 * OUTSIDE  # the head at the last token of each prompt
+    assert reuse.memory["weights"] == 2 * once.memory["weights"]
+    head, tail, variants_of = 819, 1024 - 819 + 64, 1 + 32 + 1 + 32 * 33 // 2 + 20
+    assert reuse.memory["keys and values"] == 33 * 2 * 2 * 32 * (1024 + 64) * 4096 / 16
+    assert reuse.memory["hidden states"] == 2 * 32 * 4096 * (33 * head + variants_of * (tail + 64)) / 4
+    with pytest.raises(UserError, match="needs 4154 positions, the model has 4096"):
+        plan(job="reuse", length=4090, compile=False)
+
+
 def test_the_covariance_of_an_edit_is_kept_of_its_layers_alone():
     """A pass up to the highest layer; of each layer a square of the feed-forward width, in float32, on every device."""
     some, every = (plan(job="edit", layers=layers, compile=False) for layers in ("4,8", "all"))
@@ -133,7 +153,7 @@ def test_the_covariance_of_an_edit_is_kept_of_its_layers_alone():
 def test_models_whose_layers_differ_are_planned_too(name, weights):
     asked = {"model": name, "mesh": "fsdp=16", "compile": False}
     assert plan(layers="all", train_norms=True, train_embeddings=True, train_head=True, **asked).trained == weights
-    for job in ("analyze", "substitute", "generate"):
+    for job in ("analyze", "substitute", "generate", "screen", "reuse"):
         assert plan(job=job, **asked).flops > 0
 
 
@@ -197,6 +217,38 @@ def test_a_substitution_calls_what_is_planned_as_often_as_planned(tiny):
     assert len(lost) == losses.runs
     assert all(_shapes(given[:6]) == _shapes(span.arguments) for given in spans)
     assert all(_shapes(given[:3]) == _shapes(losses.arguments) for given in lost)
+
+
+def test_reuse_calls_what_is_planned_as_often_as_planned(tiny):
+    _, of, watch, seen = tiny
+    program, ((blocks, _, before, _), (_, _, behind, *_), (decoder, scored, *_)) = of("reuse", max_new_tokens=3)
+    for name in ("read_step", "answer_step", "compare_step"):
+        watch(reusing, name)
+    head, tail, places = before.shape[1], behind.shape[1], scored.shape[1]
+    assert (head, tail, places) == (6, 5, 3) and _shapes(decoder.blocks) == _shapes(blocks)
+    tokens = [jnp.zeros((4, length), jnp.int32) for length in (head, tail, places)]
+    lengths = jnp.full(4, head, jnp.int32)
+    rows = reusing.Rows(tokens[0], lengths, tokens[1], lengths + tail, tokens[2], tokens[2] == 0)
+    plan = sets_to_try(6, 20, 0).plan
+    reusing.measure(decoder, decoder, rows, plan, make_mesh(None, jax.devices()[:1]))
+    for unit, name in zip(program.units, ("read_step", "answer_step", "compare_step"), strict=True):
+        calls = [given for called, given in seen if called == name]
+        assert len(calls) == unit.runs, name
+        assert {str(_shapes(given[: len(unit.arguments)])) for given in calls} == {str(_shapes(unit.arguments))}
+    counted = program.kinds
+    assert len(counted["keys and values"]) == 7 and len(counted["hidden states"][1]) == len(plan)
+
+
+def test_screening_calls_what_is_planned(tiny):
+    _, of, watch, seen = tiny
+    program, ((decoder, *_),) = of("screen")
+    watch(passing, "pass_step")
+    rows = [Example(str(row), np.ones(8, np.int32), 8, "", None) for row in range(4)]
+    asked = {"cohesion_rise": criterion("cohesion_rise")}
+    where = types.SimpleNamespace(config=decoder.config, mesh=make_mesh(None, jax.devices()[:1]))
+    passing.forward_pass(where, decoder, rows, 4, asked)
+    ((_, given),) = seen
+    assert _shapes(given) == _shapes(program.units[0].arguments)
 
 
 def test_a_generation_calls_what_is_planned(tiny):

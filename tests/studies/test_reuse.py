@@ -18,16 +18,19 @@ from support.tiny_model import tiny_checkpoint
 import jaxcrit
 from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.commands.main import main
-from jaxcrit.commands.reuse import ReuseOptions, check_rows, report, run_reuse
+from jaxcrit.commands.reuse import ReuseOptions, report, run_reuse
 from jaxcrit.core.deletions import read_deletions
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
+from jaxcrit.core.groups import PrefixOptions
 from jaxcrit.core.layers import LayerSet, read_scores
+from jaxcrit.data.dataset import Dataset
+from jaxcrit.data.prefix import with_prefixes
 from jaxcrit.data.templates import Example
 from jaxcrit.evidence import rows as kept
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.studies.reuse import choice, front, halves, most_damaging, sent, sets_to_try
+from jaxcrit.studies.reuse import choice, front, halves, most_damaging, pairs_with, sent, sets_to_try
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +67,12 @@ def config(inputs, tmp_path):
         mesh="data=4,fsdp=2",
         out=str(tmp_path / "out"),
     )
+
+
+def prefixes(model, config):
+    """The rows as the study has them."""
+    read = open_model(model).read(config, reserve=config.max_new_tokens)
+    return with_prefixes(read, config)[0].examples
 
 
 def test_a_run(config, tmp_path, capsys):
@@ -110,6 +119,37 @@ def test_the_same_model_is_safe(config, inputs):
     assert (inputs / "rows.jsonl").exists() and made.scores["kv_distance_values"].values.tolist() == [0] * 7
 
 
+def test_two_groups(inputs, config, tmp_path):
+    """Where layers 2 and 5 alone differ, these two are the best of two; one group must take what lies between."""
+    shutil.copytree(inputs / "receiver", tmp_path / "islands")
+    weights, rng = load_file(inputs / "receiver" / "model.safetensors"), np.random.default_rng(1)
+    for layer in (2, 5):
+        name = f"model.layers.{layer}.self_attn.v_proj.weight"
+        weights[name] = weights[name] + 0.3 * rng.standard_normal(weights[name].shape).astype(np.float32)
+    save_file(weights, tmp_path / "islands" / "model.safetensors")
+    made = run_reuse(dataclasses.replace(config, sender=str(tmp_path / "islands"), random=0, groups=2))
+    found, least = made.found, {}
+    for group in found["groups"]:
+        least[len(group["layers"])] = min(group["choose"]["kl"], least.get(len(group["layers"]), np.inf))
+    assert len(found["groups"]) == 28 and found["front"][2]["best"]["layers"] == [2, 5]
+    assert found["front"][2]["best"]["choose"]["kl"] < 0.9 * least[2]
+    assert all(line["best"]["choose"]["kl"] <= least.get(line["count"], np.inf) for line in found["front"])
+    assert "2,5" in report(made).text(200) and "with controls and pairs" in report(made).text(200)
+    firsts = pairs_with((0, 1), 7)
+    assert firsts[0] == (0, 1, 3) and len(firsts) == 10 and all(2 not in pair for pair in firsts)
+    assert pairs_with(tuple(range(6)), 7) == [] and (1, 2, 4, 5, 6) in pairs_with((4, 5, 6), 7)
+    assert not list((tmp_path / "out").glob("partial*"))
+
+
+def test_prefixes_longer_than_a_window_are_counted(config, tmp_path):
+    family = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 6}
+    model = str(tiny_checkpoint(tmp_path / "windows", **family))
+    made = run_reuse(dataclasses.replace(config, sender=model, receiver=model, random=0))
+    longer = sum(row.prefix_length > 6 for row in prefixes(model, config))
+    assert made.found["beyond_window"] == longer and 0 < longer < 12 and not made.scores["kv_reuse"].values.any()
+    assert f"{longer} prefixes are longer than the window of some layer" in report(made).text(200)
+
+
 def test_devices_and_batches_find_what_one_device_finds(config):
     one = {name: open_model(getattr(config, name), mesh=one_device()) for name in ("receiver", "sender")}
     alone = run_reuse(dataclasses.replace(config, mesh=""), **one, keep=False)
@@ -132,7 +172,7 @@ def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
 
         return sweep(examples, batch_size, model, directory, some, *rest, **more)
 
-    for passes, part in enumerate(("partial.npz", "partial_worst.npz")):
+    for passes, part in enumerate(("partial.npz", "partial_most_damaging0.npz")):
         asked = []
 
         def some(*given, passes=passes, asked=asked, **more):
@@ -185,20 +225,29 @@ def test_bad_input(config, inputs, tmp_path):
     no("expected 4 rows or more, half to choose by and half to test, got 3", limit=3)
     no("has no response to learn from", data=str(plain), prefix="0.5", answers="gold")
     no("--answers=mine: expected own or gold", answers="mine")
+    no("--groups=3: expected 2 or less", groups=3)
+    no("--sender=/nowhere: no such directory", sender="/nowhere")
+    no("--receiver=/nowhere: no such directory", receiver="/nowhere")
     no("--tolerance=-1.0: expected 0 or more", tolerance=-1.0)
 
 
 def test_longrope_on_two_sides(tmp_path):
     scaling = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
     changes = {"rope_scaling": scaling, "original_max_position_embeddings": 16}
-    model = open_model(str(tiny_checkpoint(tmp_path / "model", **changes)))
+    boundary = open_model(str(tiny_checkpoint(tmp_path / "model", **changes))).config.rope.boundary
 
     def row(prefix, prompt):
         return Example("", np.zeros(prompt, np.int32), prompt, "", None, prefix)
 
-    check_rows(model, [row(4, 12), row(17, 30)], 4)
-    with pytest.raises(UserError, match=r"^row 2, 3: the prefix lies on one side of the 16 tokens"):
-        check_rows(model, [row(4, 12), row(4, 13), row(16, 17)], 4)
+    def read(*rows, reserve=4):
+        given = Dataset("rows", "FILE", list(rows))
+        return with_prefixes([given], PrefixOptions(prefix="context"), boundary=boundary, reserve=reserve)
+
+    assert boundary == 16 and read(row(4, 12), row(17, 30)) and read(row(4, 13), reserve=0)
+    with pytest.raises(UserError, match=r"^FILE: row 2, 3: the prefix lies on one side of the 16 tokens"):
+        read(row(4, 12), row(4, 13), row(16, 17))
+    with pytest.raises(UserError, match=r"^FILE: row 1: the prefix lies on one side of the 16 tokens"):
+        read(row(4, 17), reserve=0)
 
 
 @pytest.fixture
@@ -250,6 +299,7 @@ def test_bad_input_of_generate(asked, config, inputs, tmp_path):
     no("expected layers 0 to 6, got 7", recompute="7")
     shallow = str(tiny_checkpoint(tmp_path / "a", num_hidden_layers=4))
     no("num_layers 7 in the model, 4 in the sender", sender=shallow)
+    no("--sender=/nowhere: no such directory", sender="/nowhere")
     LayerSet((1,), "reuse", "group:1", 7, "another").save(tmp_path / "layers.json")
     no("made for model another", recompute=f"@{tmp_path / 'layers.json'}")
 

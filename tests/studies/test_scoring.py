@@ -373,6 +373,7 @@ def test_weights_alone_build_no_model(config, monkeypatch):
         ({"criteria": "fishr"}, "did you mean 'fisher'"),
         ({"criteria": "weight_change"}, "give --base=DIR too"),
         ({"criteria": "weight_change", "base": "{0}/wide"}, "they differ in embed, head_dim (16 and 24, 4 and 6)"),
+        ({"criteria": "weight_change", "base": "/nowhere"}, "--base=/nowhere: no such directory"),
         ({"criteria": "rgn", "data": "{0}/silent.jsonl"}, "row 2, 3, 4 has no response to learn from"),
         ({"batch_size": "0"}, "--batch_size=0"),
     ],

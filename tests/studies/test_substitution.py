@@ -60,6 +60,11 @@ def config(inputs, tmp_path):
     )
 
 
+def losses_of(out):
+    """Losses of every row under every set of layers."""
+    return read_npz(out / "substitution.npz")[0]["losses"]
+
+
 def test_a_run(config, inputs, tmp_path):
     found = run_substitute(dataclasses.replace(config, random=4))
     score = found.scores["substitution"]
@@ -84,7 +89,8 @@ def test_a_run(config, inputs, tmp_path):
     assert counts["sweep"] == (7 + 6 + 5 + 4 + 3) + 7 and counts["a_pass_each"] == 6 * 7
     assert not (tmp_path / "out" / "partial.npz").exists()
     again = run_substitute(dataclasses.replace(config, random=4, batch_size=3))
-    assert again.run["identity"] and np.array_equal(again.samples.losses, found.samples.losses), "read, not run"
+    assert again.run["identity"] and again.run["time"] == found.run["time"], "read, not run"
+    np.testing.assert_array_equal(again.scores["substitution"].values, score.values)
 
 
 def test_windows_without_a_trained_layer_have_no_value(config, inputs, tmp_path, capsys):
@@ -97,7 +103,6 @@ def test_windows_without_a_trained_layer_have_no_value(config, inputs, tmp_path,
     assert np.isnan(read_deletions(tmp_path / "out", "substitution").values[:, 1]).all()
     again = run_substitute(dataclasses.replace(config, tuned=str(inputs / "run")))
     np.testing.assert_array_equal(again.scores["substitution"].values, score.values)
-    np.testing.assert_array_equal(again.samples.losses, found.samples.losses)
     # A checkpoint does not say what was trained, but it shows.
     assert main(["export", f"--run={inputs / 'run'}", f"--out={tmp_path / 'exported'}"]) == 0
     flags = ["substitute", f"--base={inputs / 'base'}", f"--tuned={tmp_path / 'exported'}", "--window=3"]
@@ -137,7 +142,7 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
         return run_substitute(dataclasses.replace(config, out=str(tmp_path / name), **changes))
 
     single, named = losses(window=1), losses(sets="0;1;2;3;4;5;6")
-    assert named.scores == {} and named.samples is None
+    assert named.scores == {}
     np.testing.assert_array_equal(
         [entry["samples"] for entry in named.run["result"]["sets"]], single.scores["substitution"].values
     )
@@ -157,11 +162,9 @@ def test_single_layers_sets_halves_and_the_other_direction_agree(config, tmp_pat
 
 
 def test_same_losses_on_any_mesh(config, tmp_path):
-    found = [
+    for mesh in ("data=8", "data=2,fsdp=2,tensor=2"):
         run_substitute(dataclasses.replace(config, mesh=mesh, out=str(tmp_path / mesh)))
-        for mesh in ("data=8", "data=2,fsdp=2,tensor=2")
-    ]
-    one, other = (run.samples.losses for run in found)
+    one, other = (losses_of(tmp_path / mesh) for mesh in ("data=8", "data=2,fsdp=2,tensor=2"))
     np.testing.assert_allclose(one, other, rtol=1e-5)
 
 
@@ -204,9 +207,9 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
         return sweep(examples, batch_size, session, directory, lambda *a: (done.append(1), take(*a))[1], *rest)
 
     monkeypatch.setattr("jaxcrit.criteria.substitution.sample_losses", counted)
-    found = run_substitute(other)
+    run_substitute(other)
     assert len(done) == whole.block_evaluations["batches"] - 2 > 0
-    np.testing.assert_array_equal(found.samples.losses, whole.samples.losses)
+    np.testing.assert_array_equal(losses_of(tmp_path / "other"), losses_of(tmp_path / "out"))
     first, second = (
         path.read_bytes() for path in (tmp_path / "out" / "scores.json", tmp_path / "other" / "scores.json")
     )
@@ -214,7 +217,7 @@ def test_an_interrupted_run_goes_on(config, monkeypatch, tmp_path):
 
 
 def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
-    whole = run_substitute(dataclasses.replace(config, out=str(tmp_path / "whole")))
+    run_substitute(dataclasses.replace(config, out=str(tmp_path / "whole")))
     sweep = sweeps.sample_losses
 
     def told(examples, batch_size, session, directory, take, *rest):
@@ -228,7 +231,8 @@ def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
         patch.setattr("jaxcrit.criteria.substitution.sample_losses", told)
         run_substitute(config)
     assert (tmp_path / "out" / "partial.npz").exists()
-    np.testing.assert_array_equal(run_substitute(config).samples.losses, whole.samples.losses)
+    run_substitute(config)
+    np.testing.assert_array_equal(losses_of(tmp_path / "out"), losses_of(tmp_path / "whole"))
 
 
 def test_bad_input(config, inputs, tmp_path):
@@ -238,6 +242,11 @@ def test_bad_input(config, inputs, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refused("--tuned: expected the tuned model", tuned="")
+    refused("^--tuned=/nowhere: no such directory", tuned="/nowhere")
+    refused("^--base=/nowhere: no such directory", base="/nowhere")
+    gone = shutil.copytree(inputs / "run", tmp_path / "gone")
+    (gone / "run.json").write_text((gone / "run.json").read_text().replace(str(inputs / "base"), "/nowhere"))
+    refused("gone: trained on /nowhere: no such directory", tuned=str(gone))
     refused("--window=9: expected an odd number from 1 to the 7 layers", window=9)
     refused("--window=4: expected an odd", window=4)
     refused("--sites=mpl: expected blocks or attn or mlp .did you mean 'mlp'", sites="mpl")

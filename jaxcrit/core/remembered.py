@@ -1,0 +1,57 @@
+"""Arrays that are dear to make, kept in the user's cache directory under all that determines them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxcrit.core import processes
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import cache_directory, read_npz, write_npz
+from jaxcrit.core.hashing import sha256_json
+
+Arrays = dict[str, np.ndarray]
+
+
+def remembered(kind: str, of: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+    """What is kept; else what ``make`` gives, which is kept.
+
+    Args:
+        kind: what the arrays are; a folder of the cache.
+        of: all that determines them, as JSON values.
+        make: makes them.
+    """
+    found = recalled(kind, of)
+    if found is None:
+        found = make()
+        remember(kind, of, found)
+    return found
+
+
+def recalled(kind: str, of: Mapping[str, Any]) -> Arrays | None:
+    """What is kept; None where nothing is, and for runs of several processes, which need not share a disk."""
+    file = _file(kind, of)
+    if not processes.alone() or not file.exists():
+        return None
+    try:
+        return read_npz(file)[0]
+    except UserError:  # a damaged cache is made again
+        return None
+
+
+def remember(kind: str, of: Mapping[str, Any], arrays: Arrays) -> None:
+    """Keeps arrays, where there is room: a cache is no reason to fail."""
+    if processes.alone():
+        try:
+            file = _file(kind, of)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_npz(file, arrays, {"format": f"jaxcrit.{kind}", "format_version": 1})
+        except OSError:
+            return
+
+
+def _file(kind: str, of: Mapping[str, Any]) -> Path:
+    return cache_directory() / kind / f"{sha256_json(of)[:32]}.npz"
