@@ -72,7 +72,7 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
         "pooled_test",
         "jaxcrit.pooled_test",
         lambda content: pooled_test.table(content["rates"]),
-        "python experiments/pooled_test.py --draws=1000 --out=experiments/results",
+        "python experiments/pooled_test.py --draws=100 --out=experiments/results",
     ),
     "table 2": (
         "evidence_table2",

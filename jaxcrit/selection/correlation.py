@@ -274,11 +274,11 @@ def given_depth(values: np.ndarray, layers: np.ndarray) -> np.ndarray:
     """What a straight line in depth leaves of the ranks of finite values, of length 1; NaN where it leaves nothing.
 
     Args:
-        values: ``[V]``.
+        values: ``[..., V]``.
         layers: ``[V]`` index of each.
     """
     ranks, along = _unit_ranks(values), _unit_ranks(layers)
-    return _unit(ranks - (ranks @ along) * along)
+    return _unit(ranks - (ranks @ along)[..., None] * along)
 
 
 def jackknife_interval(

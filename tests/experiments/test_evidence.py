@@ -191,9 +191,15 @@ def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, scores,
     assert table2(tiny, whole, f"--model={tmp_path}/none") == 2
 
 
-def test_the_known_answer_is_found(tmp_path, capsys):
-    code = selection_regret.main(["--known", f"--out={tmp_path}"])
-    assert code == 0, capsys.readouterr().out
+def test_only_planted_layers_have_gradients(tmp_path):
+    """So a set without them cannot move; ``.ci/full`` trains the sets (``--known``)."""
+    model = open_model(str(selection_regret.plant(tmp_path / "planted")))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json_lines(generate(selection_regret.FAMILY, 2)))
+    (dataset,) = model.read(FinetuneOptions(data=str(path)), responses=True)
+    found = response_gradients(model, model.decoder(), dataset.examples, 2, per_sample=True).total
+    assert len(found) == selection_regret.KEPT
+    assert tuple(np.flatnonzero(found)) == selection_regret.ALIVE
 
 
 def test_scores_of_another_depth_or_model_are_refused(tiny, tmp_path, capsys):
