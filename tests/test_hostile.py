@@ -37,6 +37,8 @@ _READS += ("read_text", "stored_npy", "safetensors_header", "read_json_object", 
 # Functions that read a declared format and have no row, with the reason.
 NO_ROW = {
     "core/run.py:running": "reads again what RunDirectory.open has read",
+    "core/rundir.py:RunDirectory._mine": "likewise",
+    "studies/verification.py:_compared": "redoes statistics, which tests/studies/test_verification.py tries",
     "commands/edit.py:_opened": "takes a model; its declaration is that of the row 'run of edit'",
     "commands/trace.py:_kept": "takes a model; its declaration is that of the row 'run of trace'",
 }

@@ -476,9 +476,11 @@ def _asked(
 
     # What the model below all edits says is the same whatever is changed.
     told = {"questions": list(map(dataclasses.asdict, asked)), "batch_size": size}
-    before = remembered("answers", {**base.determines, **told}, lambda: ask(base))
+    number = (len(asked),)
+    holds = {"p": Array("f", number), "other": Array("f", number), "right": Array("b", number)}
+    before = remembered("answers", {**base.determines, **told}, holds, lambda: ask(base))
     read = {"texts": [one.token_ids.tolist() for one in held], "batch_size": size}
-    first = remembered("text_loss", {**base.determines, **read}, lambda: loss(base))
+    first = remembered("text_loss", {**base.determines, **read}, {"loss": Array("f", ())}, lambda: loss(base))
     losses = float(first["loss"]), float(loss(changed)["loss"])
     return asked, Answers(**before), Answers(**ask(changed)), losses
 

@@ -12,7 +12,8 @@ import fnmatch
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any, TypedDict, cast
 
@@ -269,31 +270,46 @@ def of_arrays(tree: Any) -> Pieces:
     """Digests of the arrays of a tree, by piece; a collective: each process digests the shards that it holds."""
     from jaxcrit.core import processes
 
-    everyone = processes.gather(
-        {name: {span: _digest(part) for span, part in _shards(leaf)} for name, leaf in _named(tree)}
-    )
-    return {name: {span: one for own in everyone for span, one in own[name].items()} for name in everyone[0]}
+    parts = [(name, span, part) for name, leaf in _named(tree) for span, part in _shards(leaf)]
+    own: Pieces = {name: {} for name, _ in _named(tree)}
+    for (name, span, _), digest in zip(parts, _together(part for *_, part in parts), strict=True):
+        own[name][span] = digest
+    everyone = processes.gather(own)
+    return {name: {span: one for own in everyone for span, one in own[name].items()} for name in own}
 
 
 def differing_arrays(tree: Any, known: Mapping[str, Mapping[str, str]]) -> list[str]:
     """Names of arrays that are not what their digests say, on whatever mesh they lie now; a collective."""
     from jaxcrit.core import processes
 
-    def wrong(leaf: Any, pieces: Mapping[str, str]) -> bool:
-        shards = dict(_shards(leaf))
-        held = [sorted(shards)] if processes.alone() else processes.gather(sorted(shards))
-        if sorted(span for spans in held for span in spans) == sorted(pieces):
-            return any(_digest(part) != pieces[span] for span, part in shards.items())
-        whole = processes.whole(leaf)  # in other pieces than it was written in
-        try:
-            parts = {span: whole[_ranges(span)] for span in pieces}
-        except (ValueError, IndexError):
-            return True
-        covered = sum(part.size for part in parts.values()) == whole.size
-        return not covered or any(_digest(part) != pieces[span] for span, part in parts.items())
+    wrong: list[str] = []
+    as_written: list[tuple[str, str, Any]] = []
+    for name, leaf in _named(tree):
+        pieces, shards = known.get(name, {}), list(_shards(leaf))
+        spans = [span for spans in processes.gather([span for span, _ in shards]) for span in spans]
+        if sorted(spans) == sorted(pieces):
+            as_written += [(name, pieces[span], part) for span, part in shards]
+        elif not _put_together(processes.whole(leaf), pieces):
+            wrong.append(name)
+    found = _together(part for *_, part in as_written)
+    wrong += [name for (name, digest, _), one in zip(as_written, found, strict=True) if one != digest]
+    return sorted({name for names in processes.gather(wrong) for name in names})
 
-    own = [name for name, leaf in _named(tree) if name not in known or wrong(leaf, known[name])]
-    return sorted({name for names in processes.gather(own) for name in names})
+
+def _put_together(whole: Any, pieces: Mapping[str, str]) -> bool:
+    """Whether an array that was written in other pieces is what their digests say."""
+    try:
+        parts = {span: whole[_ranges(span)] for span in pieces}
+    except (ValueError, IndexError):
+        return False
+    covered = sum(part.size for part in parts.values()) == whole.size
+    return covered and all(_digest(part) == pieces[span] for span, part in parts.items())
+
+
+def _together(parts: Iterable[Any]) -> list[str]:
+    """Digests of pieces, on all cores: hashing holds no lock of Python's."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(_digest, parts))
 
 
 def _named(tree: Any) -> list[tuple[str, Any]]:

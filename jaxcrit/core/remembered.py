@@ -10,34 +10,36 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import cache_directory, read_npz, write_npz
+from jaxcrit.core.files import Npz, cache_directory, read_npz, write_npz
 from jaxcrit.core.hashing import sha256_json
+from jaxcrit.core.schema import Array
 
 Arrays = dict[str, np.ndarray]
 
 
-def remembered(kind: str, of: Mapping[str, Any], make: Callable[[], Arrays]) -> Arrays:
+def remembered(kind: str, of: Mapping[str, Any], holds: Mapping[str, Array], make: Callable[[], Arrays]) -> Arrays:
     """What is kept; else what ``make`` gives, which is kept.
 
     Args:
         kind: what the arrays are; a folder of the cache.
         of: all that determines them, as JSON values.
+        holds: what they must be.
         make: makes them.
     """
-    found = recalled(kind, of)
+    found = recalled(kind, of, holds)
     if found is None:
         found = make()
         remember(kind, of, found)
     return found
 
 
-def recalled(kind: str, of: Mapping[str, Any]) -> Arrays | None:
+def recalled(kind: str, of: Mapping[str, Any], holds: Mapping[str, Array]) -> Arrays | None:
     """What is kept; None where nothing is, and for runs of several processes, which need not share a disk."""
     file = _file(kind, of)
     if not processes.alone() or not file.exists():
         return None
     try:
-        return read_npz(file)[0]
+        return read_npz(file, Npz(f"jaxcrit.{kind}", holds))[0]
     except UserError:  # a damaged cache is made again
         return None
 

@@ -134,9 +134,10 @@ class RunDirectory:
             return
         for name in _TREES:
             remove_tree(self.path / name)
-        for name in (*(one for one in self.written if not one.endswith(f"/{RECORD}")), os.fspath(self.path / RECORD)):
+        record = self.path / RECORD  # goes last: what a kill leaves of this is a run
+        for file in (*(as_path(name) for name in self.written if record.absolute() != as_path(name)), record):
             with contextlib.suppress(OSError):
-                as_path(name).unlink(missing_ok=True)
+                file.unlink(missing_ok=True)
         if in_bucket(self.path):
             return
         (self.path / LOCK).unlink(missing_ok=True)

@@ -18,6 +18,7 @@ from jaxcrit.core import processes
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.progress import bar
 from jaxcrit.core.remembered import recalled, remember
+from jaxcrit.core.schema import Array
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.templates import Example
 from jaxcrit.models.decoder import Context, Decoder, embed, layer_windows, run
@@ -64,7 +65,8 @@ def covariances(
     tokens = sum(example.prompt_length - 1 for example in examples)
     rows = sha256_json([example.token_ids[: example.prompt_length].tolist() for example in examples])
     made_of = {"model": model.model_hash, "dtype": model.dtype, "rows": rows}
-    kept = {layer: recalled("covariance", {**made_of, "layer": layer}) for layer in layers}
+    holds = {"moment": Array("f", (ff, ff))}
+    kept = {layer: recalled("covariance", {**made_of, "layer": layer}, holds) for layer in layers}
     found = {layer: arrays["moment"] for layer, arrays in kept.items() if arrays is not None}
     cached, missing = tuple(found), [layer for layer in layers if layer not in found]
     if missing:

@@ -335,7 +335,7 @@ def _seek(
             return descend(rows)
         given = {name: value.tolist() for name, value in processes.whole(vars(rows)).items()}
         how = {"layer": layer, "count": count, "numbers": numbers.tolist(), "steps": method.steps, "rows": given}
-        return remembered("vectors", {**of, **how}, lambda: descend(rows))
+        return remembered("vectors", {**of, **how}, holds, lambda: descend(rows))
 
     parts = []
     for number, rows in enumerate(chunks, 1):

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcrit.core import digests
 from jaxcrit.core.digests import CHECKPOINTS, RECORD
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, first_line
 from jaxcrit.core.files import read_npz
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores
 from jaxcrit.core.rundir import read_record
@@ -89,7 +89,7 @@ def _checkpoints(run: Path, damaged: set[str]) -> tuple[list[str], int]:
 
 def _statistics(run: Path, record: Mapping[str, Any], tolerance: float) -> tuple[list[str], list[str]]:
     """What differs, a line each; and the files in which all that was redone is as it is there."""
-    if record["command"] not in ("analyze", "spectrum"):
+    if record.get("command") not in ("analyze", "spectrum"):
         return [], []
     kept = [name for name in digests.files_of(run) if name.endswith("fingerprint.npz")]
     if not kept:
@@ -110,8 +110,8 @@ def _statistics(run: Path, record: Mapping[str, Any], tolerance: float) -> tuple
             for place, differing in _compared(run, together, {}, record, tolerance):
                 wrong += [f"differs: {place.name}: {one}" for one in differing]
                 fine += [] if differing else [place.name]
-    except UserError as error:
-        wrong.append(f"differs: cannot be redone: {error}")
+    except Exception as error:  # a run.json may fit its own digest and say anything: that is what is looked for
+        wrong.append(f"differs: cannot be redone: {first_line(error)}")
     return wrong, fine
 
 

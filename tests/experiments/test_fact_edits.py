@@ -29,7 +29,7 @@ def test_prints_writes_and_reads_back(tmp_path, capsys, monkeypatch):
     assert found["rows"][0]["neighbour_questions"] == 4
     fact_edits.main(edits)
     assert read_json(tmp_path / "out" / "edits.json", "jaxcrit.fact_edits")["rows"] == found["rows"]
-    fact_edits.main([*given, "--part=sequence", "--batch=2", "--neighbours=2"])
+    fact_edits.main([*given, "--part=sequence", "--batch=2", "--neighbours=2", "--every=1"])
     sequence = read_json(tmp_path / "out" / "sequence.json", "jaxcrit.fact_edits")["rows"]
     assert [(row["way"], row["batch"]) for row in sequence] == [("spread", 1), ("spread", 2), ("full", 1), ("full", 2)]
     printed = capsys.readouterr().out

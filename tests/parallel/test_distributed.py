@@ -218,8 +218,9 @@ def other_commands(tuned, states, known):
 def interrupted(folder):
     """Leaves of the substitution and the generation in a folder what an interruption would."""
     for run in (folder / "substitute", folder / "generate"):
-        record = run / "run.json"
-        record.write_text(record.read_text().replace('"complete"', '"running"'))
+        content = json.loads((run / "run.json").read_text()) | {"status": "running"}
+        del content["digests"]  # which stand there at the end
+        (run / "run.json").write_text(json.dumps(content))
     identity = read_json(folder / "substitute/run.json", "jaxcrit.run")["identity"]
     with np.load(folder / "substitute/substitution.npz") as found:
         losses = np.concatenate([found["losses"], found["host"][None], found["guest"][None]])

@@ -49,7 +49,7 @@ def without_times(folder):
     for path in sorted(folder.rglob("*")):
         if path.name == "run.json":
             run = json.loads(path.read_text())
-            files[path.name] = {key: value for key, value in run.items() if key not in ("time", "config")}
+            files[path.name] = {key: value for key, value in run.items() if key not in ("time", "digests", "config")}
         elif path.is_file():
             files[str(path.relative_to(folder))] = path.read_bytes()
     return files

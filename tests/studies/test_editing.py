@@ -206,8 +206,11 @@ def test_what_is_true_already_changes_no_bit(study, tmp_path):
 
 
 def test_the_order_of_facts_and_their_parts_do_not_matter(study, full):
+    """In parts of another size products add up in another order, and sixty steps of the search carry that on."""
+    turned = changed(study, study[2][::-1], "1,3")
+    assert error(downs(turned), downs(full[0])) < 1e-5
     parts = changed(study, study[2][::-1], "1,3", batch_size=4)
-    assert error(downs(parts), downs(full[0])) < 1e-5
+    assert error(downs(parts), downs(full[0])) < 1e-3
 
 
 @pytest.mark.parametrize("residual", ["full", "spread"])
@@ -337,6 +340,7 @@ def test_told_to_leave_it_saves_and_goes_on(study, tmp_path, monkeypatch):
         **{**HOW, "steps": 4},
     )
     whole = run_edit(dataclasses.replace(options, out=str(tmp_path / "whole")))
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path / "another"))  # which knows none of the vectors
     real = editing._descend
 
     def told(*given, **named):

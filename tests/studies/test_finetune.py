@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from safetensors import safe_open
+from support.sealing import unfinished
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
@@ -219,8 +220,7 @@ def interrupted(out, copy):
     """A finished run as it was before its last step was saved."""
     shutil.copytree(out, copy)
     shutil.rmtree(copy / "checkpoints" / "6")
-    run = json.loads((copy / "run.json").read_text())
-    (copy / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    unfinished(copy)
     return copy
 
 
@@ -327,8 +327,7 @@ def test_a_finished_run_is_not_run_again(finished, base):
 
 def test_a_damaged_checkpoint_is_named_and_the_one_before_used(config, finished, tmp_path):
     shutil.copytree(finished.out, tmp_path / "run")
-    run = json.loads((tmp_path / "run" / "run.json").read_text())
-    (tmp_path / "run" / "run.json").write_text(json.dumps({**run, "status": "running"}))
+    unfinished(tmp_path / "run")
     (tmp_path / "run" / "checkpoints" / "6" / "params" / "_METADATA").write_text("{")
     resumed = run_finetune(config)
     assert "checkpoint of step 6 is damaged and was skipped" in resumed.warnings[0]

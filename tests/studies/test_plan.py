@@ -56,12 +56,10 @@ def plan(attention="auto", **asked):
         ("finetune", "all", 10.5),
         ("substitute", "all", 2.6),
         ("generate", "all", 3.6),
-        ("screen", "all", 1.4),
-        ("reuse", "all", 5.5),
     ],
 )
 def test_memory_of_a_compiled_job(job, layers, most):
-    found = plan(job=job, layers=layers, batch_size=8 if job == "reuse" else 32)
+    found = plan(job=job, layers=layers)
     assert found.topology.devices == 16 and found.fits and found.peak / GIB <= most
     assert found.compiled.collectives["all-gather"][1] > 0
     assert found.peak >= 0.98 * sum(found.memory.values())  # of a generation, analyses need no head

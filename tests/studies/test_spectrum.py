@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+from support.sealing import sealed_again
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
@@ -124,6 +125,7 @@ def test_unidentified_components_are_named(analyzed, tmp_path):
     gram = (u * [9.0, 4.0, 4.0, 2.0, 1.0]) @ u.T
     arrays["gram"][5] = gram[np.triu_indices(30)]
     write_npz(copy / "fingerprint.npz", arrays, meta)
+    sealed_again(copy)
     result = run_spectrum(SpectrumOptions(run=str(copy), out=str(tmp_path / "out"), k="2,5")).datasets["prompts"]
     warned = [line for line in result.warnings if line.startswith("component 2")]
     assert len(warned) == 1 and "smallest gap 0.0000 in layer 5, sampling error 0.2582" in warned[0]
@@ -146,6 +148,7 @@ def broken(analyzed, tmp_path, change):
     arrays, meta = read_npz(file)
     change(arrays, meta)
     write_npz(file, arrays, meta)
+    sealed_again(copy)
     return copy
 
 

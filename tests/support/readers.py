@@ -371,6 +371,7 @@ def _make_run(folder: Path) -> None:
     record = {**example(RunRecord), **example(GramRun), "command": "analyze", "status": "complete"}
     record |= {"data": {"rows": {"hash": "a"}}, "identity": sha256_json({"command": "analyze"})}
     record["layers"] = {**record["layers"], "layers": [1], "num_layers": 3}
+    record.pop("digests", None)  # with them any damage would be refused before it is looked at
     write_json(folder / "run.json", "jaxcrit.run", record)
     write_json(folder / "layers.json", "jaxcrit.layers", record["layers"])
 
@@ -384,6 +385,12 @@ def _run(folder: Path) -> Any:
     read_run(folder)
     RunDirectory.open(folder, {"command": "analyze"})
     return found.arrays, found.tables, found.layers
+
+
+def _verified(folder: Path) -> Any:
+    from jaxcrit.studies.verification import verify
+
+    return verify(folder, 1e-3)
 
 
 def _read_json(name: str, form: str, kind: Any) -> Callable[[Path], object]:
@@ -441,19 +448,25 @@ def _kept_losses(folder: Path) -> Any:
     return _kept(SimpleNamespace(path=folder, identity="me"), "partial.npz", 3, 4)  # type: ignore[arg-type]
 
 
-def _covariance(folder: Path) -> Any:
-    from jaxcrit.studies.covariance import _kept
+def _remembered(folder: Path) -> Any:
+    """A cache of arrays, in the place where it would be."""
+    from jaxcrit.core.remembered import _file, recalled
+    from jaxcrit.core.schema import Array
 
-    found = _kept(folder / "moment.npz", 4)
-    assert found is None or found.shape == (4, 4)
+    with _cache(folder):
+        kept = _file("covariance", {"rows": "a"})
+        kept.parent.mkdir(parents=True)
+        (folder / "moment.npz").replace(kept)
+        found = recalled("covariance", {"rows": "a"}, {"moment": Array("f", (4, 4))})
+    assert found is None or found["moment"].shape == (4, 4)
     return found
 
 
 def _answers(folder: Path) -> Any:
-    from jaxcrit.commands.generate import _Part
+    from jaxcrit.commands.generate import Answer
+    from jaxcrit.evidence.rows import GrowingRows
 
-    part = _Part(folder, 3)
-    return part.rows
+    return GrowingRows(folder / "generations.jsonl", lambda row: row["row"], Answer).rows
 
 
 def _metrics(folder: Path) -> Any:
@@ -746,6 +759,7 @@ def readers() -> dict[str, Reader]:
         Reader("layers.json", _ours("layers.json", "jaxcrit.layers", _chosen(), layers=[1], num_layers=3), _layers),
         Reader("fingerprint", _make_fingerprint, _fingerprint),
         Reader("run directory", _make_run, _run, share=0.5),
+        Reader("run to verify", _make_run, _verified, share=0.2),
         Reader("run of finetune", run(FinetunedRun), lambda folder: read_record(folder, FinetunedRun)),
         Reader("run of reuse", run(ReuseRun), lambda folder: read_record(folder, ReuseRun)),
         Reader("run of trace", run(TracedRun), lambda folder: read_record(folder, TracedRun)),
@@ -758,7 +772,7 @@ def readers() -> dict[str, Reader]:
         Reader("sought so far", _npz("partial.npz", "jaxcrit.partial", sought, identity="me"), _sought),
         Reader("keys of edits", _npz("keys.npz", "jaxcrit.keys", keys), _keys),
         Reader("trace.npz", _npz("trace.npz", "jaxcrit.trace", effects), _trace),
-        Reader("covariance cache", _npz("moment.npz", "jaxcrit.covariance", {"moment": np.eye(4)}), _covariance),
+        Reader("covariance cache", _npz("moment.npz", "jaxcrit.covariance", {"moment": np.eye(4)}), _remembered),
         Reader("answers so far", _written("generations.jsonl", _as_lines(answers)), _answers),
         Reader("verdicts so far", _written("partial_flags.jsonl", _as_lines([example(Verdict)] * 2)), _verdicts),
         Reader("metrics.jsonl", _written("metrics.jsonl", _as_lines([example(LossRow)] * 3)), _metrics),
