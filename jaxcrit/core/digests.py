@@ -66,26 +66,28 @@ class Sealed(TypedDict, total=False):
 
 
 Written = dict[str, FileDigest | None]  # by path; None of a file that has grown since
-_open: list[Written] = []
+_open: list[tuple[str, Written]] = []  # of runs that are being written, by the front of their files' paths
 _told: set[str] = set()
 
 
 @contextlib.contextmanager
-def ledger() -> Iterator[Written]:
-    """While open, notes every file that is written."""
+def ledger(run: Path) -> Iterator[Written]:
+    """While open, notes every file that is written in a directory."""
     written: Written = {}
-    _open.append(written)
+    _open.append((f"{_key(run)}/", written))
     try:
         yield written
     finally:
-        _open[:] = [one for one in _open if one is not written]
+        _open[:] = [one for one in _open if one[1] is not written]
 
 
 def note(path: Path, file: IO[bytes] | None = None) -> None:
     """Notes a file that was written, with its digest where its content is given."""
-    digest = None if file is None or not _open else digest_of(file)
-    for written in _open:
-        written[_key(path)] = digest
+    key = _key(path)
+    if runs := [written for front, written in _open if key.startswith(front)]:
+        digest = None if file is None else digest_of(file)
+        for written in runs:
+            written[key] = digest
 
 
 def digest_of(file: IO[bytes]) -> FileDigest:
@@ -180,7 +182,7 @@ def check(path: Path, file: IO[bytes] | bytes, kind: str = "") -> None:
         UserError: it is not what the run wrote.
     """
     path = path.absolute()
-    for written in _open:
+    for _, written in _open:
         if _key(path) in written:
             return _compare(path, written[_key(path)], file)
     run = next((one for one in list(path.parents)[:_DEEPEST] if (one / RECORD).is_file()), None)

@@ -178,7 +178,7 @@ class RunDirectory:
             for folder, _, names in os.walk(self.path):
                 for name in filter(LEFT.fullmatch, names):
                     Path(folder, name).unlink(missing_ok=True)
-            self.written = stack.enter_context(digests.ledger())
+            self.written = stack.enter_context(digests.ledger(self.path))
             self._held = stack.pop_all()
 
     def finish(self, run: Mapping[str, Any]) -> None:
