@@ -27,6 +27,7 @@ from jaxcrit.parallel import distributed
 
 ROOT = Path(__file__).parents[2]
 ROWS = ROOT / "jaxcrit/assets/demo_prompts/choice.jsonl"
+_PATIENCE = 600  # seconds; of a busy machine
 COMMANDS = (str(Path(__file__).parents[1] / "support" / "commands.py"),)
 
 
@@ -55,7 +56,7 @@ def together(*arguments, folders=(None, None), program=("-m", "jaxcrit.commands.
     processes = [
         start(arguments, process, port, folder=folder, program=program) for process, folder in enumerate(folders)
     ]
-    outputs = [process.communicate(timeout=300) for process in processes]
+    outputs = [process.communicate(timeout=_PATIENCE) for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
     return [(said(out), err) for out, err in outputs]
 
@@ -78,7 +79,7 @@ def alone(*arguments, folder=None, program=("-m", "jaxcrit.commands.main")):
         check=True,
         capture_output=True,
         cwd=folder,
-        timeout=300,
+        timeout=_PATIENCE,
     )
 
 

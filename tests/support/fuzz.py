@@ -33,9 +33,10 @@ from typing import Any
 
 from support.damage import PLACES, damaged, put
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
+if __name__ == "__main__":  # a test that imports this keeps its surroundings
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "critical"}
 MEMORY, SECONDS = 2 * 2**30, 10
 COLUMNS = ("inputs", "read", "refused", "tracebacks", "hangs", "memory", "outside")
 
