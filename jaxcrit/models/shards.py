@@ -217,8 +217,9 @@ def _header_of(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Shape and dtype of each tensor of a file."""
     try:
         refuse_pointer(file)
-        parse_json(safetensors_header(file), file)  # safe_open would keep one of two tensors of a name
+        header = safetensors_header(file)
         with safe_open(file, framework="numpy") as opened:
+            parse_json(header, file)  # of two tensors of a name one would be kept
             names = list(opened.keys())
             parts = {name: opened.get_slice(name) for name in names}
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
