@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import resource
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -113,14 +115,19 @@ def test_all_of_them_cut_short(saved, tmp_path):
 
 
 @contextlib.contextmanager
-def full_disk():
-    """Files cannot grow: every write beyond a few bytes fails, as on a full disk."""
+def full_disk(path):
+    """As on a full disk, every write beyond a few bytes fails, until nobody writes below the path."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     jax.config.update("jax_enable_compilation_cache", False)  # that cannot be written either, and would warn
     resource.setrlimit(resource.RLIMIT_FSIZE, (64, before[1]))
     try:
         yield
     finally:
+        seen, same_for = None, 0
+        while same_for < 3:  # looks, each a third of a second behind the one before
+            now = sorted((str(file), file.lstat().st_mtime_ns) for file in path.rglob("*") if os.path.lexists(file))
+            seen, same_for = now, same_for + 1 if now == seen else 0
+            time.sleep(0.3)
         jax.config.update("jax_enable_compilation_cache", True)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -134,7 +141,7 @@ def test_a_full_disk_is_one_line_and_loses_nothing(saved, tmp_path):
     run, held, trainer = saved
     shutil.copytree(run, tmp_path / "run")
     expected = r"cannot be written \(File too large\); the last one, of step 2, is whole: make room and run the same"
-    with full_disk(), pytest.raises(UserError, match=expected), Checkpoints(tmp_path / "run") as checkpoints:
+    with full_disk(tmp_path), pytest.raises(UserError, match=expected), Checkpoints(tmp_path / "run") as checkpoints:
         checkpoints.save(trainer.state, {})
         checkpoints.wait()
     with Checkpoints(tmp_path / "run") as checkpoints:
