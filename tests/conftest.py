@@ -23,7 +23,8 @@ if os.environ.get("JAXCRIT_REQUIRE_PARITY") == "1":
     import torch  # noqa: F401  (parity tests skip without it; here its absence is an error)
 
 # A busy machine takes its time; what a test may cost is asserted in operations.
-hypothesis.settings.register_profile("untimed", deadline=None)
+# The same examples each time, so that a change is judged by itself; .ci/full looks for others.
+hypothesis.settings.register_profile("untimed", deadline=None, derandomize="JAXCRIT_EXPLORE" not in os.environ)
 hypothesis.settings.load_profile("untimed")
 
 

@@ -63,7 +63,7 @@ class LayerSpec:
         if text.startswith("@"):
             return cls("file", path=text[1:])
         if text.startswith("boundary(") and text.endswith(")"):
-            if text.count("(") > 8:
+            if re.match(r"(boundary\(){9}", text):
                 raise UserError(f"{where[:80]}: expected one selection inside boundary(...), got many")
             return cls("boundary", inner=cls.parse(text[len("boundary(") : -1], flag))
         if re.fullmatch(r"[0-9]+(-[0-9]+)?(,[0-9]+(-[0-9]+)?)*", text):

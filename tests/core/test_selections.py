@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from jaxcrit.core.errors import UserError
@@ -130,6 +130,7 @@ SPECS = st.recursive(SIMPLE, lambda inner: inner.map("boundary({})".format), max
 
 
 @given(SPECS)
+@example("boundary(@(((((((()")
 def test_a_spec_prints_as_it_reads(text):
     spec = LayerSpec.parse(text)
     assert str(spec) == text
