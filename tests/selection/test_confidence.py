@@ -11,6 +11,7 @@ from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.criteria.delta import deletions, layer_scores, values_without_each
 from jaxcrit.selection import certainty, confidence_set, leverage, sample_sizes
 from jaxcrit.selection.cautions import cautions
+from jaxcrit.selection.confidence import SampleSizes
 from jaxcrit.similarity import permutation_null, sweep
 
 KEY = "step_debiased"
@@ -195,3 +196,10 @@ def test_the_set_is_that_of_its_definition(seed, direction):
     score = dataclasses.replace(score, direction=direction)
     found = confidence_set([score], [left], level=0.9, trim=0, draws=500, seed=seed)
     assert found == set_by_definition(score, left, 0.9, 500, seed)
+
+
+def test_enough_prompts_are_read_off_the_curve():
+    curve = SampleSizes(np.array([10, 40, 160]), np.array([0.5, 0.9, 1.0]), np.ones(3))
+    assert curve.enough(0.9) == 40 and curve.enough(0.5) == 10 and curve.enough(1.0) == 160
+    assert curve.enough(0.7) == 20, "halfway between 10 and 40 on a logarithmic axis"
+    assert dataclasses.replace(curve, same=np.array([0.5, 0.6, 0.7])).enough(0.8) is None

@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -401,3 +402,26 @@ def test_cka_of_many_samples_takes_sums_alone(monkeypatch):
 def test_a_trace_is_brought_into_one_to_two():
     for trace in (1e-30, 0.5, 0.99, 1.0, 1.5, 2.0, 3e20):
         assert 1 <= trace * float(_grams.power_of_two(np.float32(trace))) < 2
+
+
+def test_tiles_are_counted_from_one_to_all():
+    seen = []
+    hidden = np.random.default_rng(0).standard_normal((2, 10, 4), dtype=np.float32)
+    tiled(hidden, tile=4, progress=lambda *counts: seen.append(counts))
+    assert seen == [(number, 6) for number in range(1, 7)], "three blocks, six pairs of them"
+
+
+def test_only_one_cpu_is_one_cpu():
+    one, mesh = jnp.zeros(8), jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    many = jax.device_put(one, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert _grams.on_one_cpu(one) and not _grams.on_one_cpu(many) and not _grams.on_one_cpu(one, many)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-6, 2 * _grams.ROUNDING])
+def test_a_constant_layer_of_a_stream(noise):
+    hidden = oracles.chain(4, 40, 6)
+    hidden[1], hidden[3] = 3 + noise * hidden[1], 0
+    sums = FeatureSums(4, 6, block=16)
+    sums.add(hidden)
+    with pytest.raises(DegenerateError, match="layers 1, 3 are constant: all 40 samples"):
+        sums.tables()
