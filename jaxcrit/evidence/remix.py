@@ -25,12 +25,13 @@ from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import response_exact
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.decoder import Context, Decoder, Output, embed, layer_windows, run
-from jaxcrit.models.sites import Edit, Site, Tap
+from jaxcrit.models.mixture import OVERRIDE, Override
+from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import batch_sharding
 
 PRECISION = "highest"  # differences between variants are small
 RATE = 2.0  # length of the first step of descent, in logarithms of shares; it falls to 0 by a cosine
-_TINY = 1e-20
+_TINY, _NEVER = 1e-20, 2**30
 _MULTIPLE = 4  # of the places of an answer
 # Programs that do not wait for each other may meet on a mesh in another order on each CPU device, and then for ever.
 done = jax.block_until_ready
@@ -72,28 +73,6 @@ class Read:
     learn: jax.Array
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Given:
-    """Data of the edit `given_shares`; leaves ``[n, ...]``.
-
-    Attributes:
-        shares: ``[n, B, E]`` float32.
-        on: ``[n]`` bool, layers where they take the place of the router's own.
-        every: ``[n]`` bool, whether at every place of the answer rather than at the last prompt token alone.
-    """
-
-    shares: Any
-    on: Any
-    every: Any
-
-
-def _change(site: Site, before: jax.Array, after: jax.Array, data: Given, positions: jax.Array) -> jax.Array:
-    here = data.on & (data.every | (jnp.arange(after.shape[1]) == 0))
-    return jnp.where(here[:, None], data.shares[:, None].astype(after.dtype), after)
-
-
-given_shares = Edit(_change, ("router",))  # of rows whose first place is the last prompt token
 _SHARES = Tap(lambda site, before, after, positions: after[:, 0].astype(jnp.float32), ("router",))
 
 
@@ -155,16 +134,28 @@ def read_step(decoder: Decoder, rows: Rows, *, first: int, places: int, mesh: Me
     return Read(x, past, tail, tokens, learn), states
 
 
-def answered(decoder: Decoder, read: Read, given: Given, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
+def answered(
+    decoder: Decoder, read: Read, shares: jax.Array, on: jax.Array, every: jax.Array, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One variant: ``[B]`` mean loss of each answer in nats, ``[B]`` whether it is exact, ``[n, B, E]`` its shares.
 
-    The shares are those at the last prompt token, given or the router's own.
+    Args:
+        decoder: the model.
+        read: rows that answer.
+        shares: ``[n, B, E]`` float32, given in place of the router's.
+        on: ``[n]`` bool, layers where they are.
+        every: bool, whether at every place of the answer rather than at the last prompt token alone.
+        mesh: devices.
+
+    Returns:
+        Its shares are those at the last prompt token, given or the router's own.
     """
     config, depth = decoder.config, decoder.config.num_layers
-    first = depth - len(read.past.keys)
-    out = _through(
-        decoder, read.x, read.context, first, depth, past=read.past, edit=given_shares, edits=given, tap=_SHARES
-    )
+    first = depth - len(on)
+    begin = jnp.broadcast_to(read.context.positions[:, 0], shares.shape[:2])
+    given = Override(shares, on, begin, jnp.where(every, _NEVER, begin + 1))
+    how: dict[str, Any] = {"past": read.past, "edit": OVERRIDE, "edits": given, "tap": _SHARES}
+    out = _through(decoder, read.x, read.context, first, depth, **how)
     head = decoder.embed if decoder.head is None else decoder.head
     asked = (out.hidden, decoder.norm[...], head[...], read.tokens, read.learn, config, mesh)
     losses, counted, exact = response_exact(*asked)
@@ -172,9 +163,12 @@ def answered(decoder: Decoder, read: Read, given: Given, mesh: Mesh) -> tuple[ja
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def variant_step(decoder: Decoder, read: Read, given: Given, *, mesh: Mesh) -> tuple[jax.Array, jax.Array, jax.Array]:
+def variant_step(
+    decoder: Decoder, read: Read, shares: jax.Array, on: jax.Array, every: jax.Array, *, mesh: Mesh
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`answered`, of which every process sees all rows."""
-    return jax.lax.with_sharding_constraint(answered(decoder, read, given, mesh), NamedSharding(mesh, PartitionSpec()))
+    found = answered(decoder, read, shares, on, every, mesh)
+    return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, PartitionSpec()))
 
 
 def limited(own: Any, proposed: Any, moved: Any) -> Any:
@@ -218,14 +212,14 @@ def descend_step(
         moved: ``[n, B, E]`` bool, experts that move, see `limited`.
         weights: ``[B, k]``.
         on: ``[n]`` bool, layers that move.
-        every: ``[n]`` bool, see `Given`.
+        every: bool, see `answered`.
         steps: number of steps, int32.
         mesh: devices.
     """
 
     def loss(u: jax.Array) -> jax.Array:
         shares = jnp.repeat(limited(own, jax.nn.softmax(u, axis=-1), moved), weights.shape[1], axis=1)
-        losses, _, _ = answered(decoder, read, Given(shares, on, every), mesh)
+        losses, _, _ = answered(decoder, read, shares, on, every, mesh)
         return (losses.reshape(weights.shape) * weights).sum()
 
     def step(number: jax.Array, u: jax.Array) -> jax.Array:

@@ -21,7 +21,6 @@ from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.intervals import mcnemar
 from jaxcrit.evidence.remix import (
     PRECISION,
-    Given,
     Read,
     descend_step,
     done,
@@ -178,6 +177,7 @@ def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, .
     if others:
         found += [Trial(method + RANDOM_LAYERS, method, "near", others) for method in methods]
         found += [Trial(ORACLE + RANDOM_LAYERS, "descent", "self", others)]
+        found += [Trial(OWN + RANDOM_LAYERS, "own", "self", others), Trial(EVERY + RANDOM_LAYERS, "mean", "all", others)]
     return found
 
 
@@ -262,7 +262,7 @@ def surveyed(
         given = [examples[row] if row < len(examples) else None for row in rows]
         with jax.default_matmul_precision(PRECISION):
             read, states = done(read_step(decoder, rows_of(given, width, mesh), first=0, places=places, mesh=mesh))
-            found = done(variant_step(decoder, read, _nothing(depth, len(rows), experts, mesh), mesh=mesh))
+            found = done(variant_step(decoder, read, *_nothing(depth, len(rows), experts, mesh), mesh=mesh))
         loss, exact, shares, states = processes.whole((*found, states))
         if step is not None:
             step(2 * depth)
@@ -363,7 +363,8 @@ def tried(
     found: list[Any] = []
     reads: dict[Any, Read] = {}
     layers: tuple[int, ...] = ()
-    own = moved = on = every = np.zeros(0)
+    own = moved = on = np.zeros(0)
+    every = np.bool_(asked.every)
 
     def run(rows: Sequence[Example | None], wide: int, long: int) -> Read:
         read, _ = done(read_step(decoder, rows_of(rows, wide, mesh), first=layers[0], places=long, mesh=mesh))
@@ -372,7 +373,7 @@ def tried(
 
     def under(read: Read, shares: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Loss and exactness of rows under shares ``[B, n, E]``."""
-        loss, exact, _ = done(variant_step(decoder, read, Given(_placed(shares, mesh), on, every), mesh=mesh))
+        loss, exact, _ = done(variant_step(decoder, read, _placed(shares, mesh), on, every, mesh=mesh))
         tell(len(on))
         return processes.whole((loss, exact))
 
@@ -417,10 +418,10 @@ def tried(
         if trial.layers != layers:
             layers, reads = trial.layers, {}
             span = depth - layers[0]
-            on, every = np.isin(np.arange(layers[0], depth), layers), np.full(span, asked.every)
+            on = np.isin(np.arange(layers[0], depth), layers)
             reads["self"] = run(tests, width, places)
             off = _nothing(span, len(tests), experts, mesh)
-            base = processes.whole(done(variant_step(decoder, reads["self"], off, mesh=mesh)))
+            base = processes.whole(done(variant_step(decoder, reads["self"], *off, mesh=mesh)))
             own, moved = base[2].swapaxes(0, 1), largest(base[2].swapaxes(0, 1), asked.experts)
             tell(span)
             if not found:
@@ -483,6 +484,6 @@ def _placed(array: np.ndarray, mesh: Mesh) -> jax.Array:
     return jax.device_put(np.ascontiguousarray(array.swapaxes(0, 1)), place)
 
 
-def _nothing(span: int, rows: int, experts: int, mesh: Mesh) -> Given:
-    """Data that give nothing."""
-    return Given(_placed(np.zeros((rows, span, experts), np.float32), mesh), np.zeros(span, bool), np.zeros(span, bool))
+def _nothing(span: int, rows: int, experts: int, mesh: Mesh) -> tuple[jax.Array, np.ndarray, np.bool_]:
+    """Arguments of `variant_step` that give no shares."""
+    return _placed(np.zeros((rows, span, experts), np.float32), mesh), np.zeros(span, bool), np.bool_(False)
