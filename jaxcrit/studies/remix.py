@@ -163,7 +163,7 @@ class Trial:
 
 
 def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, ...]) -> list[Trial]:
-    """The methods, the oracle and all controls.
+    """The methods, the oracle and all controls; at random layers of the methods those that run no references.
 
     Args:
         methods: some of `METHODS`.
@@ -175,7 +175,7 @@ def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, .
     found += [Trial(EVERY, "mean", "all", layers)]
     found += [Trial(method + RANDOM_ROWS, method, "random", layers) for method in methods]
     if others:
-        found += [Trial(method + RANDOM_LAYERS, method, "near", others) for method in methods]
+        found += [Trial(m + RANDOM_LAYERS, m, "near", others) for m in methods if m in ("mean", "mode")]
         found += [Trial(ORACLE + RANDOM_LAYERS, "descent", "self", others)]
         found += [Trial(OWN + RANDOM_LAYERS, "own", "self", others), Trial(EVERY + RANDOM_LAYERS, "mean", "all", others)]
     return found
