@@ -112,6 +112,7 @@ VALUES: dict[str, list[Any]] = {
     "sliding_window": [4],
     "attention_chunk_size": [4],
     "max_window_layers": [0],
+    "decoder_sparse_step": [2],
     "original_max_position_embeddings": [16],
     "no_rope_layers": [[0, 1, 1]],
     "no_rope_layer_interval": [2],

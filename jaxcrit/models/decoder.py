@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding
 from jaxcrit.models.attention import attend, attend_by_scores, choose_attention
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.mixture import kept_shares, of_all
+from jaxcrit.models.mixture import give, kept_shares
 from jaxcrit.models.rope import rotate
 from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, placement, table
@@ -216,10 +216,9 @@ class Block(nnx.Module):
         scores = jnp.einsum("btd,ed->bte", x, self.weight("router", x)).astype(jnp.float32)
         shares = visit("router", scores, jax.nn.softmax(scores))
         chosen, weights = kept_shares(shares, self.config)
-        weights = of_all(chosen, weights.astype(x.dtype), self.config.experts)
-        gate, up = (jnp.einsum("btd,efd->btef", x, self.weight(name, x)) for name in ("gate", "up"))
-        inner = _ACTIVATIONS[self.config.activation](gate) * up
-        return jnp.einsum("btef,edf->btd", inner * weights[..., None], self.weight("down", x))
+        experts = tuple(self.weight(name, x) for name in ("gate", "up", "down"))
+        act = _ACTIVATIONS[self.config.activation]
+        return give(x, chosen, weights.astype(x.dtype), experts, act, self.config.attention)  # type: ignore[arg-type]
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""

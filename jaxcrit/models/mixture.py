@@ -20,12 +20,23 @@ To put shares in their place, in some layers and at some tokens, in `jaxcrit.mod
 from __future__ import annotations
 
 import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jaxcrit.models.attention import Attention
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.sites import Edit, Site, Tap
+from jaxcrit.parallel.mesh import RULES, row_parts
+
+Experts = tuple[jax.Array, jax.Array, jax.Array]
+Act = Callable[[jax.Array], jax.Array]
+_SMALL = 2**24  # tokens times weights of a projection; below, all experts take less time than the others to compile
+_BLOCK = 8, 32  # fewest and most pairs of a block; as many as an expert has on average between
 
 
 @jax.tree_util.register_dataclass
@@ -89,7 +100,111 @@ def kept_shares(shares: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.
     return chosen, weights / weights.sum(-1, keepdims=True) if config.norm_topk else weights
 
 
-def of_all(chosen: jax.Array, weights: jax.Array, count: int) -> jax.Array:
-    """Weights ``[..., E]`` of all experts, 0 where a token does not go, from those of the chosen ``[..., K]``."""
-    at = chosen[..., None] == jnp.arange(count)
-    return jnp.sum(jnp.where(at, weights[..., None], 0), axis=-2)
+def give(
+    x: jax.Array,
+    chosen: jax.Array,
+    weights: jax.Array,
+    experts: Experts,
+    act: Act,
+    how: Attention,
+) -> jax.Array:
+    """What the chosen experts give their tokens, ``[B, T, D]``.
+
+    But for small passes, the chosen pairs of a token and an expert are computed and no other: in blocks of one expert's
+    pairs on CPUs, where these take less time than all experts for all tokens and XLA's grouped product takes more
+    (benchmarks/expert_dispatch.py); by that grouped product elsewhere. On a mesh each device does so for its own rows.
+
+    Args:
+        x: ``[B, T, D]``.
+        chosen: ``[B, T, K]`` int32.
+        weights: ``[B, T, K]``.
+        experts: gate, up ``[E, F, D]`` and down ``[E, D, F]``.
+        act: activation.
+        how: platform and mesh of the model.
+    """
+
+    def flat(x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts) -> jax.Array:
+        form = by_blocks if how.platform == "cpu" else by_groups
+        if math.prod(x.shape[:2]) * experts[0].size < _SMALL:
+            form = by_all
+        rows, to, shares = (part.reshape(-1, part.shape[-1]) for part in (x, chosen, weights))
+        return form(rows, to, shares, experts, act).reshape(x.shape)
+
+    mesh = how.mesh
+    if mesh is None or mesh.size == 1 or len(x) % row_parts(mesh):
+        return flat(x, chosen, weights, experts)
+    rows, inner = PartitionSpec(RULES["batch"]), RULES["ff"]
+    wide, narrow = PartitionSpec(None, inner, None), PartitionSpec(None, None, inner)
+
+    def own(*given: Any) -> jax.Array:
+        return jax.lax.psum(flat(*given), inner)
+
+    places = (rows, rows, rows, (wide, wide, narrow))
+    return jax.shard_map(own, mesh=mesh, in_specs=places, out_specs=rows, check_vma=False)(x, chosen, weights, experts)
+
+
+def by_all(x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts, act: Act) -> jax.Array:
+    """Every expert of every token, weighed: the plain form, by which the others are checked; ``[N, D]``."""
+    gate, up, down = experts
+    at = chosen[..., None] == jnp.arange(len(gate))
+    of_each = jnp.sum(jnp.where(at, weights[..., None], 0), axis=-2)
+    inner = act(jnp.einsum("nd,efd->nef", x, gate)) * jnp.einsum("nd,efd->nef", x, up)
+    return jnp.einsum("nef,edf->nd", inner * of_each[..., None], down)
+
+
+def by_groups(x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts, act: Act) -> jax.Array:
+    """Pairs in the order of their experts, by XLA's grouped product; ``[N, D]``."""
+    gate, up, down = (part.swapaxes(1, 2) for part in experts)
+    order = jnp.argsort(chosen.reshape(-1), stable=True)
+    load = jnp.bincount(chosen.reshape(-1), length=len(gate))
+    rows = order // chosen.shape[-1]
+    mine = x[rows]
+    inner = act(jax.lax.ragged_dot(mine, gate, load)) * jax.lax.ragged_dot(mine, up, load)
+    given = jax.lax.ragged_dot(inner, down, load) * weights.reshape(-1)[order, None]
+    return jnp.zeros_like(x).at[rows].add(given)
+
+
+def by_blocks(x: jax.Array, chosen: jax.Array, weights: jax.Array, experts: Experts, act: Act) -> jax.Array:
+    """Pairs in the order of their experts, in blocks of one expert each, filled up with zeros; ``[N, D]``."""
+    gate, up, down = experts
+    (rows, each), count = chosen.shape, len(gate)
+    pairs = rows * each
+    size = min(max(pairs // count, _BLOCK[0]), _BLOCK[1])
+    blocks = (pairs + min(count, pairs) * (size - 1)) // size  # the most that any routing needs
+    expert = chosen.reshape(-1)
+    order = jnp.argsort(expert, stable=True)
+    load = jnp.bincount(expert, length=count)
+    filled = -(-load // size) * size
+    ends = jnp.cumsum(filled)
+    place = (ends - filled - jnp.cumsum(load) + load)[expert[order]] + jnp.arange(pairs)
+    pair = jnp.full(blocks * size, pairs, order.dtype).at[place].set(order)
+    of = jnp.minimum(jnp.searchsorted(ends, jnp.arange(blocks) * size, side="right"), count - 1)
+    mine = jnp.concatenate([x, jnp.zeros_like(x[:1])])[pair // each].reshape(blocks, size, -1)
+    inner = act(_product(mine, gate, of)) * _product(mine, up, of)
+    given = _product(inner, down, of).reshape(blocks * size, -1)
+    back = jnp.zeros_like(order).at[order].set(place.astype(order.dtype))
+    return jnp.sum((given[back] * weights.reshape(-1, 1)).reshape(rows, each, -1), axis=1)
+
+
+@jax.custom_vjp
+def _product(x: jax.Array, matrices: jax.Array, of: jax.Array) -> jax.Array:
+    """Each block ``[n, size, in]`` by its own of the matrices ``[E, out, in]``."""
+    return jax.lax.map(lambda block: block[0] @ matrices[block[1]].T, (x, of))
+
+
+def _product_forward(x: jax.Array, matrices: jax.Array, of: jax.Array) -> Any:
+    return _product(x, matrices, of), (x, matrices, of)
+
+
+def _product_backward(kept: Any, after: jax.Array) -> Any:
+    """Adds each block's gradient to its own matrix in place; jax's rule would add all matrices for every block."""
+    x, matrices, of = kept
+    before = jax.lax.map(lambda block: block[0] @ matrices[block[1]], (after, of))
+
+    def add(total: jax.Array, block: Any) -> tuple[jax.Array, None]:
+        return total.at[block[2]].add(block[1].T @ block[0]), None
+
+    return before, jax.lax.scan(add, jnp.zeros_like(matrices), (x, after, of))[0], None
+
+
+_product.defvjp(_product_forward, _product_backward)

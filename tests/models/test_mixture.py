@@ -15,7 +15,7 @@ from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import forward, logits
 from jaxcrit.models.export import export
-from jaxcrit.models.mixture import OVERRIDE, ROUTING, Override, kept_shares
+from jaxcrit.models.mixture import OVERRIDE, ROUTING, Override, by_all, by_blocks, by_groups, kept_shares
 from jaxcrit.models.partition import partition, split
 from jaxcrit.models.sites import Tap
 from jaxcrit.models.weights import halves, to_hf
@@ -256,3 +256,23 @@ def test_experts_on_a_mesh(case, mesh, shard, tmp_path):
     tokens, lengths = sequences(96, lengths=(24, 11, 9, 24, 7, 20, 3, 12))
     for found, expected in zip(states(decoder, tokens, lengths), states(one, tokens, lengths), strict=True):
         assert error(found, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("form", [by_blocks, by_groups])
+@pytest.mark.parametrize(("rows", "count", "each"), [(40, 6, 2), (300, 4, 4), (3, 16, 2), (1, 5, 1), (64, 1, 1)])
+def test_pairs_alone_give_what_all_experts_give(form, rows, count, each):
+    """Values and gradients of both forms; experts that nobody goes to, one that all go to, one pair alone."""
+    rng = np.random.default_rng(0)
+    x, shares = rng.normal(size=(rows, 12)), rng.normal(size=(rows, count))
+    shares[:, : count // 3] = -9  # nobody goes there where there are others
+    experts = tuple(rng.normal(size=shape) for shape in ((count, 7, 12), (count, 7, 12), (count, 12, 7)))
+    x, shares, experts = jax.tree.map(lambda one: jnp.asarray(one, jnp.float32), (x, shares, experts))
+    weights, chosen = jax.lax.top_k(shares, each)
+
+    def both(form, *given):
+        y, back = jax.vjp(lambda x, weights, experts: form(x, chosen, weights, experts, jax.nn.silu), *given)
+        return y, back(jnp.cos(y))
+
+    expected, found = (jax.jit(both, static_argnums=0)(one, x, weights, experts) for one in (by_all, form))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert error(np.asarray(ours), np.asarray(theirs)) < 1e-5
