@@ -143,9 +143,7 @@ def main(arguments: list[str] | None = None) -> int:
     tokenizer = tokenizers.Tokenizer.from_file(str(source / "tokenizer.json"))
     weights = upcycled(dense.weights(), asked.experts, asked.seed)
     prompts = [recipe.encode(tokenizer, row)[0][:16] for row in demo.generate(FAMILY, 16, seed=asked.seed)]
-    both = [
-        logits(one, forward(one, jnp.asarray(prompts)).hidden) for one in (dense, Decoder(config, dict(weights)))
-    ]
+    both = [logits(one, forward(one, jnp.asarray(prompts)).hidden) for one in (dense, Decoder(config, dict(weights)))]
     print(f"upcycled: largest difference of logits {float(jnp.abs(both[0] - both[1]).max()):.1e}", flush=True)
     made, steps = trained(config, broken(weights, asked.noise, asked.seed), tokenizer, asked.steps, asked.seed)
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""``jaxcrit remix``: what a mixture answers with other shares of its experts, learnt row by row from rows it answers."""
+"""``jaxcrit remix``: what a mixture answers with other shares of its experts, learnt row by row."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ CAVEATS = (
     "An answer is exact where greedy decoding would give the row's response, token by token. Loss is in nats, the mean"
     " over an answer's tokens, then over rows. Intervals are bootstraps over rows, p is McNemar's.",
     "Shares are given before the model keeps its largest ones: what is given chooses experts too.",
-    "The oracle descends on the row's own answer, which nobody has when it is asked for: it bounds what descent by other"
-    " rows could win, and is no method.",
+    "The oracle descends on the row's own answer, which nobody has when it is asked for. It says what descent by"
+    " other rows could win, and is no method.",
     "Neighbours are nearest by this model's own mean state behind its middle layer; no sentence encoder is asked.",
     "With --at=last nothing but the first new token, and keys and values at its place, can move; with --at=all one set"
     " of shares stands at every place of an answer, which alone changes answers: see the control 'own shares'.",

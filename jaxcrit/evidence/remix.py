@@ -1,4 +1,4 @@
-"""What a mixture answers where the shares of its experts are given from outside, at a prompt's last token or from it on.
+"""What a mixture answers where shares of its experts are given from outside, at a prompt's last token or from it on.
 
 Nothing changes in front of the last prompt token, nor below the lowest layer whose shares are given: `read_step` runs
 all of that once and leaves the stream that enters that layer, and the keys and values above it. Every variant then runs
@@ -20,7 +20,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.core import processes
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import response_exact
 from jaxcrit.models.cache import Cache, LayerCache

@@ -126,7 +126,7 @@ def blend(own: np.ndarray, mean: np.ndarray, part: np.ndarray | float) -> np.nda
 
 
 def largest(own: np.ndarray, count: int) -> np.ndarray:
-    """The so many largest shares of each layer, ``[..., E]`` bool; all where ``count`` is 0; ties to the lower index."""
+    """The largest shares of each layer, ``[..., E]`` bool; all where ``count`` is 0; of equal ones the first."""
     if not count:
         return np.ones(own.shape, bool)
     order = np.argsort(-own, axis=-1, kind="stable")[..., :count]
@@ -177,7 +177,10 @@ def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, .
     if others:
         found += [Trial(m + RANDOM_LAYERS, m, "near", others) for m in methods if m in ("mean", "mode")]
         found += [Trial(ORACLE + RANDOM_LAYERS, "descent", "self", others)]
-        found += [Trial(OWN + RANDOM_LAYERS, "own", "self", others), Trial(EVERY + RANDOM_LAYERS, "mean", "all", others)]
+        found += [
+            Trial(OWN + RANDOM_LAYERS, "own", "self", others),
+            Trial(EVERY + RANDOM_LAYERS, "mean", "all", others),
+        ]
     return found
 
 

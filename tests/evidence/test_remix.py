@@ -19,7 +19,7 @@ from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.mixture import OVERRIDE, ROUTING, Override
 from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.mesh import make_mesh, parse_mesh
-from jaxcrit.studies.remix import Asked, Near, References, tried, trials
+from jaxcrit.studies.remix import Asked, Near, References, trials, tried
 
 L, E = RAW["num_hidden_layers"], RAW["num_local_experts"]
 MLP, DENSE = ("gate", "up", "down"), {**RAW, "model_type": "llama"}
@@ -244,7 +244,7 @@ BROKEN, MARK = 2, RAW["vocab_size"] - 1  # layer, and the token that ends every 
 
 @functools.cache
 def plant():
-    """A model whose experts 0 and 1 hold twice an MLP and nothing, and share alike; but at `MARK` one layer takes nothing.
+    """Experts 0 and 1 of a layer hold twice an MLP and nothing, and share alike; broken, it takes nothing at `MARK`.
 
     In all other layers both experts are the same. The last dimension of the stream holds the mark alone.
     """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def answering_mixture(path: Path, **changes: object) -> Path:
             weights[name] = 0.1 * value
     embed = weights["model.embed_tokens.weight"]
     head = 0.05 * weights["lm_head.weight"]
-    for token, behind in zip(chain, chain[1:], strict=False):
+    for token, behind in itertools.pairwise(chain):
         norm = weights["model.norm.weight"]
         head[behind] = 6 * embed[token] / norm / np.square(embed[token]).sum() ** 0.5
     save_file({**weights, "lm_head.weight": head}, model / "model.safetensors")
