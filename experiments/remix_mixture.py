@@ -3,9 +3,10 @@
     python experiments/remix_mixture.py --out=runs/remix
 
 Makes the mixtures where they are not there yet (``train_demo_mixture.py``, a seed each), and runs ``jaxcrit remix`` on
-each in OUT/seedS/NAME, so that an interrupted experiment goes on: all methods on the last five layers, at the last
-prompt token and from it on; from it on also all layers, and the last five with two experts that move, by the mean
-alone (the oracle is in every run). Intervals are over mixtures and rows: each mixture answers the same rows and learns from 200 of its own.
+each in OUT/seedS/NAME, so that an interrupted experiment goes on: all methods on the last five layers, from the last
+prompt token on and there alone; from it on also all layers, and the last five with two experts that move, by the mean
+alone (the oracle is in every run); last descent with random references and at random layers. Intervals are over
+mixtures and rows: each mixture answers the same rows, and learns from 200 of its own.
 Prints a table; writes OUT/remix_mixture.json.
 """
 
@@ -31,10 +32,11 @@ from jaxcrit.reporting.tables import aligned, p_value
 ALL = "mean,kernel,mode,descent"
 # Name of a run, and what it asks. 20 of 64 experts are 1.25 of 4; one alone has nothing to share its mass with.
 RUNS: dict[str, dict[str, Any]] = {
-    "last5-all": {"layers": "last:5", "at": "all", "method": ALL},
-    "last5-last": {"layers": "last:5", "at": "last", "method": ALL},
-    "every-all": {"layers": "all", "at": "all", "method": "mean"},
-    "experts2-all": {"layers": "last:5", "at": "all", "experts": 2, "method": "mean"},
+    "last5-all": {"layers": "last:5", "at": "all", "method": ALL, "controls": "few"},
+    "last5-last": {"layers": "last:5", "at": "last", "method": ALL, "controls": "few"},
+    "every-all": {"layers": "all", "at": "all", "method": "mean", "controls": "few"},
+    "experts2-all": {"layers": "last:5", "at": "all", "experts": 2, "method": "mean", "controls": "few"},
+    "controls-all": {"layers": "last:5", "at": "all", "method": "descent", "controls": "all"},
 }
 
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 REMIX_FORMAT = "jaxcrit.remix"
 ROWS = "remix.jsonl"
 METHODS = ("mean", "kernel", "mode", "descent")
+CONTROLS = ("all", "few")
 _LEAST = 10  # exact references for each neighbour
 Found = Mapping[str, Any]
 CAVEATS = (
@@ -93,6 +94,7 @@ class RemixOptions(ModelOptions, TestedRowOptions, MeshOptions, title="re-mixing
     neighbours: int = option(3, "reference rows for each row", lowest=1)
     experts: int = option(0, "largest experts of a row that move; 0 for all", lowest=0)
     steps: int = option(10, "steps of mode and descent", lowest=1)
+    controls: Literal["all", "few"] = option("all", "random references and layers: of all, or of mean, mode", CONTROLS)
     seed: int = option(0, "seed of random references and layers, and of the bootstrap", lowest=0)
 
     def check(self) -> None:
@@ -284,13 +286,13 @@ def _studied(
     squared = 2 - 2 * study.unit(mine.states, centre) @ study.unit(known.states, centre).T
     near = study.nearest(np.maximum(squared, 0), options.neighbours)
     references = study.References(
-        [learnt[row] for row in right],
+        [learnt[row] for row in right.tolist()],
         known.shares,
         near,
         study.drawn(len(tests), len(right), options.neighbours, options.seed),
     )
     others = study.random_layers(depth, layers, options.seed)
-    wanted = study.trials(options.chosen_methods, layers, others)
+    wanted = study.trials(options.chosen_methods, layers, others, options.controls == "few")
     asked = study.Asked(options.at == "all", options.experts, options.neighbours, options.steps)
     measures = study.remixed(model, tests, references, wanted, asked, **how)
     names = [one.name for one in wanted]
@@ -385,11 +387,11 @@ def _sentences(found: Found) -> list[str]:
         if name not in METHODS:
             continue
         change, low, high = one["loss_change"]
-        beside = by_name[f"{name}, random references"]
+        beside = by_name.get(f"{name}, random references")
+        rest = f"; random references {beside['exact']:.3f}, {beside['loss_change'][0]:+.4f}" if beside else ""
         told.append(
             f"{name}: exact {base:.3f} to {one['exact']:.3f} ({one['won']} won, {one['lost']} lost, p"
-            f" {tables.p_value(one['p'])}), loss {change:+.4f} [{low:+.4f}, {high:+.4f}]; random references"
-            f" {beside['exact']:.3f}, {beside['loss_change'][0]:+.4f}"
+            f" {tables.p_value(one['p'])}), loss {change:+.4f} [{low:+.4f}, {high:+.4f}]{rest}"
         )
     return told
 

@@ -162,25 +162,25 @@ class Trial:
         return self.method in ("kernel", "descent")
 
 
-def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, ...]) -> list[Trial]:
-    """The methods, the oracle and all controls; at random layers of the methods those that run no references.
+def trials(methods: Sequence[str], layers: tuple[int, ...], others: tuple[int, ...], few: bool = False) -> list[Trial]:
+    """The methods, the oracle and all controls.
 
     Args:
         methods: some of `METHODS`.
         layers: layers that move.
         others: random layers of the same count; empty for none.
+        few: whether of methods that run other rows, and of the oracle, there are no random references and layers.
     """
+    cheap = [method for method in methods if not few or method in ("mean", "mode")]
     found = [Trial(method, method, "near", layers) for method in methods]
     found += [Trial(ORACLE, "descent", "self", layers), Trial(OWN, "own", "self", layers)]
     found += [Trial(EVERY, "mean", "all", layers)]
-    found += [Trial(method + RANDOM_ROWS, method, "random", layers) for method in methods]
+    found += [Trial(method + RANDOM_ROWS, method, "random", layers) for method in cheap]
     if others:
-        found += [Trial(m + RANDOM_LAYERS, m, "near", others) for m in methods if m in ("mean", "mode")]
-        found += [Trial(ORACLE + RANDOM_LAYERS, "descent", "self", others)]
-        found += [
-            Trial(OWN + RANDOM_LAYERS, "own", "self", others),
-            Trial(EVERY + RANDOM_LAYERS, "mean", "all", others),
-        ]
+        found += [Trial(method + RANDOM_LAYERS, method, "near", others) for method in cheap]
+        found += [] if few else [Trial(ORACLE + RANDOM_LAYERS, "descent", "self", others)]
+        found += [Trial(OWN + RANDOM_LAYERS, "own", "self", others)]
+        found += [Trial(EVERY + RANDOM_LAYERS, "mean", "all", others)]
     return found
 
 
@@ -273,7 +273,7 @@ def surveyed(
         return np.concatenate([loss[None], exact[None], flat, states.T]), (rows < len(examples)).astype(np.int64)
 
     batches = _batches(examples, batch_size, mesh)
-    known = (examples, batch_size, model, directory, take, 2 + size + model.config.width, 2 * depth, bars)
+    known: Any = (examples, batch_size, model, directory, take, 2 + size + model.config.width, 2 * depth, bars)
     found, _, _ = sample_losses(*known, batches=batches, partial=partial)
     shares = found[2 : 2 + size].T.reshape(-1, depth, experts).astype(np.float32)
     return Survey(found[0], found[1] > 0, shares, found[2 + size :].T.astype(np.float32))
@@ -320,7 +320,7 @@ def remixed(
 
     count = len(MEASURES) * (1 + len(wanted))
     cost = planned(wanted, asked.steps, depth)
-    known = (examples, batch_size, model, directory, take, count, cost, bars)
+    known: Any = (examples, batch_size, model, directory, take, count, cost, bars)
     found, _, _ = sample_losses(*known, batches=_batches(examples, batch_size, mesh), partial="partial.npz")
     return found.reshape(len(MEASURES), 1 + len(wanted), -1)
 
@@ -366,7 +366,9 @@ def tried(
     found: list[Any] = []
     reads: dict[Any, Read] = {}
     layers: tuple[int, ...] = ()
-    own = moved = on = np.zeros(0)
+    own: np.ndarray = np.zeros(0)
+    moved: np.ndarray = np.zeros(0, bool)
+    on: np.ndarray = np.zeros(0, bool)
     every = np.bool_(asked.every)
 
     def run(rows: Sequence[Example | None], wide: int, long: int) -> Read:

@@ -94,10 +94,18 @@ def test_random_references_and_layers():
 
 def test_trials_and_what_they_cost():
     names = [one.name for one in remix.trials(METHODS, (5, 6), (0, 3))]
-    assert names[:4] == list(METHODS) and len(set(names)) == len(names) == 16
+    assert names[:4] == list(METHODS) and len(set(names)) == len(names) == 18
     assert {"oracle", "own shares", "mean of all references", "descent, random references"} <= set(names)
     assert {"mean, random layers", "oracle, random layers"} <= set(names)
     assert not any(name.endswith("random layers") for name in (one.name for one in remix.trials(METHODS, (0, 1), ())))
+    few = [one.name for one in remix.trials(METHODS, (5, 6), (0, 3), few=True)]
+    assert [name for name in names if name not in few] == [
+        "kernel, random references",
+        "descent, random references",
+        "kernel, random layers",
+        "descent, random layers",
+        "oracle, random layers",
+    ]
     # The rows, as they are and by the mean, once with random references, of all and their own; the oracle's ten steps.
     wanted = remix.trials(["mean"], (5, 6), ())
     assert remix.planned(wanted, 10, 7) == 7 + 2 + 2 * 4 + 2 * (1 + 20)
@@ -166,7 +174,7 @@ def test_a_run(config, tmp_path, capsys):
     for name, one in by_name.items():
         assert np.mean([line["after"][name]["loss"] for line in lines]) == pytest.approx(one["loss"])
     text = report(made).text(200)
-    assert "No room: descent on each row's own answer, layers 5-6" in text and "21 of 24 rows" in text
+    assert "No room: descent on each row's own answer, layers 0,6" in text and "21 of 24 rows" in text
     again = run_remix(config)
     assert again.found == read_json(out / "remix.json", "jaxcrit.remix") and report(again).text(200) == text
     assert again.rows == lines
