@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxcrit.training.trainer import Trainer
 
 OPTIONS = FinetuneOptions
+NO_BALANCE = "; without a balance loss, so that few experts may come to do most of the work (--router_aux adds one)"
 _TESTS = 20  # over a run, where ``--eval_every`` does not say
 Row = Mapping[str, Any]
 
@@ -247,6 +248,7 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f" {sum(trained):,} of {frozen + sum(trained):,} parameters"
         f" ({100 * sum(trained) / (frozen + sum(trained)):.1f} %) train, for {trainer.steps} steps of {rows} rows"
         f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
+        f"{NO_BALANCE if config.experts and not options.router_aux else ''}"
     )
 
 

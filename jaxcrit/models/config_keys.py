@@ -144,7 +144,7 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
             )
     if named in families.REFUSED:
         model, why = families.REFUSED[named]
-        expected = listed(sorted(families.FAMILIES), 12)
+        expected = listed(sorted(families.FAMILIES), 16)
         raise UserError(f"{where}: {model} ({named}) is not read, for {why}; expected {expected}")
     family = named or (families.ARCHITECTURES.get(architectures[0], "") if architectures else "")
     mixtures = [name for name, one in families.FAMILIES.items() if one.mixture]
@@ -153,7 +153,7 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     if family not in families.FAMILIES:
         shown = repr(named) if named else f"architectures {architectures}"
         nearest = did_you_mean(family, families.FAMILIES)
-        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES), 12)}, got {shown}{nearest}")
+        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES), 16)}, got {shown}{nearest}")
     wanted = families.FAMILIES[family].architecture
     backbone = wanted.removesuffix("ForCausalLM")  # saved without its head, by AutoModel
     known = {name.lower() for name in (wanted, f"{backbone}Model", f"{backbone}TextModel")}

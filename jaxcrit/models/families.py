@@ -237,6 +237,6 @@ REFUSED: Mapping[str, tuple[str, str]] = {
     "mistral3": ("Ministral 3", "it reads images, and the queries of its decoder are scaled by their position"),
     "gemma3": ("Gemma 3 with images", "only a text model (gemma3_text) is read"),
     "qwen2_moe": ("Qwen2-MoE", "a shared expert with a gate of its own stands beside those that are routed"),
-    **{f"deepseek{version}": (f"DeepSeek{version}", _SHARED) for version in ("", "_v2", "_v3", "_v32")},
+    **{f"deepseek{end}": (f"DeepSeek{end.upper().replace('_', '-')}", _SHARED) for end in ("", "_v2", "_v3", "_v32")},
 }
 ARCHITECTURES: Mapping[str, str] = {family.architecture: name for name, family in FAMILIES.items()}

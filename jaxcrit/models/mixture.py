@@ -100,6 +100,33 @@ def kept_shares(shares: jax.Array, config: ModelConfig) -> tuple[jax.Array, jax.
     return chosen, weights / weights.sum(-1, keepdims=True) if config.norm_topk else weights
 
 
+def used(
+    site: Site, before: jax.Array, after: jax.Array, positions: jax.Array, *, inside: jax.Array, config: ModelConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Of one layer's experts ``[E]`` float32: how many real tokens go to each, and the sum of their shares of it.
+
+    A tap at ``router``; ``inside`` ``[B, T]`` bool are the real tokens.
+    """
+    chosen, _ = kept_shares(after, config)
+    counts = jnp.sum(jax.nn.one_hot(chosen, config.experts) * inside[..., None, None], axis=(0, 1, 2))
+    return counts, jnp.sum(jnp.where(inside[..., None], after, 0), axis=(0, 1))
+
+
+def balance(counts: jax.Array, shares: jax.Array, tokens: jax.Array) -> jax.Array:
+    """The balance loss of Switch (arXiv:2101.03961, equations 4 to 6) over all layers at once, as transformers has it.
+
+    E times the sum over experts of the part of tokens that go to it times its mean share; experts_per_token where all
+    are alike.
+
+    Args:
+        counts: ``[L, E]``, see `used`; no gradient goes through them.
+        shares: ``[L, E]``.
+        tokens: how many.
+    """
+    rows = len(counts) * tokens
+    return counts.shape[1] * jnp.sum((jnp.sum(counts, axis=0) / rows) * (jnp.sum(shares, axis=0) / rows))
+
+
 def give(
     x: jax.Array,
     chosen: jax.Array,

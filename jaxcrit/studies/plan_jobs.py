@@ -135,7 +135,7 @@ class _Job:
         shape = self.config.batch_size, length, model.num_heads, model.head_dim
         form, _ = choose_attention(model.attention, self.dtype, *shape, capped=model.attention_cap is not None)
         scores = 2 * 4 * self.tokens * length * model.num_heads // tensor if form == "reference" else 0
-        inside = 3 * size * self.tokens * self.model.ff_width // tensor
+        inside = 3 * size * self.tokens * max(1, model.experts_per_token) * model.ff_width // tensor
         blocks = sum(leaf.size for path, leaf in self.decoder.weights().items() if path.startswith("blocks."))
         gathered = size * blocks // self.model.num_layers // tensor  # from the other devices, to be used
         return max(scores, inside) + 3 * size * self.tokens * self.model.width + gathered

@@ -13,6 +13,7 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -22,8 +23,9 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
+from jaxcrit.models.mixture import balance, used
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
-from jaxcrit.models.sites import Edit, Visit, visitor
+from jaxcrit.models.sites import Edit, Tap, Visit, visitor
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Form = Literal["runs", "gaps"]
@@ -69,6 +71,37 @@ def hidden_states(
     Returns:
         ``[B, T, D]``, the residual stream after the last block that runs.
     """
+    x, context = _entered(partition, bank, tokens, lengths, dtype, mesh)
+    if stop is None and (form or choose_form(partition)) == "gaps":
+        return _gap_form(partition, bank, x, context, remat, edit)
+    layers = partition.config.num_layers if stop is None else stop
+    return _run_form(partition, bank, x, context, layers, remat=remat, edit=edit)[0]
+
+
+def routed_states(
+    partition: Partition,
+    bank: Bank,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    *,
+    dtype: Any,
+    remat: bool = True,
+    mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """`hidden_states` of a mixture, always as ``runs``, and its balance loss (`jaxcrit.models.mixture.balance`)."""
+    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    tap = Tap(functools.partial(used, inside=inside, config=partition.config), ("router",))
+    x, context = _entered(partition, bank, tokens, lengths, dtype, mesh)
+    x, taps = _run_form(partition, bank, x, context, partition.config.num_layers, remat=remat, edit=edit, tap=tap)
+    counts, shares = (jnp.concatenate(parts) for parts in zip(*(one["router"] for one in taps), strict=True))
+    return x, balance(counts, shares, jnp.sum(inside))
+
+
+def _entered(
+    partition: Partition, bank: Bank, tokens: jax.Array, lengths: jax.Array, dtype: Any, mesh: AnyMesh | None
+) -> tuple[jax.Array, Context]:
+    """What enters the first block, ``[B, T, D]``, and the context."""
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = Context(positions, *config.rope.cos_sin(positions, lengths))
@@ -76,9 +109,7 @@ def hidden_states(
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
-    if stop is None and (form or choose_form(partition)) == "gaps":
-        return _gap_form(partition, bank, x, context, remat, edit)
-    return _run_form(partition, bank, x, context, remat, edit, config.num_layers if stop is None else stop)
+    return x, context
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -93,28 +124,40 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
 
 
 def _run_form(
-    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None, stop: int
-) -> jax.Array:
+    partition: Partition,
+    bank: Bank,
+    x: jax.Array,
+    context: Context,
+    stop: int,
+    *,
+    remat: bool,
+    edit: Edited | None = None,
+    tap: Tap | None = None,
+) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """The stream after ``stop`` layers, and what the tap returned, run by run."""
     rest = _stack(partition, bank[FROZEN])
+    taps: list[dict[str, Any]] = []
     for whole in partition.runs():
         part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
         if not part.layers:
             break
-        how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat}
+        how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat, "tap": tap}
         if edit is not None:
             how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}
         if part.group == FROZEN:
-            x = run(rest, jnp.asarray(part.slots), x, context, **how).hidden
+            out = run(rest, jnp.asarray(part.slots), x, context, **how)
+            x, taps = out.hidden, [*taps, out.taps]
             continue
         own = _own(partition, bank[part.group])
         if len(part.layers) < len(partition.members(part.group)):
             own = jax.tree.map(lambda leaf, part=part: leaf[part.slots[0] : part.slots[-1] + 1], own)
         if isinstance(own, Block):
-            x = run(own, None, x, context, **how).hidden
+            out = run(own, None, x, context, **how)
         else:
             base = jnp.asarray(part.layers)
-            x = run(rest, base, x, context, adapters=own, **how).hidden
-    return x
+            out = run(rest, base, x, context, adapters=own, **how)
+        x, taps = out.hidden, [*taps, out.taps]
+    return x, taps
 
 
 def _gap_form(

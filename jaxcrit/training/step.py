@@ -15,7 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxcrit.evaluation.losses import LossSums, response_loss, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.training.forward import Edited, Form, hidden_states, outside
+from jaxcrit.training.forward import Edited, Form, hidden_states, outside, routed_states
 
 
 @jax.tree_util.register_dataclass
@@ -84,6 +84,10 @@ def batch_loss(
     """Losses of one batch under a bank; arguments as of `hidden_states`."""
     how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
     hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, **how)
+    return _losses(partition, bank, batch, hidden, mesh)
+
+
+def _losses(partition: Partition, bank: Bank, batch: TokenBatch, hidden: jax.Array, mesh: AnyMesh | None) -> LossSums:
     head = outside(bank, "embed" if partition.config.tied else "head")
     given = (hidden, outside(bank, "norm"), head, batch.tokens, batch.learn)
     return response_loss(*given, partition.config, mesh, batch.scored)
@@ -132,6 +136,7 @@ def make_step(
     mesh: AnyMesh | None = None,
     shardings: State | None = None,
     edit: Edited | None = None,
+    router_aux: float = 0.0,
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
 
@@ -147,14 +152,19 @@ def make_step(
         mesh: see `hidden_states`.
         shardings: shardings of the state, to keep them from step to step.
         edit: see `hidden_states`.
+        router_aux: weight of a mixture's balance loss, the mean over the micro-batches; 0 computes none.
     """
 
     def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
         total = jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)
 
         def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
-            bank = {**params, FROZEN: frozen}
-            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh, edit=edit)
+            bank, how = {**params, FROZEN: frozen}, {"dtype": dtype, "remat": remat, "mesh": mesh, "edit": edit}
+            if router_aux:
+                hidden, balance = routed_states(partition, bank, micro.tokens, micro.lengths, **how)
+                sums = _losses(partition, bank, micro, hidden, mesh)
+                return sums.loss / total + router_aux / len(batch.tokens) * balance, sums
+            sums = batch_loss(partition, bank, micro, form=form, **how)
             return sums.loss / total, sums
 
         gradient = jax.grad(loss, has_aux=True)

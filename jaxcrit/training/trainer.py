@@ -50,6 +50,11 @@ class Trainer:
         self, options: TrainingOptions, model: Model, parts: Partition, steps: int, edit: Edited | None = None
     ):
         self.options, self.model, self.parts, self.steps, self.edit = options, model, parts, steps, edit
+        if options.router_aux and not model.config.experts:
+            raise UserError(
+                f"--router_aux={options.router_aux:g}: is of a mixture of experts; this {model.config.family} model has"
+                " no router"
+            )
         self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
         self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(
@@ -111,6 +116,7 @@ class Trainer:
             mesh=mesh,
             shardings=shardings,
             edit=self.edit,
+            router_aux=options.router_aux,
         )
         taken = 0
 

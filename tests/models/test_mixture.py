@@ -266,6 +266,7 @@ def test_pairs_alone_give_what_all_experts_give(form, rows, count, each):
     x, shares = rng.normal(size=(rows, 12)), rng.normal(size=(rows, count))
     shares[:, : count // 3] = -9  # nobody goes there where there are others
     experts = tuple(rng.normal(size=shape) for shape in ((count, 7, 12), (count, 7, 12), (count, 12, 7)))
+    experts = tuple(matrix / np.sqrt(matrix.shape[-1]) for matrix in experts)
     x, shares, experts = jax.tree.map(lambda one: jnp.asarray(one, jnp.float32), (x, shares, experts))
     weights, chosen = jax.lax.top_k(shares, each)
 
