@@ -19,6 +19,7 @@ from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
 from jaxcrit.commands.prune import prune
+from jaxcrit.commands.remix import remix
 from jaxcrit.commands.reuse import reuse
 from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
@@ -58,6 +59,7 @@ __all__ = [
     "open_run",
     "plot",
     "prune",
+    "remix",
     "reuse",
     "score",
     "screen",
