@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from support.sealing import unfinished
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
-from jaxcrit.commands.finetune import chosen_by_scores, run_finetune
+from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, with_knees
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -248,6 +249,21 @@ def test_rows_beside_rows_come_from_their_fields(base, data, tmp_path):
         long = [texts[0] | rows[0] | {"said": "one " * 20}, texts[1] | rows[1]]
         long_file = rows_file(tmp_path / "long.jsonl", long)
         run_finetune(dataclasses.replace(config, data=str(long_file), max_length=24, out=str(tmp_path / "x")))
+
+
+def test_knees_are_layers_that_may_be_refused(base, model, monkeypatch):
+    """By the score of that name, whose meta names them."""
+    found = types.SimpleNamespace(meta={"knees": {"first": 3, "second": None}})
+    told = types.SimpleNamespace(datasets={"rows": {"lens_entropy": found}})
+    monkeypatch.setattr("jaxcrit.commands.finetune.scored", lambda *_: told)
+    asked = dataclasses.replace(base, supervise="lens:first:logits:lens:first,2,lens:first")
+    opened = open_model(str(model))
+    assert with_knees(asked, opened, None, None).supervise == "3:logits:lens:first,2,3"
+    with pytest.raises(UserError, match="the second knee of lens_entropy is not named"):
+        with_knees(dataclasses.replace(base, supervise="lens:second"), opened, None, None)
+    told.datasets["more"] = told.datasets["rows"]
+    with pytest.raises(UserError, match="knees are of one dataset, got rows, more"):
+        with_knees(asked, opened, None, None)
 
 
 SCRIPT = """
