@@ -51,6 +51,7 @@ _WORDS = [
     "gradient_norm",
     "rgn",
     "fisher",
+    "routing_sensitivity",
 ]
 _NAMES = [word.removesuffix("+").partition(":") for word in _WORDS]
 FILES: Mapping[str, str] = {key or file: file for file, _, key in _NAMES}
@@ -63,6 +64,7 @@ _EVIDENCE: Mapping[Needs, str] = {
     "two models": "base and tuned weights",
     "forward": "prompts, forward",
     "backward": "responses, backward",
+    "routing": "responses, backward through routers",
     "variants": "responses, changed models",
 }
 BEGIN, END = "<!-- begin: python -m jaxcrit.criteria FILE writes this table -->", "<!-- end -->"

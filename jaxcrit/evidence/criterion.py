@@ -17,7 +17,7 @@ from jaxcrit.core.deletions import Deletions, jackknife_stderr
 from jaxcrit.core.layers import Direction, LayerScores
 from jaxcrit.core.options import Options
 
-Needs = Literal["weights", "two models", "forward", "backward", "variants"]
+Needs = Literal["weights", "two models", "forward", "backward", "routing", "variants"]
 Own = Mapping[type[Options], Options]  # options of criteria by their class
 
 
@@ -47,8 +47,8 @@ class Criterion:
         direction: which values are critical.
         score: function of what the pass found that gives `Measured`, or several by key where it serves several keys.
             Of ``forward`` it is given the samples ``[N, L, ...]`` of ``tap`` and ``finish``; else the dataclass of
-            `jaxcrit.evidence.backward` or `jaxcrit.evidence.weights`. Where a command of its own makes the evidence,
-            it is the function that this command calls.
+            `jaxcrit.evidence.backward`, `jaxcrit.evidence.routing` or `jaxcrit.evidence.weights`. Where a command of
+            its own makes the evidence, it is the function that this command calls.
         tap: what ``forward`` reads of the residual stream, as `jaxcrit.evidence.forward` has it.
         finish: what ``forward`` makes of it, batch by batch on the device, for what layers tell of each other:
             a function ``(decoder, taps [L, B, ...]) -> arrays [L, B, ...]``.
