@@ -72,6 +72,7 @@ GROUPS = {
             "jaxcrit.commands.backdoor",
             "whether freezing layers keeps poisoned data from planting a backdoor",
         ),
+        "prune": ("jaxcrit.commands.prune", "leave layers out of a model, and see what that costs beside others"),
         "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
     },
 }

@@ -192,6 +192,7 @@ def other_commands(tuned, states, known, mixture):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean,gain", "--sites=mlp", "--score=greedy", "--out=ablate"],
+        ["prune", rows, "--limit=8", "--drop=5,6", "--controls=1", "--out=prune"],
         ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
         [
             "generate",
