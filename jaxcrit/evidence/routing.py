@@ -19,7 +19,8 @@ from jaxcrit.models.decoder import Decoder, forward
 from jaxcrit.models.mixture import used
 from jaxcrit.models.model import Model
 from jaxcrit.models.sites import Edit, Site, Tap
-from jaxcrit.training.step import TokenBatch, place
+from jaxcrit.training.objectives import TokenBatch
+from jaxcrit.training.step import place
 
 Progress = Callable[[int, int], None]
 

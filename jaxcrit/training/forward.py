@@ -12,9 +12,7 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import jax
@@ -23,8 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
-from jaxcrit.models.mixture import balance, used
-from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
+from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition, Run
 from jaxcrit.models.sites import Edit, Tap, Visit, visitor
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
@@ -53,6 +50,7 @@ def hidden_states(
     mesh: AnyMesh | None = None,
     stop: int | None = None,
     edit: Edited | None = None,
+    offset: jax.Array | None = None,
 ) -> jax.Array:
     """Runs tokens through the model, or through its first layers.
 
@@ -67,46 +65,75 @@ def hidden_states(
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
         stop: layers to run, from the first on, always as ``runs``; default all of them.
         edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
+        offset: ``[B, T, D]`` added to the embeddings, or None.
 
     Returns:
         ``[B, T, D]``, the residual stream after the last block that runs.
     """
-    x, context = _entered(partition, bank, tokens, lengths, dtype, mesh)
     if stop is None and (form or choose_form(partition)) == "gaps":
+        x, context = _entering(partition, bank, tokens, lengths, dtype, mesh, offset)
         return _gap_form(partition, bank, x, context, remat, edit)
-    layers = partition.config.num_layers if stop is None else stop
-    return _run_form(partition, bank, x, context, layers, remat=remat, edit=edit)[0]
+    stop = partition.config.num_layers if stop is None else stop
+    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "edit": edit, "offset": offset}
+    return layer_states(partition, bank, tokens, lengths, [stop - 1], **how)[0][stop - 1]
 
 
-def routed_states(
+def layer_states(
     partition: Partition,
     bank: Bank,
     tokens: jax.Array,
     lengths: jax.Array,
+    layers: Collection[int],
     *,
     dtype: Any,
     remat: bool = True,
     mesh: AnyMesh | None = None,
     edit: Edited | None = None,
-) -> tuple[jax.Array, jax.Array]:
-    """`hidden_states` of a mixture, always as ``runs``, and its balance loss (`jaxcrit.models.mixture.balance`)."""
-    inside = jnp.arange(tokens.shape[1]) < lengths[:, None]
-    tap = Tap(functools.partial(used, inside=inside, config=partition.config), ("router",))
-    x, context = _entered(partition, bank, tokens, lengths, dtype, mesh)
-    x, taps = _run_form(partition, bank, x, context, partition.config.num_layers, remat=remat, edit=edit, tap=tap)
-    counts, shares = (jnp.concatenate(parts) for parts in zip(*(one["router"] for one in taps), strict=True))
-    return x, balance(counts, shares, jnp.sum(inside))
+    offset: jax.Array | None = None,
+    tap: Tap | None = None,
+) -> tuple[dict[int, jax.Array], list[dict[str, Any]]]:
+    """Residual stream after some layers from one pass up to the highest, as ``runs``; and what a tap read on the way.
+
+    Args:
+        partition: partition of the bank.
+        bank: all groups.
+        tokens: ``[B, T]`` int32, right padded.
+        lengths: ``[B]`` int32 true lengths.
+        layers: 0-based; -1 for the embeddings.
+        dtype: see `hidden_states`.
+        remat: see `hidden_states`.
+        mesh: see `hidden_states`.
+        edit: see `hidden_states`.
+        offset: see `hidden_states`.
+        tap: reads the stream at sites inside the blocks.
+
+    Returns:
+        States ``[B, T, D]`` by layer; and by run of layers, in order, what the tap returned at its sites ``[n, ...]``.
+    """
+    x, context = _entering(partition, bank, tokens, lengths, dtype, mesh, offset)
+    found, taps, start = dict[int, jax.Array](), list[dict[str, Any]](), 0
+    for layer in sorted(layers):
+        x, read = _run_form(partition, bank, x, context, start, layer + 1, remat=remat, edit=edit, tap=tap)
+        found[layer], taps, start = x, [*taps, *read], layer + 1
+    return found, taps
 
 
-def _entered(
-    partition: Partition, bank: Bank, tokens: jax.Array, lengths: jax.Array, dtype: Any, mesh: AnyMesh | None
+def _entering(
+    partition: Partition,
+    bank: Bank,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    dtype: Any,
+    mesh: AnyMesh | None,
+    offset: jax.Array | None,
 ) -> tuple[jax.Array, Context]:
-    """What enters the first block, ``[B, T, D]``, and the context."""
+    """The stream that enters the first block, and what all blocks share."""
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = Context(positions, *config.rope.cos_sin(positions, lengths))
     with jax.named_scope("embed"):
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
+        x = x if offset is None else x + offset.astype(x.dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
     return x, context
@@ -128,19 +155,21 @@ def _run_form(
     bank: Bank,
     x: jax.Array,
     context: Context,
+    start: int,
     stop: int,
     *,
     remat: bool,
     edit: Edited | None = None,
     tap: Tap | None = None,
 ) -> tuple[jax.Array, list[dict[str, Any]]]:
-    """The stream after ``stop`` layers, and what the tap returned, run by run."""
+    """The stream after layers ``start`` to ``stop`` (half-open), and what the tap returned, run by run."""
     rest = _stack(partition, bank[FROZEN])
     taps: list[dict[str, Any]] = []
     for whole in partition.runs():
-        part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
-        if not part.layers:
-            break
+        low, high = max(whole.layers.start, start), min(whole.layers.stop, stop)
+        if low >= high:
+            continue
+        part = Run(whole.group, whole.slot + low - whole.layers.start, range(low, high))
         how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat, "tap": tap}
         if edit is not None:
             how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -20,8 +20,7 @@ from jaxcrit.core.schema import Count
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
-from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
-from jaxcrit.training.step import State, StepMetrics
+from jaxcrit.training.step import Losses, State, StepMetrics
 
 METRICS = "metrics.jsonl"
 # Steps in a row whose loss is above both a uniform guess and twice the first, or that have no gradient: it diverged.
@@ -141,10 +140,10 @@ def train(
     options: LoopOptions,
     *,
     step: Callable[[State, int], tuple[State, StepMetrics]],
-    evaluate: Callable[[Bank], LossSums],
+    evaluate: Callable[[Bank], Losses],
     rate: Callable[[int], float],
     log: MetricsLog,
-    checkpoints: Checkpoints | NoCheckpoints,
+    checkpoints: Any,
     meta: dict[str, Any],
     leave: Leave = lambda number: False,
     bar: Any = None,
@@ -156,7 +155,7 @@ def train(
         standing: likewise.
         options: when to do what.
         step: state and 0-based step number to the next state; the state given is used up.
-        evaluate: test losses of parameters.
+        evaluate: test losses of parameters; the first is that which counts.
         rate: learning rate by 0-based step number, for the log.
         log: where metrics go.
         checkpoints: where states go.
@@ -174,7 +173,7 @@ def train(
     number = int(state.step)
     if number == 0:
         standing, _ = _evaluated(evaluate, state, standing, log)
-    stopped = _out_of_patience(standing, options)
+    stopped = out_of_patience(standing, options)
     while number < options.steps and not stopped:
         began = time.perf_counter()
         state, found = step(state, number)
@@ -188,6 +187,7 @@ def train(
             {
                 **row,
                 "tokens": tokens,
+                **_of_auxiliaries(metrics.auxiliaries),
                 "gradient_norm": norm,
                 "learning_rate": rate(number - 1),
                 "seconds": round(seconds, 4),
@@ -199,7 +199,7 @@ def train(
         tested, last = None, number == options.steps
         if last or number % options.eval_every == 0:
             standing, tested = _evaluated(evaluate, state, standing, log)
-            stopped = _out_of_patience(standing, options)
+            stopped = out_of_patience(standing, options)
         leaving = leave(number) and not (last or stopped)
         if last or stopped or leaving or number % options.checkpoint_every == 0:
             log.flush()  # a run that goes on from there needs the rows before it
@@ -212,10 +212,10 @@ def train(
 
 
 def _evaluated(
-    evaluate: Callable[[Bank], LossSums], state: State, standing: Standing, log: MetricsLog
+    evaluate: Callable[[Bank], Losses], state: State, standing: Standing, log: MetricsLog
 ) -> tuple[Standing, float]:
     began, step = time.perf_counter(), int(state.step)
-    sums = jax.device_get(evaluate(state.params))
+    sums, *auxiliaries = jax.device_get(evaluate(state.params))
     loss = float(sums.per_token)
     seconds = round(time.perf_counter() - began, 4)
     log.write(
@@ -225,6 +225,7 @@ def _evaluated(
             "loss": loss,
             "loss_per_sample": float(sums.per_sample),
             "tokens": int(sums.tokens),
+            **_of_auxiliaries(auxiliaries),
             "seconds": seconds,
         }
     )
@@ -233,7 +234,17 @@ def _evaluated(
     return dataclasses.replace(standing, worse=standing.worse + 1), loss
 
 
-def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:
+def _of_auxiliaries(found: Sequence[LossSums]) -> dict[str, float | int | None]:
+    """What a row says of each auxiliary objective: its mean loss, None where nothing was counted, and the count."""
+    told: dict[str, float | int | None] = {}
+    for number, sums in enumerate(found):
+        told[f"aux_{number}"] = float(sums.per_token) if sums.tokens else None
+        told[f"aux_{number}_tokens"] = int(sums.tokens)
+    return told
+
+
+def out_of_patience(standing: Standing, options: LoopOptions) -> bool:
+    """Whether tests have gone on too long without a better one."""
     return bool(options.patience) and standing.worse >= options.patience
 
 
@@ -243,7 +254,7 @@ def _healthy(
     loss: float,
     norm: float,
     options: LoopOptions,
-    checkpoints: Checkpoints | NoCheckpoints,
+    checkpoints: Any,
     log: MetricsLog,
 ) -> Standing:
     problem = ""

@@ -17,6 +17,7 @@ from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
+from jaxcrit.core.auxiliaries import Balance
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_model
@@ -62,7 +63,7 @@ def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
         weights=decoder.weights(),
         weight_decay=0.1,
         clip=0.5,
-        router_aux=router_aux,
+        auxiliaries=[Balance(router_aux)] if router_aux else [],
     )
     batches = [random_batch(seed=seed, vocab=config.vocab_size) for seed in range(3)]
     metrics = trainer.run(*batches)
@@ -88,6 +89,7 @@ def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
             tokens, inside = (torch.from_numpy(part) for part in (batch.tokens[0].astype(np.int64), at_tokens(batch)))
             routed = wide(tokens, attention_mask=inside, output_router_logits=True)
             (loss + router_aux * routed.aux_loss).backward()
+            np.testing.assert_allclose(found.auxiliaries[0].per_token, routed.aux_loss.item(), rtol=1e-5)
         else:
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.5)
