@@ -324,7 +324,7 @@ def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     kept = read_scores(out / "scores.json")
     few = {"cluster_nmi", "cluster_step", "cohesion_rise"}  # left out, for want of tokens and prompts
-    assert list(kept) == [key for key in scorable() if key not in few | {"weight_change"}]
+    assert list(kept) == [key for key in scorable() if key not in few | {"weight_change", "routing_sensitivity"}]
     np.testing.assert_array_equal(kept["fisher"].values, scored.scores["fisher"].values)
     left = read_deletions(out, "angular_distance")
     assert left.values.shape == (5, LAYERS) and read_deletions(out, "rgn") is None
