@@ -227,6 +227,11 @@ def _rows_pass(
     return take
 
 
+def _knee(which: str, layer: int | None, share: float | None) -> str:
+    agreed = "too few prompts, or no such drop" if share is None else f"{share:.0%} of the resamples agree"
+    return f"{which} knee {'not named' if layer is None else f'at layer {layer}'} ({agreed})"
+
+
 def _pass(
     needs: Needs, chosen: Mapping[str, Criterion], bars: Bars | None, total: int, name: str, take: Callable[..., Any]
 ) -> dict[str, Any]:
@@ -274,12 +279,24 @@ def report(found: Scored) -> Report:
     size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
     section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
-    return Report(["Layers by " + ", ".join(scores), *beside(scores)], found.warnings, [section], CAVEATS)
+    told = beside(scores, found.datasets if len(found.datasets) > 1 else None)
+    return Report(["Layers by " + ", ".join(scores), *told], found.warnings, [section], CAVEATS)
 
 
-def beside(scores: Mapping[str, LayerScores]) -> list[str]:
-    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts."""
+def beside(
+    scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, LayerScores]] | None = None
+) -> list[str]:
+    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts.
+
+    Also the knees of a curve; of several datasets those of ``each`` by its name.
+    """
     told = []
+    for name, of_dataset in (each or {"": scores}).items():
+        for key, score in of_dataset.items():
+            if knees := score.meta.get("knees"):
+                shares = score.meta["agreement"]
+                named = [_knee(which, layer, shares[which]) for which, layer in knees.items()]
+                told.append(f"{key}{f' of {name}' if name else ''}: {', '.join(named)}")
     if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
         what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)
         told.append(

@@ -45,6 +45,7 @@ _WORDS = [
     "block_influence",
     "effective_rank",
     "lens_kl",
+    "lens_entropy",
     "cluster_nmi+",
     "cluster_nmi:cluster_step",
     "cohesion_rise",
