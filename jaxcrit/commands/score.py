@@ -41,7 +41,7 @@ CAVEATS = (
 class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
     """What ``jaxcrit score`` is asked."""
 
-    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
+    criteria: str = option("", "keys with commas (default: all of docs/criteria.md but perturbations)", word="KEYS")
     base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
 
 
@@ -112,7 +112,7 @@ def run_score(
     own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
     model = shared.opened(options, model)
     base = shared.opened(options, None, "base", mesh=model.mesh) if "two models" in needs else None
-    datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward"} else []
+    datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward", "perturbed"} else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved, further = {"criteria": list(chosen)}, tuple(own.values())
     with running(
@@ -201,6 +201,7 @@ def _rows_pass(
     from jaxcrit.data.batches import common_shapes
     from jaxcrit.evidence.backward import response_gradients
     from jaxcrit.evidence.forward import forward_pass
+    from jaxcrit.evidence.perturbed import perturbed_pass
 
     budget = model.budget(options.batch_size)
 
@@ -211,18 +212,27 @@ def _rows_pass(
     def take(dataset: Dataset) -> dict[str, Any]:
         given, count = (model, model.decoder(bars), dataset.examples, budget), len(dataset.examples)
 
-        def forward(wanted: Mapping[str, Criterion], step: Any) -> Any:
-            how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
-            return forward_pass(*given, wanted, own=own, **how)
+        def prompts(run: Callable[..., Any]) -> Callable[..., Any]:
+            def of(wanted: Mapping[str, Criterion], step: Any) -> Any:
+                how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
+                return run(*given, wanted, own=own, **how)
+
+            return of
 
         def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
             each = any(one.per_sample for one in wanted.values())
             how = {"precision": options.precision, "progress": step, "shapes": shapes(False)}
             return response_gradients(*given, per_sample=each, **how)
 
-        return _pass("forward", chosen, bars, count, f"{dataset.name}, forward", forward) | _pass(
-            "backward", chosen, bars, count, f"{dataset.name}, backward", backward
-        )
+        passes: dict[Needs, Callable[..., Any]] = {
+            "forward": prompts(forward_pass),
+            "perturbed": prompts(perturbed_pass),
+            "backward": backward,
+        }
+        found: dict[str, Any] = {}
+        for kind, one in passes.items():
+            found |= _pass(kind, chosen, bars, count, f"{dataset.name}, {kind}", one)
+        return found
 
     return take
 
@@ -243,7 +253,7 @@ def _pass(
         return {}
     with bar(bars, total=total, desc=name) as shown:
         found = take(wanted, moved(shown))
-    return found if needs == "forward" else dict.fromkeys(wanted, found)
+    return found if needs in ("forward", "perturbed") else dict.fromkeys(wanted, found)
 
 
 def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
@@ -288,8 +298,10 @@ def beside(
 ) -> list[str]:
     """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts.
 
-    Also the knees of a curve; of several datasets those of ``each`` by its name.
+    Also the knees of a curve, and what noise does; of several datasets those of ``each`` by its name.
     """
+    from jaxcrit.selection.correlation import spearman
+
     told = []
     for name, of_dataset in (each or {"": scores}).items():
         for key, score in of_dataset.items():
@@ -297,6 +309,12 @@ def beside(
                 shares = score.meta["agreement"]
                 named = [_knee(which, layer, shares[which]) for which, layer in knees.items()]
                 told.append(f"{key}{f' of {name}' if name else ''}: {', '.join(named)}")
+            if (noise := score.meta.get("noise_gain")) is not None:
+                rho = spearman(score.values[score.valid], np.array(noise, float)[score.valid])
+                told.append(
+                    f"{key}{f' of {name}' if name else ''}: noise of the same size ranks the layers with ρ {rho:.2f} to"
+                    f" this, and its gains are {min(noise):.2f} to {max(noise):.2f}"
+                )
     if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
         what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)
         told.append(

@@ -238,7 +238,7 @@ def test_every_file_is_a_criterion_and_says_what_it_sees():
         one = criterion(key)
         assert all((one.formula, one.responds, one.blind))
         assert not one.command or one.command in COMMANDS
-        assert (one.tap is not None) == (one.needs == "forward" and not one.command)
+        assert (one.tap is not None) == (one.needs in ("forward", "perturbed") and not one.command)
 
 
 def test_the_table_in_the_docs_is_current(tmp_path, capsys):
