@@ -120,7 +120,7 @@ def perturbed_pass(
         for one in wanted:
             with jax.default_matmul_precision(precision):
                 if isinstance(one, Blocks):
-                    made = block_gains(decoder, *placed, one.seed, rounds=one.rounds, mesh=model.mesh)[None]
+                    made = block_gains(decoder, *placed, one.seed, one.rounds, mesh=model.mesh)[None]
                 else:
                     made = jnp.stack(
                         moved(decoder, *placed, one.seed, one.size, steps=one.steps, own=one.own, mesh=model.mesh)
@@ -196,15 +196,15 @@ def moved(
     return found, changes(random_perturbation(x, where, keys, size))
 
 
-@functools.partial(jax.jit, static_argnames=("rounds", "mesh"))
+@functools.partial(jax.jit, static_argnames="mesh")
 def block_gains(
     decoder: Decoder,
     tokens: jax.Array,
     lengths: jax.Array,
     numbers: jax.Array,
     seed: jax.Array | int,
+    rounds: jax.Array | int,
     *,
-    rounds: int,
     mesh: Mesh | None = None,
 ) -> jax.Array:
     """The largest gain of each block: of its derivative, from changes relative to the states in front to those behind.
@@ -245,7 +245,7 @@ def block_gains(
 
 
 def largest_singular_value(
-    function: Callable[[jax.Array], jax.Array], x: jax.Array, start: jax.Array, rounds: int
+    function: Callable[[jax.Array], jax.Array], x: jax.Array, start: jax.Array, rounds: jax.Array | int
 ) -> jax.Array:
     """Of a function's derivative at x, by power iteration, each row by itself; it comes from below.
 

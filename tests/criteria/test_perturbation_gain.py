@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from support.family_models import BLOCKS
-from support.tiny_model import prompts_file, tiny_checkpoint
+from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
@@ -18,6 +19,7 @@ from jaxcrit.core.layers import read_scores
 from jaxcrit.core.options import determining
 from jaxcrit.criteria.perturbation_gain import PerturbationOptions
 from jaxcrit.criteria.registry import scorable
+from jaxcrit.data.batches import make_batches
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
 from jaxcrit.evidence.perturbed import block_gains, largest_singular_value, moved, perturbed_pass
@@ -43,7 +45,13 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def rows(folder):
-    return prompts_file(folder / "rows.jsonl", count=6)
+    """Prompts of two lengths and one width, so that each program compiles once."""
+    rng = np.random.default_rng(0)
+    words = ["cat", "dog", "sky", "one", "two", "blue", "sat", "mat", "and", "is"]
+    lines = [{"prompt": f"{row} " + " ".join(rng.choice(words, 3 + row % 2))} for row in range(6)]
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -59,11 +67,9 @@ def examples(rows, session):
 
 @pytest.fixture(scope="module")
 def batch(examples):
-    """Two rows of one width: tokens, lengths, numbers."""
-    two = sorted(examples, key=lambda one: one.prompt_length)[-2:]
-    width = max(one.prompt_length for one in two)
-    tokens = np.stack([np.pad(one.token_ids[:width], (0, width - one.prompt_length)) for one in two])
-    return jnp.asarray(tokens), jnp.array([one.prompt_length for one in two], jnp.int32), jnp.arange(2, dtype=jnp.uint32)
+    """The first rows as the pass gives them, two lengths among them: tokens, lengths, numbers."""
+    first = next(iter(make_batches(examples, 3)))
+    return jnp.asarray(first.tokens), jnp.asarray(first.lengths), jnp.arange(3, dtype=jnp.uint32)
 
 
 def changed(decoder, layer, factor):
@@ -73,8 +79,8 @@ def changed(decoder, layer, factor):
     return Decoder(decoder.config, {**weights, **last})
 
 
-def values(session, decoder, examples, batch_size=4, **options):
-    own = {PerturbationOptions: PerturbationOptions(steps=2, **options)}
+def values(session, decoder, examples, batch_size=3):
+    own = {PerturbationOptions: PerturbationOptions(steps=2)}
     found = perturbed_pass(session, decoder, examples, batch_size, GAINS, own=own)
     return {key: one.measured(found[key], own) for key, one in GAINS.items()}
 
@@ -85,6 +91,7 @@ def plain(session, examples):
 
 
 def test_a_silent_block_has_a_gain_of_one_and_a_loud_one_a_larger_one(session, examples, plain):
+    """Larger for the smallest changes. A change that is found may be less of a state that a loud block makes longer."""
     plant = 3
     silent = values(session, changed(session.decoder(), plant, 0), examples)
     loud = values(session, changed(session.decoder(), plant, 2), examples)
@@ -93,9 +100,6 @@ def test_a_silent_block_has_a_gain_of_one_and_a_loud_one_a_larger_one(session, e
         assert (np.delete(silent[key].values, plant) != 1).all()
     np.testing.assert_allclose(silent[LOCAL].values[plant], 1, rtol=1e-6)
     assert silent[LOCAL].values[plant] < plain[LOCAL].values[plant] < loud[LOCAL].values[plant]
-    # What the last block of a stack adds is read by no other: there the gain itself tells.
-    last, louder = LAYERS - 1, values(session, changed(session.decoder(), LAYERS - 1, 2), examples, own=True)
-    assert louder[NARROW].values[last] > values(session, session.decoder(), examples, own=True)[NARROW].values[last]
 
 
 def test_changes_are_relative_and_start_at_their_radius(plain):
@@ -109,14 +113,17 @@ def test_changes_are_relative_and_start_at_their_radius(plain):
 
 
 def test_deletions_leave_a_prompt_out_with_all_its_tokens(session, examples, plain):
+    without = values(session, session.decoder(), examples[1:])
     for key in GAINS:
-        without = values(session, session.decoder(), examples[1:])[key]
-        np.testing.assert_allclose(plain[key].without_each[0], without.values, rtol=1e-4)
+        np.testing.assert_allclose(plain[key].without_each[0], without[key].values, rtol=1e-4)
 
 
 def test_a_search_of_its_own_finds_the_largest_singular_value(session, batch):
-    """One token perturbed and measured, eps near 0: w_l is eps ||h_0|| sigma_max(J) / ||h_l||, to 5 %."""
-    decoder, (tokens, lengths, numbers), at, eps = session.decoder(), batch, 2, 1e-3
+    """One token perturbed and measured, eps near 0: w_l is eps ||h_0|| sigma_max(J) / ||h_l||, to 5 %.
+
+    From below: after 50 steps, which are some twelve rounds of power iteration, 11 % were missing in a layer.
+    """
+    decoder, (tokens, lengths, _), at, eps = session.decoder(), batch, 2, 1e-3
     mask = jnp.zeros(tokens.shape, bool).at[:, at].set(True)
 
     def states(delta):
@@ -124,12 +131,12 @@ def test_a_search_of_its_own_finds_the_largest_singular_value(session, batch):
         return forward(decoder, tokens, lengths=lengths, offset=offset, tap=BLOCKS).taps["block"][:, :, at]
 
     with jax.default_matmul_precision("highest"):
-        found, noise = moved(decoder, *batch, 0, eps, steps=50, own=True, perturbed=mask)
-        start = jnp.zeros((2, session.config.width))
+        found, noise = moved(decoder, *batch, 0, eps, steps=200, own=True, perturbed=mask)
+        start = jnp.zeros((3, session.config.width))
         clean = np.asarray(states(start))
         jacobian = np.asarray(jax.jit(jax.jacrev(states))(start))  # [L, B, D, B, D]
     first = np.linalg.norm(np.asarray(embed(decoder, tokens))[:, at], axis=-1)
-    for row in range(2):
+    for row in range(3):
         sigma = np.linalg.svd(jacobian[:, row, :, row], compute_uv=False)[:, 0]
         expected = eps * first[row] * sigma / np.linalg.norm(clean[:, row], axis=-1)
         np.testing.assert_allclose(found[1:, row], expected, rtol=0.05)
@@ -158,7 +165,7 @@ def test_a_block_by_itself_against_its_whole_derivative(session, batch):
         return forward(decoder, prompt, edit=ADDED, edits=edits, tap=BLOCKS).taps["block"][:, 0, 1:]
 
     with jax.default_matmul_precision("highest"):
-        found = block_gains(decoder, *batch, 0, rounds=300)
+        found = block_gains(decoder, *batch, 0, 300)
         states = behind(jnp.zeros(shape))
         jacobian = jax.jit(jax.jacrev(lambda change: behind(change)[layer]))(jnp.zeros(shape))
     before, after = (np.linalg.norm(states[one], axis=-1) for one in (layer - 1, layer))
@@ -180,39 +187,32 @@ def test_what_a_search_costs(session, batch):
         np.testing.assert_allclose(whole / single, 3 * steps + 4, rtol=0.05)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
-def test_the_same_whatever_batches_and_devices(session, examples, plain, devices):
-    mesh = make_mesh({"data": devices // 2 or 1, "fsdp": min(devices, 2)}, jax.devices()[:devices])
-    other = open_model(str(session.checkpoint.path), mesh=mesh)
-    found = values(other, other.decoder(), examples[::-1], batch_size=5)
-    for key in GAINS:
-        np.testing.assert_allclose(found[key].values, plain[key].values, rtol=2e-3)
-
-
-def test_command(session, rows, tmp_path, capsys):
+def test_command(session, rows, plain, tmp_path, capsys):
+    """On all devices, in other batches: the same values."""
     flags = ["score", f"--model={session.checkpoint.path}", f"--data={rows}", f"--out={tmp_path / 'run'}"]
-    own = ["--perturbation_gain.steps=2", "--perturbation_gain.eps=0.1"]
-    assert main([*flags, f"--criteria={NARROW},{LOCAL}", *own]) == 0
+    assert main([*flags, f"--criteria={NARROW},{LOCAL}", "--perturbation_gain.steps=2"]) == 0
     out = capsys.readouterr().out
     assert "perturbation_gain: noise of the same size ranks the layers with ρ " in out
     scores = read_scores(tmp_path / "run" / "scores.json")
     assert list(scores) == [NARROW, LOCAL] and all(one.direction == "high" for one in scores.values())
+    for key, one in scores.items():
+        np.testing.assert_allclose(one.values, plain[key].values, rtol=2e-3)
     assert len(scores[NARROW].meta["change"]) == LAYERS + 1 and (scores[NARROW].stderr > 0).all()
     record = read_json(tmp_path / "run" / "run.json", "jaxcrit.run")
-    assert record["determines"]["config"]["perturbation_gain.eps"] == 0.1
+    assert record["determines"]["config"]["perturbation_gain.steps"] == 2
 
 
 def test_another_question_is_another_run():
     for field in dataclasses.fields(PerturbationOptions):
-        other = dataclasses.replace(PerturbationOptions(), **{field.name: field.default + 1})
+        other = dataclasses.replace(PerturbationOptions(), **{field.name: not field.default if field.name == "own" else field.default + 1})
         assert determining(other) != determining(PerturbationOptions())
 
 
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("eps=0", "--perturbation_gain.eps=0: expected a number above 0"),
-        ("wide=-1", "--perturbation_gain.wide=-1: expected a number above 0"),
+        ("eps=0", "--perturbation_gain.eps=0.0: expected a number above 0"),
+        ("wide=-1", "--perturbation_gain.wide=-1.0: expected a number above 0"),
         ("steps=0", "--perturbation_gain.steps=0: expected 1 or more"),
     ],
 )
