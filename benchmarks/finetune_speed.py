@@ -26,8 +26,9 @@ from jaxcrit.models.partition import OUTSIDE, partition, split
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.objectives import TokenBatch
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import TokenBatch, initial_state, make_step
+from jaxcrit.training.step import initial_state, make_step
 
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],

@@ -21,8 +21,9 @@ from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.partition import partition, split
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.objectives import TokenBatch
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import TokenBatch, initial_state, make_step
+from jaxcrit.training.step import initial_state, make_step
 
 BATCH, LENGTH, LAYERS, RATE = 4, 256, tuple(range(12, 17)), 1e-5
 

@@ -24,7 +24,8 @@ from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.step import TokenBatch, place
+from jaxcrit.training.objectives import TokenBatch
+from jaxcrit.training.step import place
 
 WINDOW, TEXTS, ROWS, THEIR_ROWS = 5, 16, 8, 4
 

@@ -32,7 +32,7 @@ from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.generation import generate
 from jaxcrit.models.weights import table, to_hf
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -32,7 +32,7 @@ from jaxcrit.models.model import Model, open_model
 from jaxcrit.models.partition import FROZEN, TRAIN, partition
 from jaxcrit.reporting.tables import aligned, number, p_value
 from jaxcrit.selection.correlation import correlate
-from jaxcrit.training.step import TokenBatch, batch_loss
+from jaxcrit.training.objectives import TokenBatch, batch_loss
 
 FORMAT = "jaxcrit.tangent_kernel"
 QUICK = {"seeds": "1", "steps": 3, "rows": 16, "tests": 4, "kernel_rows": 4}

@@ -16,7 +16,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import ChosenLayers, LayerSet
 from jaxcrit.core.schema import AtLeastZero, Count
-from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.core.selections import LayerSpec, resolve, split_specs
 
 if TYPE_CHECKING:
     from jaxcrit.core.progress import Say
@@ -143,6 +143,7 @@ def run_finetune(
     Raises:
         UserError: see `finetune`; or another run in ``out``.
     """
+    from jaxcrit.core.auxiliaries import names_of, parse_supervise
     from jaxcrit.core.run import running
     from jaxcrit.models.gains import edit, gain_data, parse_gains
     from jaxcrit.models.model import open_model
@@ -154,6 +155,7 @@ def run_finetune(
     from jaxcrit.studies.analysis import score_keys, training_scores
     from jaxcrit.training.data import training_steps
     from jaxcrit.training.loop import read_metrics
+    from jaxcrit.training.objectives import check_auxiliaries
     from jaxcrit.training.optimizer import make_schedule
     from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
 
@@ -165,6 +167,7 @@ def run_finetune(
     depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
     gains = parse_gains(options.gain, opened.config)
+    auxiliaries = parse_supervise(options.supervise, options.supervise_weight, depth)
     if keep and any(overlay.run is None for overlay in opened.overlays):
         raise UserError(
             f"--out={options.out}: the model was tuned in memory, so a run on it could not be opened again; give --out"
@@ -173,8 +176,8 @@ def run_finetune(
     if chosen is None and not spec.needs_scores:
         chosen = resolve(spec, depth, model_hash=opened.model_hash)
     if chosen is not None:
-        partition_of(options, opened.config, chosen)
-    datasets = read_examples(options, opened, rows)
+        check_auxiliaries(auxiliaries, partition_of(options, opened.config, chosen))
+    datasets = read_examples(options, opened, rows, names_of(auxiliaries))
     dtype = compute_dtype(options.dtype)
     with running(
         "finetune",
@@ -197,16 +200,20 @@ def run_finetune(
             ranked, key, trim = training_scores(options, out, model=opened.apart(), rows=rows, progress=progress)
             chosen = resolve(spec, depth, scores=ranked, criterion=key, trim=trim, model_hash=opened.model_hash)
         parts = partition_of(options, opened.config, chosen)
+        check_auxiliaries(auxiliaries, parts)
         train, held = (dataset.examples for dataset in datasets)
-        data = training_steps(train, options.batch_size * options.accumulate, options.seed)
+        beside = names_of([one for one in auxiliaries if one.weight])
+        data = training_steps(train, options.batch_size * options.accumulate, options.seed, beside=beside)
         steps = options.steps or (options.epochs or 1) * data.per_epoch
         under = (edit, gain_data(gains, depth)) if gains else None
-        trainer = Trainer(options, opened, parts, steps, under)
+        trainer = Trainer(options, opened, parts, steps, under, auxiliaries)
         run.precious = True
         if out is not None:
             chosen.save(out / "layers.json")
         run.record["layers"] = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
         run.record["trained"] = parts.to_json() | ({"gain": options.gain} if gains else {})
+        if auxiliaries:
+            run.record["auxiliaries"] = [dataclasses.asdict(one) for one in auxiliaries]
         run.save()
         if say is not None:
             say(summary(options, trainer, chosen, data.batch_size))
@@ -247,6 +254,7 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f" {sum(trained):,} of {frozen + sum(trained):,} parameters"
         f" ({100 * sum(trained) / (frozen + sum(trained)):.1f} %) train, for {trainer.steps} steps of {rows} rows"
         f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
+        f"{f'; beside it, supervised: {options.supervise}' if options.supervise else ''}"
     )
 
 
@@ -260,17 +268,20 @@ def _train(
 ) -> tuple[State, Standing, list[str], list[dict[str, Any]]]:
     """Trains; gives the last state and standing, warnings, and the rows of ``metrics.jsonl`` in process 0."""
     from jaxcrit.core import processes
+    from jaxcrit.core.auxiliaries import names_of
     from jaxcrit.evidence.rows import batches_of
     from jaxcrit.training.loop import METRICS, MetricsLog
     from jaxcrit.training.step import make_evaluation
 
     model, parts = trainer.model, trainer.parts
-    losses = make_evaluation(parts, dtype=trainer.dtype, mesh=model.mesh, edit=trainer.edit)
-    tests = [batch for _, batch in batches_of(held, options.batch_size, model, passes=_TESTS)]
+    how: dict[str, Any] = {"mesh": model.mesh, "edit": trainer.edit, "auxiliaries": trainer.auxiliaries}
+    losses = make_evaluation(parts, dtype=trainer.dtype, **how)
+    beside = names_of(trainer.auxiliaries)
+    tests = [batch for _, batch in batches_of(held, options.batch_size, model, passes=_TESTS, beside=beside)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
-        sums = [losses(params, frozen, batch) for batch in tests]
-        return sum(sums[1:], sums[0])
+        each = zip(*(losses(params, frozen, batch) for batch in tests), strict=True)
+        return tuple(sum(sums[1:], sums[0]) for sums in each)
 
     events = None if out is None or not (options.tensorboard and processes.first()) else out / "tensorboard"
     log = MetricsLog(None if out is None else out / METRICS)
@@ -317,8 +328,12 @@ def _events(folder: Path | None, step: int) -> Iterator[Callable[[dict[str, Any]
         yield listen
 
 
-def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> list[Dataset]:
+def read_examples(
+    options: FinetuneOptions, model: Model, rows: Any = None, beside: Sequence[str] = ()
+) -> list[Dataset]:
     """Rows to train and to test on, as datasets ``train`` and ``eval``; rows dropped before a split are of ``train``.
+
+    Beside each row are those of the names ``beside``.
 
     Raises:
         UserError: see `Model.read` and `hold_out`.
@@ -328,10 +343,11 @@ def read_examples(options: FinetuneOptions, model: Model, rows: Any = None) -> l
 
     text = text_of(rows, options)
     source = MEMORY if text is None else text or "demo"
-    train = joined("train", source, model.read(options, rows, responses=True, split="train"))
+    how: dict[str, Any] = {"responses": True, "beside": beside}
+    train = joined("train", source, model.read(options, rows, split="train", **how))
     if options.eval_data:
         asked = dataclasses.replace(options, data=options.eval_data, split=options.eval_split, limit=0)
-        return [train, joined("eval", options.eval_data, model.read(asked, None, responses=True, split="test"))]
+        return [train, joined("eval", options.eval_data, model.read(asked, None, split="test", **how))]
     kept, held = hold_out(train.examples, source)
     return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
 
@@ -351,6 +367,11 @@ def text(found: Finetuned) -> str:
         f"{'test loss':<22}{'step 0':>10}{'step ' + str(after['step']):>12}",
         f"{'per token':<22}{before['loss']:>10.4f}{after['loss']:>12.4f}",
         f"{'mean of means (paper)':<22}{before['loss_per_sample']:>10.4f}{after['loss_per_sample']:>12.4f}",
+        *(
+            f"{'aux ' + str(number) + ': ' + name:<22}{before[key]:>10.4f}{after[key]:>12.4f}"
+            for number, name in enumerate(split_specs(found.run["config"].get("supervise", ""), ","))
+            if before.get(key := f"aux_{number}") is not None
+        ),
         f"best {result['best_loss']:.4f} at step {result['best_step']}; {result['steps']} steps in"
         f" {found.run['time']['training_seconds']:.1f} s; trained {trained:.1f} MiB, optimizer {optimizer:.1f} MiB",
         f"run: {found.out}",

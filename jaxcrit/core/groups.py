@@ -309,7 +309,21 @@ class LayerTrainingOptions(Options, title="layers"):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class FinetuneOptions(TrainingOptions, LayerTrainingOptions, title="layers"):
+class ObjectiveOptions(Options, title="objectives"):
+    """What a training minimises beside the loss of the responses."""
+
+    supervise: str = option("", "losses of inner layers: 8, 2:logits:FIELD, 2:feature:FIELD, ...", word="LIST")
+    supervise_weight: float = option(1.0, "weight of each of them; 0 only measures", lowest=0)
+
+    def check(self) -> None:
+        """Refuses a weight of nothing."""
+        super().check()
+        if self.supervise_weight != 1 and not self.supervise:
+            raise UserError(f"--supervise_weight={self.supervise_weight}: is of --supervise; give that too")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FinetuneOptions(TrainingOptions, LayerTrainingOptions, ObjectiveOptions, title="layers"):
     """What ``jaxcrit finetune`` is asked."""
 
     layer_rates: str = option("", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES")

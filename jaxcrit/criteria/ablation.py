@@ -50,7 +50,7 @@ from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Edit, Site, Tap
 from jaxcrit.models.stops import stop_tokens
 from jaxcrit.parallel.preemption import one_by_one
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 METHODS = ("skip", "mean")
 _SITE: dict[Sites, Site] = {"blocks": "block", "attn": "attn", "mlp": "mlp"}

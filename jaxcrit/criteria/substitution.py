@@ -26,7 +26,7 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.weights import HALVES
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 Layers = tuple[int, ...]
 

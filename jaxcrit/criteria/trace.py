@@ -34,7 +34,7 @@ from jaxcrit.models.interventions import Patch, patch
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.models.sites import Site, Tap
 from jaxcrit.parallel.mesh import batch_sharding
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 SITES: tuple[Site, ...] = ("attn", "mlp", "block")
 KINDS = ("stream", "last", "mlp", "attn", "severed")

@@ -18,6 +18,7 @@ from jaxcrit.core.groups import RowOptions, SourceOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.data import paper
 from jaxcrit.data.batches import refuse_long
+from jaxcrit.data.beside import fit_beside, texts_beside
 from jaxcrit.data.containers import without_nulls
 from jaxcrit.data.datasets import NamedRows, Repeats, check_rows_in_memory, load
 from jaxcrit.data.templates import Example, render
@@ -96,6 +97,7 @@ def read_datasets(
     responses: bool = False,
     split: str = "",
     reserve: int = 0,
+    beside: Sequence[str] = (),
 ) -> list[Dataset]:
     """Reads, renders, cuts and checks rows.
 
@@ -109,6 +111,7 @@ def read_datasets(
         responses: whether rows are trained or tested on, and must have responses; else their prompts alone are kept.
         split: split of published datasets where the options name none.
         reserve: tokens of the context that are left free for an answer.
+        beside: names of rows to render beside each row (`jaxcrit.data.beside`).
 
     Returns:
         One dataset or more.
@@ -130,7 +133,8 @@ def read_datasets(
             end = options.truncate if options.long != "refuse" else ""
             fitted = fit(named.examples, end, options.long, room, prompt_only=not responses, where=named.source)
         else:
-            fitted = rendered(named, tokenizer, options, room, responses=responses)
+            fitted = rendered(named, tokenizer, options, room, responses=responses, beside=beside)
+        fitted = fit_beside(fitted, beside, options, room, named.source) if beside else fitted
         tell(named.name, fitted)
         counts = fitted.num_cut, len(fitted.dropped)
         if isinstance(named, Dataset):
@@ -138,6 +142,9 @@ def read_datasets(
         dataset, longest = Dataset(named.name, named.source, fitted.examples, *counts), fitted.limit
         if responses:
             check_rows(dataset.examples, longest, limits.vocab_size, dataset.source)
+            for name in beside:
+                others = [example.beside[name] for example in dataset.examples]
+                _check_vocabulary(others, limits.vocab_size, f"{dataset.source}: {name}")
         else:
             where = dataset.source
             if reserve:
@@ -160,7 +167,9 @@ def tell(name: str, fitted: Fitted) -> None:
         )
 
 
-def rendered(named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool) -> Fitted:
+def rendered(
+    named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *, responses: bool, beside: Sequence[str] = ()
+) -> Fitted:
     """Renders and cuts the rows of one dataset.
 
     Args:
@@ -169,6 +178,7 @@ def rendered(named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *
         options: how they are rendered and cut.
         room: tokens that a row may have.
         responses: whether responses are kept, and rows cut as the paper's training did.
+        beside: see `read_datasets`; these are not cut.
 
     Returns:
         Rendered rows, and how many tokens they may have: ``room``, or the paper's length.
@@ -177,6 +187,11 @@ def rendered(named: NamedRows, tokenizer: Any, options: RowOptions, room: int, *
         UserError: see `render`, `fit`; or the paper's cut without the paper's edition.
     """
     examples = whole(named, tokenizer, options, responses=responses)
+    if beside and options.edition == "paper":
+        raise UserError("--supervise with a row's fields: is of --edition=clean")
+    others = {name: whole(texts_beside(named, name), tokenizer, options) for name in beside}
+    for place, example in enumerate(examples):
+        examples[place] = dataclasses.replace(example, beside={name: rows[place] for name, rows in others.items()})
     return cut(examples, named, tokenizer, options, room, responses=responses)
 
 

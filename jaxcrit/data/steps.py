@@ -50,12 +50,20 @@ class Steps:
         batch_size: rows per step, over all processes.
         seed: seed of the order; below 0 keeps the order of the rows.
         buckets: widths that batches are padded to; default `choose_widths` of these examples.
+        beside: names of rows beside these (`Example.beside`) that have batches of their own, all of one width.
 
     Raises:
         UserError: no rows, a batch size below 1, or buckets that do not hold the longest example.
     """
 
-    def __init__(self, examples: Sequence[Example], batch_size: int, seed: int, buckets: Sequence[int] | None = None):
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        seed: int,
+        buckets: Sequence[int] | None = None,
+        beside: Sequence[str] = (),
+    ):
         if batch_size < 1:
             raise UserError(f"--batch_size={batch_size}: expected at least 1")
         if not examples:
@@ -65,6 +73,17 @@ class Steps:
         self.buckets = tuple(sorted(buckets)) if buckets else choose_widths(lengths, batch_size)
         if self.buckets[-1] < max(lengths):
             raise UserError(f"expected buckets up to the longest example, {max(lengths)} tokens; got {self.buckets}")
+        # One width, for each of theirs would be compiled beside each of these.
+        others = {name: [one.beside[name] for one in examples] for name in beside}
+        self.beside = {
+            name: Steps(rows, batch_size, seed, [-(-max(len(one.token_ids) for one in rows) // 8) * 8])
+            for name, rows in others.items()
+        }
+
+    @property
+    def longest_response(self) -> int:
+        """Tokens of the longest response."""
+        return max(len(example.token_ids) - example.prompt_length for example in self.examples)
 
     @property
     def per_epoch(self) -> int:
@@ -98,10 +117,14 @@ class Steps:
         if self.batch_size % processes:
             raise UserError(f"--batch_size={self.batch_size}: expected a multiple of the {processes} processes")
         rows = self.rows(step)
-        longest = max(len(self.examples[row].token_ids) for row in rows if row < len(self.examples))
-        width = next(bucket for bucket in self.buckets if bucket >= longest)
         share = self.batch_size // processes
-        return self._build(rows[process * share : (process + 1) * share], width)
+        return self.of(rows[process * share : (process + 1) * share], rows)
+
+    def of(self, rows: np.ndarray, beside: np.ndarray | None = None) -> TrainBatch:
+        """Some rows by their places, as wide as these, or those that they stand ``beside``, need."""
+        count, others = len(self.examples), rows if beside is None else beside
+        longest = max((len(self.examples[row].token_ids) for row in others if row < count), default=1)
+        return self._build(rows, next(bucket for bucket in self.buckets if bucket >= longest))
 
     def _build(self, rows: np.ndarray, width: int) -> TrainBatch:
         tokens = np.zeros((len(rows), width), np.int32)

@@ -8,7 +8,7 @@ the very prompt it will be given; the paper edition does what the paper's code d
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,7 @@ class Example:
         prompt: the text the prompt's tokens were made from, template included.
         response: the raw response, or None.
         prefix_length: tokens of the prompt's beginning whose keys and values may come from elsewhere; 0 for none.
+        beside: further rows by name, made of other texts of the same row (`jaxcrit.data.beside`).
     """
 
     sample_id: str
@@ -43,6 +44,7 @@ class Example:
     prompt: str
     response: str | None
     prefix_length: int = 0
+    beside: Mapping[str, Example] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

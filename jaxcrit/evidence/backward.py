@@ -18,7 +18,8 @@ from jaxcrit.evaluation.losses import rounded_scored
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.model import Model
 from jaxcrit.models.partition import FROZEN, TRAIN, Arrays, Bank, Partition, partition
-from jaxcrit.training.step import TokenBatch, batch_loss, place
+from jaxcrit.training.objectives import TokenBatch, batch_loss
+from jaxcrit.training.step import place
 
 Progress = Callable[[int, int], None]
 

@@ -19,11 +19,14 @@ from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
 from jaxcrit.core.schema import Array, conform
 from jaxcrit.data.batches import make_batches, response_mask
+from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
 from jaxcrit.evaluation.losses import most_scored
 from jaxcrit.models.model import Bars, Model
 from jaxcrit.parallel.preemption import one_by_one
-from jaxcrit.training.step import TokenBatch, place
+from jaxcrit.training.data import token_batch
+from jaxcrit.training.objectives import TokenBatch
+from jaxcrit.training.step import place
 
 _PARTIAL = "partial.npz"
 _KEPT = Npz("jaxcrit.partial", {"losses": Array("f", ("V", "N")), "tokens": Array("iu", ("N",))}, dict[str, str | int])
@@ -108,7 +111,7 @@ def sample_losses(
 
 
 def batches_of(
-    examples: Sequence[Example], batch_size: int, model: Model, *, passes: float = 1
+    examples: Sequence[Example], batch_size: int, model: Model, *, passes: float = 1, beside: Sequence[str] = ()
 ) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
 
@@ -119,13 +122,17 @@ def batches_of(
         batch_size: rows per batch; rounded up to what divides over the mesh.
         model: model, on its mesh.
         passes: how often the blocks run on each batch.
+        beside: names of rows beside these that come with them.
     """
+    others = Steps(examples, batch_size, -1, beside=beside).beside if beside else {}
     batches = make_batches(examples, model.budget(batch_size, passes=passes), prompt_only=False)
     masks, scored = [response_mask(batch, examples) for batch in batches], collections.Counter[tuple[int, ...]]()
     for mask in masks:
         scored[mask.shape] = max(scored[mask.shape], most_scored(mask, model.mesh))
     for batch, mask in zip(batches, masks, strict=True):
-        yield batch.rows, place(TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape]), model.mesh)
+        further = {name: token_batch(rows.of(batch.rows), fixed=rows, mesh=model.mesh) for name, rows in others.items()}
+        found = TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape], further)
+        yield batch.rows, place(found, model.mesh)
 
 
 class GrowingRows:

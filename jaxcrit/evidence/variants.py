@@ -22,7 +22,7 @@ from jaxcrit.evaluation.losses import response_exact
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run_span
 from jaxcrit.models.sites import Edit
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 _PRECISION = "highest"  # differences between variants are small; only this makes float32 exact on TPU and recent GPUs
 

@@ -162,12 +162,10 @@ class Model:
         stored = list(self.checkpoint.dtypes.values())
         return _form(self.config, dtype or self.dtype or max(stored, key=stored.count))
 
-    def read(
-        self, options: RowOptions, rows: Any = None, *, responses: bool = False, split: str = "", reserve: int = 0
-    ) -> list[Dataset]:
+    def read(self, options: RowOptions, rows: Any = None, **how: Any) -> list[Dataset]:
         """Rows as this model is given them; arguments and errors as of `read_datasets`."""
         limits = Limits(self.config.max_length, self.config.vocab_size, str(self.checkpoint.path))
-        return read_datasets(rows, self.tokenizer, options, limits, responses=responses, split=split, reserve=reserve)
+        return read_datasets(rows, self.tokenizer, options, limits, **how)
 
     def budget(self, batch_size: int, *, passes: float = 1, new_tokens: int = 0) -> Budget:
         """What batches of this model may be and what they cost.

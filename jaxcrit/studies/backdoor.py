@@ -36,6 +36,7 @@ from jaxcrit.studies.options import BackdoorOptions
 from jaxcrit.training.data import training_steps
 from jaxcrit.training.loop import METRICS, MetricsLog, read_metrics
 from jaxcrit.training.optimizer import make_schedule
+from jaxcrit.training.step import Losses
 from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype
 
 FORMAT, ARM_FORMAT = "jaxcrit.backdoor", "jaxcrit.backdoor_arm"
@@ -244,13 +245,13 @@ class _Lab:
         if parts not in self.trainers:
             self.trainers[parts] = Trainer(self.config, self.model, parts, self.steps)
 
-        def evaluate(params: Bank, frozen: Any, taken: int) -> LossSums:
+        def evaluate(params: Bank, frozen: Any, taken: int) -> Losses:
             # Answers are shown and classed once, at the end; a fixed target on the way is read off one forward pass.
             tested = self.scoring(self._decoder(parts, params), generate=taken == self.steps) if taken else None
             record = self.initial() if tested is None else {"step": taken, **tested.record()}
             log.write({"kind": "backdoor", **record})
             # The clean losses in the form that the loop logs: its best step is that of the lowest one.
-            return LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1)))
+            return (LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1))),)
 
         state, _, _ = self.trainers[parts].run(
             dict(self.weights),

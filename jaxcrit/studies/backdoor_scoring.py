@@ -23,7 +23,7 @@ from jaxcrit.models.model import Model
 from jaxcrit.models.stops import stop_tokens
 from jaxcrit.studies.backdoor_inputs import CELLS, Prompts
 from jaxcrit.studies.options import BackdoorOptions
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 _TESTS = 10  # that a study makes at least: what a shape costs is shared
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")

@@ -9,13 +9,14 @@ from jaxcrit.core.groups import (
     OPTIMIZERS,
     RESUMES,
     LayerTrainingOptions,
+    ObjectiveOptions,
     TrainingOptions,
 )
 from jaxcrit.core.options import option
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PlanOptions(LayerTrainingOptions, title="what"):
+class PlanOptions(LayerTrainingOptions, ObjectiveOptions, title="what"):
     """What ``jaxcrit plan`` is asked; layers go by number or rule, not by score."""
 
     model: str = option("", "directory with a config.json, or a shape such as llama2-7b", word="DIR")

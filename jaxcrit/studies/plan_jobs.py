@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcrit.core.auxiliaries import names_of, parse_supervise
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
@@ -35,8 +36,9 @@ from jaxcrit.studies.covariance import layer_moments
 from jaxcrit.studies.editing import check
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.reuse import sets_to_try
+from jaxcrit.training.objectives import TokenBatch, check_auxiliaries
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import TokenBatch, abstract_state, make_step, state_shardings, with_shardings
+from jaxcrit.training.step import abstract_state, make_step, state_shardings, with_shardings
 from jaxcrit.training.trainer import partition_of
 
 _PREFIX, _RANDOM_SETS = 0.8, 20  # of reuse: its defaults
@@ -180,7 +182,13 @@ def _finetune(job: _Job) -> Program:
     state = with_shardings(state, shardings)
     like = functools.partial(job.rows, steps=(1,))
     batch = TokenBatch(like(jnp.int32, config.length), like(jnp.int32), like(np.bool_, config.length))
-    step = make_step(parts, optimizer, dtype=job.dtype, remat=config.remat, mesh=mesh, shardings=shardings)
+    asked = parse_supervise(config.supervise, config.supervise_weight, model.num_layers)
+    check_auxiliaries(asked, parts)
+    auxiliaries = [one for one in asked if one.weight]
+    # Rows beside are planned as long as the rows themselves.
+    batch = dataclasses.replace(batch, beside={name: batch for name in names_of(auxiliaries)})
+    how: dict[str, Any] = {"dtype": job.dtype, "remat": config.remat, "mesh": mesh, "shardings": shardings}
+    step = make_step(parts, optimizer, auxiliaries=auxiliaries, **how)
     trained, passes = shard_bytes(params), 3 if config.remat else 2
     lowest = min((layer for layer, group in enumerate(parts.groups) if group != FROZEN), default=model.num_layers)
     residual = np.dtype(job.dtype).itemsize * config.batch_size * config.length * model.width // mesh.size

@@ -12,8 +12,7 @@ Two forms compute the same numbers (bit for bit on the model below, to a last bi
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, Literal
 
 import jax
@@ -22,7 +21,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
-from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
+from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition, Run
 from jaxcrit.models.sites import Edit, Visit, visitor
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
@@ -51,6 +50,7 @@ def hidden_states(
     mesh: AnyMesh | None = None,
     stop: int | None = None,
     edit: Edited | None = None,
+    offset: jax.Array | None = None,
 ) -> jax.Array:
     """Runs tokens through the model, or through its first layers.
 
@@ -65,20 +65,73 @@ def hidden_states(
         mesh: splits the residual stream over it; XLA left to itself splits the width and keeps all rows.
         stop: layers to run, from the first on, always as ``runs``; default all of them.
         edit: changes the stream at sites inside the blocks, and its data; it is part of what gradients are taken of.
+        offset: ``[B, T, D]`` added to the embeddings, or None.
 
     Returns:
         ``[B, T, D]``, the residual stream after the last block that runs.
     """
+    if stop is None and (form or choose_form(partition)) == "gaps":
+        x, context = _entering(partition, bank, tokens, lengths, dtype, mesh, offset)
+        return _gap_form(partition, bank, x, context, remat, edit)
+    stop = partition.config.num_layers if stop is None else stop
+    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "edit": edit, "offset": offset}
+    return layer_states(partition, bank, tokens, lengths, [stop - 1], **how)[stop - 1]
+
+
+def layer_states(
+    partition: Partition,
+    bank: Bank,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    layers: Collection[int],
+    *,
+    dtype: Any,
+    remat: bool = True,
+    mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
+    offset: jax.Array | None = None,
+) -> dict[int, jax.Array]:
+    """Residual stream after some layers, ``[B, T, D]`` by layer, from one pass up to the highest, as ``runs``.
+
+    Args:
+        partition: partition of the bank.
+        bank: all groups.
+        tokens: ``[B, T]`` int32, right padded.
+        lengths: ``[B]`` int32 true lengths.
+        layers: 0-based; -1 for the embeddings.
+        dtype: see `hidden_states`.
+        remat: see `hidden_states`.
+        mesh: see `hidden_states`.
+        edit: see `hidden_states`.
+        offset: see `hidden_states`.
+    """
+    x, context = _entering(partition, bank, tokens, lengths, dtype, mesh, offset)
+    found, start = {}, 0
+    for layer in sorted(layers):
+        x = _run_form(partition, bank, x, context, remat, edit, start, layer + 1)
+        found[layer], start = x, layer + 1
+    return found
+
+
+def _entering(
+    partition: Partition,
+    bank: Bank,
+    tokens: jax.Array,
+    lengths: jax.Array,
+    dtype: Any,
+    mesh: AnyMesh | None,
+    offset: jax.Array | None,
+) -> tuple[jax.Array, Context]:
+    """The stream that enters the first block, and what all blocks share."""
     config = partition.config
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     context = Context(positions, *config.rope.cos_sin(positions, lengths))
     with jax.named_scope("embed"):
         x = look_up(outside(bank, "embed"), tokens, config, dtype)
+        x = x if offset is None else x + offset.astype(x.dtype)
         if mesh is not None:
             x = jax.lax.with_sharding_constraint(x, _between_blocks(mesh, tokens.shape[1]))
-    if stop is None and (form or choose_form(partition)) == "gaps":
-        return _gap_form(partition, bank, x, context, remat, edit)
-    return _run_form(partition, bank, x, context, remat, edit, config.num_layers if stop is None else stop)
+    return x, context
 
 
 def outside(bank: Bank, path: str) -> jax.Array:
@@ -93,13 +146,22 @@ def _between_blocks(mesh: AnyMesh, length: int) -> NamedSharding:
 
 
 def _run_form(
-    partition: Partition, bank: Bank, x: jax.Array, context: Context, remat: bool, edit: Edited | None, stop: int
+    partition: Partition,
+    bank: Bank,
+    x: jax.Array,
+    context: Context,
+    remat: bool,
+    edit: Edited | None,
+    start: int,
+    stop: int,
 ) -> jax.Array:
+    """Layers ``start`` to ``stop`` (half-open)."""
     rest = _stack(partition, bank[FROZEN])
     for whole in partition.runs():
-        part = dataclasses.replace(whole, layers=range(whole.layers.start, min(whole.layers.stop, stop)))
-        if not part.layers:
-            break
+        low, high = max(whole.layers.start, start), min(whole.layers.stop, stop)
+        if low >= high:
+            continue
+        part = Run(whole.group, whole.slot + low - whole.layers.start, range(low, high))
         how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat}
         if edit is not None:
             how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}

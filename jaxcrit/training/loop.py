@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -21,7 +21,7 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
 from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
-from jaxcrit.training.step import State, StepMetrics
+from jaxcrit.training.step import Losses, State, StepMetrics
 
 METRICS = "metrics.jsonl"
 # Steps in a row whose loss is above both a uniform guess and twice the first, or that have no gradient: it diverged.
@@ -141,7 +141,7 @@ def train(
     options: LoopOptions,
     *,
     step: Callable[[State, int], tuple[State, StepMetrics]],
-    evaluate: Callable[[Bank], LossSums],
+    evaluate: Callable[[Bank], Losses],
     rate: Callable[[int], float],
     log: MetricsLog,
     checkpoints: Checkpoints | NoCheckpoints,
@@ -156,7 +156,7 @@ def train(
         standing: likewise.
         options: when to do what.
         step: state and 0-based step number to the next state; the state given is used up.
-        evaluate: test losses of parameters.
+        evaluate: test losses of parameters; the first is that which counts.
         rate: learning rate by 0-based step number, for the log.
         log: where metrics go.
         checkpoints: where states go.
@@ -188,6 +188,7 @@ def train(
             {
                 **row,
                 "tokens": tokens,
+                **_of_auxiliaries(metrics.auxiliaries),
                 "gradient_norm": norm,
                 "learning_rate": rate(number - 1),
                 "seconds": round(seconds, 4),
@@ -212,10 +213,10 @@ def train(
 
 
 def _evaluated(
-    evaluate: Callable[[Bank], LossSums], state: State, standing: Standing, log: MetricsLog
+    evaluate: Callable[[Bank], Losses], state: State, standing: Standing, log: MetricsLog
 ) -> tuple[Standing, float]:
     began, step = time.perf_counter(), int(state.step)
-    sums = jax.device_get(evaluate(state.params))
+    sums, *auxiliaries = jax.device_get(evaluate(state.params))
     loss = float(sums.per_token)
     seconds = round(time.perf_counter() - began, 4)
     log.write(
@@ -225,12 +226,22 @@ def _evaluated(
             "loss": loss,
             "loss_per_sample": float(sums.per_sample),
             "tokens": int(sums.tokens),
+            **_of_auxiliaries(auxiliaries),
             "seconds": seconds,
         }
     )
     if standing.best_loss is None or loss < standing.best_loss:
         return dataclasses.replace(standing, best_loss=loss, best_step=step, worse=0), loss
     return dataclasses.replace(standing, worse=standing.worse + 1), loss
+
+
+def _of_auxiliaries(found: Sequence[LossSums]) -> dict[str, float | int | None]:
+    """What a row says of each auxiliary objective: its mean loss, None where nothing was counted, and the count."""
+    told: dict[str, float | int | None] = {}
+    for number, sums in enumerate(found):
+        told[f"aux_{number}"] = float(sums.per_token) if sums.tokens else None
+        told[f"aux_{number}_tokens"] = int(sums.tokens)
+    return told
 
 
 def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -12,28 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.evaluation.losses import LossSums, response_loss, rounded_scored
+from jaxcrit.core.auxiliaries import Auxiliary
+from jaxcrit.evaluation.losses import LossSums, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
-from jaxcrit.training.forward import Edited, Form, hidden_states, outside
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class TokenBatch:
-    """Rows to learn from; arrays may have further axes in front (micro-batches).
-
-    Attributes:
-        tokens: ``[B, T]`` int32, right padded.
-        lengths: ``[B]`` int32 true lengths.
-        learn: ``[B, T]`` bool, tokens whose prediction counts.
-        scored: positions that the head runs on, see `at_responses`; None for all. Compiled in.
-    """
-
-    tokens: Any
-    lengths: Any
-    learn: Any
-    scored: int | None = dataclasses.field(default=None, metadata={"static": True})
+from jaxcrit.training.forward import Edited, Form
+from jaxcrit.training.objectives import TokenBatch, batch_losses, totals_of
 
 
 @jax.tree_util.register_dataclass
@@ -60,33 +44,17 @@ class StepMetrics:
     Attributes:
         sums: losses of the batch.
         gradient_norm: over all trained parameters, before clipping.
+        auxiliaries: those of each auxiliary objective.
     """
 
     sums: LossSums
     gradient_norm: jax.Array
+    auxiliaries: tuple[LossSums, ...] = ()
 
 
+Losses = tuple[LossSums, ...]  # the main one, then each auxiliary objective's
 Step = Callable[[State, Arrays, TokenBatch], tuple[State, StepMetrics]]
-Evaluate = Callable[[Bank, Arrays, TokenBatch], LossSums]
-
-
-def batch_loss(
-    partition: Partition,
-    bank: Bank,
-    batch: TokenBatch,
-    *,
-    dtype: Any,
-    remat: bool = True,
-    form: Form | None = None,
-    mesh: AnyMesh | None = None,
-    edit: Edited | None = None,
-) -> LossSums:
-    """Losses of one batch under a bank; arguments as of `hidden_states`."""
-    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
-    hidden = hidden_states(partition, bank, batch.tokens, batch.lengths, **how)
-    head = outside(bank, "embed" if partition.config.tied else "head")
-    given = (hidden, outside(bank, "norm"), head, batch.tokens, batch.learn)
-    return response_loss(*given, partition.config, mesh, batch.scored)
+Evaluate = Callable[[Bank, Arrays, TokenBatch], Losses]
 
 
 def initial_state(partition: Partition, optimizer: optax.GradientTransformation, params: Bank, mesh: Mesh) -> State:
@@ -132,11 +100,13 @@ def make_step(
     mesh: AnyMesh | None = None,
     shardings: State | None = None,
     edit: Edited | None = None,
+    auxiliaries: Sequence[Auxiliary] = (),
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
 
     The loss is the mean over all response tokens of the A micro-batches, so accumulation changes nothing but
-    memory. The state is donated: its arrays are updated in place.
+    memory; each auxiliary objective adds its weight times the mean over its own tokens. The state is donated: its
+    arrays are updated in place.
 
     Args:
         partition: what trains.
@@ -147,19 +117,23 @@ def make_step(
         mesh: see `hidden_states`.
         shardings: shardings of the state, to keep them from step to step.
         edit: see `hidden_states`.
+        auxiliaries: objectives beside the response loss; see `batch_losses`.
     """
+    weights = [one.weight for one in auxiliaries]
 
     def step(state: State, frozen: Arrays, batch: TokenBatch) -> tuple[State, StepMetrics]:
-        total = jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)
+        totals = totals_of(batch, auxiliaries)
 
-        def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, LossSums]:
+        def loss(params: Bank, micro: TokenBatch) -> tuple[jax.Array, Losses]:
             bank = {**params, FROZEN: frozen}
-            sums = batch_loss(partition, bank, micro, dtype=dtype, remat=remat, form=form, mesh=mesh, edit=edit)
-            return sums.loss / total, sums
+            how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
+            sums = batch_losses(partition, bank, micro, auxiliaries, **how)
+            main, *others = (one.loss / total for one, total in zip(sums, totals, strict=True))
+            return sum((factor * other for factor, other in zip(weights, others, strict=True)), main), sums
 
         gradient = jax.grad(loss, has_aux=True)
 
-        def add(so_far: tuple[Bank, LossSums], micro: TokenBatch) -> tuple[tuple[Bank, LossSums], None]:
+        def add(so_far: tuple[Bank, Losses], micro: TokenBatch) -> tuple[tuple[Bank, Losses], None]:
             return jax.tree.map(jnp.add, so_far, gradient(state.params, micro)), None
 
         first, rest = (jax.tree.map(lambda leaf, part=part: leaf[part], batch) for part in (0, slice(1, None)))
@@ -169,20 +143,25 @@ def make_step(
         gradients, sums = found
         updates, inner = optimizer.update(gradients, state.optimizer, state.params)
         params = optax.apply_updates(state.params, updates)
-        return State(params, inner, state.step + 1), StepMetrics(sums, optax.tree.norm(gradients))
+        return State(params, inner, state.step + 1), StepMetrics(sums[0], optax.tree.norm(gradients), sums[1:])
 
     out = None if shardings is None else (shardings, None)
     return jax.jit(step, donate_argnums=0, out_shardings=out)
 
 
 def make_evaluation(
-    partition: Partition, *, dtype: Any, mesh: AnyMesh | None = None, edit: Edited | None = None
+    partition: Partition,
+    *,
+    dtype: Any,
+    mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
+    auxiliaries: Sequence[Auxiliary] = (),
 ) -> Evaluate:
-    """Compiles (when first called) the loss of one batch ``(params, frozen, batch [B, T]) -> LossSums``."""
+    """Compiles (when first called) the losses of one batch ``(params, frozen, batch [B, T]) -> Losses``."""
 
-    def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> LossSums:
+    def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> Losses:
         bank = {**params, FROZEN: frozen}
-        return batch_loss(partition, bank, batch, dtype=dtype, remat=False, mesh=mesh, edit=edit)
+        return batch_losses(partition, bank, batch, auxiliaries, dtype=dtype, remat=False, mesh=mesh, edit=edit)
 
     return jax.jit(evaluate)
 
@@ -196,8 +175,12 @@ def _shardings(mesh: Mesh, micro: bool) -> NamedSharding:
 def place(batch: TokenBatch, mesh: Mesh) -> TokenBatch:
     """Puts a host's batch on the mesh, rows split over ``data`` and ``fsdp``.
 
-    Where the batch does not say on how many positions the head is to run, it is `rounded_scored`.
+    Where a batch does not say on how many positions the head is to run, it is `rounded_scored`.
     """
-    if batch.scored is None:
-        batch = dataclasses.replace(batch, scored=rounded_scored(batch.learn, mesh))
+
+    def said(rows: TokenBatch) -> TokenBatch:
+        scored = rounded_scored(rows.learn, mesh) if rows.scored is None else rows.scored
+        return dataclasses.replace(rows, scored=scored, beside={name: said(one) for name, one in rows.beside.items()})
+
+    batch = said(batch)
     return jax.device_put(batch, _shardings(mesh, batch.tokens.ndim == 3))

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxcrit.core.auxiliaries import Auxiliary
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import LayerTrainingOptions, TrainingOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.progress import bar
 from jaxcrit.core.selections import LayerSpec, resolve, split_specs
 from jaxcrit.data.steps import Steps
-from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import make_lora
@@ -31,6 +31,7 @@ from jaxcrit.training.forward import Edited
 from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import (
+    Losses,
     State,
     Step,
     StepMetrics,
@@ -47,9 +48,16 @@ class Trainer:
     """What trains one partition of a model: optimizer, compiled step, loop. One serves any number of trainings."""
 
     def __init__(
-        self, options: TrainingOptions, model: Model, parts: Partition, steps: int, edit: Edited | None = None
+        self,
+        options: TrainingOptions,
+        model: Model,
+        parts: Partition,
+        steps: int,
+        edit: Edited | None = None,
+        auxiliaries: Sequence[Auxiliary] = (),
     ):
         self.options, self.model, self.parts, self.steps, self.edit = options, model, parts, steps, edit
+        self.auxiliaries = auxiliaries
         self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
         self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(
@@ -61,7 +69,7 @@ class Trainer:
         self,
         weights: dict[str, jax.Array],
         data: Steps,
-        evaluate: Callable[[Bank, Bank, int], LossSums],
+        evaluate: Callable[[Bank, Bank, int], Losses],
         *,
         tests: int,
         saves: int,
@@ -111,13 +119,15 @@ class Trainer:
             mesh=mesh,
             shardings=shardings,
             edit=self.edit,
+            # What has no weight is only measured, at tests: the step is that of a training without it.
+            auxiliaries=[one for one in self.auxiliaries if one.weight],
         )
         taken = 0
 
         def take(state: State, number: int) -> tuple[State, StepMetrics]:
             nonlocal taken
             taken = number + 1
-            return step(state, frozen, place(micro_batches(data, number, options.accumulate), mesh))
+            return step(state, frozen, place(micro_batches(data, number, options.accumulate, mesh), mesh))
 
         loop = LoopOptions(
             steps=self.steps,

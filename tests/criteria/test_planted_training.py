@@ -23,7 +23,7 @@ from jaxcrit.models.model import open_model
 from jaxcrit.models.overlays import Overlay
 from jaxcrit.models.partition import partition, split
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 DEPTH, STEPS, RATE, ROWS = 16, 2, 0.1, 4
 

@@ -29,7 +29,7 @@ from jaxcrit.models.model import open_model
 from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.parallel.preemption import Preempted
-from jaxcrit.training.step import TokenBatch
+from jaxcrit.training.objectives import TokenBatch
 
 DEPTH, PLANT = 7, 3
 HOW = {"noise": 3.0, "samples": 2, "window": 2, "seed": 0, "batch_size": 16, "directory": None, "bars": None}

@@ -18,7 +18,7 @@ from jaxcrit.models.partition import partition, partition_of_json, size, split
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.training.forward import hidden_states
-from jaxcrit.training.step import TokenBatch, batch_loss
+from jaxcrit.training.objectives import TokenBatch, batch_loss
 
 LORA = make_lora(CONFIG, 3, 5.0)
 BATCHES = [random_batch(seed=seed) for seed in range(3)]

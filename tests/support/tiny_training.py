@@ -10,15 +10,9 @@ from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.partition import partition, split
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.objectives import TokenBatch
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import (
-    TokenBatch,
-    abstract_state,
-    initial_state,
-    make_step,
-    place,
-    state_shardings,
-)
+from jaxcrit.training.step import abstract_state, initial_state, make_step, place, state_shardings
 
 RAW = {
     "model_type": "llama",

@@ -20,8 +20,9 @@ from jaxcrit.models.sites import Tap
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.objectives import TokenBatch, batch_loss
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
-from jaxcrit.training.step import TokenBatch, abstract_state, batch_loss, make_step
+from jaxcrit.training.step import abstract_state, make_step
 
 LAYERS, WIDTH, FF, VOCAB, HEADS, BATCH, LENGTH = 32, 320, 864, 4096, 5, 8, 128
 CONFIG = ModelConfig.from_hf(

@@ -1,0 +1,171 @@
+"""What a step minimises: the response loss of a batch, and the objectives beside it.
+
+An early exit reads a layer's state through final norm and head as if it were the last one. Norm and head are not
+trained by it: a head that is tied to the embedding would be pulled by every exit. A feature objective compares pooled
+states of two rows, of which the paired one gives no gradient. Both stop at their layer, so nothing above is trained by
+them, and rows of their own cost (layer + 1) / L of a pass.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxcrit.core.auxiliaries import Auxiliary
+from jaxcrit.core.errors import UserError
+from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.models.partition import Bank, Partition
+from jaxcrit.parallel.mesh import AnyMesh
+from jaxcrit.training.forward import Edited, Form, hidden_states, layer_states, outside
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TokenBatch:
+    """Rows to learn from; arrays may have further axes in front (micro-batches).
+
+    Attributes:
+        tokens: ``[B, T]`` int32, right padded.
+        lengths: ``[B]`` int32 true lengths.
+        learn: ``[B, T]`` bool, tokens whose prediction counts.
+        scored: positions that the head runs on, see `at_responses`; None for all. Compiled in.
+        beside: rows beside these by name, as many, of widths of their own.
+    """
+
+    tokens: Any
+    lengths: Any
+    learn: Any
+    scored: int | None = dataclasses.field(default=None, metadata={"static": True})
+    beside: dict[str, TokenBatch] = dataclasses.field(default_factory=dict)
+
+
+def batch_loss(
+    partition: Partition,
+    bank: Bank,
+    batch: TokenBatch,
+    *,
+    dtype: Any,
+    remat: bool = True,
+    form: Form | None = None,
+    mesh: AnyMesh | None = None,
+    edit: Edited | None = None,
+) -> LossSums:
+    """Losses of one batch under a bank; arguments as of `hidden_states`."""
+    how: dict[str, Any] = {"dtype": dtype, "remat": remat, "form": form, "mesh": mesh, "edit": edit}
+    return batch_losses(partition, bank, batch, (), **how)[0]
+
+
+def batch_losses(
+    partition: Partition,
+    bank: Bank,
+    batch: TokenBatch,
+    auxiliaries: Sequence[Auxiliary],
+    *,
+    form: Form | None = None,
+    **how: Any,
+) -> tuple[LossSums, ...]:
+    """Losses of one batch, and of each auxiliary objective.
+
+    Args:
+        partition: partition of the bank.
+        bank: all groups.
+        batch: rows, with those beside that the objectives look at.
+        auxiliaries: objectives; of features `LossSums` counts pairs where it counts tokens.
+        form: see `hidden_states`. A pass whose layers are read on the way is of ``runs``.
+        **how: see `hidden_states`.
+    """
+    config = partition.config
+    last = config.num_layers - 1
+    read: dict[str, set[int]] = {"": {last}}
+    for one in auxiliaries:
+        paired = one.kind == "feature"
+        read.setdefault("" if paired else one.rows, set()).add(one.layer)
+        if paired:
+            read.setdefault(one.rows, set()).add(one.source(config.num_layers))
+    still = jax.lax.stop_gradient
+    states: dict[str, dict[int, jax.Array]] = {}
+    for name, layers in read.items():
+        rows = batch.beside[name] if name else batch
+        own = still(bank) if name.startswith("feature") else bank
+        if layers == {last} and not name:
+            hidden = hidden_states(partition, own, rows.tokens, rows.lengths, form=form, **how)
+            states[name] = {last: hidden}
+        else:
+            states[name] = layer_states(partition, own, rows.tokens, rows.lengths, layers, **how)
+    norm, head = outside(bank, "norm"), outside(bank, "embed" if config.tied else "head")
+
+    def exit_loss(rows: TokenBatch, hidden: jax.Array, norm: jax.Array, head: jax.Array) -> LossSums:
+        given = (hidden, norm, head, rows.tokens, rows.learn)
+        return response_loss(*given, config, how.get("mesh"), rows.scored)
+
+    found = [exit_loss(batch, states[""][last], norm, head)]
+    for one in auxiliaries:
+        if one.kind == "exit":
+            rows = batch.beside[one.rows] if one.rows else batch
+            found.append(exit_loss(rows, states[one.rows][one.layer], still(norm), still(head)))
+        else:
+            other = states[one.rows][one.source(config.num_layers)]
+            found.append(_feature_loss(one, batch, states[""][one.layer], other))
+    return tuple(found)
+
+
+def totals_of(batch: TokenBatch, auxiliaries: Sequence[Auxiliary]) -> list[jax.Array]:
+    """What the sum of each loss is to be divided by, the main one's first; float32, over all axes of the batch."""
+    found = [jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)]
+    for one in auxiliaries:
+        if one.kind == "exit":
+            rows = batch.beside[one.rows] if one.rows else batch
+            found.append(jnp.sum(rows.learn[..., 1:], dtype=jnp.float32))
+        else:
+            found.append(jnp.sum(_pairs(one, batch), dtype=jnp.float32))
+    return [jnp.maximum(count, 1) for count in found]
+
+
+def check_auxiliaries(auxiliaries: Sequence[Auxiliary], partition: Partition) -> None:
+    """Checks that each objective has something to train.
+
+    Raises:
+        UserError: everything that trains lies above one's layer.
+    """
+    lowest = -1 if "embed" in partition.outside else min(partition.layers, default=partition.config.num_layers)
+    for one in auxiliaries:
+        if one.layer < lowest:
+            trained = f"the lowest that trains is {lowest}" if partition.layers else "no layer trains"
+            raise UserError(
+                f"--supervise={one}: nothing at or below layer {one.layer} trains ({trained}); supervise a higher layer"
+                " or train lower --layers"
+            )
+
+
+def _pooled(one: Auxiliary, rows: TokenBatch) -> jax.Array:
+    """``[..., T]`` bool: tokens whose states stand for a row, of the response or of the prompt.
+
+    Not the first of a row: its state is an attention sink, hundreds of times longer than others, and a mean with it
+    would be that of the sink alone.
+    """
+    at = jnp.arange(rows.tokens.shape[-1])
+    return (at > 0) & (at < rows.lengths[..., None]) & (rows.learn == one.pools_response)
+
+
+def _pairs(one: Auxiliary, batch: TokenBatch) -> jax.Array:
+    """``[..., B]`` bool: rows with tokens to pool on both sides; none of those that fill up a batch."""
+    return _pooled(one, batch).any(axis=-1) & _pooled(one, batch.beside[one.rows]).any(axis=-1)
+
+
+def _feature_loss(one: Auxiliary, batch: TokenBatch, hidden: jax.Array, other: jax.Array) -> LossSums:
+    """Sums of one minus the cosine of the mean states of a row and its pair."""
+
+    def mean(rows: TokenBatch, states: jax.Array) -> jax.Array:
+        # The sum points where the mean does.
+        return jnp.sum(jnp.where(_pooled(one, rows)[..., None], states.astype(jnp.float32), 0), axis=1)
+
+    ours, theirs = mean(batch, hidden), mean(batch.beside[one.rows], other)
+    there = _pairs(one, batch)
+    size = jnp.linalg.norm(jnp.where(there[:, None], ours, 1), axis=-1)
+    along = jnp.sum(ours * theirs, axis=-1) / size / jnp.where(there, jnp.linalg.norm(theirs, axis=-1), 1)
+    total, count = jnp.sum(jnp.where(there, 1 - along, 0)), jnp.sum(there, dtype=jnp.float32)
+    return LossSums(total, count, total, count)
