@@ -1,4 +1,4 @@
-"""Does supervising inner layers help a model with a new language? A renamed one, plain training and a control beside it.
+"""Does supervising inner layers help a model with a new language? A renamed one, with plain training and a control.
 
     python experiments/deep_supervision.py --out=runs/supervision --minutes=50
 
@@ -64,6 +64,7 @@ def asked(way: str, seed: int, steps: int, given: argparse.Namespace) -> Finetun
         layers="all",
         train_embeddings=True,
         train_norms=True,
+        train_head=True,
         supervise=supervised(way, given),
         steps=steps,
         batch_size=given.batch_size,
@@ -152,7 +153,11 @@ def text(cells: Mapping[tuple[str, int], Mapping[str, Any]], given: argparse.Nam
                 for kind in ("loss", "exact"):
                     mine = {seed: value(cells[of, seed], at[seed], name, kind) for seed in seeds}
                     row.append(spread(list(mine.values())))
-                    both = [one - value(cells["plain", seed], step, name, kind) for seed, one in mine.items() if seed in plain_seeds]
+                    both = [
+                        one - value(cells["plain", seed], step, name, kind)
+                        for seed, one in mine.items()
+                        if seed in plain_seeds
+                    ]
                     less.append(spread(both, sign="+") if both else "-")
             steps = "-".join(map(str, sorted(set(at.values()))))
             body.append([steps, str(len(seeds)), *row, way])
@@ -187,7 +192,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tests", type=int, default=16, help="rows of each family to test on")
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    parser.add_argument("--minutes", type=float, default=0, help="stop after the cell in which these are over; 0: never")
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="stop after the cell in which these are over; 0: never"
+    )
     given = parser.parse_args(arguments)
     free = ("out", "ways", "seeds", "minutes")
     settings = {key: value for key, value in vars(given).items() if key not in free}

@@ -42,7 +42,9 @@ def prompts(model: Model, data: str, rows: int, longest: int) -> dict[str, Datas
     """
     found = {}
     for part in data.split(","):
-        (one,) = model.read(RowOptions(data=part, split="" if part.startswith("demo:") else whole(part), duplicates="drop"))
+        (one,) = model.read(
+            RowOptions(data=part, split="" if part.startswith("demo:") else whole(part), duplicates="drop")
+        )
         fit = [example for example in one.examples if 2 <= example.prompt_length <= longest][: 2 * rows]
         if len(fit) < 2 * rows:
             raise UserError(f"--longest={longest}: {2 * rows} prompts of {part} should fit, {len(fit)} do")
@@ -85,8 +87,13 @@ def text(found: Found, given: argparse.Namespace) -> str:
     first = found["first, start 0"]
     layers = range(len(first[KEYS[0]]["values"]))
     columns = {key: first[key]["values"] for key in KEYS}
-    columns |= {f"noise, {radius:g}": first[key]["noise_gain"] for key, radius in zip(KEYS, (given.eps, given.wide), strict=False)}
-    curves = aligned(["layer", *columns, ""], [[str(n), *(f"{one[n]:.2f}" for one in columns.values()), ""] for n in layers])
+    columns |= {
+        f"noise, {radius:g}": first[key]["noise_gain"]
+        for key, radius in zip(KEYS, (given.eps, given.wide), strict=False)
+    }
+    curves = aligned(
+        ["layer", *columns, ""], [[str(n), *(f"{one[n]:.2f}" for one in columns.values()), ""] for n in layers]
+    )
     body = []
     for key in KEYS:
 
@@ -128,7 +135,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         datasets = prompts(model, given.data, given.rows, given.longest)
         first, *others = datasets
         settings = {key: value for key, value in vars(given).items() if key not in ("out", "model", "data", "starts")}
-        settings |= {"model": model.model_hash, "rows": {name: one.describe()["hash"] for name, one in datasets.items()}}
+        settings |= {
+            "model": model.model_hash,
+            "rows": {name: one.describe()["hash"] for name, one in datasets.items()},
+        }
         cells = Cells.open(Path(given.out), settings)
         plan = {f"first, start {seed}": (half(datasets[first], 0), seed) for seed in range(given.starts)}
         plan |= {"other prompts": (half(datasets[first], 1), 0)}
@@ -140,7 +150,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(text(found, given))
-    write_json(Path(given.out) / "perturbation_gains.json", "jaxcrit.perturbation_gains", plain({"config": settings, "cells": found}))
+    write_json(
+        Path(given.out) / "perturbation_gains.json",
+        "jaxcrit.perturbation_gains",
+        plain({"config": settings, "cells": found}),
+    )
     return 0
 
 

@@ -7,8 +7,8 @@ new language has the word order and the meaning of the old; parallel rows are as
 ``prompt`` and ``response`` in the new language, ``english_prompt`` and ``english_response`` in the old.
 
 The rows of the embedding that the new tokens take are drawn at random. Their scale is a trap: as long as the old ones,
-they win the softmax of a tied head and wreck the known language before a single step. The program prints the loss of the
-known language by the scale of the new rows.
+they win the softmax of a tied head and wreck the known language before a single step. The program prints the loss of
+the known language by the scale of the new rows.
 """
 
 from __future__ import annotations

@@ -112,7 +112,9 @@ def run_score(
     own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
     model = shared.opened(options, model)
     base = shared.opened(options, None, "base", mesh=model.mesh) if "two models" in needs else None
-    datasets = model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward", "perturbed"} else []
+    datasets = (
+        model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward", "perturbed"} else []
+    )
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved, further = {"criteria": list(chosen)}, tuple(own.values())
     with running(
@@ -293,9 +295,7 @@ def report(found: Scored) -> Report:
     return Report(["Layers by " + ", ".join(scores), *told], found.warnings, [section], CAVEATS)
 
 
-def beside(
-    scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, LayerScores]] | None = None
-) -> list[str]:
+def beside(scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, LayerScores]] | None = None) -> list[str]:
     """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts.
 
     Also the knees of a curve, and what noise does; of several datasets those of ``each`` by its name.

@@ -2,13 +2,15 @@
 
 With delta a perturbation of the embedding output, ``w_l`` is the mean over rows and tokens of
 ``||h_l(x + delta) - h_l(x)|| / ||h_l(x)||`` and the gain is ``w_l / w_{l-1}``; for layer 0 the embedding is in front.
-High is critical. Unlike CLAT's, w is relative: on a decoder differences by themselves grow as the stream does. And the
-first token is left out, for it is an attention sink. delta is found by ascent of the divergence of the prediction at the
-last token, one for all layers (``own``: each layer's own, of w itself; as many times dearer as there are layers), within
-``eps`` of each token's embedding. ``perturbation_gain_wide`` is the same within ``wide``: at ten times the radius some
-tokens turn into sinks, and the layer where that happens stands out. ``perturbation_gain_local`` is what either can be at
-most for changes without end small: the largest singular value of the block's own derivative, between changes relative to
-the states, by power iteration.
+High is critical. Unlike CLAT's, w is relative: on a decoder differences by themselves grow as the stream does. The
+first token, an attention sink, is left out. delta is within ``eps`` of each token's embedding, and found by ascent of
+the divergence of the prediction at the last token: one for all layers, or (``own``) each layer's own, of w itself,
+which is as many times dearer as there are layers.
+
+``perturbation_gain_wide`` is the same within ``wide``: at ten times the radius some tokens turn into sinks, and the
+layer where that happens stands out. ``perturbation_gain_local`` is the most that a block does to arbitrarily small
+changes, wherever they come from: the largest singular value of its derivative, between changes relative to the states,
+by power iteration.
 
 Beside the gains stand those of random noise of the same size: where they rank the layers alike, nothing about the gains
 is adversarial.

@@ -53,7 +53,7 @@ class Search:
 
 @dataclasses.dataclass(frozen=True)
 class Blocks:
-    """The largest gain of each block by itself, for perturbations without end small.
+    """The largest gain of each block by itself, for arbitrarily small changes.
 
     Attributes:
         rounds: rounds of power iteration.
@@ -69,8 +69,8 @@ class Moved:
     """How far the states of N prompts moved.
 
     Attributes:
-        found: ``[N, L+1]`` float64, ``||h' - h|| / ||h||`` summed over the tokens but the first, the embedding in front,
-            under the perturbation that was found.
+        found: ``[N, L+1]`` float64, ``||h' - h|| / ||h||`` summed over the tokens but the first, under the perturbation
+            that was found; the embedding in front.
         random: the same under a random one of the same size.
         tokens: ``[N]`` int, tokens that are summed over.
     """
@@ -131,7 +131,10 @@ def perturbed_pass(
             progress(done, count)
 
     def evidence(one: Any) -> Any:
-        return found[one][0] if isinstance(one, Blocks) else Moved(*(found[one] * tokens[:, None]), tokens)
+        if isinstance(one, Blocks):
+            return found[one][0]
+        searched, random = found[one] * tokens[:, None]
+        return Moved(searched, random, tokens)
 
     made_of = {one: evidence(one) for one in wanted}
     return {key: made_of[one] for key, one in asked.items()}
