@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypedDict
 from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.groups import FinetuneOptions
+from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import ChosenLayers, LayerSet
 from jaxcrit.core.schema import AtLeastZero, Count
-from jaxcrit.core.selections import LayerSpec, resolve, split_specs
+from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
     from jaxcrit.core.progress import Say
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 OPTIONS = FinetuneOptions
 _TESTS = 20  # over a run, where ``--eval_every`` does not say
+_SCORED = 64  # training rows that layers are chosen by, where that is no score of an analysis
 Row = Mapping[str, Any]
 
 
@@ -143,31 +145,36 @@ def run_finetune(
     Raises:
         UserError: see `finetune`; or another run in ``out``.
     """
-    from jaxcrit.core.auxiliaries import names_of, parse_supervise
+    from jaxcrit.core.auxiliaries import names_of, objectives_of
     from jaxcrit.core.run import running
     from jaxcrit.models.gains import edit, gain_data, parse_gains
     from jaxcrit.models.model import open_model
     from jaxcrit.models.overlays import Overlay
-    from jaxcrit.models.partition import size
+    from jaxcrit.models.partition import Partition, Selection, size
     from jaxcrit.parallel.mesh import parse_mesh
     from jaxcrit.reporting.plots import loss_curves
     from jaxcrit.reporting.report import Figure, on_axes
-    from jaxcrit.studies.analysis import score_keys, training_scores
+    from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.data import training_steps
     from jaxcrit.training.loop import read_metrics
     from jaxcrit.training.objectives import check_auxiliaries
     from jaxcrit.training.optimizer import make_schedule
+    from jaxcrit.training.segments import Changed, Reselection
     from jaxcrit.training.trainer import Trainer, check_mesh, compute_dtype, partition_of
 
     make_schedule(options.schedule, options.learning_rate, options.warmup + 1, options.warmup)
     parse_mesh(options.mesh)
     spec = LayerSpec.parse(options.layers)
-    spec.check_key(score_keys())
+    spec.check_key([*score_keys(), *scorable_alone()])
+    if options.reselect and not spec.needs_scores:
+        raise UserError(
+            f"--reselect={options.reselect}: chooses anew by a score, and --layers={spec} needs none; give KEY:K"
+        )
     opened = open_model(options.model if model is None else model, mesh=options.mesh, keep=model is not None)
     depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
     gains = parse_gains(options.gain, opened.config)
-    auxiliaries = parse_supervise(options.supervise, options.supervise_weight, depth)
+    auxiliaries = objectives_of(options, depth, options.seed)
     if keep and any(overlay.run is None for overlay in opened.overlays):
         raise UserError(
             f"--out={options.out}: the model was tuned in memory, so a run on it could not be opened again; give --out"
@@ -196,9 +203,9 @@ def run_finetune(
             return Finetuned(None, dict(run.earlier), rows, trained, [note], run.path)
         out = run.out
         run.record["attention"] = opened.attention(dtype)
+        choose = functools.partial(chosen_by_scores, options, spec, rows=rows, progress=progress)
         if chosen is None:
-            ranked, key, trim = training_scores(options, out, model=opened.apart(), rows=rows, progress=progress)
-            chosen = resolve(spec, depth, scores=ranked, criterion=key, trim=trim, model_hash=opened.model_hash)
+            chosen = choose(opened.apart(), out)
         parts = partition_of(options, opened.config, chosen)
         check_auxiliaries(auxiliaries, parts)
         train, held = (dataset.examples for dataset in datasets)
@@ -206,14 +213,27 @@ def run_finetune(
         data = training_steps(train, options.batch_size * options.accumulate, options.seed, beside=beside)
         steps = options.steps or (options.epochs or 1) * data.per_epoch
         under = (edit, gain_data(gains, depth)) if gains else None
-        trainer = Trainer(options, opened, parts, steps, under, auxiliaries)
+        again = None
+        if options.reselect:
+
+            def chosen_anew(changed: Changed, step: int) -> Partition:
+                model = opened.with_overlay(Overlay(changed.parts, changed.params, None, step))
+                return partition_of(options, opened.config, choose(model, None))
+
+            def tell(selections: list[Selection]) -> None:
+                trained = {layer for one in selections for layer in one["layers"]}
+                run.record["trained"] |= {"layers": sorted(trained), "selections": selections}
+                run.save()
+
+            again = Reselection(options.reselect, chosen_anew, tell)
+        trainer = Trainer(options, opened, parts, steps, under, auxiliaries, again)
         run.precious = True
         if out is not None:
             chosen.save(out / "layers.json")
         run.record["layers"] = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
         run.record["trained"] = parts.to_json() | ({"gain": options.gain} if gains else {})
         if auxiliaries:
-            run.record["auxiliaries"] = [dataclasses.asdict(one) for one in auxiliaries]
+            run.record["auxiliaries"] = [{"name": str(one), **dataclasses.asdict(one)} for one in auxiliaries]
         run.save()
         if say is not None:
             say(summary(options, trainer, chosen, data.batch_size))
@@ -230,12 +250,52 @@ def run_finetune(
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
         place = None if out is None else out.resolve()
-        tuned = opened.with_overlay(Overlay(parts, state.params, place, step, chosen, gains))
+        tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
             curves = {"test loss": [(row["step"], row["loss"]) for row in evaluations(found.metrics)]}
             Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.").write(out)
     return found
+
+
+def scorable_alone() -> list[str]:
+    """Keys of the scores, beside those of an analysis, that a model and its training rows give."""
+    from jaxcrit.criteria.registry import scorable
+
+    return [key for key, one in scorable().items() if one.needs != "two models"]
+
+
+def chosen_by_scores(
+    options: FinetuneOptions, spec: LayerSpec, model: Model, out: Path | None, *, rows: Any, progress: Bars | None
+) -> LayerSet:
+    """The layers that a selection names in a model, by scores of its training rows.
+
+    Args:
+        options: what is asked.
+        spec: selection by a score.
+        model: model that is scored.
+        out: run directory, which the scores lie in; None writes nothing.
+        rows: rows in place of those that the options name.
+        progress: maker of progress bars.
+    """
+    from jaxcrit.commands.score import ScoreOptions, run_score
+    from jaxcrit.studies.analysis import score_keys, training_scores
+
+    depth, key = model.config.num_layers, spec.score_key
+    if not key or key in score_keys():
+        asked = options if out is not None else dataclasses.replace(options, analysis="")
+        ranked, key, trim = training_scores(asked, out, model=model, rows=rows, progress=progress)
+        return resolve(spec, depth, scores=ranked, criterion=key, trim=trim, model_hash=model.model_hash)
+    shared_names = {field.name for field in dataclasses.fields(ScoreOptions)} & {
+        field.name for field in dataclasses.fields(FinetuneOptions)
+    }
+    given = {name: getattr(options, name) for name in shared_names} | {"dtype": "", "limit": _SCORED}
+    where = "" if out is None else str(out / "scores")
+    asked_scores = ScoreOptions(
+        **{**given, "criteria": key, "out": where, "shuffle_seed": max(options.shuffle_seed, 0)}
+    )
+    scores = run_score(asked_scores, model=model, rows=rows, progress=progress, keep=bool(where)).scores
+    return resolve(spec, depth, scores=scores, trim=AnalyzeOptions().trim, model_hash=model.model_hash)
 
 
 def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: int) -> str:
@@ -255,6 +315,7 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f" ({100 * sum(trained) / (frozen + sum(trained)):.1f} %) train, for {trainer.steps} steps of {rows} rows"
         f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
         f"{f'; beside it, supervised: {options.supervise}' if options.supervise else ''}"
+        f"{f'; layers chosen anew every {options.reselect} steps' if options.reselect else ''}"
     )
 
 
@@ -275,12 +336,12 @@ def _train(
 
     model, parts = trainer.model, trainer.parts
     how: dict[str, Any] = {"mesh": model.mesh, "edit": trainer.edit, "auxiliaries": trainer.auxiliaries}
-    losses = make_evaluation(parts, dtype=trainer.dtype, **how)
-    beside = names_of(trainer.auxiliaries)
-    tests = [batch for _, batch in batches_of(held, options.batch_size, model, passes=_TESTS, beside=beside)]
+    losses = functools.cache(functools.partial(make_evaluation, dtype=trainer.dtype, **how))
+    with_rows: dict[str, Any] = {"beside": names_of(trainer.auxiliaries), "numbered": bool(options.adversarial)}
+    tests = [batch for _, batch in batches_of(held, options.batch_size, model, passes=_TESTS, **with_rows)]
 
     def evaluate(params: Any, frozen: Any, _: int) -> Any:
-        each = zip(*(losses(params, frozen, batch) for batch in tests), strict=True)
+        each = zip(*(losses(trainer.parts)(params, frozen, batch) for batch in tests), strict=True)
         return tuple(sum(sums[1:], sums[0]) for sums in each)
 
     events = None if out is None or not (options.tensorboard and processes.first()) else out / "tensorboard"
@@ -368,8 +429,8 @@ def text(found: Finetuned) -> str:
         f"{'per token':<22}{before['loss']:>10.4f}{after['loss']:>12.4f}",
         f"{'mean of means (paper)':<22}{before['loss_per_sample']:>10.4f}{after['loss_per_sample']:>12.4f}",
         *(
-            f"{'aux ' + str(number) + ': ' + name:<22}{before[key]:>10.4f}{after[key]:>12.4f}"
-            for number, name in enumerate(split_specs(found.run["config"].get("supervise", ""), ","))
+            f"{'aux ' + str(number) + ': ' + one['name']:<22}{before[key]:>10.4f}{after[key]:>12.4f}"
+            for number, one in enumerate(found.run.get("auxiliaries", []))
             if before.get(key := f"aux_{number}") is not None
         ),
         f"best {result['best_loss']:.4f} at step {result['best_step']}; {result['steps']} steps in"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Collection
-from typing import Literal
+from typing import ClassVar, Literal
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import ObjectiveOptions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +43,33 @@ class Auxiliary:
 
     def __str__(self) -> str:
         return f"{self.layer}:{self.rows}" if self.rows else str(self.layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Adversarial:
+    """The objective beside the main loss that small changes of the embeddings matter little, in layers that train.
+
+    Attributes:
+        on: ``states`` is the relative change of the states after each layer that trains, summed over them; ``loss`` the
+            cross entropy of the responses, which is plain adversarial training.
+        size: length of the change of each token, in units of the norm of its embedding.
+        steps: steps of the ascent that finds it.
+        seed: seed of its random starts.
+        weight: factor of its mean; 0 only measures it.
+    """
+
+    on: Literal["states", "loss"]
+    size: float
+    steps: int
+    seed: int
+    weight: float
+    rows: ClassVar[str] = ""  # it looks at the training rows
+
+    def __str__(self) -> str:
+        return f"{self.on} at {self.size:g}"
+
+
+Objective = Auxiliary | Adversarial
 
 
 def parse_supervise(text: str, weight: float, num_layers: int) -> tuple[Auxiliary, ...]:
@@ -81,6 +109,25 @@ def parse_supervise(text: str, weight: float, num_layers: int) -> tuple[Auxiliar
     return tuple(found)
 
 
-def names_of(auxiliaries: Collection[Auxiliary]) -> list[str]:
+def objectives_of(options: ObjectiveOptions, num_layers: int, seed: int = 0) -> tuple[Objective, ...]:
+    """The objectives beside the loss that options ask for; those of ``--supervise`` first.
+
+    Args:
+        options: what is asked.
+        num_layers: L.
+        seed: seed of what is drawn at random.
+
+    Raises:
+        UserError: see `parse_supervise`.
+    """
+    found = parse_supervise(options.supervise, options.supervise_weight, num_layers)
+    if not options.adversarial:
+        return found
+    on: Literal["states", "loss"] = "states" if options.adversarial_on == "states" else "loss"
+    size, steps, weight = options.adversarial, options.adversarial_steps, options.adversarial_weight
+    return (*found, Adversarial(on, size, steps, seed, weight))
+
+
+def names_of(auxiliaries: Collection[Objective]) -> list[str]:
     """Names of the rows that some objectives look at beside the training rows, each once."""
     return list(dict.fromkeys(one.rows for one in auxiliaries if one.rows))

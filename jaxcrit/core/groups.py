@@ -314,12 +314,18 @@ class ObjectiveOptions(Options, title="objectives"):
 
     supervise: str = option("", "losses of inner layers: 8, 2:logits:FIELD, 2:feature:FIELD, ...", word="LIST")
     supervise_weight: float = option(1.0, "weight of each of them; 0 only measures", lowest=0)
+    adversarial: float = option(0.0, "train under changes of embeddings this long, as 0.05; 0: not", lowest=0)
+    adversarial_on: str = option("states", "what they are to change little", ("states", "loss"))
+    adversarial_steps: int = option(3, "steps of the search for them", lowest=1)
+    adversarial_weight: float = option(1.0, "weight beside the loss; 0 only measures", lowest=0)
 
     def check(self) -> None:
-        """Refuses a weight of nothing."""
+        """Refuses options of what is not asked for."""
         super().check()
-        if self.supervise_weight != 1 and not self.supervise:
-            raise UserError(f"--supervise_weight={self.supervise_weight}: is of --supervise; give that too")
+        for one in ("supervise_weight", "adversarial_on", "adversarial_steps", "adversarial_weight"):
+            kind = one.partition("_")[0]
+            if not getattr(self, kind) and getattr(self, one) != type(self).__dataclass_fields__[one].default:
+                raise UserError(f"--{one}={getattr(self, one)}: is of --{kind}; give that too")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -328,14 +334,20 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, ObjectiveOptions, t
 
     layer_rates: str = option("", "factors on the learning rate: 0-7:0.5,8-15:2", word="RATES")
     lora_alpha: float = option(0.0, "adapters count alpha/rank times; 0 for twice the rank", lowest=0)
+    reselect: int = option(0, "steps after which --layers are chosen anew; 0 for never", lowest=0)
     gain: str = option("", "gain of a shortcut while it trains, folded in after: 4:attn:0.5", word="L:HALF:G")
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
     tensorboard: bool = option(False, "event files too (needs tensorboardX)", free=WHERE, group="while it runs")
 
     def check(self) -> None:
-        """Refuses options of adapters where there are none, and event files in a bucket."""
+        """Refuses options of adapters where there are none, what is not re-selected, and event files in a bucket."""
         super().check()
+        for name in ("lora_rank", "layer_rates", "gain"):
+            if self.reselect and getattr(self, name):
+                raise UserError(
+                    f"--reselect={self.reselect}: whole layers of one rate are chosen anew; leave --{name} out"
+                )
         for name in ("lora_alpha", "lora_targets"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name}={getattr(self, name)}: is of adapters; give their --lora_rank too")

@@ -79,7 +79,11 @@ def response_loss(
     scored: int | None = None,
 ) -> LossSums:
     """Sums of the loss over the tokens marked in ``learn``; arguments as of `at_responses`."""
-    losses, counted = response_losses(hidden, norm, head, tokens, learn, config, mesh, scored)
+    return sums_of(*response_losses(hidden, norm, head, tokens, learn, config, mesh, scored))
+
+
+def sums_of(losses: jax.Array, counted: jax.Array) -> LossSums:
+    """Sums of what `response_losses` gives."""
     count = counted.sum(axis=1)
     has = (count > 0).astype(jnp.float32)
     return LossSums(losses.sum(), count.sum(), (losses.sum(axis=1) / jnp.maximum(count, 1)).sum(), has.sum())

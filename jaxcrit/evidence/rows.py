@@ -111,7 +111,13 @@ def sample_losses(
 
 
 def batches_of(
-    examples: Sequence[Example], batch_size: int, model: Model, *, passes: float = 1, beside: Sequence[str] = ()
+    examples: Sequence[Example],
+    batch_size: int,
+    model: Model,
+    *,
+    passes: float = 1,
+    beside: Sequence[str] = (),
+    numbered: bool = False,
 ) -> Iterator[tuple[np.ndarray, TokenBatch]]:
     """Batches on the mesh, each with the places of its rows among N; N for a row that fills up.
 
@@ -123,6 +129,7 @@ def batches_of(
         model: model, on its mesh.
         passes: how often the blocks run on each batch.
         beside: names of rows beside these that come with them.
+        numbered: whether the rows' places come with them too, for what draws at random.
     """
     others = Steps(examples, batch_size, -1, beside=beside).beside if beside else {}
     batches = make_batches(examples, model.budget(batch_size, passes=passes), prompt_only=False)
@@ -131,7 +138,9 @@ def batches_of(
         scored[mask.shape] = max(scored[mask.shape], most_scored(mask, model.mesh))
     for batch, mask in zip(batches, masks, strict=True):
         further = {name: token_batch(rows.of(batch.rows), fixed=rows, mesh=model.mesh) for name, rows in others.items()}
-        found = TokenBatch(batch.tokens, batch.lengths, mask, scored[mask.shape], further)
+        found = TokenBatch(
+            batch.tokens, batch.lengths, mask, scored[mask.shape], further, batch.rows if numbered else None
+        )
         yield batch.rows, place(found, model.mesh)
 
 

@@ -16,7 +16,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.gains import Gain, parse_gains
-from jaxcrit.models.partition import Bank, Partition, partition_of_json, split
+from jaxcrit.models.partition import Bank, Partition, partition, partition_of_json, split
 from jaxcrit.parallel.mesh import AnyMesh
 
 
@@ -82,6 +82,12 @@ def read_overlay(run: Path, config: ModelConfig, mesh: AnyMesh, record: Mapping[
     files = record.get("digests", {}).get("files", {})
     which = f"{CHECKPOINTS}/{step}/" if step.isdigit() else f"{CHECKPOINTS}/"
     processes.share(lambda: refuse_differing(run, files, below=which))
-    like, _ = split(parts.abstract(mesh, np.float32))
+    selections = record["trained"].get("selections", [])
+
+    def parts_at(number: int) -> Partition:  # of layers that are chosen anew, those that had been by then
+        layers = {layer for one in selections if one["step"] < number for layer in one["layers"]}
+        return partition(config, layers, parts.outside_asked) if selections else parts
+
+    like = lambda number: split(parts_at(number).abstract(mesh, np.float32))[0]  # noqa: E731
     params, found = trained_parameters(run, like, step)
-    return Overlay(parts, params, run.resolve(), found, chosen, gains)
+    return Overlay(parts_at(found), params, run.resolve(), found, chosen, gains)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
 import jax
@@ -40,6 +40,13 @@ class LoraRecord(TypedDict):
     targets: list[str]
 
 
+class Selection(TypedDict):
+    """The layers that train from a step on, where a training chooses them anew."""
+
+    step: Count
+    layers: list[Count]
+
+
 class TrainedRequired(TypedDict):
     """What trains, as ``run.json`` has it."""
 
@@ -53,6 +60,7 @@ class TrainedRecord(TrainedRequired, total=False):
     rates: list[Positive]
     lora: LoraRecord
     gain: str
+    selections: list[Selection]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +105,11 @@ class Partition:
     def trained(self) -> tuple[str, ...]:
         """The groups that train."""
         return tuple(name for name, _ in self.rates)
+
+    @property
+    def outside_asked(self) -> frozenset[str]:
+        """What trains outside the blocks as `partition` takes it: with a tied head's embedding also that head."""
+        return self.outside | ({"head"} if self.config.tied and "embed" in self.outside else frozenset())
 
     @property
     def layers(self) -> tuple[int, ...]:
@@ -282,6 +295,33 @@ def partition_of_json(config: ModelConfig, told: Mapping[str, Any]) -> Partition
     if config.tied and "embed" in outside:  # what is told names arrays, and a tied head is none
         outside.add("head")
     return partition(config, layers, outside, factors, adapters)
+
+
+def joined(parts: Sequence[Partition]) -> Partition:
+    """The partition in which everything trains that trains in one of some, all at one rate, whole."""
+    return partition(parts[-1].config, {layer for one in parts for layer in one.layers}, parts[-1].outside_asked)
+
+
+def carried(values: Mapping[str, Any], source: Partition, into: Mapping[str, Any], target: Partition) -> dict[str, Any]:
+    """Arrays of one partition's group ``train``, with those of another's in the places of the layers that both have.
+
+    Args:
+        values: by weight-table path, of ``source``.
+        source: partition.
+        into: by weight-table path, of ``target``; arrays are not changed.
+        target: partition.
+    """
+    ours, theirs = source.members(TRAIN), target.members(TRAIN)
+    both = [layer for layer in theirs if layer in ours]
+    taken = np.asarray([ours.index(layer) for layer in both], np.int32)
+    slots = np.asarray([theirs.index(layer) for layer in both], np.int32)
+    found = dict(into)
+    for path, value in values.items():
+        if not path.startswith("blocks."):
+            found[path] = value
+        elif both:
+            found[path] = _put_copy(into[path], slots, _take(value, taken))
+    return found
 
 
 def split(bank: Bank) -> tuple[Bank, Arrays]:

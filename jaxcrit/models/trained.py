@@ -10,7 +10,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -107,6 +107,11 @@ class Manager(ocp.CheckpointManager):
         shaped = {item: jax.tree.map(_shaped, held[item], tree) for item, tree in like.items()}
         return {**shaped, "meta": self._vouched(step, held, found["meta"])}
 
+    def meta(self, step: int) -> Any:
+        """What was saved with the arrays of a checkpoint, as it is there: nothing vouches for it yet."""
+        self.wait_until_finished()
+        return self.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+
     def stored(self, step: int, item: str) -> Any:
         """What an item of a checkpoint holds: a tree of shapes and dtypes."""
         return _HANDLER.metadata(self.directory / str(step) / item).tree
@@ -164,12 +169,12 @@ def _reading(run: Path) -> Manager:
     return Manager(str(run.absolute() / FOLDER), options=options)
 
 
-def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank, int]:
+def trained_parameters(run: Path, like: Callable[[int], Bank], step: str = "last") -> tuple[Bank, int]:
     """Reads the trained parameters of a run, and nothing else.
 
     Args:
         run: run directory.
-        like: abstract arrays, with shardings.
+        like: function of the step of a checkpoint that gives abstract arrays, with shardings.
         step: which checkpoint: its number; ``last``, the newest that can be read; or ``best``, that of lowest test
             loss among those kept.
 
@@ -200,7 +205,7 @@ def trained_parameters(run: Path, like: Bank, step: str = "last") -> tuple[Bank,
         reason = ""
         for candidate in wanted:
             try:
-                return manager.read(candidate, {"params": like})["params"], candidate
+                return manager.read(candidate, {"params": like(candidate)})["params"], candidate
             except UserError:
                 raise
             except Exception as error:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.core.auxiliaries import names_of, parse_supervise
+from jaxcrit.core.auxiliaries import names_of, objectives_of
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
@@ -182,11 +182,11 @@ def _finetune(job: _Job) -> Program:
     state = with_shardings(state, shardings)
     like = functools.partial(job.rows, steps=(1,))
     batch = TokenBatch(like(jnp.int32, config.length), like(jnp.int32), like(np.bool_, config.length))
-    asked = parse_supervise(config.supervise, config.supervise_weight, model.num_layers)
+    asked = objectives_of(config, model.num_layers)
     check_auxiliaries(asked, parts)
     auxiliaries = [one for one in asked if one.weight]
     # Rows beside are planned as long as the rows themselves.
-    batch = dataclasses.replace(batch, beside={name: batch for name in names_of(auxiliaries)})
+    batch = dataclasses.replace(batch, beside={name: batch for name in names_of(auxiliaries)}, numbers=like(jnp.int32))
     how: dict[str, Any] = {"dtype": job.dtype, "remat": config.remat, "mesh": mesh, "shardings": shardings}
     step = make_step(parts, optimizer, auxiliaries=auxiliaries, **how)
     trained, passes = shard_bytes(params), 3 if config.remat else 2

@@ -10,7 +10,7 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -22,6 +22,7 @@ from orbax.checkpoint.checkpoint_managers import AnyPreservationPolicy, BestN, L
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import in_bucket
 from jaxcrit.core.schema import Count, conform
+from jaxcrit.models.partition import Selection
 from jaxcrit.models.trained import FOLDER, Manager, reason_of, with_digests
 from jaxcrit.training.step import State
 
@@ -38,11 +39,17 @@ class SavedStanding(TypedDict):
     high: Count
 
 
-class Saved(TypedDict):
+class SavedAlways(TypedDict):
     """What is saved with every state of a run."""
 
     step: Count
     standing: SavedStanding
+
+
+class Saved(SavedAlways, total=False):
+    """With what is saved where layers are chosen anew."""
+
+    selections: list[Selection]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,11 +147,13 @@ class Checkpoints:
         except Exception as error:
             raise self._unwritable(error) from None
 
-    def restore(self, like: State, meta: Any = dict[str, Any]) -> Restored | None:
+    def restore(
+        self, like: State | Callable[[Mapping[str, Any]], State], meta: Any = dict[str, Any]
+    ) -> Restored | None:
         """Reads the newest checkpoint that can be read onto the shardings of ``like``; removes newer, broken ones.
 
         Args:
-            like: abstract state, with shardings.
+            like: abstract state, with shardings; or a function of what was saved with it that gives that.
             meta: declaration (`jaxcrit.core.schema`) of what was saved with it.
 
         Returns:
@@ -155,9 +164,9 @@ class Checkpoints:
         """
         skipped: list[str] = []
         for step in sorted(self._manager.all_steps(), reverse=True):
-            wanted = {"params": like.params, "optimizer": like.optimizer}
             try:
-                found = self._manager.read(step, wanted)
+                asked = like if isinstance(like, State) else like(conform(self._manager.meta(step), meta, "meta"))
+                found = self._manager.read(step, {"params": asked.params, "optimizer": asked.optimizer})
                 fits = _fits(found["meta"], meta)
             except UserError:
                 raise
@@ -169,7 +178,7 @@ class Checkpoints:
                 continue
             for broken in [other for other in self._manager.all_steps() if other > step]:
                 self._manager.delete(broken)
-            state = State(found["params"], found["optimizer"], jax.device_put(jnp.int32(step), like.step.sharding))
+            state = State(found["params"], found["optimizer"], jax.device_put(jnp.int32(step), asked.step.sharding))
             return Restored(state, found["meta"], skipped)
         for broken in list(self._manager.all_steps()):
             self._manager.delete(broken)
@@ -202,7 +211,7 @@ class NoCheckpoints:
     def wait(self) -> None:
         """Returns at once."""
 
-    def restore(self, like: State, meta: Any = None) -> None:
+    def restore(self, like: Any, meta: Any = None) -> None:
         """There is nothing to go on from."""
 
 

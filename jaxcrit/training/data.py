@@ -52,7 +52,8 @@ def micro_batches(steps: Steps, step: int, micro: int, mesh: AnyMesh | None = No
     if not batch.loss_mask.any():
         raise UserError(f"step {step + 1}: none of its rows has a response token to learn; remove such rows")
     beside = {name: token_batch(other.batch(step), micro, other, mesh) for name, other in steps.beside.items()}
-    return dataclasses.replace(token_batch(batch, micro), beside=beside)
+    numbers = (step * steps.batch_size + np.arange(len(batch.tokens), dtype=np.int32)).reshape(micro, -1)
+    return dataclasses.replace(token_batch(batch, micro), beside=beside, numbers=numbers)
 
 
 def token_batch(

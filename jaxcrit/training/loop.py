@@ -20,7 +20,6 @@ from jaxcrit.core.schema import Count
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.models.partition import Bank
 from jaxcrit.parallel.preemption import Leave, Preempted
-from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints
 from jaxcrit.training.step import Losses, State, StepMetrics
 
 METRICS = "metrics.jsonl"
@@ -144,7 +143,7 @@ def train(
     evaluate: Callable[[Bank], Losses],
     rate: Callable[[int], float],
     log: MetricsLog,
-    checkpoints: Checkpoints | NoCheckpoints,
+    checkpoints: Any,
     meta: dict[str, Any],
     leave: Leave = lambda number: False,
     bar: Any = None,
@@ -174,7 +173,7 @@ def train(
     number = int(state.step)
     if number == 0:
         standing, _ = _evaluated(evaluate, state, standing, log)
-    stopped = _out_of_patience(standing, options)
+    stopped = out_of_patience(standing, options)
     while number < options.steps and not stopped:
         began = time.perf_counter()
         state, found = step(state, number)
@@ -200,7 +199,7 @@ def train(
         tested, last = None, number == options.steps
         if last or number % options.eval_every == 0:
             standing, tested = _evaluated(evaluate, state, standing, log)
-            stopped = _out_of_patience(standing, options)
+            stopped = out_of_patience(standing, options)
         leaving = leave(number) and not (last or stopped)
         if last or stopped or leaving or number % options.checkpoint_every == 0:
             log.flush()  # a run that goes on from there needs the rows before it
@@ -244,7 +243,8 @@ def _of_auxiliaries(found: Sequence[LossSums]) -> dict[str, float | int | None]:
     return told
 
 
-def _out_of_patience(standing: Standing, options: LoopOptions) -> bool:
+def out_of_patience(standing: Standing, options: LoopOptions) -> bool:
+    """Whether tests have gone on too long without a better one."""
     return bool(options.patience) and standing.worse >= options.patience
 
 
@@ -254,7 +254,7 @@ def _healthy(
     loss: float,
     norm: float,
     options: LoopOptions,
-    checkpoints: Checkpoints | NoCheckpoints,
+    checkpoints: Any,
     log: MetricsLog,
 ) -> Standing:
     problem = ""

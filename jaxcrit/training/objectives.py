@@ -15,9 +15,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxcrit.core.auxiliaries import Auxiliary
+from jaxcrit.core.auxiliaries import Adversarial, Auxiliary, Objective
 from jaxcrit.core.errors import UserError
-from jaxcrit.evaluation.losses import LossSums, response_loss
+from jaxcrit.evaluation.losses import LossSums, response_loss, response_losses, sums_of
+from jaxcrit.evaluation.perturbations import find_perturbation, perturbed_tokens, relative_change, row_keys
+from jaxcrit.models.decoder import look_up
 from jaxcrit.models.partition import Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.training.forward import Edited, Form, hidden_states, layer_states, outside
@@ -34,6 +36,7 @@ class TokenBatch:
         learn: ``[B, T]`` bool, tokens whose prediction counts.
         scored: positions that the head runs on, see `at_responses`; None for all. Compiled in.
         beside: rows beside these by name, as many, of widths of their own.
+        numbers: ``[B]`` int32, what each row's random draws follow from; None where nothing is drawn.
     """
 
     tokens: Any
@@ -41,6 +44,7 @@ class TokenBatch:
     learn: Any
     scored: int | None = dataclasses.field(default=None, metadata={"static": True})
     beside: dict[str, TokenBatch] = dataclasses.field(default_factory=dict)
+    numbers: Any = None
 
 
 def batch_loss(
@@ -63,7 +67,7 @@ def batch_losses(
     partition: Partition,
     bank: Bank,
     batch: TokenBatch,
-    auxiliaries: Sequence[Auxiliary],
+    auxiliaries: Sequence[Objective],
     *,
     form: Form | None = None,
     **how: Any,
@@ -82,6 +86,9 @@ def batch_losses(
     last = config.num_layers - 1
     read: dict[str, set[int]] = {"": {last}}
     for one in auxiliaries:
+        if isinstance(one, Adversarial):
+            read[""] |= set(partition.layers) if one.on == "states" else set()
+            continue
         paired = one.kind == "feature"
         read.setdefault("" if paired else one.rows, set()).add(one.layer)
         if paired:
@@ -104,7 +111,9 @@ def batch_losses(
 
     found = [exit_loss(batch, states[""][last], norm, head)]
     for one in auxiliaries:
-        if one.kind == "exit":
+        if isinstance(one, Adversarial):
+            found.append(_adversarial_loss(one, partition, bank, batch, states[""], form=form, **how))
+        elif one.kind == "exit":
             rows = batch.beside[one.rows] if one.rows else batch
             found.append(exit_loss(rows, states[one.rows][one.layer], still(norm), still(head)))
         else:
@@ -113,11 +122,14 @@ def batch_losses(
     return tuple(found)
 
 
-def totals_of(batch: TokenBatch, auxiliaries: Sequence[Auxiliary]) -> list[jax.Array]:
+def totals_of(batch: TokenBatch, auxiliaries: Sequence[Objective]) -> list[jax.Array]:
     """What the sum of each loss is to be divided by, the main one's first; float32, over all axes of the batch."""
     found = [jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)]
     for one in auxiliaries:
-        if one.kind == "exit":
+        if isinstance(one, Adversarial):
+            rows_or_tokens = batch.lengths > 1 if one.on == "states" else batch.learn[..., 1:]
+            found.append(jnp.sum(rows_or_tokens, dtype=jnp.float32))
+        elif one.kind == "exit":
             rows = batch.beside[one.rows] if one.rows else batch
             found.append(jnp.sum(rows.learn[..., 1:], dtype=jnp.float32))
         else:
@@ -125,15 +137,24 @@ def totals_of(batch: TokenBatch, auxiliaries: Sequence[Auxiliary]) -> list[jax.A
     return [jnp.maximum(count, 1) for count in found]
 
 
-def check_auxiliaries(auxiliaries: Sequence[Auxiliary], partition: Partition) -> None:
+def check_auxiliaries(auxiliaries: Sequence[Objective], partition: Partition) -> None:
     """Checks that each objective has something to train.
 
     Raises:
-        UserError: everything that trains lies above one's layer.
+        UserError: everything that trains lies above one's layer; or the embeddings, which perturbations are added to
+            and measured by, train beside an adversarial objective, or no layer does.
     """
     lowest = -1 if "embed" in partition.outside else min(partition.layers, default=partition.config.num_layers)
     for one in auxiliaries:
-        if one.layer < lowest:
+        if isinstance(one, Adversarial):
+            if "embed" in partition.outside:
+                raise UserError(
+                    "--adversarial: perturbations are measured by the embeddings, which must not grow to make them"
+                    " harmless; give --train_embeddings=false"
+                )
+            if not partition.layers:
+                raise UserError("--adversarial: is of the layers that train, and none does; choose some --layers")
+        elif one.layer < lowest:
             trained = f"the lowest that trains is {lowest}" if partition.layers else "no layer trains"
             raise UserError(
                 f"--supervise={one}: nothing at or below layer {one.layer} trains ({trained}); supervise a higher layer"
@@ -168,4 +189,47 @@ def _feature_loss(one: Auxiliary, batch: TokenBatch, hidden: jax.Array, other: j
     size = jnp.linalg.norm(jnp.where(there[:, None], ours, 1), axis=-1)
     along = jnp.sum(ours * theirs, axis=-1) / size / jnp.where(there, jnp.linalg.norm(theirs, axis=-1), 1)
     total, count = jnp.sum(jnp.where(there, 1 - along, 0)), jnp.sum(there, dtype=jnp.float32)
+    return LossSums(total, count, total, count)
+
+
+def _adversarial_loss(
+    one: Adversarial,
+    partition: Partition,
+    bank: Bank,
+    batch: TokenBatch,
+    clean: dict[int, jax.Array],
+    *,
+    form: Form | None,
+    **how: Any,
+) -> LossSums:
+    """Sums of what the worst small change of the embeddings does to the layers that train, or to the loss.
+
+    The change is found with all parameters held; only its effect is differentiated by them.
+    """
+    config, layers = partition.config, partition.layers
+    given = batch.tokens, batch.lengths
+    tokens = perturbed_tokens(batch.lengths, batch.tokens.shape[1])
+    embeddings = look_up(outside(bank, "embed"), batch.tokens, config, how["dtype"])
+
+    def changes(bank: Bank, states: dict[int, jax.Array], delta: jax.Array) -> jax.Array:
+        moved = layer_states(partition, bank, *given, layers, offset=delta, **how)
+        return sum((relative_change(states[layer], moved[layer], tokens) for layer in layers), jnp.zeros(()))
+
+    def response(bank: Bank, delta: jax.Array) -> tuple[jax.Array, jax.Array]:
+        hidden = hidden_states(partition, bank, *given, form=form, offset=delta, **how)
+        head = outside(bank, "embed" if config.tied else "head")
+        rows = batch.tokens, batch.learn
+        return response_losses(hidden, outside(bank, "norm"), head, *rows, config, how.get("mesh"), batch.scored)
+
+    still, fixed = jax.lax.stop_gradient((bank, clean))
+
+    def harm(delta: jax.Array) -> jax.Array:
+        return changes(still, fixed, delta) if one.on == "states" else response(still, delta)[0].sum(axis=1)
+
+    keys = row_keys(one.seed, batch.numbers)
+    delta, _ = find_perturbation(harm, embeddings, tokens, keys, size=one.size, steps=one.steps)
+    if one.on == "loss":
+        return sums_of(*response(bank, delta))
+    total = changes(bank, clean, delta).sum()
+    count = jnp.sum(batch.lengths > 1, dtype=jnp.float32)
     return LossSums(total, count, total, count)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxcrit.core.auxiliaries import Auxiliary
+from jaxcrit.core.auxiliaries import Objective
 from jaxcrit.evaluation.losses import LossSums, rounded_scored
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
@@ -100,7 +100,7 @@ def make_step(
     mesh: AnyMesh | None = None,
     shardings: State | None = None,
     edit: Edited | None = None,
-    auxiliaries: Sequence[Auxiliary] = (),
+    auxiliaries: Sequence[Objective] = (),
 ) -> Step:
     """Compiles (when first called) the step ``(state, frozen, batch [A, B, T]) -> (state, metrics)``.
 
@@ -155,7 +155,7 @@ def make_evaluation(
     dtype: Any,
     mesh: AnyMesh | None = None,
     edit: Edited | None = None,
-    auxiliaries: Sequence[Auxiliary] = (),
+    auxiliaries: Sequence[Objective] = (),
 ) -> Evaluate:
     """Compiles (when first called) the losses of one batch ``(params, frozen, batch [B, T]) -> Losses``."""
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxcrit.core.auxiliaries import Auxiliary
+from jaxcrit.core.auxiliaries import Objective
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import LayerTrainingOptions, TrainingOptions
 from jaxcrit.core.layers import LayerSet
@@ -22,14 +24,15 @@ from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import make_lora
 from jaxcrit.models.model import Bars, Model
-from jaxcrit.models.partition import OUTSIDE, Bank, Partition, partition, split
+from jaxcrit.models.partition import OUTSIDE, Arrays, Bank, Partition, joined, partition, split
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints, Saved, SavedStanding
 from jaxcrit.training.data import micro_batches
 from jaxcrit.training.forward import Edited
-from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, train
+from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, out_of_patience, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
+from jaxcrit.training.segments import Changed, Reselection, WholeCheckpoints, carried_moments, selections
 from jaxcrit.training.step import (
     Losses,
     State,
@@ -45,7 +48,10 @@ from jaxcrit.training.step import (
 
 
 class Trainer:
-    """What trains one partition of a model: optimizer, compiled step, loop. One serves any number of trainings."""
+    """What trains one partition of a model: optimizer, compiled step, loop. One serves any number of trainings.
+
+    Where layers are chosen anew, ``parts`` is what trains at the time, and in the end all that was trained.
+    """
 
     def __init__(
         self,
@@ -54,16 +60,17 @@ class Trainer:
         parts: Partition,
         steps: int,
         edit: Edited | None = None,
-        auxiliaries: Sequence[Auxiliary] = (),
+        auxiliaries: Sequence[Objective] = (),
+        again: Reselection | None = None,
     ):
         self.options, self.model, self.parts, self.steps, self.edit = options, model, parts, steps, edit
-        self.auxiliaries = auxiliaries
+        self.auxiliaries, self.again = auxiliaries, again
         self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
         self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(
             options.optimizer, self.schedule, parts, weight_decay=options.weight_decay, clip=options.clip
         )
-        self.step: Step | None = None
+        self.compiled: dict[Partition, Step] = {}
 
     def run(
         self,
@@ -100,34 +107,22 @@ class Trainer:
             listen: makes of the first state what is told every metric.
 
         Returns:
-            The last state and standing; and the checkpoints that were damaged, a line each.
+            The last state, of all that was trained, and standing; and the checkpoints that were damaged, a line each.
 
         Raises:
             Preempted: told to leave; the state is saved.
             UserError: see `train`.
         """
-        options, mesh = self.options, self.model.mesh
-        params, frozen = split(self.parts.gather(weights, mesh, self.dtype, options.seed))
-        like = abstract_state(self.parts, self.optimizer, params)
-        shardings = state_shardings(like, mesh)
-        like = with_shardings(like, shardings)
-        self.step = step = self.step or make_step(
-            self.parts,
-            self.optimizer,
-            dtype=self.dtype,
-            remat=options.remat,
-            mesh=mesh,
-            shardings=shardings,
-            edit=self.edit,
-            # What has no weight is only measured, at tests: the step is that of a training without it.
-            auxiliaries=[one for one in self.auxiliaries if one.weight],
-        )
+        options, mesh, again = self.options, self.model.mesh, self.again
         taken = 0
 
         def take(state: State, number: int) -> tuple[State, StepMetrics]:
             nonlocal taken
             taken = number + 1
             return step(state, frozen, place(micro_batches(data, number, options.accumulate, mesh), mesh))
+
+        def measure(frozen: Bank, params: Bank) -> Losses:
+            return evaluate(params, frozen, taken)
 
         loop = LoopOptions(
             steps=self.steps,
@@ -137,33 +132,115 @@ class Trainer:
             uniform=math.log(self.model.config.vocab_size),
         )
         kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
-        with notice() as leave, kept as checkpoints:
-            found = checkpoints.restore(like, Saved)
+        with notice() as leave, kept as checkpoints, contextlib.ExitStack() as open_while:
+            found = checkpoints.restore(self._like, Saved)
+            chosen, standing, state, before = [self.parts], Standing(), None, None
             if found and found.state is not None:
                 kept_standing = found.meta["standing"]
-                state = found.state
                 standing = Standing(**{name: kept_standing[name] for name in SavedStanding.__annotations__})
-                log.cut(int(state.step))
-            else:
-                state, standing = initial_state(self.parts, self.optimizer, params, mesh), Standing()
-                log.cut(None)
-            del params
-            told = {"total": self.steps, "desc": name, "unit": " steps", "initial": int(state.step)}
-            with bar(bars, **told) as shown, listen(state) as log.listener:
+                chosen, state = self._chosen(found.meta), found.state
+                before = None if again is None else Changed(joined(chosen), state.params)
+            log.cut(None if state is None else int(state.step))
+            told = {"total": self.steps, "desc": name, "unit": " steps", "initial": 0 if state is None else state.step}
+            shown = open_while.enter_context(bar(bars, **told))
+            old = chosen[-1]
+            while True:
+                self.parts = parts = chosen[-1]
+                end = self.steps if again is None else min(self.steps, len(chosen) * again.every)
+                state, frozen = self._begun(weights, parts, state, old, before)
+                step = self._step(parts, state)
+                if log.listener is None:
+                    log.listener = open_while.enter_context(listen(state))
+                saved: Any = checkpoints
+                if again is not None:
+                    again.tell(selections(chosen, again.every))
+                    saved = WholeCheckpoints(checkpoints, before, parts, selections(chosen, again.every))
                 state, standing = train(
                     state,
                     standing,
-                    loop,
+                    dataclasses.replace(loop, steps=end),
                     step=take,
-                    evaluate=lambda params: evaluate(params, frozen, taken),
+                    evaluate=functools.partial(measure, frozen),
                     log=log,
-                    checkpoints=checkpoints,
+                    checkpoints=saved,
                     rate=lambda number: float(self.schedule(number)),
                     meta=meta,
                     leave=leave,
                     bar=shown,
                 )
-        return state, standing, found.skipped if found else []
+                if again is None:
+                    return state, standing, found.skipped if found else []
+                before, old = saved.changed(state), parts
+                if end == self.steps or out_of_patience(standing, loop):
+                    self.parts, state = before.parts, dataclasses.replace(state, params=before.params)
+                    return state, standing, found.skipped if found else []
+                del frozen
+                chosen.append(again.choose(before, end))
+                log.write({"kind": "layers", "step": end + 1, "layers": list(chosen[-1].layers)})
+
+    def _chosen(self, meta: Mapping[str, Any]) -> list[Partition]:
+        """What trains in each segment up to a checkpoint."""
+        if self.again is None or "selections" not in meta:
+            return [self.parts]
+        outside = self.parts.outside_asked
+        return [partition(self.model.config, one["layers"], outside) for one in meta["selections"]]
+
+    def _like(self, meta: Mapping[str, Any]) -> State:
+        """Shapes of the state in a checkpoint, with shardings."""
+        chosen, mesh = self._chosen(meta), self.model.mesh
+        whole = self.parts if self.again is None else joined(chosen)
+        params, everything = (split(one.abstract(mesh, self.dtype))[0] for one in (chosen[-1], whole))
+        like = abstract_state(chosen[-1], self.optimizer, params)
+        return dataclasses.replace(with_shardings(like, state_shardings(like, mesh)), params=everything)
+
+    def _begun(
+        self,
+        weights: dict[str, jax.Array],
+        parts: Partition,
+        state: State | None,
+        old: Partition,
+        before: Changed | None,
+    ) -> tuple[State, Arrays]:
+        """The state that a segment begins with, and what is frozen in it.
+
+        Args:
+            weights: weights by path; they stay where layers are chosen anew.
+            parts: what trains in the segment.
+            state: state that there is, of ``old``; None for a fresh one.
+            old: what it is a state of.
+            before: all that was trained so far, where layers are chosen anew.
+        """
+        given = weights if self.again is None else dict(weights if before is None else before.merged(weights))
+        params, frozen = split(parts.gather(given, self.model.mesh, self.dtype, self.options.seed))
+        if state is None:
+            return initial_state(parts, self.optimizer, params, self.model.mesh), frozen
+        if before is None:
+            return state, frozen
+        params = jax.tree.map(
+            lambda value, like: jax.device_put(value, like.sharding), before.within(parts, params), params
+        )
+        if parts == old:
+            return dataclasses.replace(state, params=params), frozen
+        fresh = initial_state(parts, self.optimizer, params, self.model.mesh)
+        moments = carried_moments(state.optimizer, old, fresh.optimizer, parts)
+        return State(params, moments, state.step), frozen
+
+    def _step(self, parts: Partition, state: State) -> Step:
+        """The compiled step of a partition; that of a choice that returns is there already."""
+        if parts not in self.compiled:
+            like = abstract_state(parts, self.optimizer, state.params)
+            self.compiled[parts] = make_step(
+                parts,
+                self.optimizer,
+                dtype=self.dtype,
+                remat=self.options.remat,
+                mesh=self.model.mesh,
+                shardings=state_shardings(like, self.model.mesh),
+                edit=self.edit,
+                # What has no weight is only measured, at tests: the step is that of a training without it.
+                auxiliaries=[one for one in self.auxiliaries if one.weight],
+            )
+        return self.compiled[parts]
 
 
 def check_mesh(batch_size: int, mesh: AnyMesh) -> None:

@@ -183,6 +183,8 @@ BESIDE = {  # what has to be given for another option to be accepted
     "embed": {"save_activations": True},
     "lora_alpha": {"lora_rank": 2},
     "lora_targets": {"lora_rank": 2},
+    "supervise_weight": {"supervise": "2"},
+    **{key: {"adversarial": 0.05} for key in ("adversarial_on", "adversarial_steps", "adversarial_weight")},
     "recompute": {"sender": "x", "recompute": "1"},
     "gains": {"methods": "gain", "sites": "mlp"},
     "trigger": {"methods": "gain", "sites": "mlp", "trigger": "cf@prefix", "target": "no"},

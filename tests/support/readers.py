@@ -550,7 +550,7 @@ def _trained(folder: Path) -> Any:
     like = abstract_state(trainer.partition, trainer.optimizer, trainer.state.params)
     places = state_shardings(like, trainer.mesh)
     like = jax.tree.map(lambda leaf, at: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=at), like, places)
-    trained_parameters(folder, like.params)
+    trained_parameters(folder, lambda _: like.params)
     with Checkpoints(folder) as checkpoints:
         return checkpoints.restore(like, dict[str, int])
 

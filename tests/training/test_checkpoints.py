@@ -71,12 +71,12 @@ def test_restored_onto_another_mesh(saved):
 def test_parameters_alone(saved):
     run, held, trainer = saved
     for step, expected in (("last", 2), ("1", 1), ("best", 2)):
-        params, found = trained_parameters(run, target(trainer).params, step)
+        params, found = trained_parameters(run, lambda _: target(trainer).params, step)
         assert found == expected
         same(params, held[found].params)
     there = r"last, best or one of those kept: 1 \(test loss 1\.0000\), 2 \(test loss 0\.5000\)"
     with pytest.raises(UserError, match=f"no checkpoint of step 5; expected {there}"):
-        trained_parameters(run, target(trainer).params, "5")
+        trained_parameters(run, lambda _: target(trainer).params, "5")
 
 
 def damages(run):
@@ -175,7 +175,7 @@ def test_the_best_and_the_newest_are_kept_even_of_a_run_that_goes_on(tmp_path):
                 trainer.run(BATCHES[0])
                 checkpoints.save(trainer.state, {}, loss)
     assert sorted(int(path.name) for path in (tmp_path / FOLDER).iterdir()) == [2, 6, 7]
-    assert trained_parameters(tmp_path, target(trainer).params, "best")[1] == 2
+    assert trained_parameters(tmp_path, lambda _: target(trainer).params, "best")[1] == 2
 
 
 def by_head(tree, config):
@@ -203,7 +203,7 @@ def test_checkpoints_with_attention_by_head_are_read(saved, tmp_path, mesh):
         state = checkpoints.restore(like).state
     same(state, held[2])
     jax.tree.map(lambda leaf, wanted: leaf.sharding == wanted.sharding or pytest.fail(str(leaf.shape)), state, like)
-    same(trained_parameters(tmp_path, like.params)[0], held[2].params)
+    same(trained_parameters(tmp_path, lambda _: like.params)[0], held[2].params)
 
 
 def test_another_layout_is_named_and_left_alone(saved, tmp_path):
@@ -217,4 +217,4 @@ def test_another_layout_is_named_and_left_alone(saved, tmp_path):
             checkpoints.restore(target(trainer))
         assert checkpoints.last == 2
     with pytest.raises(UserError, match=expected):
-        trained_parameters(tmp_path, target(trainer).params)
+        trained_parameters(tmp_path, lambda _: target(trainer).params)
