@@ -2,7 +2,7 @@
 
     python experiments/adversarial_layers.py --out=runs/adversarial --minutes=50
 
-Some layers are tuned on a task, by three objectives: ``plain``; ``layers``: beside the loss, how far a perturbation of
+Some layers are tuned on a task, by three objectives: ``plain``; ``states``: beside the loss, how far a perturbation of
 the embeddings moves these layers' states, the perturbation found against that (after CLAT); ``loss``: the loss under a
 perturbation found against the loss, which is plain adversarial training and the control. Layers are those of the
 highest ``perturbation_gain`` on the training rows, random ones, or all. A perturbation of embeddings is no attack that
@@ -30,13 +30,10 @@ import numpy as np
 from cells import Cells, fitting, whole
 
 from jaxcrit.commands.finetune import run_finetune
-from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines, plain, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions, RowOptions
 from jaxcrit.core.hashing import sha256_json
-from jaxcrit.core.layers import LayerSet
-from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.demo import generate
 from jaxcrit.data.templates import Example
@@ -47,8 +44,7 @@ from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.model import Model, open_model
 from jaxcrit.reporting.tables import aligned
 
-KEY = "perturbation_gain"
-OBJECTIVES = ("plain", "layers", "loss")
+OBJECTIVES = ("plain", "states", "loss")
 STEPS, RESTARTS = 20, 3
 
 
@@ -102,38 +98,17 @@ def tested(model: Model, examples: Sequence[Example], eps: float, batch_size: in
     return dict(zip(names, (total / count).tolist(), strict=True))
 
 
-def chosen(model: Model, layers: str, data: str, rows: int) -> LayerSet:
-    """The layers of an arm: ``gain:K``, ``random:K:SEED`` or ``all``."""
-    depth = model.config.num_layers
-    kind, _, count = layers.partition(":")
-    if kind != "gain":
-        return resolve(LayerSpec.parse(layers), depth, model_hash=model.model_hash)
-    scores = run_score(
-        ScoreOptions(data=data, split=whole(data), limit=rows, criteria=KEY), model=model, keep=False
-    ).scores
-    return resolve(LayerSpec.parse(f"{KEY}:{count}"), depth, scores=scores, model_hash=model.model_hash)
-
-
 def cell(arm: str, seed: int, data: str, examples: Sequence[Example], given: argparse.Namespace) -> dict[str, Any]:
     """Tunes and tests one arm, ``LAYERS/OBJECTIVE``."""
     layers, _, objective = arm.partition("/")
-    model = open_model(given.model)
-    layer_set = chosen(model, layers, data, given.score_rows)
-    how = (
-        {}
-        if objective == "plain"
-        else {
-            "adversarial": given.eps,
-            "adversarial_on": objective,
-            "adversarial_steps": given.adversarial_steps,
-            "adversarial_weight": given.weight,
-        }
-    )
+    how: dict[str, Any] = {"adversarial": given.eps, "adversarial_on": objective}
+    how |= {"adversarial_steps": given.adversarial_steps, "adversarial_weight": given.weight}
     options = FinetuneOptions(
         model=given.model,
         data=data,
         split=whole(data),
-        layers=",".join(map(str, layer_set.layers)),
+        layers=layers,
+        reselect=given.reselect if layers.startswith("perturbation_gain") else 0,
         steps=given.steps,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
@@ -141,12 +116,18 @@ def cell(arm: str, seed: int, data: str, examples: Sequence[Example], given: arg
         eval_every=given.steps,
         checkpoint_every=given.steps,
         max_length=given.longest,
-        out=str(Path(given.out) / "runs" / f"{arm}-{seed}".replace(":", "-").replace("/", "-")),
-        **how,
+        out=str(Path(given.out) / "runs" / named(arm, seed)),
+        **({} if objective == "plain" else how),
     )
-    found = run_finetune(options, chosen=layer_set)
+    run = run_finetune(options).run
     after = tested(open_model(options.out), examples, given.eps, given.test_batch)
-    return {"layers": list(layer_set.layers), "seconds": found.run["time"]["training_seconds"], **after}
+    trained, seconds = run["trained"], run["time"]["training_seconds"]
+    return {"layers": trained["layers"], "selections": trained.get("selections"), "seconds": seconds, **after}
+
+
+def named(arm: str, seed: int) -> str:
+    """Name of a cell."""
+    return f"{arm}-{seed}".replace(":", "-").replace("/", "-")
 
 
 def rows_of(given: argparse.Namespace, model: Model) -> tuple[str, list[Example], str]:
@@ -198,18 +179,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", default="", help="training rows NAME:FILE (default: the task order)")
     parser.add_argument("--test_data", default="", help="rows to test on, as --data")
     parser.add_argument("--out", default="runs/adversarial")
-    parser.add_argument("--layers", default="gain:3,random:3:0,random:3:1,random:3:2,all", help="layers to tune")
+    parser.add_argument(
+        "--layers", default="perturbation_gain:3,random:3:0,random:3:1,random:3:2,all", help="layers to tune"
+    )
     parser.add_argument("--objectives", default=",".join(OBJECTIVES))
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--eps", type=float, default=0.05)
     parser.add_argument("--weight", type=float, default=1.0, help="of the objective beside the loss")
     parser.add_argument("--adversarial_steps", type=int, default=3)
+    parser.add_argument("--reselect", type=int, default=0, help="steps after which perturbation_gain chooses anew")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--longest", type=int, default=64, help="tokens of a row, at most")
     parser.add_argument("--rows", type=int, default=1920, help="rows to train on")
-    parser.add_argument("--score_rows", type=int, default=32, help="of them, rows that layers are scored on")
     parser.add_argument("--tests", type=int, default=32, help="rows to test on")
     parser.add_argument("--test_batch", type=int, default=32)
     parser.add_argument(
@@ -228,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arms = [f"{layers}/{one}" for one in given.objectives.split(",") for layers in given.layers.split(",")]
         for seed in range(given.seeds):
             for arm in arms:
-                name = f"{arm}-{seed}".replace(":", "-").replace("/", "-")
+                name = named(arm, seed)
                 over = given.minutes and time.monotonic() - began > 60 * given.minutes
                 if over and not (cells.out / "cells" / f"{name}.json").exists():
                     left.append(name)

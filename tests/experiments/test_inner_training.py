@@ -72,7 +72,7 @@ def test_tables_of_supervision():
 def test_table_of_adversarial_layers():
     names = ("clean", "found", "found_half", "noise", "noise_half")
     given = argparse.Namespace(eps=0.05)
-    arms = ["gain:3/layers", "random:3:0/layers", "random:3:1/layers", "all/loss"]
+    arms = ["perturbation_gain:3/states", "random:3:0/states", "random:3:1/states", "all/loss"]
     found = {
         (arm, seed): {"layers": [1, 2], "seconds": 10, **dict.fromkeys(names, 1.0 + seed)}
         for arm in arms
@@ -81,7 +81,7 @@ def test_table_of_adversarial_layers():
     lines = adversarial_layers.text(found, dict.fromkeys(names, 9.0), given).splitlines()
     assert lines[1].split()[:5] == ["9.000"] * 5
     rows = {line.split()[0]: line for line in lines[2:]}
-    assert rows["4"].rstrip().endswith("random:3 / layers 1 2") and "all / loss" in lines[-1]
+    assert rows["4"].rstrip().endswith("random:3 / states 1 2") and "all / loss" in lines[-1]
 
 
 def test_how_alike_curves_are():
