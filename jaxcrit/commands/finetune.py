@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +21,7 @@ from jaxcrit.core.schema import AtLeastZero, Count
 from jaxcrit.core.selections import LayerSpec, resolve
 
 if TYPE_CHECKING:
+    from jaxcrit.commands.score import Scored
     from jaxcrit.core.progress import Say
     from jaxcrit.data.dataset import Dataset
     from jaxcrit.data.steps import Steps
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
 
 OPTIONS = FinetuneOptions
 _TESTS = 20  # over a run, where ``--eval_every`` does not say
+_KNEE = r"(?:^|(?<=,))\s*lens:(first|second)(?=[:,]|$)"  # a layer of --supervise
 _SCORED = 64  # training rows that layers are chosen by, where that is no score of an analysis
 Row = Mapping[str, Any]
 
@@ -174,7 +177,7 @@ def run_finetune(
     depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
     gains = parse_gains(options.gain, opened.config)
-    auxiliaries = objectives_of(options, depth, options.seed)
+    auxiliaries = objectives_of(with_knees(options, opened, rows, progress), depth, options.seed)
     if keep and any(overlay.run is None for overlay in opened.overlays):
         raise UserError(
             f"--out={options.out}: the model was tuned in memory, so a run on it could not be opened again; give --out"
@@ -278,7 +281,6 @@ def chosen_by_scores(
         rows: rows in place of those that the options name.
         progress: maker of progress bars.
     """
-    from jaxcrit.commands.score import ScoreOptions, run_score
     from jaxcrit.studies.analysis import score_keys, training_scores
 
     depth, key = model.config.num_layers, spec.score_key
@@ -286,16 +288,43 @@ def chosen_by_scores(
         asked = options if out is not None else dataclasses.replace(options, analysis="")
         ranked, key, trim = training_scores(asked, out, model=model, rows=rows, progress=progress)
         return resolve(spec, depth, scores=ranked, criterion=key, trim=trim, model_hash=model.model_hash)
-    shared_names = {field.name for field in dataclasses.fields(ScoreOptions)} & {
-        field.name for field in dataclasses.fields(FinetuneOptions)
-    }
-    given = {name: getattr(options, name) for name in shared_names} | {"dtype": "", "limit": _SCORED}
-    where = "" if out is None else str(out / "scores")
-    asked_scores = ScoreOptions(
-        **{**given, "criteria": key, "out": where, "shuffle_seed": max(options.shuffle_seed, 0)}
-    )
-    scores = run_score(asked_scores, model=model, rows=rows, progress=progress, keep=bool(where)).scores
-    return resolve(spec, depth, scores=scores, trim=AnalyzeOptions().trim, model_hash=model.model_hash)
+    found = scored(options, key, model, out, rows, progress)
+    return resolve(spec, depth, scores=found.scores, trim=AnalyzeOptions().trim, model_hash=model.model_hash)
+
+
+def scored(
+    options: FinetuneOptions, key: str, model: Model, out: Path | None, rows: Any, progress: Bars | None
+) -> Scored:
+    """A score of a model by its training rows; arguments as of `chosen_by_scores`."""
+    from jaxcrit.commands.score import ScoreOptions, run_score
+
+    where, seed = "" if out is None else str(out / "scores"), max(options.shuffle_seed, 0)
+    fields = dataclasses.fields(ScoreOptions)
+    given: dict[str, Any] = {field.name: getattr(options, field.name, field.default) for field in fields}
+    own = {"criteria": key, "dtype": "", "limit": _SCORED, "out": where, "shuffle_seed": seed}
+    return run_score(ScoreOptions(**given | own), model=model, rows=rows, progress=progress, keep=bool(where))
+
+
+def with_knees(options: FinetuneOptions, model: Model, rows: Any, progress: Bars | None) -> FinetuneOptions:
+    """Options whose ``--supervise`` has layers for ``lens:first`` and ``lens:second``, the knees of `lens_entropy`.
+
+    Raises:
+        UserError: the knee is not named, for prompts do not agree on it; or the rows are several datasets.
+    """
+    if not (asked := set(re.findall(_KNEE, options.supervise))):
+        return options
+    datasets = scored(options, "lens_entropy", model.apart(), None, rows, progress).datasets
+    if len(datasets) > 1:
+        raise UserError(f"--supervise={options.supervise}: knees are of one dataset, got {', '.join(datasets)}")
+    (scores,) = datasets.values()
+    knees = scores["lens_entropy"].meta["knees"]
+    for name in sorted(asked):
+        if knees[name] is None:
+            raise UserError(
+                f"--supervise={options.supervise}: the {name} knee of lens_entropy is not named, for the prompts do not"
+                " agree on it; give layers by number"
+            )
+    return dataclasses.replace(options, supervise=re.sub(_KNEE, lambda found: str(knees[found[1]]), options.supervise))
 
 
 def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.core.auxiliaries import names_of, objectives_of
+from jaxcrit.core.auxiliaries import Adversarial, Objective, names_of, objectives_of
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
@@ -189,7 +189,9 @@ def _finetune(job: _Job) -> Program:
     batch = dataclasses.replace(batch, beside={name: batch for name in names_of(auxiliaries)}, numbers=like(jnp.int32))
     how: dict[str, Any] = {"dtype": job.dtype, "remat": config.remat, "mesh": mesh, "shardings": shardings}
     step = make_step(parts, optimizer, auxiliaries=auxiliaries, **how)
-    trained, passes = shard_bytes(params), 3 if config.remat else 2
+    trained, once = shard_bytes(params), 3 if config.remat else 2
+    further, kept = _of_objectives(auxiliaries, parts, once)
+    passes = once + further
     lowest = min((layer for layer, group in enumerate(parts.groups) if group != FROZEN), default=model.num_layers)
     residual = np.dtype(job.dtype).itemsize * config.batch_size * config.length * model.width // mesh.size
     return Program(
@@ -199,9 +201,34 @@ def _finetune(job: _Job) -> Program:
         passes=passes,
         tokens=passes * job.tokens,
         moved=3 * trained + 2 * shard_bytes(state.optimizer),
-        temporaries=trained + (model.num_layers - lowest) * residual + 2 * job.block_bytes(),
+        temporaries=trained + (model.num_layers - lowest + kept) * residual + 2 * job.block_bytes(),
         trained=params,
     )
+
+
+def _of_objectives(auxiliaries: Sequence[Objective], parts: Partition, once: int) -> tuple[float, int]:
+    """Passes over all layers that objectives take beside the main one's, and the layers whose states they keep.
+
+    Args:
+        auxiliaries: objectives.
+        parts: what trains.
+        once: passes that a gradient takes.
+    """
+    depth, tops = parts.config.num_layers, dict[str, int]()
+    passes, kept = 0.0, 0
+    for one in auxiliaries:
+        if isinstance(one, Adversarial):
+            share = 1 if one.on == "loss" else (max(parts.layers) + 1) / depth
+            passes += share * (one.steps * once + 1 + once)
+            kept += round(share * depth)
+        elif one.rows:
+            top = one.layer if one.kind == "exit" else one.source(depth)
+            tops[one.rows] = max(top + 1, tops.get(one.rows, 0))
+    for name, layers in tops.items():
+        forward_alone = name.startswith("feature")
+        passes += layers / depth * (1 if forward_alone else once)
+        kept += 0 if forward_alone else layers
+    return passes, kept
 
 
 def _substitute(job: _Job) -> Program:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from support.sealing import unfinished
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
-from jaxcrit.commands.finetune import run_finetune
+from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, with_knees
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -190,10 +191,10 @@ import dataclasses, json, os, signal, sys
 from jaxcrit.commands.finetune import FinetuneOptions, run_finetune
 from jaxcrit.training import trainer
 at, real = int(sys.argv[2]), trainer.micro_batches
-def micro_batches(steps, number, micro):
+def micro_batches(steps, number, *given):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(steps, number, micro)
+    return real(steps, number, *given)
 trainer.micro_batches = micro_batches
 run_finetune(FinetuneOptions(**json.loads(sys.argv[1])))
 """
@@ -214,6 +215,104 @@ def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, 
     resumed = run_finetune(config)
     assert untimed(resumed.metrics) == untimed(finished.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+
+
+def test_what_has_no_weight_is_measured_and_changes_no_bit(config, finished):
+    """Neither a supervised layer nor a perturbation: the rows of tests tell of them, those of steps do not."""
+    asked = dataclasses.replace(config, supervise="5", supervise_weight=0, adversarial=0.1, adversarial_weight=0)
+    found = run_finetune(asked)
+    jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+    plain = [{key: value for key, value in row.items() if not key.startswith("aux")} for row in untimed(found.metrics)]
+    assert plain == untimed(finished.metrics)
+    for row in found.metrics:
+        assert ("aux_0" in row) == ("aux_1" in row) == (row["kind"] == "eval")
+    names = [one["name"] for one in found.run["auxiliaries"]]
+    assert names == ["5", "states at 0.1"] and found.run["auxiliaries"][0]["layer"] == 5
+
+
+def test_rows_beside_rows_come_from_their_fields(base, data, tmp_path):
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    texts = [{"known": f"{row['prompt']} and", "said": f"is {row['response']}"} for row in rows]
+    file = rows_file(tmp_path / "rows.jsonl", [row | text for row, text in zip(rows, texts, strict=True)])
+    asked = "3:logits:said,2:feature:known,4:feature:known+said"
+    config = dataclasses.replace(base, data=str(file), supervise=asked, steps=2, out=str(tmp_path / "run"))
+    found = run_finetune(config)
+    assert [one["name"] for one in found.run["auxiliaries"]] == asked.split(",")
+    for row in found.metrics:
+        rows_of = 8 if row["kind"] == "train" else 2
+        assert row["aux_1_tokens"] == row["aux_2_tokens"] == rows_of and 0 < row["aux_1"] < 2
+        assert row["aux_0_tokens"] > row["tokens"] and row["aux_0"] > 0  # a word more than the response
+    with pytest.raises(UserError, match=r"row 2 has no text in 'said'.*such as prompt, response, known"):
+        short = [texts[0] | rows[0], {**rows[1], "known": "one", "said": " "}]
+        run_finetune(dataclasses.replace(config, data=str(rows_file(tmp_path / "short.jsonl", short)), out="x"))
+    with pytest.raises(UserError, match="expected rows of at most 24 tokens, logits:said of row 1 is longer"):
+        long = [texts[0] | rows[0] | {"said": "one " * 20}, texts[1] | rows[1]]
+        long_file = rows_file(tmp_path / "long.jsonl", long)
+        run_finetune(dataclasses.replace(config, data=str(long_file), max_length=24, out=str(tmp_path / "x")))
+
+
+def test_knees_are_layers_that_may_be_refused(base, model, monkeypatch):
+    """By the score of that name, whose meta names them."""
+    found = types.SimpleNamespace(meta={"knees": {"first": 3, "second": None}})
+    told = types.SimpleNamespace(datasets={"rows": {"lens_entropy": found}})
+    monkeypatch.setattr("jaxcrit.commands.finetune.scored", lambda *_: told)
+    asked = dataclasses.replace(base, supervise="lens:first:logits:lens:first,2,lens:first")
+    opened = open_model(str(model))
+    assert with_knees(asked, opened, None, None).supervise == "3:logits:lens:first,2,3"
+    with pytest.raises(UserError, match="the second knee of lens_entropy is not named"):
+        with_knees(dataclasses.replace(base, supervise="lens:second"), opened, None, None)
+    told.datasets["more"] = told.datasets["rows"]
+    with pytest.raises(UserError, match="knees are of one dataset, got rows, more"):
+        with_knees(asked, opened, None, None)
+
+
+SCRIPT = """
+import dataclasses
+from jaxcrit.commands import finetune
+from jaxcrit.core.layers import LayerSet
+def chosen(options, spec, model, out, **more):
+    step = model.overlays[-1].step if model.overlays else 0
+    return LayerSet({0: (2, 4), 3: (3, 4)}[step], "rgn", "rgn:2", 7)
+finetune.chosen_by_scores = chosen
+"""
+
+
+def test_killed_around_a_choice_of_layers_and_resumed_ends_in_the_same_bits(config, model, tmp_path, monkeypatch):
+    """Layer 4 stays, with its moments; 2 leaves and keeps what it learnt; in checkpoints is all that was trained."""
+    monkeypatch.setattr("jaxcrit.commands.finetune.chosen_by_scores", None)
+    exec(SCRIPT, {})
+    asked = dataclasses.replace(config, layers="rgn:2", reselect=3)
+    whole = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "whole")))
+    for at in (3, 5):  # before the first checkpoint after the choice, and behind it
+        arguments = [sys.executable, "-c", SCRIPT + KILLED, json.dumps(dataclasses.asdict(asked)), str(at)]
+        done = subprocess.run(arguments, env=os.environ, capture_output=True, text=True, check=False)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        assert read_metrics(tmp_path / "run" / "metrics.jsonl")[-1]["step"] in (at, at + 1)
+    resumed = run_finetune(asked)
+    assert untimed(resumed.metrics) == untimed(whole.metrics)
+    jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(tmp_path / "whole"))
+    selections = [{"step": 0, "layers": [2, 4]}, {"step": 3, "layers": [3, 4]}]
+    assert resumed.run["trained"] == {"layers": [2, 3, 4], "outside": [], "selections": selections}
+    assert [row for row in whole.metrics if row["kind"] == "layers"] == [
+        {"kind": "layers", "step": 4, "layers": [3, 4]}
+    ]
+    plain = jax.device_get(open_model(str(model)).decoder().weights())["blocks.q"]
+    opened = [open_model(str(tmp_path / "run"), step=step) for step in ("", "4")]
+    ended, before = (jax.device_get(one.decoder().weights())["blocks.q"] for one in opened)
+    moved = lambda one, other: [layer for layer in range(7) if (one[layer] != other[layer]).any()]  # noqa: E731
+    assert moved(plain, ended) == moved(plain, before) == [2, 3, 4] and moved(before, ended) == [3, 4]
+
+
+def test_layers_are_chosen_anew_by_the_model_as_it_is(base, tmp_path):
+    asked = dataclasses.replace(
+        base, layers="rgn:1", reselect=1, steps=2, checkpoint_every=1, learning_rate=0.3, out=str(tmp_path / "run")
+    )
+    found = run_finetune(asked)
+    first, second = found.run["trained"]["selections"]
+    spec = LayerSpec.parse("rgn:1")
+    for model, chosen in ((base.model, first), (open_model(asked.out, step="1"), second)):
+        layers = chosen_by_scores(asked, spec, open_model(model), None, rows=None, progress=None).layers
+        assert list(layers) == chosen["layers"]
 
 
 def interrupted(out, copy):
@@ -390,9 +489,22 @@ def mistakes():
     yield {"layer_rates": "7:2"}, "layer_rates=7: expected layers 0 to 6"
     yield {"layer_rates": "step:2:0.5"}, "expected LAYERS:FACTOR .* go in as @layers.json"
     yield {"layer_rates": "first:4"}, "layer_rates=first: expected first:K"
+    yield {"supervise": "7"}, "--supervise=7: expected layers 0 to 6, got 7"
+    yield {"supervise": "1"}, "nothing at or below layer 1 trains .the lowest that trains is 2"
+    yield {"supervise": "3", "supervise_weight": -0.5}, "--supervise_weight=-0.5: expected 0 or more"
+    yield {"supervise_weight": 0.5}, "--supervise_weight=0.5: is of --supervise"
+    yield {"supervise": "3:logits:english"}, "row 1 has no text in 'english'.*such as prompt, response"
+    yield {"supervise": "3:logits:english", "edition": "paper"}, "--edition"
+    yield {"adversarial": -0.1}, "--adversarial=-0.1: expected 0 or more"
+    yield {"adversarial_on": "loss"}, "--adversarial_on=loss: is of --adversarial"
+    yield {"adversarial": 0.1, "adversarial_steps": 0}, "--adversarial_steps=0: expected 1 or more"
+    yield {"adversarial": 0.1, "mode": "freeze"}, "must not grow .*--train_embeddings=false"
+    yield {"reselect": 2}, "--reselect=2: chooses anew by a score, and --layers=2,4 needs none"
+    yield {"reselect": 2, "layers": "critical:2", "lora_rank": 2}, "leave --lora_rank out"
+    yield {"layers": "weight_change:2"}, "no score 'weight_change'"
     yield {"gain": "7:mlp:0.5"}, "--gain=7:mlp:0.5: expected layers 0 to 6"
     yield {"gain": "2:mlp:0"}, "nothing is left of the prompt"
-    yield {"layers": "fisher:2"}, "no score 'fisher'.*; there are delta, delta_debiased, step"
+    yield {"layers": "fishe:2"}, "no score 'fishe'.*did you mean 'fisher'.*; there are delta, delta_debiased, step"
 
 
 @pytest.mark.parametrize(("changes", "message"), list(mistakes()), ids=lambda value: str(value)[:40])
