@@ -157,13 +157,23 @@ def make_evaluation(
     edit: Edited | None = None,
     auxiliaries: Sequence[Objective] = (),
 ) -> Evaluate:
-    """Compiles (when first called) the losses of one batch ``(params, frozen, batch [B, T]) -> Losses``."""
+    """Compiles (when first called) the losses of one batch ``(params, frozen, batch [B, T]) -> Losses``.
 
-    def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> Losses:
+    The main one has a program of its own, so that it is bit for bit the same whatever is measured beside it.
+    """
+
+    def losses(params: Bank, frozen: Arrays, batch: TokenBatch, auxiliaries: Sequence[Objective] = ()) -> Losses:
         bank = {**params, FROZEN: frozen}
         return batch_losses(partition, bank, batch, auxiliaries, dtype=dtype, remat=False, mesh=mesh, edit=edit)
 
-    return jax.jit(evaluate)
+    main = jax.jit(losses)
+    further = jax.jit(lambda params, frozen, batch: losses(params, frozen, batch, auxiliaries)[1:])
+
+    def evaluate(params: Bank, frozen: Arrays, batch: TokenBatch) -> Losses:
+        found: Losses = main(params, frozen, batch)
+        return (*found, *further(params, frozen, batch)) if auxiliaries else found
+
+    return evaluate
 
 
 @functools.lru_cache

@@ -29,6 +29,8 @@ from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.data.dataset import whole
+from jaxcrit.data.datasets import NamedRows
 from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.evidence.weights import layer_tensors
 from jaxcrit.models.checkpoint import load, open_checkpoint
@@ -241,7 +243,19 @@ def test_rows_beside_rows_come_from_their_fields(base, data, tmp_path):
     for row in found.metrics:
         rows_of = 8 if row["kind"] == "train" else 2
         assert row["aux_1_tokens"] == row["aux_2_tokens"] == rows_of and 0 < row["aux_1"] < 2
-        assert row["aux_0_tokens"] > row["tokens"] and row["aux_0"] > 0  # a word more than the response
+        assert row["aux_0"] > 0 and row["aux_0_tokens"] >= rows_of
+    opened, read = open_model(base.model), {}
+    fields = (("prompt", "response"), ("prompt", "said"), ("known", ""), ("known", "said"))
+    for number, (prompt, response) in enumerate(fields):
+        given = [{"prompt": row[prompt]} | ({"response": row[response]} if response else {})
+                 for row in map(json.loads, file.read_text().splitlines())]  # fmt: skip
+        read[number] = whole(NamedRows("rows", "rows", given), opened.tokenizer, config)
+    names = ["logits:said", "feature:known", "feature:known+said"]
+    (dataset,) = opened.read(config, None, responses=True, beside=names)
+    for row, example in enumerate(dataset.examples):
+        for number, one in enumerate((example, *(example.beside[name] for name in names))):
+            assert one.token_ids.tolist() == read[number][row].token_ids.tolist()
+            assert one.prompt_length == read[number][row].prompt_length
     with pytest.raises(UserError, match=r"row 2 has no text in 'said'.*such as prompt, response, known"):
         short = [texts[0] | rows[0], {**rows[1], "known": "one", "said": " "}]
         run_finetune(dataclasses.replace(config, data=str(rows_file(tmp_path / "short.jsonl", short)), out="x"))
