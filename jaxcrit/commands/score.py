@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -214,12 +215,9 @@ def _rows_pass(
     def take(dataset: Dataset) -> dict[str, Any]:
         given, count = (model, model.decoder(bars), dataset.examples, budget), len(dataset.examples)
 
-        def prompts(run: Callable[..., Any]) -> Callable[..., Any]:
-            def of(wanted: Mapping[str, Criterion], step: Any) -> Any:
-                how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
-                return run(*given, wanted, own=own, **how)
-
-            return of
+        def prompts(run: Callable[..., Any], wanted: Mapping[str, Criterion], step: Any) -> Any:
+            how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
+            return run(*given, wanted, own=own, **how)
 
         def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
             each = any(one.per_sample for one in wanted.values())
@@ -227,8 +225,8 @@ def _rows_pass(
             return response_gradients(*given, per_sample=each, **how)
 
         passes: dict[Needs, Callable[..., Any]] = {
-            "forward": prompts(forward_pass),
-            "perturbed": prompts(perturbed_pass),
+            "forward": functools.partial(prompts, forward_pass),
+            "perturbed": functools.partial(prompts, perturbed_pass),
             "backward": backward,
         }
         found: dict[str, Any] = {}
@@ -305,15 +303,17 @@ def beside(scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, La
     told = []
     for name, of_dataset in (each or {"": scores}).items():
         for key, score in of_dataset.items():
+            whose = f"{key} of {name}" if name else key
             if knees := score.meta.get("knees"):
                 shares = score.meta["agreement"]
                 named = [_knee(which, layer, shares[which]) for which, layer in knees.items()]
-                told.append(f"{key}{f' of {name}' if name else ''}: {', '.join(named)}")
-            if (noise := score.meta.get("noise_gain")) is not None:
-                rho = spearman(score.values[score.valid], np.array(noise, float)[score.valid])
+                told.append(f"{whose}: {', '.join(named)}")
+            if gains := score.meta.get("noise_gain"):
+                noise = np.array(gains, float)[score.valid]
+                rho = spearman(score.values[score.valid], noise)
                 told.append(
-                    f"{key}{f' of {name}' if name else ''}: noise of the same size ranks the layers with ρ {rho:.2f} to"
-                    f" this, and its gains are {min(noise):.2f} to {max(noise):.2f}"
+                    f"{whose}: noise of the same size ranks the layers with ρ {rho:.2f} to this, and its gains are"
+                    f" {noise.min():.2f} to {noise.max():.2f}"
                 )
     if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
         what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)

@@ -75,7 +75,7 @@ def perturbation_gain(found: Moved, options: PerturbationOptions) -> Measured:
         "own": options.own,
         "seed": options.seed,
         "change": (whole / tokens).tolist(),
-        "noise_gain": _gains(noise).tolist(),
+        "noise_gain": [gain if np.isfinite(gain) else None for gain in _gains(noise).tolist()],
         "noise_change": (noise / tokens).tolist(),
     }
     return Measured(_gains(whole), _gains(whole - each) if len(each) > 1 else None, meta=meta)

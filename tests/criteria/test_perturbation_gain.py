@@ -18,12 +18,12 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
 from jaxcrit.core.options import determining
-from jaxcrit.criteria.perturbation_gain import PerturbationOptions
+from jaxcrit.criteria.perturbation_gain import PerturbationOptions, perturbation_gain
 from jaxcrit.criteria.registry import scorable
 from jaxcrit.data.batches import make_batches
 from jaxcrit.data.datasets import load
 from jaxcrit.data.templates import render
-from jaxcrit.evidence.perturbed import block_gains, largest_singular_value, moved, perturbed_pass
+from jaxcrit.evidence.perturbed import Moved, block_gains, largest_singular_value, moved, perturbed_pass
 from jaxcrit.models.decoder import Decoder, embed, forward, logits
 from jaxcrit.models.model import open_model
 from jaxcrit.models.sites import Edit
@@ -111,6 +111,14 @@ def test_changes_are_relative_and_start_at_their_radius(plain):
         np.testing.assert_allclose(
             plain[key].values, np.divide(plain[key].meta["change"][1:], plain[key].meta["change"][:-1]), rtol=1e-12
         )
+
+
+def test_where_nothing_moves_there_is_no_gain():
+    """As of a change that is lost in the rounding of bfloat16."""
+    change = np.array([[0.0, 0.0, 0.2, 0.1], [0.0, 0.0, 0.4, 0.3]])
+    found = perturbation_gain(Moved(change, change, np.array([3, 5])), PerturbationOptions())
+    np.testing.assert_array_equal(found.values, [np.nan, np.inf, 0.4 / (0.2 + 0.4)])
+    assert found.meta["noise_gain"][:2] == [None, None] and json.dumps(found.meta, allow_nan=False)
 
 
 def test_deletions_leave_a_prompt_out_with_all_its_tokens(session, examples, plain):
