@@ -74,7 +74,7 @@ def losses(
     keys = row_keys(0, jnp.arange(len(tokens)))
 
     def loss(offset: jax.Array | None) -> jax.Array:
-        hidden = forward(decoder, tokens, lengths=lengths, offset=offset, remat=True).hidden
+        hidden = forward(decoder, tokens, lengths=lengths, offset=offset).hidden
         each = nats(logits(decoder, hidden[:, :-1]).astype(jnp.float32), tokens[:, 1:])
         return jnp.sum(jnp.where(learn[:, 1:], each, 0), axis=1)
 
