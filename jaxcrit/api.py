@@ -18,6 +18,8 @@ from jaxcrit.commands.edit import edit
 from jaxcrit.commands.export import export
 from jaxcrit.commands.finetune import finetune
 from jaxcrit.commands.generate import generate
+from jaxcrit.commands.prune import prune
+from jaxcrit.commands.remix import remix
 from jaxcrit.commands.reuse import reuse
 from jaxcrit.commands.screen import screen
 from jaxcrit.commands.shared import opened, options_for, public
@@ -56,6 +58,8 @@ __all__ = [
     "load",
     "open_run",
     "plot",
+    "prune",
+    "remix",
     "reuse",
     "score",
     "screen",

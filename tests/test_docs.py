@@ -50,6 +50,13 @@ def test_links_between_pages_lead_somewhere():
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+def test_every_page_has_its_place_on_the_site():
+    lines = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:")[2].splitlines()
+    placed = [re.split(r"[ -]", line)[-1] for line in lines if line.endswith(".md")]
+    assert len(placed) == len(set(placed))
+    assert {page.name for page in DOCS.glob("*.md")} == set(placed) - {"index.md", "changelog.md", "model_card.md"}
+
+
 def test_commands_in_the_docs_have_these_flags():
     """Lines of shell with a command whose flags have values; placeholders such as FILE are values too."""
     found = 0

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from jaxcrit.training.trainer import Trainer
 
 OPTIONS = FinetuneOptions
+NO_BALANCE = "; without a balance loss, so that few experts may come to do most of the work (--router_aux adds one)"
 _TESTS = 20  # over a run, where ``--eval_every`` does not say
 _KNEE = r"(?:^|(?<=,))\s*lens:(first|second)(?=[:,]|$)"  # a layer of --supervise
 _SCORED = 64  # training rows that layers are chosen by, where that is no score of an analysis
@@ -235,8 +236,9 @@ def run_finetune(
             chosen.save(out / "layers.json")
         run.record["layers"] = dataclasses.asdict(chosen) | {"layers": list(chosen.layers)}
         run.record["trained"] = parts.to_json() | ({"gain": options.gain} if gains else {})
-        if auxiliaries:
-            run.record["auxiliaries"] = [{"name": str(one), **dataclasses.asdict(one)} for one in auxiliaries]
+        if trainer.auxiliaries:
+            told = [{"name": str(one), **dataclasses.asdict(one)} for one in trainer.auxiliaries]
+            run.record["auxiliaries"] = told
         run.save()
         if say is not None:
             say(summary(options, trainer, chosen, data.batch_size))
@@ -345,6 +347,7 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
         f"{f'; beside it, supervised: {options.supervise}' if options.supervise else ''}"
         f"{f'; layers chosen anew every {options.reselect} steps' if options.reselect else ''}"
+        f"{NO_BALANCE if config.experts and not options.router_aux else ''}"
     )
 
 

@@ -64,10 +64,15 @@ GROUPS = {
             "jaxcrit.commands.reuse",
             "whether a model may go on from another's KV cache, and which layers to recompute",
         ),
+        "remix": (
+            "jaxcrit.commands.remix",
+            "other shares for a mixture's experts, row by row, and what they win and lose",
+        ),
         "backdoor": (
             "jaxcrit.commands.backdoor",
             "whether freezing layers keeps poisoned data from planting a backdoor",
         ),
+        "prune": ("jaxcrit.commands.prune", "leave layers out of a model, and see what that costs beside others"),
         "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
     },
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -110,12 +111,19 @@ def run_score(
     from jaxcrit.selection.choice import mean_rank
 
     chosen = parse_criteria(options.criteria, two_models=bool(options.base))
-    own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
     model = shared.opened(options, model)
+    if not model.config.experts:
+        if options.criteria and (of_mixtures := [key for key, one in chosen.items() if one.needs == "routing"]):
+            raise UserError(
+                f"--criteria={of_mixtures[0]}: is of a mixture of experts; this {model.config.family} model has no"
+                " router"
+            )
+        chosen = {key: one for key, one in chosen.items() if one.needs != "routing"}
+    own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
     base = shared.opened(options, None, "base", mesh=model.mesh) if "two models" in needs else None
-    datasets = (
-        model.read(options, rows, responses="backward" in needs) if needs & {"forward", "backward", "perturbed"} else []
-    )
+    answered = bool(needs & {"backward", "routing"})
+    of_rows = answered or bool(needs & {"forward", "perturbed"})
+    datasets = model.read(options, rows, responses=answered) if of_rows else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved, further = {"criteria": list(chosen)}, tuple(own.values())
     with running(
@@ -205,6 +213,7 @@ def _rows_pass(
     from jaxcrit.evidence.backward import response_gradients
     from jaxcrit.evidence.forward import forward_pass
     from jaxcrit.evidence.perturbed import perturbed_pass
+    from jaxcrit.evidence.routing import routed
 
     budget = model.budget(options.batch_size)
 
@@ -224,14 +233,18 @@ def _rows_pass(
             how = {"precision": options.precision, "progress": step, "shapes": shapes(False)}
             return response_gradients(*given, per_sample=each, **how)
 
+        def routing(_: Mapping[str, Criterion], step: Any) -> Any:
+            return routed(*given, precision=options.precision, progress=step, shapes=shapes(False))
+
         passes: dict[Needs, Callable[..., Any]] = {
             "forward": functools.partial(prompts, forward_pass),
             "perturbed": functools.partial(prompts, perturbed_pass),
             "backward": backward,
+            "routing": routing,
         }
         found: dict[str, Any] = {}
-        for kind, one in passes.items():
-            found |= _pass(kind, chosen, bars, count, f"{dataset.name}, {kind}", one)
+        for needs, run in passes.items():
+            found |= _pass(needs, chosen, bars, count, f"{dataset.name}, {needs}", run)
         return found
 
     return take
@@ -288,9 +301,42 @@ def report(found: Scored) -> Report:
     scores = found.scores
     size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
-    section = Section("Scores", "low or high: which values are critical", score_table(scores), [figure])
+    sections = [Section("Scores", "low or high: which values are critical", score_table(scores), [figure])]
+    key = "routing_sensitivity"
+    loads = {name: np.array(one[key].meta["load"]) for name, one in found.datasets.items() if key in one}
+    if loads:
+        size, what = (2 + 4.2 * len(loads), 4.4), "Part of the tokens of each dataset that go to each expert, by layer."
+        drawn = Figure("load.png", lambda canvas: plots.load_heatmaps(loads, canvas), what, size)
+        sections.append(
+            Section(
+                "Experts in use",
+                "the three that most tokens go to, and their part of the tokens",
+                load_table(loads),
+                [drawn],
+            )
+        )
     told = beside(scores, found.datasets if len(found.datasets) > 1 else None)
-    return Report(["Layers by " + ", ".join(scores), *told], found.warnings, [section], CAVEATS)
+    return Report(["Layers by " + ", ".join(scores), *told], found.warnings, sections, CAVEATS)
+
+
+def load_table(loads: Mapping[str, np.ndarray]) -> str:
+    """By layer and dataset, the experts most in use; of several datasets also how far two are apart, from 0 to 1.
+
+    Args:
+        loads: by dataset, part of the tokens that go to each expert ``[L, E]``.
+    """
+    layers = range(len(next(iter(loads.values()))))
+
+    def most(load: np.ndarray) -> str:
+        return " ".join(f"{expert}:{load[expert]:.2f}" for expert in np.argsort(-load, kind="stable")[:3])
+
+    columns = {name: ["", *(most(load[layer]) for layer in layers)] for name, load in loads.items()}
+    if len(loads) > 1:
+        pairs = list(itertools.combinations(loads.values(), 2))
+        apart = [max(np.abs(one[layer] - other[layer]).sum() / 2 for one, other in pairs) for layer in layers]
+        columns["apart"] = ["", *(f"{value / next(iter(loads.values()))[0].sum():.3f}" for value in apart)]
+    first = ["layer", "", *map(str, layers)]
+    return wide_table(first, columns, [""] * len(first), margin=5, least=9)
 
 
 def beside(scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, LayerScores]] | None = None) -> list[str]:

@@ -69,7 +69,22 @@ class Adversarial:
         return f"{self.on} at {self.size:g}"
 
 
-Objective = Auxiliary | Adversarial
+@dataclasses.dataclass(frozen=True)
+class Balance:
+    """The balance loss of a mixture of experts, the mean over the micro-batches.
+
+    Attributes:
+        weight: factor of it.
+    """
+
+    weight: float
+    rows: ClassVar[str] = ""
+
+    def __str__(self) -> str:
+        return "balance"
+
+
+Objective = Auxiliary | Adversarial | Balance
 
 
 def parse_supervise(text: str, weight: float, num_layers: int) -> tuple[Auxiliary, ...]:

@@ -120,6 +120,24 @@ def cache_directory() -> Path:
     return Path(named) if named else base / "jaxcrit"
 
 
+def sweep(files: Iterable[Path], largest: int) -> None:
+    """Removes files of a cache, used longest ago first, down to half of so many bytes once there are more."""
+    entries = []
+    for file in files:
+        with contextlib.suppress(OSError):  # another process sweeps too
+            about = file.stat()
+            entries.append((max(about.st_atime, about.st_mtime), about.st_size, file))
+    total = sum(size for _, size, _ in entries)
+    if total <= largest:
+        return
+    for _, size, file in sorted(entries):
+        with contextlib.suppress(OSError):
+            file.unlink()
+        total -= size
+        if total <= largest // 2:
+            return
+
+
 def in_bucket(path: str | Path) -> bool:
     """Whether this is a path in a bucket, given as text or made by `as_path`."""
     return "://" in os.fspath(path)

@@ -181,6 +181,7 @@ class TrainingOptions(ModelOptions, RowOptions, OutOptions, LengthOptions, title
     warmup: int = option(0, "steps over which the learning rate rises from 0", lowest=0)
     weight_decay: float = option(0.0, "decay of matrices", lowest=0)
     clip: float = option(0.0, "largest gradient norm; 0 for any", lowest=0)
+    router_aux: float = option(0.0, "weight of a mixture's balance loss, as transformers has it", lowest=0)
     seed: int = option(0, "seed of the order of rows, and of adapters", lowest=0)
     eval_every: int = option(0, "steps between tests; 0 for a twentieth of the run", lowest=0, group="while it runs")
     checkpoint_every: int = option(

@@ -10,7 +10,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from jaxcrit.core.files import cache_directory
+from jaxcrit.core.files import cache_directory, sweep
 
 # Bytes of the user's cache directory that programs may take; what was used longest ago goes first.
 LARGEST = 2**30
@@ -64,7 +64,7 @@ def _own() -> str:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
         for part in (root, place):
             part.chmod(0o700)
-        _sweep(root)
+        sweep(root.glob("*/*"), LARGEST)
         return str(place)
     except (OSError, RuntimeError):  # no home, a full disk, a directory of another user's
         return ""
@@ -78,21 +78,3 @@ def _processor() -> str:
         told = [line for line in lines if line.partition(":")[0].strip() in ("model name", "flags", "Features")]
         features = "\n".join(dict.fromkeys(told)) or features
     return f"{platform.machine()}-{hashlib.sha256(features.encode()).hexdigest()[:12]}"
-
-
-def _sweep(root: Path) -> None:
-    """Removes what was used longest ago down to half of `LARGEST`, once there is more than that."""
-    entries = []
-    for file in root.glob("*/*"):
-        with contextlib.suppress(OSError):  # another process sweeps too
-            about = file.stat()
-            entries.append((max(about.st_atime, about.st_mtime), about.st_size, file))
-    total = sum(size for _, size, _ in entries)
-    if total <= LARGEST:
-        return
-    for _, size, file in sorted(entries):
-        with contextlib.suppress(OSError):
-            file.unlink()
-        total -= size
-        if total <= LARGEST // 2:
-            return

@@ -10,11 +10,13 @@ import numpy as np
 
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import Npz, cache_directory, read_npz, write_npz
+from jaxcrit.core.files import Npz, cache_directory, read_npz, sweep, write_npz
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.schema import Array
 
 Arrays = dict[str, np.ndarray]
+# Bytes that arrays of a kind may take; what was used longest ago goes first. A covariance of Llama-3-8B is 0.8 GB.
+LARGEST = 8 * 2**30
 
 
 def remembered(kind: str, of: Mapping[str, Any], holds: Mapping[str, Array], make: Callable[[], Arrays]) -> Arrays:
@@ -51,6 +53,7 @@ def remember(kind: str, of: Mapping[str, Any], arrays: Arrays) -> None:
             file = _file(kind, of)
             file.parent.mkdir(parents=True, exist_ok=True)
             write_npz(file, arrays, {"format": f"jaxcrit.{kind}", "format_version": 1})
+            sweep(file.parent.glob("*.npz"), LARGEST)
         except OSError:
             return
 

@@ -237,6 +237,44 @@ def ablations(
     return Changed(by_loss, by_exact, losses[-1], exact[-1], tokens, ids), counts
 
 
+def without_sets(
+    model: Model,
+    examples: Sequence[Example],
+    sets: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    directory: RunDirectory | None,
+    bars: Bars | None,
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
+    """What each row comes to without the layers of each of S sets, and last with all layers.
+
+    Args:
+        model: model.
+        examples: N rendered rows with responses.
+        sets: layers to skip.
+        batch_size: rows per forward pass.
+        directory: directory of the run, where what is done survives an interruption; None keeps nothing.
+        bars: maker of progress bars.
+
+    Returns:
+        ``[S + 1, N]`` losses (mean over the row's response, nats), ``[S + 1, N]`` whether greedy decoding would give
+        the response, and counts of block evaluations.
+    """
+    depth, width, decoder = model.config.num_layers, model.config.width, model.decoder(bars)
+    layers, shift, whole = np.arange(depth), jnp.zeros((depth, width)), intact(depth, width)
+    made = [Variant(own_slots(depth), _data(shift, out=np.isin(layers, one)), start=min(one)) for one in sets] + [whole]
+    weights = decoder.weights()
+
+    def take(batch: TokenBatch, _: np.ndarray, step: Callable[[int], None] | None) -> tuple[np.ndarray, np.ndarray]:
+        found = sweep(decoder.blocks, weights, whole, made, batch, edit=ablate("blocks"), progress=step)
+        return np.concatenate([found.losses, found.exact * found.tokens]), found.tokens
+
+    planned = planned_evaluations(made, depth)
+    values, _, batches = sample_losses(examples, batch_size, model, directory, take, 2 * len(made), planned, bars)
+    counts = evaluation_counts(made, depth, batches, {})
+    return values[: len(made)], values[len(made) :] == 1, counts
+
+
 def answered(
     model: Model,
     examples: Sequence[Example],

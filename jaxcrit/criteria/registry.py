@@ -55,6 +55,7 @@ _WORDS = [
     "gradient_norm",
     "rgn",
     "fisher",
+    "routing_sensitivity",
 ]
 _NAMES = [word.removesuffix("+").partition(":") for word in _WORDS]
 FILES: Mapping[str, str] = {key or file: file for file, _, key in _NAMES}
@@ -68,6 +69,7 @@ _EVIDENCE: Mapping[Needs, str] = {
     "forward": "prompts, forward",
     "backward": "responses, backward",
     "perturbed": "prompts, perturbed",
+    "routing": "responses, backward through routers",
     "variants": "responses, changed models",
 }
 BEGIN, END = "<!-- begin: python -m jaxcrit.criteria FILE writes this table -->", "<!-- end -->"

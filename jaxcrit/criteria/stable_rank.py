@@ -12,7 +12,7 @@ from jaxcrit.evidence.weights import Spectra, relative_mean
 
 def stable_rank(spectra: Spectra) -> Measured:
     """Stable rank of each layer, `relative_mean` of its matrices; ``[L]``."""
-    return relative_mean(spectra, lambda values, shape: (values**2).sum(axis=-1) / values[:, 0] ** 2)
+    return relative_mean(spectra, lambda values, shape: (values**2).sum(axis=-1) / values[..., 0] ** 2)
 
 
 CRITERIA = {

@@ -12,8 +12,9 @@ from jaxcrit.evidence.weights import WeightChanges
 
 
 def weight_change(changes: WeightChanges) -> Measured:
-    """Relative change of each layer, ``[L]``."""
-    return Measured(changes.apart / changes.base)
+    """Relative change of each layer, ``[L]``; that of each expert of a mixture is kept beside it as ``experts``."""
+    meta = {} if changes.experts is None else {"experts": (changes.experts[0] / changes.experts[1]).tolist()}
+    return Measured(changes.apart / changes.base, meta=meta)
 
 
 CRITERIA = {

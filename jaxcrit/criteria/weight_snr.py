@@ -20,12 +20,12 @@ def weight_snr(spectra: Spectra) -> Measured:
 
 
 def snr(values: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
-    """``[L, r]`` descending singular values to ``[L]``."""
+    """``[..., r]`` descending singular values to ``[...]``."""
     upper, lower = np.quantile(values, [0.75, 0.25], axis=-1)
     threshold = (upper - lower) / 1.349 * (1 + np.sqrt(min(shape) / max(shape)))
-    above = np.where(values > threshold[:, None], values, 0).sum(axis=-1)
+    above = np.where(values > threshold[..., None], values, 0).sum(axis=-1)
     with np.errstate(divide="ignore"):
-        return above / (values.sum(axis=-1) - above) / values[:, 0]
+        return above / (values.sum(axis=-1) - above) / values[..., 0]
 
 
 CRITERIA = {

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from jaxcrit.core import digests
 from jaxcrit.core.errors import UserError, first_line
 from jaxcrit.core.reading import LARGEST_TEXT, MOST_UNPACKED, each_once, plain_size, too_deep
 
@@ -41,10 +42,12 @@ def values(path: Path) -> Placed:
 
     Raises:
         OSError: the file cannot be read.
-        UserError: it is none of these, or damaged.
+        UserError: it is none of these, damaged, or not what the run that it lies in wrote.
     """
     plain_size(path, "rows in a file")
     with path.open("rb") as file:
+        digests.check(path, file)  # answers of a run are rows, too
+        file.seek(0)
         head = file.read(8)
         for magic, what in _REFUSED.items():
             if head.startswith(magic):

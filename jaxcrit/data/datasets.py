@@ -13,11 +13,12 @@ and the published fields of the paper's datasets (`jaxcrit.data.published`) wher
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,8 @@ def read_rows(path: str | Path, limit: int = 0, *, drop: bool = False) -> list[R
             once in a similarity; a repeated one would bias every layer's score).
     """
     path = Path(path)
-    return _checked_set(_parse(path), str(path), limit, drop)
+    with contextlib.closing(_parse(path)) as parsed:  # and the file with it, whatever a row turns out to be
+        return _checked_set(parsed, str(path), limit, drop)
 
 
 def _checked_set(rows: Iterable[Any], source: str, limit: int, drop: bool) -> list[Row]:
@@ -308,7 +310,7 @@ def _identity(row: Row, where: str) -> str:
         raise UserError(f"{where}: expected finite numbers, got NaN or infinity") from None
 
 
-def _parse(path: Path) -> Iterator[tuple[str, Any]]:
+def _parse(path: Path) -> Generator[tuple[str, Any], None, None]:
     """Yields (place, value) of each row of a file."""
     try:
         yield from containers.values(path)

@@ -17,7 +17,7 @@ from jaxcrit.core.deletions import Deletions, jackknife_stderr
 from jaxcrit.core.layers import Direction, LayerScores
 from jaxcrit.core.options import Options
 
-Needs = Literal["weights", "two models", "forward", "backward", "perturbed", "variants"]
+Needs = Literal["weights", "two models", "forward", "backward", "perturbed", "routing", "variants"]
 Own = Mapping[type[Options], Options]  # options of criteria by their class
 
 
@@ -47,8 +47,9 @@ class Criterion:
         direction: which values are critical.
         score: function of what the pass found that gives `Measured`, or several by key where it serves several keys.
             Of ``forward`` it is given the samples ``[N, L, ...]`` of ``tap`` and ``finish``; else what
-            `jaxcrit.evidence.backward`, `jaxcrit.evidence.perturbed` or `jaxcrit.evidence.weights` gives. Where a
-            command of its own makes the evidence, it is the function that this command calls.
+            `jaxcrit.evidence.backward`, `jaxcrit.evidence.perturbed`, `jaxcrit.evidence.routing` or
+            `jaxcrit.evidence.weights` gives. Where a command of its own makes the evidence, it is the function that
+            this command calls.
         tap: what ``forward`` reads of the residual stream, as `jaxcrit.evidence.forward` has it; what ``perturbed``
             is to do, as `jaxcrit.evidence.perturbed` has it.
         finish: what ``forward`` makes of it, batch by batch on the device, for what layers tell of each other:

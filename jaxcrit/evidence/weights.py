@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,8 @@ class Spectra:
 
     Attributes:
         shapes: by name of the matrix within its layer.
-        values: ``[L, min(shape)]`` float32, descending, by the same names.
+        values: ``[L, min(shape)]`` float32, descending, by the same names; ``[L, E, min(shape)]`` of a mixture's
+            experts.
     """
 
     shapes: Mapping[str, tuple[int, int]]
@@ -38,14 +40,16 @@ class WeightChanges:
     Attributes:
         apart: ``[L]`` float64, norm of the difference over all tensors of the layer.
         base: ``[L]`` float64, norm of the base's.
+        experts: ``[2, L, E]`` float64, both norms of each expert of a mixture; None of another model.
     """
 
     apart: np.ndarray
     base: np.ndarray
+    experts: np.ndarray | None = None
 
 
 def layer_tensors(model: Model) -> Iterator[dict[str, np.ndarray]]:
-    """Every layer's tensors by weight-table path, float32, two dimensions at most as in the file; no model is built.
+    """Every layer's tensors by weight-table path, float32, as in the file; experts stacked; no model is built.
 
     Of a fine-tuning run, what it trained stands in place of the checkpoint's.
 
@@ -57,12 +61,13 @@ def layer_tensors(model: Model) -> Iterator[dict[str, np.ndarray]]:
     for layer in range(config.num_layers):
         tensors = {}
         for row in rows:
-            shape = row.hf_shape(config)
-            part = slice(begin[row.path], begin[row.path] + shape[0])
-            name = row.hf.format(layer)
-            tensors[row.path] = model.checkpoint.read(name, part, None).astype(np.float32)
-            if not np.isfinite(tensors[row.path]).all():
-                raise UserError(f"{model.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
+            part = slice(begin[row.path], begin[row.path] + row.hf_shape(config)[0])
+            read: list[np.ndarray] = []
+            for name, place in row.places(config, layer):
+                read.append(model.checkpoint.read(name, part, None, place).astype(np.float32))
+                if not np.isfinite(read[-1]).all():
+                    raise UserError(f"{model.checkpoint.path}: NaN or infinite values in {name}; weights are damaged")
+            tensors[row.path] = np.stack(read) if row.of_experts else read[0]
         for tuned in model.overlays:
             group, lora = tuned.partition.groups[layer], tuned.partition.lora
             slot = tuned.partition.members(group).index(layer)
@@ -86,8 +91,8 @@ def weight_spectra(model: Model, progress: Progress | None = None) -> Spectra:
     values: dict[str, list[np.ndarray]] = {}
     for layer, tensors in enumerate(layer_tensors(model)):
         for path, matrix in tensors.items():
-            if matrix.ndim == 2:
-                shapes[path] = (matrix.shape[0], matrix.shape[1])
+            if matrix.ndim > 1:
+                shapes[path] = (matrix.shape[-2], matrix.shape[-1])
                 values.setdefault(path, []).append(np.linalg.svd(matrix, compute_uv=False))
         if progress is not None:
             progress(layer + 1, model.config.num_layers)
@@ -106,39 +111,49 @@ def weight_changes(base: Model, tuned: Model, progress: Progress | None = None) 
             f"--base and --model: expected models of one shape, but they differ in {', '.join(differ)}"
             f" ({', '.join(f'{sizes(base.config)[n]} and {sizes(tuned.config)[n]}' for n in differ)})"
         )
-    norms = []
+    norms, of_each = [], []
     for layer, (before, after) in enumerate(zip(layer_tensors(base), layer_tensors(tuned), strict=True)):
         if before.keys() != after.keys():
             raise UserError(
                 f"--base and --model: expected the same tensors, layer {layer} differs in"
                 f" {', '.join(sorted(before.keys() ^ after.keys()))}"
             )
-        norms.append(
-            (
-                _norm(after[path].astype(np.float64) - before[path] for path in before),
-                _norm(value.astype(np.float64) for value in before.values()),
-            )
-        )
+        changes = {path: after[path].astype(np.float64) - value for path, value in before.items()}
+        norms.append((_norm(changes.values()), _norm(value.astype(np.float64) for value in before.values())))
+        each = [path for path, value in before.items() if value.ndim == 3]
+        of_each.append([_norms([found[path] for path in each]) for found in (changes, before)])
         if progress is not None:
             progress(layer + 1, base.config.num_layers)
+    experts = np.moveaxis(np.array(of_each), 0, 1) if base.config.experts else None
     apart, of_base = np.array(norms).T
-    return WeightChanges(apart, of_base)
+    return WeightChanges(apart, of_base, experts)
 
 
-def _norm(arrays: Iterator[np.ndarray]) -> float:
+def _norm(arrays: Iterable[np.ndarray]) -> float:
     return float(np.sqrt(sum(np.vdot(array, array) for array in arrays)))
+
+
+def _norms(arrays: Sequence[np.ndarray]) -> Any:
+    """``[E]``, of each expert over all of its matrices; of no arrays 0."""
+    return np.sqrt(sum(np.sum(np.square(array.astype(np.float64)), axis=(1, 2)) for array in arrays))
 
 
 def relative_mean(spectra: Spectra, of: Callable[[np.ndarray, tuple[int, int]], np.ndarray]) -> Measured:
     """A layer's figure from its matrices': each relative to the mean of its kind over the layers, then their mean.
 
     Kinds (q, o, down, ...) differ in shape and so in level; Spectrum too compares within a kind. 1 is a layer like the
-    average.
+    average. The experts of a layer are of one kind, and count as their mean; the figure of each expert, likewise the
+    mean of its matrices, is kept beside as ``experts``.
 
     Args:
         spectra: spectra of all matrices.
-        of: function of singular values ``[L, r]`` (float64) and shape, giving ``[L]``.
+        of: function of singular values ``[..., r]`` (float64) and shape, giving ``[...]``.
     """
     kinds = [of(values.astype(np.float64), spectra.shapes[name]) for name, values in spectra.values.items()]
     levels = [np.mean(values, where=np.isfinite(values)) if np.isfinite(values).any() else np.nan for values in kinds]
-    return Measured(np.mean([values / level for values, level in zip(kinds, levels, strict=True)], axis=0))
+    found = [values / level for values, level in zip(kinds, levels, strict=True)]
+    each = [values for values in found if values.ndim == 2]
+    meta = {"experts": np.mean(each, axis=0).tolist()} if each else {}
+    return Measured(
+        np.mean([values if values.ndim == 1 else values.mean(axis=1) for values in found], axis=0), meta=meta
+    )

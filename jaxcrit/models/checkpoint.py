@@ -61,10 +61,12 @@ class Checkpoint:
     tokenizer: Path | None = None
     stored: str = dataclasses.field(default="", kw_only=True)
 
-    def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
-        """Reads part of a tensor; other bytes of the file are not touched."""
+    def read(self, name: str, rows: slice, columns: slice | None, place: int | None = None) -> np.ndarray:
+        """Reads part of a tensor, or of the matrix at a place in it; other bytes of the file are not touched."""
         with safe_open(self.shards[name], framework="numpy") as file:
             part = file.get_slice(self.names[name])
+            if place is not None:
+                return part[place, rows] if columns is None else part[place, rows, columns]
             return part[rows] if columns is None else part[rows, columns]
 
     def digests(self, progress: Progress | None = None) -> dict[str, list[Any]]:
@@ -138,10 +140,13 @@ def open_checkpoint(path: Path) -> Checkpoint:
     raw = read_json_object(config_path)
     config = ModelConfig.from_hf(raw, str(config_path))
     tensors = find_tensors(path)
+    if config.experts and any(name.endswith(".experts.gate_up_proj") for name in tensors.files):
+        config = dataclasses.replace(config, fused_experts=True)
     names, notes = tensors.named({**hf_shapes(config), _HEAD: ()})
     if config.tied and _HEAD in names and _EMBED in names and not _same(tensors, names[_HEAD], names[_EMBED]):
         # As in transformers: the file has the last word. Exported, the config says what the file holds.
-        config = ModelConfig.from_hf({**raw, "tie_word_embeddings": False}, str(config_path))
+        untied = ModelConfig.from_hf({**raw, "tie_word_embeddings": False}, str(config_path))
+        config = dataclasses.replace(untied, fused_experts=config.fused_experts)
         notes += (f"config.json says that the head is the embedding; {_HEAD} in the file is another, and is used",)
     expected = hf_shapes(config)
     if config.tied and _EMBED not in names and _HEAD in names:
@@ -205,7 +210,7 @@ def load(
         arrays[row.path] = _load_row(checkpoint, row, begin[row.path], np.dtype(DTYPES[dtype]), mesh)
         finite[row.path] = _finite(arrays[row.path], row.stacked)
     bad = [
-        row.hf.format(layer)
+        row.names(config, layer)[0] + (" (or of another expert)" if row.of_experts else "")
         for row in rows
         for layer, ok in enumerate(np.atleast_1d(np.asarray(finite[row.path])))
         if not ok
@@ -274,19 +279,21 @@ def _read_shard(
     checkpoint: Checkpoint, row: Weight, begin: int, shape: tuple[int, ...], index: tuple[slice, ...], dtype: np.dtype
 ) -> np.ndarray:
     """One device's part of one of our arrays, from the byte ranges of the file that hold it."""
+    config = checkpoint.config
     bounds = [part.indices(size)[:2] for part, size in zip(index, shape, strict=True)]
+    out = _aligned([stop - start for start, stop in bounds], dtype)
     layers = range(*bounds.pop(0)) if row.stacked else [None]
+    wanted = slice(*bounds.pop(0)) if row.of_experts else slice(None)
     first, columns = bounds[0][0] + begin, slice(*bounds[1]) if len(bounds) > 1 else None
+    places = [place for layer in layers for place in row.places(config, layer)[wanted]]
     lengths = [stop - start for start, stop in bounds]
-    out = _aligned(([len(layers)] if row.stacked else []) + lengths, dtype)
-    for slot, layer in enumerate(layers):
-        name, part = row.hf.format(layer), out[slot] if row.stacked else out
-        # safetensors copies what it reads, and maps whole rows even where some columns are wanted: keep both small.
-        step = max(1, _READ_BYTES // (4 * math.prod(row.hf_shape(checkpoint.config)[1:])))
+    # safetensors copies what it reads, and maps whole rows even where some columns are wanted: keep both small.
+    step = max(1, _READ_BYTES // (4 * math.prod(row.hf_shape(config)[1:])))
+    for part, (name, place) in zip(out.reshape(-1, *lengths), places, strict=True):
         for start in range(0, len(part), step):
             some = slice(first + start, first + min(start + step, len(part)))
             with np.errstate(over="ignore"):  # what float16 cannot hold becomes infinite and is named by `load`
-                part[start : start + step] = checkpoint.read(name, some, columns)
+                part[start : start + step] = checkpoint.read(name, some, columns, place)
     return out
 
 

@@ -50,9 +50,14 @@ class ModelConfig:
         windows: per layer, how many tokens back attention sees (itself included); None sees all.
         rope: rotary position embeddings, all that the layers have.
         rotations: per layer, which of them it has: 0 is ``rope`` itself, n the n-th of its ``others``.
+        experts: E, experts of each layer, ``ff_width`` wide each; 0 where the MLP is one.
+        experts_per_token: experts that a token goes to.
+        norm_topk: whether the shares of these are made to sum to 1.
         bos_token_id, eos_token_ids: ids in the config; generation stops at the latter.
         hf_json: the file's own content, given back by `to_hf`.
         attention: how it is computed here; not of the file.
+        fused_experts: whether the files hold all experts of a layer in one tensor, and gate and up together, as
+            transformers 5 does in memory; else each expert has tensors of its own.
         ignored: keys of the file that play no part, by name.
     """
 
@@ -83,10 +88,14 @@ class ModelConfig:
     windows: tuple[int | None, ...]
     rope: Rope
     rotations: tuple[int, ...]
+    experts: int
+    experts_per_token: int
+    norm_topk: bool
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     hf_json: str = dataclasses.field(repr=False)
     attention: Attention = REFERENCE
+    fused_experts: bool = dataclasses.field(default=False, compare=False)
     ignored: tuple[str, ...] = dataclasses.field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -129,13 +138,15 @@ class ModelConfig:
         if kind.longrope and rope.kind not in ("default", "longrope"):
             raise UserError(f"{where}: expected rope_type default or longrope for {family}, got {rope.kind!r}")
         check_rotary(rope.rotary_dim, head_dim, family, where)
+        experts, chosen = _experts(given, raw, kind, where)
+        inner = "moe_intermediate_size" if "moe_intermediate_size" in kind.defaults else "intermediate_size"
         eos = given.get("eos_token_id")
         return cls(
             family=family,
             vocab_size=sizes["vocab_size"],
             num_layers=sizes["num_hidden_layers"],
             width=width,
-            ff_width=sizes["intermediate_size"],
+            ff_width=_positive(given.get(inner), inner, where),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -158,6 +169,9 @@ class ModelConfig:
             windows=windows,
             rope=rope,
             rotations=rotations,
+            experts=experts,
+            experts_per_token=chosen,
+            norm_topk=kind.norm_topk or ("norm_topk_prob" in kind.defaults and given.get("norm_topk_prob")),
             bos_token_id=given.get("bos_token_id"),
             eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list) else (eos,),
             hf_json=json.dumps(dict(raw), ensure_ascii=False),
@@ -167,6 +181,25 @@ class ModelConfig:
     def to_hf(self) -> dict[str, Any]:
         """The content of the file this was read from."""
         return json.loads(self.hf_json)
+
+
+def _experts(given: Reads, raw: Mapping[str, Any], family: Family, where: str) -> tuple[int, int]:
+    """Experts of a layer, and how many of them a token goes to; 0 where the MLP is one.
+
+    transformers 5 writes ``num_local_experts`` for what some families' files call ``num_experts``.
+    """
+    if not family.mixture:
+        return 0, 0
+    said = {key: given.get(key) for key in ("num_experts", "num_local_experts") if raw.get(key) is not None}
+    if len(set(said.values())) > 1:
+        raise UserError(
+            f"{where}: expected num_experts and num_local_experts to agree, got {listed(list(said.values()))}"
+        )
+    count = _positive(next(iter(said.values()), given.get("num_experts")), "num_experts", where)
+    chosen = _positive(given.get("num_experts_per_tok"), "num_experts_per_tok", where)
+    if chosen > count:
+        raise UserError(f"{where}: expected num_experts_per_tok of 1 to {count}, the number of experts, got {chosen}")
+    return count, chosen
 
 
 def _rotated(given: Reads, family: Family, num_layers: int, where: str) -> tuple[bool, ...]:
@@ -187,7 +220,7 @@ def _rotated(given: Reads, family: Family, num_layers: int, where: str) -> tuple
 def _windows(given: Reads, family: Family, rotated: tuple[bool, ...], where: str) -> tuple[int | None, ...]:
     layers = range(len(rotated))
     window = given.get("sliding_window") if family.window != "never" else None
-    if family.window == "switch" and not given.get("use_sliding_window", False):
+    if family.window in ("switch", "all") and not given.get("use_sliding_window", False):
         window = None
     slides = [window is not None for _ in layers]
     if family.window == "switch":
@@ -202,7 +235,7 @@ def _windows(given: Reads, family: Family, rotated: tuple[bool, ...], where: str
         slides = [(layer + 1) % every != 0 for layer in layers]
     kinds = [_KINDS[here] for here in slides]
     given_kinds = given.get("layer_types")
-    if family.window in ("never", "size"):  # transformers masks all layers alike, whatever they say
+    if family.window in ("never", "size", "all"):  # transformers masks all layers alike, whatever they say
         if given_kinds not in (None, kinds):
             raise UserError(
                 f"{where}: expected no layer_types, or {kinds[0]} for each of {len(layers)} layers, as sliding_window"

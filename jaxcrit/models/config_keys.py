@@ -19,6 +19,7 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.schema import AtLeastZero, Layers, Positive, Range, Size, conform
 from jaxcrit.models import families
 
+# Keys of mixtures: in a model without experts they say that it has some.
 _MIXTURE = ("num_experts", "num_local_experts", "moe_intermediate_size", "num_experts_per_tok", "n_routed_experts")
 # Where tools note that the weights are quantised: most of them, MLX, early llm-compressor.
 _QUANTISED = {"quantization_config": "unknown", "quantization": "MLX", "compression_config": "compressed-tensors"}
@@ -60,12 +61,16 @@ _KINDS: Mapping[str, Any] = {
             "sliding_window",
             "sliding_window_pattern",
             "no_rope_layer_interval",
+            "num_experts",
+            "num_local_experts",
+            "num_experts_per_tok",
+            "moe_intermediate_size",
         ),
         Size,
     ),
     "max_window_layers": int,
     **dict.fromkeys(
-        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window"),
+        ("attention_bias", "mlp_bias", "tie_word_embeddings", "use_sliding_window", "norm_topk_prob"),
         bool,
     ),
     **dict.fromkeys(
@@ -126,7 +131,7 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     """The family of a ``config.json``.
 
     Raises:
-        UserError: quantised weights, a mixture of experts, an unknown ``model_type``, or another head.
+        UserError: quantised weights, another mixture of experts, an unknown ``model_type``, or another head.
     """
     said = Reads(raw, where)
     named, architectures = said.get("model_type") or "", said.get("architectures") or []
@@ -139,17 +144,16 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
             )
     if named in families.REFUSED:
         model, why = families.REFUSED[named]
-        expected = listed(sorted(families.FAMILIES), 12)
+        expected = listed(sorted(families.FAMILIES), 16)
         raise UserError(f"{where}: {model} ({named}) is not read, for {why}; expected {expected}")
-    mixture = [key for key in _MIXTURE if raw.get(key)]
-    if mixture or "moe" in named.lower() or "mixtral" in named.lower():
-        dense = listed(list(families.FAMILIES), 12)
-        raise UserError(f"{where}: mixture-of-experts model ({named}); expected a dense decoder: {dense}")
     family = named or (families.ARCHITECTURES.get(architectures[0], "") if architectures else "")
+    mixtures = [name for name, one in families.FAMILIES.items() if one.mixture]
+    if family not in mixtures and (any(raw.get(key) for key in _MIXTURE) or "moe" in named.lower()):
+        raise UserError(f"{where}: mixture-of-experts model ({named}); of mixtures {listed(mixtures)} are read")
     if family not in families.FAMILIES:
         shown = repr(named) if named else f"architectures {architectures}"
         nearest = did_you_mean(family, families.FAMILIES)
-        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES), 12)}, got {shown}{nearest}")
+        raise UserError(f"{where}: expected model_type {listed(sorted(families.FAMILIES), 16)}, got {shown}{nearest}")
     wanted = families.FAMILIES[family].architecture
     backbone = wanted.removesuffix("ForCausalLM")  # saved without its head, by AutoModel
     known = {name.lower() for name in (wanted, f"{backbone}Model", f"{backbone}TextModel")}

@@ -22,6 +22,7 @@ from jax.sharding import NamedSharding
 from jaxcrit.models.attention import attend, attend_by_scores, choose_attention
 from jaxcrit.models.cache import Cache, LayerCache
 from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.mixture import give, kept_shares
 from jaxcrit.models.rope import rotate
 from jaxcrit.models.sites import Edit, Site, Tap, Visit, visitor
 from jaxcrit.models.weights import HALVES, Weight, halves, placement, table
@@ -119,7 +120,8 @@ class Block(nnx.Module):
             window: how many tokens back attention sees; None sees all. ``[2]`` with the number of the layer's rotation
                 where there are several, see `layer_windows`.
             cache: keys and values of all blocks, and which of them is this one; or this block's own.
-            visit: function ``(site, before, after) -> after``, called at ``attn``, ``ff``, ``mlp`` and ``block``.
+            visit: function ``(site, before, after) -> after``, called at ``attn``, ``router``, ``ff``, ``mlp`` and
+                ``block``.
 
         Returns:
             The residual stream after the block, ``[B, T, D]``, and the cache with this pass's tokens.
@@ -203,9 +205,20 @@ class Block(nnx.Module):
 
     def mlp(self, x: jax.Array, visit: Visit | None = None) -> jax.Array:
         """Gated MLP: down(act(gate x) * up x), ``[B, T, D]`` to ``[B, T, D]``; ``visit`` as of the call."""
+        if self.config.experts:
+            return self.mixture(x, visit or _untouched)
         gate, up = self.gate_up(x)
         inner = _ACTIVATIONS[self.config.activation](gate) * up
         return self.linear((visit or _untouched)("ff", inner, inner), "down")
+
+    def mixture(self, x: jax.Array, visit: Visit) -> jax.Array:
+        """What the experts give, ``[B, T, D]`` to ``[B, T, D]``; see `jaxcrit.models.mixture`."""
+        scores = jnp.einsum("btd,ed->bte", x, self.weight("router", x)).astype(jnp.float32)
+        shares = visit("router", scores, jax.nn.softmax(scores))
+        chosen, weights = kept_shares(shares, self.config)
+        experts = tuple(self.weight(name, x) for name in ("gate", "up", "down"))
+        act = _ACTIVATIONS[self.config.activation]
+        return give(x, chosen, weights.astype(x.dtype), experts, act, self.config.attention)  # type: ignore[arg-type]
 
     def added(self, x: jax.Array, name: str) -> jax.Array:
         """What a half adds to the stream: its output under the norm of that name, scaled."""

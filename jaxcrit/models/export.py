@@ -6,7 +6,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -64,7 +64,13 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
 
 
 def write_checkpoint(
-    decoder: Decoder, source: Checkpoint, out: Path, *, dtype: str = "", shard_bytes: int = _SHARD_BYTES
+    decoder: Decoder,
+    source: Checkpoint,
+    out: Path,
+    *,
+    dtype: str = "",
+    shard_bytes: int = _SHARD_BYTES,
+    before: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a decoder as a checkpoint directory, whole or not at all.
 
@@ -74,6 +80,7 @@ def write_checkpoint(
         out: directory to make.
         dtype: float32, bfloat16 or float16 for every tensor; default as in the source.
         shard_bytes: largest safetensors file; no more than one file is held in memory.
+        before: by name of a tensor, what the source calls it; of a model with layers left out.
 
     Returns:
         ``out``.
@@ -82,9 +89,10 @@ def write_checkpoint(
         UserError: ``out`` exists and is not empty, or cannot be made.
     """
     check_free(out)
-    kinds = {name: dtype or source.dtypes[name] for name in hf_shapes(decoder.config)}
+    called = before or {}
+    kinds = {name: dtype or source.dtypes[called.get(name, name)] for name in hf_shapes(decoder.config)}
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    temporary = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}.", suffix=".part"))
     try:
         _write_weights(decoder, kinds, temporary, shard_bytes)
         config = decoder.config.to_hf()

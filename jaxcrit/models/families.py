@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _BEFORE = {"attn_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+_EXPERT = {name: f"{name}_proj" for name in ("gate", "up", "down")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,13 +29,17 @@ class Family:
         scaled_embeddings: whether embeddings are multiplied by the square root of the width.
         activation: key of the MLP's activation.
         window: what decides that attention sees a window: ``never``, the ``size`` given, a ``switch`` beside it
-            (``use_sliding_window``, from ``max_window_layers`` on), the same in ``unrotated`` layers alone, or a
-            ``pattern``: all layers but every ``pattern``-th.
+            (``use_sliding_window``, from ``max_window_layers`` on), the same in ``unrotated`` layers alone, a switch
+            for ``all`` layers, or a ``pattern``: all layers but every ``pattern``-th.
         pattern: period of that pattern, unless the file gives its own ``sliding_window_pattern``.
         fused: tensors of the checkpoint that hold several weights: by weight the tensor's name.
         theta: base of the rotary angles where the file is silent.
         window_theta: the same of layers with a window, in families whose layers have RoPE parameters by their kind.
         longrope: other names that its files give the ``longrope`` kind of RoPE, the only one beside ``default`` then.
+        mixture: module of a layer that holds its router and its experts; empty where the MLP is one.
+        expert: linear layers of an expert: by our name the tensor's.
+        norm_topk: whether the shares of the experts that a token goes to are made to sum to 1 whatever the file says;
+            else ``norm_topk_prob`` says so.
     """
 
     architecture: str
@@ -53,6 +58,9 @@ class Family:
     theta: float = 10000.0
     window_theta: float | None = None
     longrope: tuple[str, ...] = ()
+    mixture: str = ""
+    expert: Mapping[str, str] = dataclasses.field(default_factory=lambda: _EXPERT)
+    norm_topk: bool = False
 
     def tensor(self, weight: str) -> str:
         """Name of the linear layer in the checkpoint that holds a weight, without ``_proj``."""
@@ -177,12 +185,58 @@ FAMILIES: Mapping[str, Family] = {
         window="unrotated",
         theta=2000000.0,
     ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        biases=True,
+        qk_norm="all",
+        window="never",
+        mixture="mlp",
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **_QWEN,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 768,
+            "norm_topk_prob": False,
+        },
+        biases=True,
+        qk_norm="head",
+        window="all",
+        mixture="mlp",
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 131072,
+            "num_key_value_heads": 8,
+            "num_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        theta=1000000.0,
+        mixture="block_sparse_moe",
+        expert={"gate": "w1", "up": "w3", "down": "w2"},
+        norm_topk=True,
+    ),
 }
+_SHARED = "shared experts stand beside those that are routed, and its first layers have none"
 # Models that people ask for and that need more than a row: by model_type, which they are and what.
 REFUSED: Mapping[str, tuple[str, str]] = {
     "granitemoehybrid": ("Granite 4", "some of its layers are state space models (Mamba)"),
     "ministral3": ("Ministral 3", "its queries are scaled by their position"),
     "mistral3": ("Ministral 3", "it reads images, and the queries of its decoder are scaled by their position"),
     "gemma3": ("Gemma 3 with images", "only a text model (gemma3_text) is read"),
+    "qwen2_moe": ("Qwen2-MoE", "a shared expert with a gate of its own stands beside those that are routed"),
+    **{f"deepseek{end}": (f"DeepSeek{end.upper().replace('_', '-')}", _SHARED) for end in ("", "_v2", "_v3", "_v32")},
 }
 ARCHITECTURES: Mapping[str, str] = {family.architecture: name for name, family in FAMILIES.items()}

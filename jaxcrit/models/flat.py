@@ -46,7 +46,8 @@ def flat_blocks(stack: Block) -> tuple[FlatBlock, ...]:
                     own[name + end] = jnp.concatenate([own.pop(part + end) for part in parts])
 
         joined("attn_in", ("q", "k", "v"))
-        joined("mlp_in", ("gate", "up"))
+        if not stack.config.experts:
+            joined("mlp_in", ("gate", "up"))
         return FlatBlock(stack.config, own)
 
     return tuple(block(layer) for layer in range(stack.config.num_layers))

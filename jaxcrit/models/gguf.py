@@ -81,8 +81,8 @@ class GgufCheckpoint(Checkpoint):
     tensors: dict[str, str]
     interleaved: bool
 
-    def read(self, name: str, rows: slice, columns: slice | None) -> np.ndarray:
-        """Dequantises rows of a tensor, float32."""
+    def read(self, name: str, rows: slice, columns: slice | None, place: int | None = None) -> np.ndarray:
+        """Dequantises rows of a tensor, float32; ``place`` is of mixtures, of which none is read."""
         tensor = self.file.tensors[self.tensors[name]]
         count = tensor.shape[0] if len(tensor.shape) > 1 else 1
         held = np.memmap(self.path, np.uint8, "r", tensor.start, (count, tensor.size // count))

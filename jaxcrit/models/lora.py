@@ -92,8 +92,8 @@ class Lora:
 
 
 def linears(config: ModelConfig) -> list[Weight]:
-    """The linear layers of a block."""
-    return [row for row in table(config) if row.stacked and len(row.groups) == 2]
+    """The linear layers of a block that every token goes through; a router and experts are none."""
+    return [row for row in table(config) if row.stacked and len(row.groups) == 2 and "experts" not in row.axes]
 
 
 def make_lora(config: ModelConfig, rank: int, alpha: float = 0.0, targets: Sequence[str] = ()) -> Lora:
@@ -110,6 +110,11 @@ def make_lora(config: ModelConfig, rank: int, alpha: float = 0.0, targets: Seque
     """
     known = [row.path.removeprefix("blocks.") for row in linears(config)]
     for target in targets:
+        if config.experts and target in ("gate", "up", "down", "router"):
+            raise UserError(
+                f"--lora_targets={target}: is of the {config.experts} experts of each layer, which have no adapters"
+                f" (nor has their router); expected {listed(known)}, or train the experts whole, without --lora_rank"
+            )
         if target not in known:
             raise UserError(f"--lora_targets={target}: expected {listed(known, 9)}{did_you_mean(target, known)}")
     if not 0 <= alpha < math.inf:

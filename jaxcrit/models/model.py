@@ -37,7 +37,7 @@ from jaxcrit.models.weights import hf_shapes, table
 from jaxcrit.parallel.mesh import batch_rows, default_axes, device_memory, make_mesh, parse_mesh, row_parts
 
 # Of ModelConfig: says nothing about what the blocks compute.
-_FREE = ("family", "attention", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
+_FREE = ("family", "attention", "fused_experts", "max_length", "bos_token_id", "eos_token_ids", "hf_json", "ignored")
 # By platform: operations in the time of a compile (programs are kept, so that it is often but a read), operations in
 # the time that it takes to start a pass, tokens in the time that it takes to read the weights. Orders of magnitude.
 _COSTS = {"cpu": (3e10, 3e8, 32), "other": (3e14, 3e11, 128)}
@@ -409,11 +409,13 @@ def changed_layers(base: Model, tuned: Model) -> tuple[int, ...]:
     changed = {layer for overlay in own for layer in overlay.layers}
     if base.checkpoint.path != tuned.checkpoint.path:
         ours, theirs = base.checkpoint.digests(), tuned.checkpoint.digests()
-        names = [row.hf for row in table(base.config) if row.stacked]
+        rows = [row for row in table(base.config) if row.stacked]
         changed |= {
             layer
             for layer in range(base.config.num_layers)
-            if any(ours[name.format(layer)] != theirs[name.format(layer)] for name in names)
+            for row in rows
+            if [ours[name] for name in row.names(base.config, layer)]
+            != [theirs[name] for name in row.names(tuned.config, layer)]
         }
     return tuple(sorted(changed))
 

@@ -62,5 +62,38 @@ SHAPES: dict[str, dict[str, Any]] = {
     "smollm3-3b": _shape(
         "smollm3", 2048, 11008, 36, 16, 4, 128256, 65536, tie_word_embeddings=True, rope_theta=5000000.0
     ),
+    "olmoe-1b-7b": _shape(
+        "olmoe", 2048, 1024, 16, 16, 16, 50304, 4096, num_experts=64, num_experts_per_tok=8, norm_topk_prob=False
+    ),
+    "qwen3-30b-a3b": _shape(
+        "qwen3_moe",
+        2048,
+        6144,
+        48,
+        32,
+        4,
+        151936,
+        40960,
+        rope_theta=1000000.0,
+        head_dim=128,
+        num_experts=128,
+        num_experts_per_tok=8,
+        moe_intermediate_size=768,
+        norm_topk_prob=True,
+    ),
+    "mixtral-8x7b": _shape(
+        "mixtral",
+        4096,
+        14336,
+        32,
+        32,
+        8,
+        32000,
+        32768,
+        rope_theta=1000000.0,
+        sliding_window=None,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+    ),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
 }

@@ -1,9 +1,9 @@
 """The named places of a forward pass where it can be changed (edits) and read (taps).
 
 In the residual stream, ``embed`` is behind the embedding, ``attn`` and ``mlp`` are behind the halves of a block,
-``block`` is behind the whole block. ``ff`` is within the MLP: what its last projection, ``down``, reads. An edit and a
-tap name the sites they want. They are called while the pass is traced, at these sites alone, so a site that nobody
-names costs nothing.
+``block`` is behind the whole block. ``ff`` is within the MLP: what its last projection, ``down``, reads. ``router`` is
+within the MLP of a mixture, which has no ``ff``: what its router says of each token. An edit and a tap name the sites
+they want. They are called while the pass is traced, at these sites alone, so a site that nobody names costs nothing.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import jax
 
 from jaxcrit.core.errors import UserError, did_you_mean, listed
 
-Site = Literal["embed", "attn", "ff", "mlp", "block"]
+Site = Literal["embed", "attn", "router", "ff", "mlp", "block"]
 SITES: tuple[str, ...] = get_args(Site)
 Visit = Callable[[Site, jax.Array, jax.Array], jax.Array]
 
@@ -28,7 +28,9 @@ class Edit:
     Attributes:
         change: function ``(site, before, after, data, positions) -> after``. ``before`` is the stream that enters the
             half or the block, ``after`` the stream behind it, both ``[B, T, D]``; at ``embed`` both are the embeddings,
-            at ``ff`` both are what ``down`` reads, ``[B, T, F]``.
+            at ``ff`` both are what ``down`` reads, ``[B, T, F]``; at ``router`` ``before`` are the router's logits,
+            ``after`` their softmax, the shares of all experts, of which the largest are then kept, ``[B, T, E]`` both,
+            float32.
             ``data`` is the layer's slice of the arrays ``[L, ...]`` that are handed over beside the edit; at ``embed``,
             which has no layer, it is all of them. ``positions`` is ``[B, T]`` int32, each token's place in its
             sequence, also where a cache holds the tokens before it.

@@ -2,7 +2,8 @@
 
 A row's axes give its shape (sizes from the config) and its placement (rules of the mesh). An array has the dimensions
 of the file's tensor, ``[out, in]``: heads and what is in them are one, so that a product reads a weight as it lies.
-Several rows that share a tensor (Phi-3's fused projections) are slices of its first dimension.
+Several rows that share a tensor (Phi-3's fused projections) are slices of the dimension ``out``. A mixture's experts
+are one array of a layer, ``[experts, out, in]``, of a tensor for each or of one for all.
 """
 
 from __future__ import annotations
@@ -33,8 +34,8 @@ class Weight:
 
     Attributes:
         path: our name; below ``blocks.`` it is stacked over layers.
-        hf: name in the checkpoint, ``{}`` standing for the layer.
-        groups: logical axes, grouped by dimension of the file's tensor.
+        hf: name in the checkpoint, ``{}`` standing for the layer, and a second one for the expert.
+        groups: logical axes, grouped by dimension of our array of a layer.
         half: the half of a block it belongs to, each half with its norm; None outside the blocks.
     """
 
@@ -54,13 +55,33 @@ class Weight:
         outermost = tuple(group[0] for group in self.groups)
         return ("layers", *outermost) if self.stacked else outermost
 
+    @property
+    def of_experts(self) -> bool:
+        """Whether every expert has one of it."""
+        return len(self.groups) == 3
+
     def shape(self, config: ModelConfig) -> tuple[int, ...]:
         """Shape of our array."""
-        return (config.num_layers, *self.hf_shape(config)) if self.stacked else self.hf_shape(config)
+        return (config.num_layers, *self.layer_shape(config)) if self.stacked else self.layer_shape(config)
+
+    def layer_shape(self, config: ModelConfig) -> tuple[int, ...]:
+        """Shape of our array of one layer."""
+        return tuple(math.prod(sizes(config)[axis] for axis in group) for group in self.groups)
 
     def hf_shape(self, config: ModelConfig) -> tuple[int, ...]:
-        """Shape of this row's part of the file's tensor, for one layer."""
-        return tuple(math.prod(sizes(config)[axis] for axis in group) for group in self.groups)
+        """Shape of this row's part of the file's tensor: of a matrix, of an expert's matrix, of a vector."""
+        return self.layer_shape(config)[-2:]
+
+    def places(self, config: ModelConfig, layer: int | None) -> list[tuple[str, int | None]]:
+        """Where the files hold a layer: its tensor, or each expert's tensor and the place in it (None: all of it)."""
+        if not self.of_experts:
+            return [(self.hf.format(layer), None)]
+        named = [self.hf.format(layer, expert) for expert in range(config.experts)]
+        return [(name, expert if config.fused_experts else None) for expert, name in enumerate(named)]
+
+    def names(self, config: ModelConfig, layer: int | None) -> list[str]:
+        """The files' tensors that hold a layer."""
+        return list(dict.fromkeys(name for name, _ in self.places(config, layer)))
 
 
 def sizes(config: ModelConfig) -> dict[str, int]:
@@ -73,6 +94,7 @@ def sizes(config: ModelConfig) -> dict[str, int]:
         "kv_heads": config.num_kv_heads,
         "head_dim": config.head_dim,
         "ff": config.ff_width,
+        "experts": config.experts,
     }
 
 
@@ -86,6 +108,7 @@ def placement(axes: Sequence[str], config: ModelConfig, mesh: AnyMesh, name: str
     return spec_for(axes, [length.get(axis, 1) for axis in axes], mesh, name)
 
 
+_MLP = ("gate", "up", "down")
 _EMBED, _FF = ("embed",), ("ff",)
 _HEADS, _KV = ("heads", "head_dim"), ("kv_heads", "head_dim")
 
@@ -94,6 +117,14 @@ def table(config: ModelConfig) -> tuple[Weight, ...]:
     """The rows of a model; rows of one file tensor stand in the order they have in it."""
     attention, mlp = "model.layers.{}.self_attn.", "model.layers.{}.mlp."
     family = FAMILIES[config.family]
+    each: Groups = (("experts",),) if config.experts else ()
+    if not config.experts:
+        names = {name: f"{mlp}{family.tensor(name)}_proj.weight" for name in _MLP}
+    elif config.fused_experts:
+        names = {name: f"{mlp}experts.{'down' if name == 'down' else 'gate_up'}_proj" for name in _MLP}
+    else:
+        mlp = f"model.layers.{{}}.{family.mixture}."
+        names = {name: f"{mlp}experts.{{}}.{family.expert[name]}.weight" for name in _MLP}
     rows = [
         Weight("embed", "model.embed_tokens.weight", (("vocab",), _EMBED)),
         *(
@@ -101,16 +132,17 @@ def table(config: ModelConfig) -> tuple[Weight, ...]:
             for name, hf in family.norms.items()
         ),
         Weight("blocks.o", attention + "o_proj.weight", (_EMBED, _HEADS), "attn"),
-        Weight("blocks.down", mlp + "down_proj.weight", (_EMBED, _FF), "mlp"),
+        Weight("blocks.down", names["down"], (*each, _EMBED, _FF), "mlp"),
     ]
+    if config.experts:
+        rows.append(Weight("blocks.router", mlp + "gate.weight", (*each, _EMBED), "mlp"))
     for name, axes in (("q", _HEADS), ("k", _KV), ("v", _KV)):
         hf = attention + f"{family.tensor(name)}_proj.weight"
         rows.append(Weight(f"blocks.{name}", hf, (axes, _EMBED), "attn"))
         if config.qkv_bias:
             rows.append(Weight(f"blocks.{name}_bias", attention + f"{name}_proj.bias", (axes,), "attn"))
     for name in ("gate", "up"):
-        hf = mlp + f"{family.tensor(name)}_proj.weight"
-        rows.append(Weight(f"blocks.{name}", hf, (_FF, _EMBED), "mlp"))
+        rows.append(Weight(f"blocks.{name}", names[name], (*each, _FF, _EMBED), "mlp"))
         if config.mlp_bias:
             rows.append(Weight(f"blocks.{name}_bias", mlp + f"{name}_proj.bias", (_FF,), "mlp"))
     if config.mlp_bias:
@@ -133,7 +165,7 @@ def halves(config: ModelConfig) -> dict[str, Half]:
 
 
 def offsets(config: ModelConfig) -> dict[str, int]:
-    """By path: at which row of its file tensor's first dimension a weight begins."""
+    """By path: at which row of its file tensor, or of an expert's matrix in it, a weight begins."""
     begin: dict[str, int] = {}
     filled: dict[str, int] = {}
     for row in table(config):
@@ -146,11 +178,12 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Every tensor a checkpoint of this model must hold, by name, with its shape."""
     shapes: dict[str, tuple[int, ...]] = {}
     for row in table(config):
-        part = row.hf_shape(config)
+        first, *rest = row.hf_shape(config)
+        together = (config.experts,) if row.of_experts and config.fused_experts else ()
         for layer in range(config.num_layers if row.stacked else 1):
-            name = row.hf.format(layer)
-            before = shapes.get(name, (0, *part[1:]))
-            shapes[name] = (before[0] + part[0], *part[1:])
+            for name in row.names(config, layer):
+                before = shapes[name][len(together)] if name in shapes else 0
+                shapes[name] = (*together, before + first, *rest)
     return shapes
 
 
@@ -166,8 +199,10 @@ def to_hf(decoder: Decoder, layers: Sequence[int] | None = None) -> Iterator[tup
     for row in table(config):
         if row.stacked or layers is None:
             parts.setdefault(row.hf, []).append(row)
-    for hf, rows in parts.items():
+    for rows in parts.values():
         stacked = rows[0].stacked
         for layer in (range(config.num_layers) if layers is None else layers) if stacked else range(1):
             pieces = [np.asarray(weights[row.path][layer] if stacked else weights[row.path]) for row in rows]
-            yield hf.format(layer), pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+            whole = pieces[0] if len(pieces) == 1 else np.concatenate(pieces, axis=max(pieces[0].ndim - 2, 0))
+            apart = rows[0].of_experts and not config.fused_experts
+            yield from zip(rows[0].names(config, layer), whole if apart else [whole], strict=True)

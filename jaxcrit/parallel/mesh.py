@@ -1,7 +1,7 @@
 """One mesh of three axes for every run, and the rules that place a tensor's named axes on it.
 
-``data`` splits samples; ``fsdp`` splits samples and, by width, the weights; ``tensor`` splits heads, the inner
-width of the MLP and the vocabulary.
+``data`` splits samples; ``fsdp`` splits samples and the weights, by width or, of a mixture, by experts; ``tensor``
+splits heads, the inner width of the MLP and the vocabulary.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "ff": "tensor",
     "rank": None,
+    "experts": "fsdp",
 }
-# Key and value heads are few and small: where they do not divide, each device keeps all of them.
-_REPLICATED_IF_UNEVEN = ("kv_heads",)
+# Key and value heads are few and small: where they do not divide, each device keeps all of them. Experts are split by
+# their width then, as dense weights are.
+_REPLICATED_IF_UNEVEN = ("kv_heads", "experts")
 
 
 def batch_rows(asked: int, mesh: AnyMesh) -> int:
@@ -132,6 +134,8 @@ def spec_for(axes: Sequence[str | None], shape: Sequence[int], mesh: AnyMesh, na
                 f"{name}: {axis} of size {size} does not divide over {'*'.join(over)}={parts} of the mesh;"
                 f" choose --mesh with {' and '.join(over)} of a size that divides {size}"
             )
+        if "experts" in axes and set(over) & set(used):  # split already, between experts
+            entry, over = None, ()
         if clash := set(over) & set(used):
             raise ValueError(f"{name}: {tuple(axes)} puts two dimensions on mesh axis {', '.join(sorted(clash))}")
         used.extend(over)

@@ -226,6 +226,27 @@ def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
         axes.set_xlabel("")
 
 
+def load_heatmaps(loads: Mapping[str, np.ndarray], figure: Figure) -> None:
+    """Part of the tokens that go to each expert, layer by layer, a panel for each dataset.
+
+    Args:
+        loads: by dataset ``[L, E]``.
+        figure: figure to draw on, empty.
+    """
+    *panels, bar = figure.subplots(1, len(loads) + 1, width_ratios=(*(1 for _ in loads), 0.05))
+    most = max(float(load.max()) for load in loads.values())
+    for axes, (name, load) in zip(panels, loads.items(), strict=True):
+        image = axes.imshow(
+            load, cmap="magma", vmin=0, vmax=most, origin="lower", interpolation="nearest", aspect="auto"
+        )
+        axes.set_title(name, fontsize=11)
+        axes.set_xlabel("expert")
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
+    panels[0].set_ylabel("layer ℓ")
+    figure.colorbar(image, cax=bar, label="part of the tokens")
+
+
 def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Axes) -> None:
     """Each layer that both scores are valid for, by both, numbered; darker is deeper."""
     layers = np.flatnonzero(a.valid & b.valid)

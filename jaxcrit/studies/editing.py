@@ -236,13 +236,18 @@ def edited(
 
 
 def check(config: ModelConfig) -> None:
-    """Refuses models in which a norm stands between ``down`` and the stream.
+    """Refuses models in which a norm, or a choice of experts, stands between ``down`` and the stream.
 
     Raises:
         UserError: it is such a model.
     """
     from jaxcrit.models.weights import table
 
+    if config.experts:
+        raise UserError(
+            f"--model: {config.family} models have {config.experts} experts in each layer, so that what down reads"
+            " depends on where each token goes; such models cannot be edited here"
+        )
     if any(row.path == "blocks.mlp_post_norm" for row in table(config)):
         raise UserError(
             f"--model: in {config.family} models a norm stands behind the MLP, so that no change of it gives the stream"

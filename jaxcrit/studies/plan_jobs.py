@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxcrit.core.auxiliaries import Adversarial, Objective, names_of, objectives_of
+from jaxcrit.core.auxiliaries import Adversarial, Auxiliary, Objective, names_of, objectives_of
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerSet
@@ -137,7 +137,7 @@ class _Job:
         shape = self.config.batch_size, length, model.num_heads, model.head_dim
         form, _ = choose_attention(model.attention, self.dtype, *shape, capped=model.attention_cap is not None)
         scores = 2 * 4 * self.tokens * length * model.num_heads // tensor if form == "reference" else 0
-        inside = 3 * size * self.tokens * self.model.ff_width // tensor
+        inside = 3 * size * self.tokens * max(1, model.experts_per_token) * model.ff_width // tensor
         blocks = sum(leaf.size for path, leaf in self.decoder.weights().items() if path.startswith("blocks."))
         gathered = size * blocks // self.model.num_layers // tensor  # from the other devices, to be used
         return max(scores, inside) + 3 * size * self.tokens * self.model.width + gathered
@@ -221,7 +221,7 @@ def _of_objectives(auxiliaries: Sequence[Objective], parts: Partition, once: int
             share = 1 if one.on == "loss" else (max(parts.layers) + 1) / depth
             passes += share * (one.steps * once + 1 + once)
             kept += round(share * depth)
-        elif one.rows:
+        elif isinstance(one, Auxiliary) and one.rows:
             top = one.layer if one.kind == "exit" else one.source(depth)
             tops[one.rows] = max(top + 1, tops.get(one.rows, 0))
     for name, layers in tops.items():

@@ -50,6 +50,8 @@ def verify(run: Path, tolerance: float) -> Verification:
     Raises:
         UserError: there is no run.
     """
+    if not run.exists():
+        raise UserError(f"{run}: expected a run directory, and there is nothing")
     if not (run / RECORD).is_file():
         raise UserError(f"{run}: expected a run directory, got one without {RECORD}")
     try:

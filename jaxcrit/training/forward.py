@@ -22,7 +22,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxcrit.models.decoder import Block, Context, layer_windows, look_up, run
 from jaxcrit.models.partition import FROZEN, Arrays, Bank, Partition, Run
-from jaxcrit.models.sites import Edit, Visit, visitor
+from jaxcrit.models.sites import Edit, Tap, Visit, visitor
 from jaxcrit.parallel.mesh import AnyMesh, batch_sharding
 
 Form = Literal["runs", "gaps"]
@@ -75,7 +75,7 @@ def hidden_states(
         return _gap_form(partition, bank, x, context, remat, edit)
     stop = partition.config.num_layers if stop is None else stop
     how: dict[str, Any] = {"dtype": dtype, "remat": remat, "mesh": mesh, "edit": edit, "offset": offset}
-    return layer_states(partition, bank, tokens, lengths, [stop - 1], **how)[stop - 1]
+    return layer_states(partition, bank, tokens, lengths, [stop - 1], **how)[0][stop - 1]
 
 
 def layer_states(
@@ -90,8 +90,9 @@ def layer_states(
     mesh: AnyMesh | None = None,
     edit: Edited | None = None,
     offset: jax.Array | None = None,
-) -> dict[int, jax.Array]:
-    """Residual stream after some layers, ``[B, T, D]`` by layer, from one pass up to the highest, as ``runs``.
+    tap: Tap | None = None,
+) -> tuple[dict[int, jax.Array], list[dict[str, Any]]]:
+    """Residual stream after some layers from one pass up to the highest, as ``runs``; and what a tap read on the way.
 
     Args:
         partition: partition of the bank.
@@ -104,13 +105,17 @@ def layer_states(
         mesh: see `hidden_states`.
         edit: see `hidden_states`.
         offset: see `hidden_states`.
+        tap: reads the stream at sites inside the blocks.
+
+    Returns:
+        States ``[B, T, D]`` by layer; and by run of layers, in order, what the tap returned at its sites ``[n, ...]``.
     """
     x, context = _entering(partition, bank, tokens, lengths, dtype, mesh, offset)
-    found, start = {}, 0
+    found, taps, start = dict[int, jax.Array](), list[dict[str, Any]](), 0
     for layer in sorted(layers):
-        x = _run_form(partition, bank, x, context, remat, edit, start, layer + 1)
-        found[layer], start = x, layer + 1
-    return found
+        x, read = _run_form(partition, bank, x, context, start, layer + 1, remat=remat, edit=edit, tap=tap)
+        found[layer], taps, start = x, [*taps, *read], layer + 1
+    return found, taps
 
 
 def _entering(
@@ -150,33 +155,38 @@ def _run_form(
     bank: Bank,
     x: jax.Array,
     context: Context,
-    remat: bool,
-    edit: Edited | None,
     start: int,
     stop: int,
-) -> jax.Array:
-    """Layers ``start`` to ``stop`` (half-open)."""
+    *,
+    remat: bool,
+    edit: Edited | None = None,
+    tap: Tap | None = None,
+) -> tuple[jax.Array, list[dict[str, Any]]]:
+    """The stream after layers ``start`` to ``stop`` (half-open), and what the tap returned, run by run."""
     rest = _stack(partition, bank[FROZEN])
+    taps: list[dict[str, Any]] = []
     for whole in partition.runs():
         low, high = max(whole.layers.start, start), min(whole.layers.stop, stop)
         if low >= high:
             continue
         part = Run(whole.group, whole.slot + low - whole.layers.start, range(low, high))
-        how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat}
+        how: dict[str, Any] = {"windows": layer_windows(partition.config, part.layers), "remat": remat, "tap": tap}
         if edit is not None:
             how |= {"edit": edit[0], "edits": _of_layers(edit, part.layers)}
         if part.group == FROZEN:
-            x = run(rest, jnp.asarray(part.slots), x, context, **how).hidden
+            out = run(rest, jnp.asarray(part.slots), x, context, **how)
+            x, taps = out.hidden, [*taps, out.taps]
             continue
         own = _own(partition, bank[part.group])
         if len(part.layers) < len(partition.members(part.group)):
             own = jax.tree.map(lambda leaf, part=part: leaf[part.slots[0] : part.slots[-1] + 1], own)
         if isinstance(own, Block):
-            x = run(own, None, x, context, **how).hidden
+            out = run(own, None, x, context, **how)
         else:
             base = jnp.asarray(part.layers)
-            x = run(rest, base, x, context, adapters=own, **how).hidden
-    return x
+            out = run(rest, base, x, context, adapters=own, **how)
+        x, taps = out.hidden, [*taps, out.taps]
+    return x, taps
 
 
 def _gap_form(

@@ -9,18 +9,22 @@ them, and rows of their own cost (layer + 1) / L of a pass.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxcrit.core.auxiliaries import Adversarial, Auxiliary, Objective
+from jaxcrit.core.auxiliaries import Adversarial, Auxiliary, Balance, Objective
 from jaxcrit.core.errors import UserError
 from jaxcrit.evaluation.losses import LossSums, response_loss, response_losses, sums_of
 from jaxcrit.evaluation.perturbations import find_perturbation, perturbed_tokens, relative_change, row_keys
+from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import look_up
+from jaxcrit.models.mixture import balance, used
 from jaxcrit.models.partition import Bank, Partition
+from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.training.forward import Edited, Form, hidden_states, layer_states, outside
 
@@ -86,8 +90,8 @@ def batch_losses(
     last = config.num_layers - 1
     read: dict[str, set[int]] = {"": {last}}
     for one in auxiliaries:
-        if isinstance(one, Adversarial):
-            read[""] |= set(partition.layers) if one.on == "states" else set()
+        if not isinstance(one, Auxiliary):
+            read[""] |= set(partition.layers) if isinstance(one, Adversarial) and one.on == "states" else set()
             continue
         paired = one.kind == "feature"
         read.setdefault("" if paired else one.rows, set()).add(one.layer)
@@ -95,14 +99,18 @@ def batch_losses(
             read.setdefault(one.rows, set()).add(one.source(config.num_layers))
     still = jax.lax.stop_gradient
     states: dict[str, dict[int, jax.Array]] = {}
+    routed = _router_tap(config, batch) if any(isinstance(one, Balance) for one in auxiliaries) else None
+    taps: list[dict[str, Any]] = []
     for name, layers in read.items():
         rows = batch.beside[name] if name else batch
         own = still(bank) if name.startswith("feature") else bank
-        if layers == {last} and not name:
+        if name:
+            states[name], _ = layer_states(partition, own, rows.tokens, rows.lengths, layers, **how)
+        elif layers == {last} and routed is None:
             hidden = hidden_states(partition, own, rows.tokens, rows.lengths, form=form, **how)
             states[name] = {last: hidden}
         else:
-            states[name] = layer_states(partition, own, rows.tokens, rows.lengths, layers, **how)
+            states[name], taps = layer_states(partition, own, rows.tokens, rows.lengths, layers, tap=routed, **how)
     norm, head = outside(bank, "norm"), outside(bank, "embed" if config.tied else "head")
 
     def exit_loss(rows: TokenBatch, hidden: jax.Array, norm: jax.Array, head: jax.Array) -> LossSums:
@@ -111,7 +119,9 @@ def batch_losses(
 
     found = [exit_loss(batch, states[""][last], norm, head)]
     for one in auxiliaries:
-        if isinstance(one, Adversarial):
+        if isinstance(one, Balance):
+            found.append(_balance_loss(batch, taps))
+        elif isinstance(one, Adversarial):
             found.append(_adversarial_loss(one, partition, bank, batch, states[""], form=form, **how))
         elif one.kind == "exit":
             rows = batch.beside[one.rows] if one.rows else batch
@@ -126,7 +136,9 @@ def totals_of(batch: TokenBatch, auxiliaries: Sequence[Objective]) -> list[jax.A
     """What the sum of each loss is to be divided by, the main one's first; float32, over all axes of the batch."""
     found = [jnp.sum(batch.learn[..., 1:], dtype=jnp.float32)]
     for one in auxiliaries:
-        if isinstance(one, Adversarial):
+        if isinstance(one, Balance):
+            found.append(jnp.float32(len(batch.tokens) if batch.tokens.ndim > 2 else 1))
+        elif isinstance(one, Adversarial):
             rows_or_tokens = batch.lengths > 1 if one.on == "states" else batch.learn[..., 1:]
             found.append(jnp.sum(rows_or_tokens, dtype=jnp.float32))
         elif one.kind == "exit":
@@ -154,7 +166,7 @@ def check_auxiliaries(auxiliaries: Sequence[Objective], partition: Partition) ->
                 )
             if not partition.layers:
                 raise UserError("--adversarial: is of the layers that train, and none does; choose some --layers")
-        elif one.layer < lowest:
+        elif isinstance(one, Auxiliary) and one.layer < lowest:
             trained = f"the lowest that trains is {lowest}" if partition.layers else "no layer trains"
             raise UserError(
                 f"--supervise={one}: nothing at or below layer {one.layer} trains ({trained}); supervise a higher layer"
@@ -192,6 +204,19 @@ def _feature_loss(one: Auxiliary, batch: TokenBatch, hidden: jax.Array, other: j
     return LossSums(total, count, total, count)
 
 
+def _router_tap(config: ModelConfig, batch: TokenBatch) -> Tap:
+    """What reads how a mixture's tokens are routed."""
+    inside = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    return Tap(functools.partial(used, inside=inside, config=config), ("router",))
+
+
+def _balance_loss(batch: TokenBatch, taps: list[dict[str, Any]]) -> LossSums:
+    """The balance loss of a batch (`jaxcrit.models.mixture.balance`), counted once."""
+    counts, shares = (jnp.concatenate(parts) for parts in zip(*(one["router"] for one in taps), strict=True))
+    loss, one = balance(counts, shares, jnp.sum(batch.lengths)), jnp.float32(1)
+    return LossSums(loss, one, loss, one)
+
+
 def _adversarial_loss(
     one: Adversarial,
     partition: Partition,
@@ -212,7 +237,7 @@ def _adversarial_loss(
     embeddings = look_up(outside(bank, "embed"), batch.tokens, config, how["dtype"])
 
     def changes(bank: Bank, states: dict[int, jax.Array], delta: jax.Array) -> jax.Array:
-        moved = layer_states(partition, bank, *given, layers, offset=delta, **how)
+        moved, _ = layer_states(partition, bank, *given, layers, offset=delta, **how)
         return sum((relative_change(states[layer], moved[layer], tokens) for layer in layers), jnp.zeros(()))
 
     def response(bank: Bank, delta: jax.Array) -> tuple[jax.Array, jax.Array]:

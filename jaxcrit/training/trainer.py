@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxcrit.core.auxiliaries import Objective
+from jaxcrit.core.auxiliaries import Balance, Objective
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import LayerTrainingOptions, TrainingOptions
 from jaxcrit.core.layers import LayerSet
@@ -64,7 +64,14 @@ class Trainer:
         again: Reselection | None = None,
     ):
         self.options, self.model, self.parts, self.steps, self.edit = options, model, parts, steps, edit
-        self.auxiliaries, self.again = auxiliaries, again
+        balances = [Balance(options.router_aux)] if options.router_aux else []
+        # What has no weight comes last, so that steps, which leave it out, number the others as tests do.
+        self.auxiliaries, self.again = sorted((*auxiliaries, *balances), key=lambda one: not one.weight), again
+        if options.router_aux and not model.config.experts:
+            raise UserError(
+                f"--router_aux={options.router_aux:g}: is of a mixture of experts; this {model.config.family} model has"
+                " no router"
+            )
         self.dtype = np.dtype(DTYPES[compute_dtype(options.dtype)])
         self.schedule = make_schedule(options.schedule, options.learning_rate, steps, options.warmup)
         self.optimizer = make_optimizer(

@@ -193,6 +193,7 @@ BESIDE = {  # what has to be given for another option to be accepted
 GIVEN = {
     "prefix": "context",
     "methods": "skip",
+    "method": "mean",
     "layers": "first:2",
     "groups": 2,
     "band": "4",

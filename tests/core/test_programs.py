@@ -5,9 +5,12 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
-from jaxcrit.core import programs
+from jaxcrit.core import programs, remembered
+from jaxcrit.core.files import sweep
+from jaxcrit.core.schema import Array
 
 RUN = "from jaxcrit.commands.main import main; import sys; sys.exit(main(sys.argv[1:]))"
 
@@ -62,17 +65,28 @@ def test_none_keeps_nothing(launch, tmp_path):
     assert not (tmp_path / "cache/programs").exists()
 
 
-def test_what_is_used_least_goes(tmp_path, monkeypatch):
-    monkeypatch.setattr(programs, "LARGEST", 1000)
+def test_what_is_used_least_goes(tmp_path):
     (tmp_path / "cpu").mkdir()
     for age, name in enumerate("abcde"):
         (tmp_path / "cpu" / name).write_bytes(bytes(150))
         os.utime(tmp_path / "cpu" / name, (10_000 - age, 10_000 - age))
-    programs._sweep(tmp_path)
+    sweep(tmp_path.glob("*/*"), 1000)
     assert len(list(tmp_path.glob("*/*"))) == 5
-    monkeypatch.setattr(programs, "LARGEST", 700)
-    programs._sweep(tmp_path)
+    sweep(tmp_path.glob("*/*"), 700)
     assert sorted(file.name for file in tmp_path.glob("*/*")) == ["a", "b"]
+
+
+def test_arrays_that_are_remembered_stay_in_bounds(tmp_path, monkeypatch):
+    monkeypatch.setenv("JAXCRIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(remembered, "LARGEST", 2_500)  # a file takes about 900
+    holds = {"a": Array("f", (100,))}
+    for number in range(6):
+        made = np.full(100, number, np.float32)
+        kept = remembered.remembered("kind", {"n": number}, holds, lambda made=made: {"a": made})
+        assert (kept["a"] == number).all()
+        assert sum(file.stat().st_size for file in (tmp_path / "kind").iterdir()) <= 2_500
+    assert remembered.recalled("kind", {"n": 5}, holds) is not None
+    assert remembered.recalled("kind", {"n": 0}, holds) is None
 
 
 def test_a_home_that_cannot_be_written(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import csv
 import dataclasses
+import itertools
 import json
 import math
 
@@ -149,7 +150,7 @@ def test_keys_of_other_families_are_not_read():
 
 
 REFUSED = {
-    "architecture": ({"model_type": "gpt2"}, "olmo3, phi3, qwen2, qwen3, smollm3, got 'gpt2'"),
+    "architecture": ({"model_type": "gpt2"}, "olmoe, phi3, qwen2, qwen3, qwen3_moe, smollm3, got 'gpt2'"),
     "near architecture": ({"model_type": "lama"}, "did you mean 'llama'"),
     "no architecture": ({"model_type": ..., "architectures": ...}, "expected model_type"),
     "other head": ({"architectures": ["LlamaForSequenceClassification"]}, "expected architecture LlamaForCausalLM"),
@@ -192,8 +193,21 @@ REFUSED = {
         "expected no layer_types, or full_attention for each of 3 layers",
     ),
     "experts": ({"num_local_experts": 8}, "mixture-of-experts"),
-    "mixtral": ({"model_type": "mixtral"}, "mixture-of-experts model (mixtral)"),
-    "qwen3_moe": ({"model_type": "qwen3_moe"}, "mixture-of-experts model (qwen3_moe)"),
+    "another mixture": ({"model_type": "phimoe"}, "mixture-of-experts model (phimoe); of mixtures olmoe, qwen3_moe,"),
+    "qwen2_moe": ({"model_type": "qwen2_moe"}, "Qwen2-MoE (qwen2_moe) is not read, for a shared expert with a gate"),
+    "deepseek": (
+        {"model_type": "deepseek_v3", "n_routed_experts": 256},
+        "DeepSeek-V3 (deepseek_v3) is not read, for shared experts stand beside those that are routed, and its first",
+    ),
+    "layers without experts": (
+        {"model_type": "qwen3_moe", "architectures": ..., "mlp_only_layers": [0]},
+        "mlp_only_layers is [0], which changes a qwen3_moe model",
+    ),
+    "every other layer with experts": (
+        {"model_type": "qwen3_moe", "architectures": ..., "decoder_sparse_step": 2},
+        "decoder_sparse_step is 2, which changes a qwen3_moe model",
+    ),
+    "clipped": ({"model_type": "olmoe", "architectures": ..., "clip_qkv": 8.0}, "clip_qkv is 8.0, which changes"),
     "quantised": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4}},
         "quantised checkpoint (gptq, by quantization_config)",
@@ -459,16 +473,16 @@ def test_real_files_are_accepted_or_refused_for_what_they_are():
 
 def test_weight_table_covers_each_tensor_once():
     """Rows of a fused tensor lie one behind the other and fill it; no path occurs twice."""
-    for case in CASES:
-        config = ModelConfig.from_hf(raw_config(case))
+    for case, fused in itertools.product(CASES, (False, True)):
+        config = dataclasses.replace(ModelConfig.from_hf(raw_config(case)), fused_experts=fused)
         rows, begin, shapes = table(config), offsets(config), hf_shapes(config)
         assert len({row.path for row in rows}) == len(rows)
         filled = {}
         for row in rows:
             assert begin[row.path] == filled.get(row.hf, 0)
             filled[row.hf] = begin[row.path] + row.hf_shape(config)[0]
-        assert {name.format(0): size for name, size in filled.items()} == {
-            name.format(0): shapes[name.format(0)][0] for name in filled
+        assert {name.format(0, 0): size for name, size in filled.items()} == {
+            name.format(0, 0): shapes[name.format(0, 0)][-2:][0] for name in filled
         }
 
 

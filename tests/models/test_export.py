@@ -26,7 +26,7 @@ def assert_same(path, expected):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("case", ["llama-bias", "qwen2-tied", "phi4-mini"])
+@pytest.mark.parametrize("case", ["llama-bias", "qwen2-tied", "phi4-mini", "mixtral"])
 def test_same_bits_in_one_file_or_many(case, dtype, tmp_path):
     raw = raw_config(case)
     source = write_model(tmp_path / "in", raw, dtype)

@@ -15,7 +15,7 @@ from jaxcrit.models.sites import SITES, Edit, Tap
 from jaxcrit.models.weights import halves, table
 
 LENGTH, LAYERS, WIDTH = 12, 3, 32
-STREAM = tuple(site for site in SITES if site != "ff")  # the places of the residual stream
+STREAM = tuple(site for site in SITES if site not in ("ff", "router"))  # the places of the residual stream
 POSITIONS = jnp.broadcast_to(jnp.arange(LENGTH), (2, LENGTH))
 
 
@@ -208,7 +208,7 @@ def test_a_site_that_nobody_reads_costs_nothing(decoder, tokens):
 @pytest.mark.parametrize("kind", [Edit, Tap])
 def test_sites_that_are_none(kind):
     with pytest.raises(
-        UserError, match=r"^sites: expected embed, attn, ff, mlp, block, got 'atn' .did you mean 'attn'"
+        UserError, match=r"^sites: expected embed, attn, router, ff, mlp, block, got 'atn' .did you mean 'attn'"
     ):
         kind(keep, ("block", "atn"))
     with pytest.raises(UserError, match=r"^sites='attn': expected a tuple of sites, such as \('attn',\)$"):

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.known_facts import knowing_checkpoint, new_facts
+from support.mixtures import answering_mixture, rows_to_answer, write_rows
 
 import jaxcrit
 from jaxcrit.core.errors import UserError
@@ -172,7 +173,7 @@ def wait_for_step(out, step, processes):
         time.sleep(0.05)
 
 
-def other_commands(tuned, states, known):
+def other_commands(tuned, states, known, mixture):
     """Every command that is not tested above; those that run a model in front, with a mesh across the processes."""
     rows = f"--data={ROWS}"
     return [
@@ -191,6 +192,7 @@ def other_commands(tuned, states, known):
             "--mesh=fsdp=8",
         ],
         ["ablate", rows, "--limit=8", "--methods=mean,gain", "--sites=mlp", "--score=greedy", "--out=ablate"],
+        ["prune", rows, "--limit=8", "--drop=5,6", "--controls=1", "--out=prune"],
         ["reuse", rows, f"--sender={tuned}", "--limit=8", "--max_new_tokens=2", "--random=1", "--out=reuse"],
         [
             "generate",
@@ -200,6 +202,18 @@ def other_commands(tuned, states, known):
             "--limit=8",
             "--max_new_tokens=2",
             "--out=mixed",
+        ],
+        [
+            "remix",
+            f"--model={mixture / 'model'}",
+            *(f"--{name}={mixture / name}.jsonl" for name in ("data", "reference")),
+            "--layers=5,6",
+            "--method=mean,kernel,mode,descent",
+            "--at=all",
+            "--neighbours=1",
+            "--steps=2",
+            "--controls=few",
+            "--out=remix",
         ],
         ["screen", rows, "--limit=12", f"--benign={ROWS}", "--classes=family", "--out=screen"],
         ["intervene", rows, "--limit=12", "--max_new_tokens=3", "--out=intervene"],
@@ -254,7 +268,11 @@ def test_every_other_command(tmp_path):
     ]
     capture = ["analyze", f"--data={ROWS}", "--limit=16", "--save_activations", f"--out={tmp_path / 'states'}"]
     known = knowing_checkpoint(tmp_path / "known")
-    commands = other_commands(tuned, tmp_path / "states", known)
+    mixture = tmp_path / "mixture"
+    answering_mixture(mixture / "model")
+    write_rows(mixture / "data.jsonl", rows_to_answer(8, wrong=3, seed=2))
+    write_rows(mixture / "reference.jsonl", rows_to_answer(12, seed=1))
+    commands = other_commands(tuned, tmp_path / "states", known, mixture)
     alone(json.dumps([train, capture, *commands]), folder=one, program=COMMANDS)
     for name in ("substitute", "generate"):
         shutil.copytree(one / name, folders[0] / name)
@@ -270,6 +288,10 @@ def test_every_other_command(tmp_path):
         assert ours.keys() == theirs.keys()
         for key, score in theirs.items():
             np.testing.assert_allclose(ours[key].values, score.values, atol=1e-5, err_msg=f"{path} {key}")
+    ours, theirs = (read_json(folder / "remix/remix.json", "jaxcrit.remix")["variants"] for folder in (folders[0], one))
+    for mine, other in zip(ours, theirs, strict=True):
+        assert mine["name"] == other["name"] and mine["exact"] == other["exact"] == 0.625
+        np.testing.assert_allclose(mine["loss"], other["loss"], atol=1e-5)
     for path in (
         "generate/generations.jsonl",
         "split/generations.jsonl",

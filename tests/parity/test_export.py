@@ -12,6 +12,7 @@ torch = reference.torch
 EXPORTED = (
     *("llama-bias", "llama-tied", "qwen2-mha", "qwen3-tied", "mistral-sliding", "phi3-gqa-sliding", "phi4-mini"),
     *("gemma2", "gemma3", "olmo2", "olmo3-yarn", "granite", "smollm3-sliding"),
+    *("olmoe-normed-mha", "qwen3_moe", "mixtral"),
 )
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 

@@ -17,6 +17,7 @@ from support.tiny_training import Trainer, random_batch
 
 from jaxcrit.commands.export import export_model
 from jaxcrit.commands.finetune import run_finetune
+from jaxcrit.core.auxiliaries import Balance
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.models.decoder import Decoder, forward, logits
 from jaxcrit.models.model import open_model
@@ -35,20 +36,40 @@ STEPS = [
     *itertools.product(
         ["gemma2", "gemma3-linear-capped", "olmo3-yarn", "granite", "smollm3"], ["everything"], [0.1 * RATE]
     ),
+    *itertools.product(["olmoe-normed-mha", "qwen3_moe"], ["one layer"], [0.1 * RATE]),
 ]
 
 
 @pytest.mark.parametrize(("case", "trains", "bound"), STEPS)
 def test_adamw_steps_agree_with_float64(case, trains, bound, tmp_path):
+    steps_agree(case, trains, bound, tmp_path)
+
+
+def test_steps_with_a_balance_loss_agree_with_float64(tmp_path):
+    """Experts and routers of all layers, under transformers' own loss; its tokens are those of the attention mask."""
+    steps_agree("mixtral", "everything", 0.1 * RATE, tmp_path, router_aux=0.5)
+
+
+def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
     model = reference.make(raw_config(case), tmp_path)
     decoder = load_path(tmp_path)
     config, layers = decoder.config, (1,) if trains == "one layer" else range(decoder.config.num_layers)
     outside = () if trains == "one layer" else ("embed", "norm", "head")
-    trainer = Trainer(layers, outside, config=config, rate=RATE, weights=decoder.weights(), weight_decay=0.1, clip=0.5)
+    trainer = Trainer(
+        layers,
+        outside,
+        config=config,
+        rate=RATE,
+        weights=decoder.weights(),
+        weight_decay=0.1,
+        clip=0.5,
+        auxiliaries=[Balance(router_aux)] if router_aux else [],
+    )
     batches = [random_batch(seed=seed, vocab=config.vocab_size) for seed in range(3)]
     metrics = trainer.run(*batches)
 
     wide = model.double().train()
+    wide.set_experts_implementation("eager")  # torch has no grouped products of float64
     wide.model.embed_tokens.padding_idx = None  # torch leaves the row of Phi-3's padding token out of training
     trained = {
         name: value
@@ -64,7 +85,13 @@ def test_adamw_steps_agree_with_float64(case, trains, bound, tmp_path):
     for batch, found in zip(batches, metrics, strict=True):
         optimizer.zero_grad()
         loss, means = reference.response_loss(wide, batch)
-        loss.backward()
+        if router_aux:
+            tokens, inside = (torch.from_numpy(part) for part in (batch.tokens[0].astype(np.int64), at_tokens(batch)))
+            routed = wide(tokens, attention_mask=inside, output_router_logits=True)
+            (loss + router_aux * routed.aux_loss).backward()
+            np.testing.assert_allclose(found.auxiliaries[0].per_token, routed.aux_loss.item(), rtol=1e-5)
+        else:
+            loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.5)
         optimizer.step()
         np.testing.assert_allclose(found.sums.per_token, loss.item(), rtol=1e-6)
@@ -72,10 +99,17 @@ def test_adamw_steps_agree_with_float64(case, trains, bound, tmp_path):
         np.testing.assert_allclose(found.gradient_norm, norm.item(), rtol=1e-5)
 
     before = {path: jnp.asarray(value) for path, value in load_path(tmp_path).weights().items()}
-    tuned = Decoder(config, trainer.partition.merge(before, trainer.state.params))
+    tuned = Decoder(
+        dataclasses.replace(config, fused_experts=True), trainer.partition.merge(before, trainer.state.params)
+    )
     state = wide.state_dict()
     errors = np.concatenate([np.abs(value - state[name].numpy()).ravel() for name, value in to_hf(tuned)])
     assert np.quantile(errors, 0.999) <= 1e-6 and errors.max() <= bound, errors.max()
+
+
+def at_tokens(batch):
+    """``[B, T]``, 1 at real tokens, of the first micro-batch."""
+    return (np.arange(batch.tokens.shape[2]) < batch.lengths[0][:, None]).astype(np.int64)
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.criteria.delta import deletions, layer_scores, values_without_each
 from jaxcrit.selection import certainty, confidence_set, leverage, sample_sizes
 from jaxcrit.selection.cautions import cautions
+from jaxcrit.selection.confidence import SampleSizes
 from jaxcrit.similarity import permutation_null, sweep
 
 KEY = "step_debiased"
@@ -162,3 +163,43 @@ def test_unrelated_neighbours_are_named():
     result = result_of(layer_scores(tables), {"null_mean": null.mean, "null_p": null.p})
     line = next(line for line in cautions(result, trim=2) if "no more like" in line)
     assert "layers 5, 6, 7 are" in line
+
+
+def set_by_definition(score, left, level, draws, seed):
+    """Layer by layer: the largest standardised lead of another against the same of the bootstrap's draws."""
+    rng, (count, depth) = np.random.default_rng(seed), left.shape
+    sign = 1 if score.direction == "low" else -1
+    multipliers = rng.standard_normal((draws, count))
+    student = np.sqrt((count - 1) / rng.chisquare(count - 1, (draws, 1)))
+    noise = sign * (multipliers @ ((left.mean(axis=0) - left) * np.sqrt((count - 1) / count))) * student
+    held = []
+    for layer in range(depth):
+        leads, deviations = [], []
+        for other in set(range(depth)) - {layer}:
+            apart = left[:, layer] - left[:, other]
+            error = np.sqrt((count - 1) / count * np.square(apart - apart.mean()).sum())
+            leads.append(sign * (score.values[layer] - score.values[other]) / error)
+            deviations.append((noise[:, layer] - noise[:, other]) / error)
+        # The layer's lead over itself is 0, and so is that of every draw.
+        if max(0, *leads) <= np.quantile(np.maximum(np.max(deviations, axis=0), 0), level):
+            held.append(layer)
+    return tuple(held)
+
+
+@pytest.mark.parametrize("direction", ["low", "high"])
+@pytest.mark.parametrize("seed", range(6))
+def test_the_set_is_that_of_its_definition(seed, direction):
+    """Of layers of very different spread, where only standardised differences tell which may be the lowest."""
+    rng = np.random.default_rng(seed)
+    spread = np.array([0.01, 1, 0.02, 2, 0.05, 0.5])
+    score, left = gaussian(rng, np.array([0, 0.1, 0.004, -0.2, 0.02, -0.05]), spread=spread)
+    score = dataclasses.replace(score, direction=direction)
+    found = confidence_set([score], [left], level=0.9, trim=0, draws=500, seed=seed)
+    assert found == set_by_definition(score, left, 0.9, 500, seed)
+
+
+def test_enough_prompts_are_read_off_the_curve():
+    curve = SampleSizes(np.array([10, 40, 160]), np.array([0.5, 0.9, 1.0]), np.ones(3))
+    assert curve.enough(0.9) == 40 and curve.enough(0.5) == 10 and curve.enough(1.0) == 160
+    assert curve.enough(0.7) == 20, "halfway between 10 and 40 on a logarithmic axis"
+    assert dataclasses.replace(curve, same=np.array([0.5, 0.6, 0.7])).enough(0.8) is None

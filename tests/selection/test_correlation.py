@@ -227,3 +227,16 @@ def test_what_sign_and_p_mean():
 def test_ties_are_counted():
     assert tied(np.array([1.0, 1, 2, 3])) == 0.5
     assert tied(np.array([1.0, 2, 3])) == 0
+
+
+def test_interval_leaves_out_layers_that_either_lacks():
+    rng, parts = np.random.default_rng(0), []
+    for gap in (2, 5):
+        left = rng.standard_normal((30, 8)) * 0.01 + rng.permutation(8)
+        left[:, gap] = np.nan
+        parts.append((left.mean(axis=0), Deletions(left, np.arange(30).astype(str))))
+    (x, without_x), (y, without_y) = parts
+    kept = [0, 1, 3, 4, 6, 7]
+    both = [Deletions(one.values[:, kept], one.sample_ids) for one in (without_x, without_y)]
+    expected = jackknife_interval(x[kept], y[kept], *both)
+    assert jackknife_interval(x, y, without_x, without_y) == pytest.approx(expected)

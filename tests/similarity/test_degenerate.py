@@ -6,6 +6,7 @@ from support import oracles
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.similarity import DegenerateError, centred_grams, cka
+from jaxcrit.similarity._survey import _repeats
 
 
 def hidden_states():
@@ -102,3 +103,16 @@ def test_other_side_is_checked_too():
 def test_wrong_arguments(call, match):
     with pytest.raises(UserError, match=match):
         call(hidden_states())
+
+
+def test_copies_that_others_stand_between_are_found():
+    """Along the first direction six samples are one; those taken out bring the last two together."""
+    numbers = np.array([0, 2, 1, 3, 4, 5])  # samples by their order there, as x z x' y' z' y
+    x, z, y = np.eye(3, dtype=np.float32)
+    hidden = np.zeros((1, 6, 3), np.float32)
+    hidden[0, [0, 1, 2, 3, 4, 5]] = x, x, z, y, z, y
+    projected = np.zeros((6, 4))
+    projected[:, 0] = np.argsort(numbers) * 1e-9
+    projected[:, 1:] = hidden[0]
+    earlier, later = _repeats(hidden, projected, np.full(6, 1e-6))
+    assert list(zip(earlier.tolist(), later.tolist(), strict=True)) == [(0, 1), (2, 4), (3, 5)]

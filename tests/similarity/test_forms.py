@@ -3,6 +3,7 @@
 import functools
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -17,6 +18,9 @@ from jaxcrit.similarity import (
     DegenerateError,
     FeatureSums,
     GramSums,
+    _cka,
+    _forms,
+    _grams,
     choose_form,
     cka_without_each,
     features,
@@ -355,3 +359,69 @@ def test_choice_of_form(shape, options, name):
 def test_no_form(options, match):
     with pytest.raises(UserError, match=match):
         choose_form(100_000, 4096, 32, **{"memory": 130 * GIB, **options})
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_a_form_is_said_to_hold_and_do(devices):
+    """Bytes of float32 activations, Grams and tables that a device holds, and operations, by hand."""
+    count, width, depth, near = 2000, 512, 12, 2
+    pairs, near_pairs = depth * (depth + 1) // 2, sum(min(near, other) + 1 for other in range(depth))
+    activations, tables = 4 * depth * count * width, 16 * count * depth**2
+    tile = min(_forms.BLOCK, count)
+    expected = {
+        "resident": activations + 8 * depth * count**2 / devices + tables,
+        "tiled": activations / devices + 12 * depth * tile**2 + tables,
+        "features": activations + 8 * width**2 / devices,
+        "streamed": 8 * pairs * width**2 / devices + 8 * depth * tile * width,
+    }
+    operations = {
+        "resident": 2 * depth * count**2 * width + 4 * depth**2 * count**2,
+        "tiled": depth * count**2 * width + 4 * depth**2 * count**2,
+        "features": 2 * pairs * count * width**2,
+        "streamed": 2 * pairs * count * width**2,
+    }
+    for name, held in expected.items():
+        form = choose_form(count, width, depth, memory=GIB, devices=devices, asked=name)
+        assert (form.flops, form.memory) == (operations[name], held), name
+    banded = choose_form(count, width, depth, band=near, memory=GIB, asked="features")
+    assert banded.flops == 2 * near_pairs * count * width**2
+    tiled_band = choose_form(count, width, depth, band=near, memory=GIB, asked="tiled")
+    assert tiled_band.flops == depth * count**2 * width + 4 * depth * (2 * near + 1) * count**2
+
+
+def test_cka_of_many_samples_takes_sums_alone(monkeypatch):
+    """They cost a third less than rows do, and say the same."""
+    asked, hidden = [], np.random.default_rng(0).standard_normal((3, 40, 8), dtype=np.float32)
+    monkeypatch.setattr(_cka, "RESIDENT_SAMPLES", 39)
+    monkeypatch.setattr(_cka, "tiled", lambda *given, **options: asked.append(options) or tiled(*given, **options))
+    found = _cka.cka(hidden)
+    assert asked == [{"sums": True}]
+    np.testing.assert_allclose(found, oracles.oracle(hidden), atol=1e-6)
+
+
+def test_a_trace_is_brought_into_one_to_two():
+    for trace in (1e-30, 0.5, 0.99, 1.0, 1.5, 2.0, 3e20):
+        assert 1 <= trace * float(_grams.power_of_two(np.float32(trace))) < 2
+
+
+def test_tiles_are_counted_from_one_to_all():
+    seen = []
+    hidden = np.random.default_rng(0).standard_normal((2, 10, 4), dtype=np.float32)
+    tiled(hidden, tile=4, progress=lambda *counts: seen.append(counts))
+    assert seen == [(number, 6) for number in range(1, 7)], "three blocks, six pairs of them"
+
+
+def test_only_one_cpu_is_one_cpu():
+    one, mesh = jnp.zeros(8), jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    many = jax.device_put(one, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data")))
+    assert _grams.on_one_cpu(one) and not _grams.on_one_cpu(many) and not _grams.on_one_cpu(one, many)
+
+
+@pytest.mark.parametrize("noise", [0, 1e-6, 2 * _grams.ROUNDING])
+def test_a_constant_layer_of_a_stream(noise):
+    hidden = oracles.chain(4, 40, 6)
+    hidden[1], hidden[3] = 3 + noise * hidden[1], 0
+    sums = FeatureSums(4, 6, block=16)
+    sums.add(hidden)
+    with pytest.raises(DegenerateError, match="layers 1, 3 are constant: all 40 samples"):
+        sums.tables()

@@ -11,6 +11,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.similarity import (
     _grams,
+    _inference,
     centred_grams,
     cka,
     cka_without_each,
@@ -66,6 +67,10 @@ def test_jackknife_across_models():
     assert deleted.shape == (12, 2, 3)
     expected = cka(np.delete(left, 5, 1), bias="debiased", other=np.delete(right, 5, 1))
     np.testing.assert_allclose(deleted[5], expected, atol=1e-6)
+    i, j = _inference._wanted(tables, None)
+    assert sorted(zip(i.tolist(), j.tolist(), strict=True)) == sorted(
+        [(layer, layer) for layer in range(5)] + [(a, b) for a in (0, 1) for b in (2, 3, 4)]
+    ), "pairs of one model are not asked for, and not computed"
 
 
 def test_debiased_jackknife_needs_five_samples():

@@ -1,5 +1,7 @@
 """Every measure against its definition in float64 on the activations, and what none of them may see."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -24,6 +26,7 @@ from jaxcrit.similarity import (
     svcca,
     unit_rows,
 )
+from jaxcrit.similarity._measures import _leading
 
 EXAMPLES = settings(max_examples=15, deadline=None, derandomize=True)
 
@@ -161,3 +164,13 @@ def test_bad_input():
     with pytest.raises(UserError, match="each name once"):
         parse_measures("rsa,rsa")
     assert parse_measures("") == () and parse_measures("rsa, knn") == ("rsa", "knn")
+
+
+def test_svcca_takes_no_more_components_than_explain_the_share():
+    """Of two of equal variance the first explains exactly half; and equal layers never exceed 1."""
+    spectrum = decompose(centred_grams(np.random.default_rng(1).standard_normal((9, 40, 30), dtype=np.float32)))
+    halves = dataclasses.replace(spectrum, singular_values=np.repeat([[1.0, 0]], [2, 37], axis=1).repeat(9, axis=0))
+    for variance, count in ((0.4, 1), (0.5, 1), (0.6, 2)):
+        assert {scores.shape[1] for scores in _leading(halves, variance)} == {count}
+    found = svcca(spectrum)
+    assert (found <= 1).all() and np.diagonal(found).min() > 1 - 1e-5

@@ -235,7 +235,8 @@ def test_what_has_no_weight_is_measured_and_changes_no_bit(config, finished):
 def test_rows_beside_rows_come_from_their_fields(base, data, tmp_path):
     rows = [json.loads(line) for line in data.read_text().splitlines()]
     texts = [{"known": f"{row['prompt']} and", "said": f"is {row['response']}"} for row in rows]
-    file = rows_file(tmp_path / "rows.jsonl", [row | text for row, text in zip(rows, texts, strict=True)])
+    rows = [row | text for row, text in zip(rows, texts, strict=True)]
+    file = rows_file(tmp_path / "rows.jsonl", rows)
     asked = "3:logits:said,2:feature:known,4:feature:known+said"
     config = dataclasses.replace(base, data=str(file), supervise=asked, steps=2, out=str(tmp_path / "run"))
     found = run_finetune(config)
@@ -247,8 +248,7 @@ def test_rows_beside_rows_come_from_their_fields(base, data, tmp_path):
     opened, read = open_model(base.model), {}
     fields = (("prompt", "response"), ("prompt", "said"), ("known", ""), ("known", "said"))
     for number, (prompt, response) in enumerate(fields):
-        given = [{"prompt": row[prompt]} | ({"response": row[response]} if response else {})
-                 for row in map(json.loads, file.read_text().splitlines())]  # fmt: skip
+        given = [{"prompt": row[prompt]} | ({"response": row[response]} if response else {}) for row in rows]
         read[number] = whole(NamedRows("rows", "rows", given), opened.tokenizer, config)
     names = ["logits:said", "feature:known", "feature:known+said"]
     (dataset,) = opened.read(config, None, responses=True, beside=names)
@@ -319,11 +319,17 @@ def test_killed_around_a_choice_of_layers_and_resumed_ends_in_the_same_bits(conf
 
 def test_layers_are_chosen_anew_by_the_model_as_it_is(base, tmp_path):
     asked = dataclasses.replace(
-        base, layers="rgn:1", reselect=1, steps=2, checkpoint_every=1, learning_rate=0.3, out=str(tmp_path / "run")
+        base,
+        layers="stable_rank:1",
+        reselect=1,
+        steps=2,
+        checkpoint_every=1,
+        learning_rate=0.3,
+        out=str(tmp_path / "run"),
     )
     found = run_finetune(asked)
     first, second = found.run["trained"]["selections"]
-    spec = LayerSpec.parse("rgn:1")
+    spec = LayerSpec.parse("stable_rank:1")
     for model, chosen in ((base.model, first), (open_model(asked.out, step="1"), second)):
         layers = chosen_by_scores(asked, spec, open_model(model), None, rows=None, progress=None).layers
         assert list(layers) == chosen["layers"]

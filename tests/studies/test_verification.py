@@ -101,7 +101,8 @@ def test_rounding_is_no_difference(copy):
 
 
 def test_what_is_no_whole_run(copy, tmp_path, capsys):
-    for given, said in ((tmp_path / "absent", "without run.json"), ("", "expected run directories")):
+    nothing = ((tmp_path / "absent", "there is nothing"), (tmp_path, "without run.json"), ("", "expected run dir"))
+    for given, said in nothing:
         assert main(["verify", *([str(given)] if given else [])]) == 2
         assert said in capsys.readouterr().err
     run = copy("generate")

@@ -6,6 +6,7 @@ tensor's name: a golden needs only the config. Norm weights and biases are rando
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zlib
 from collections.abc import Mapping
@@ -187,6 +188,42 @@ CASES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "attention_bias": True,
     },
+    "olmoe": {"model_type": "olmoe", "num_experts": 8, "num_experts_per_tok": 3},
+    "olmoe-normed-mha": {
+        "model_type": "olmoe",
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "num_key_value_heads": 4,
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+    },
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 20,
+        "norm_topk_prob": True,
+        "head_dim": 12,
+    },
+    "qwen3_moe-sliding": {
+        "model_type": "qwen3_moe",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 16,
+        "use_sliding_window": True,
+        "sliding_window": 6,
+        "max_window_layers": 2,
+        "tie_word_embeddings": True,
+    },
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 6},
+    "mixtral-tied": {
+        "model_type": "mixtral",
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "head_dim": 12,
+        "tie_word_embeddings": True,
+    },
 }
 # Those with a golden: every family, every rotary kind, every optional weight.
 GOLDEN_CASES = (
@@ -206,6 +243,9 @@ GOLDEN_CASES = (
     "olmo3-yarn",
     "granite",
     "smollm3",
+    "olmoe",
+    "qwen3_moe",
+    "mixtral",
 )
 
 
@@ -227,7 +267,8 @@ def recipe(name: str, shape: tuple[int, ...]) -> np.ndarray:
 
 def tensors(raw: Mapping[str, Any], dtype: str = "float32") -> dict[str, np.ndarray]:
     """All tensors of a checkpoint."""
-    shapes = hf_shapes(ModelConfig.from_hf(raw))
+    # Experts in one tensor of a layer, as transformers holds them: names, and so weights, are those of its state.
+    shapes = hf_shapes(dataclasses.replace(ModelConfig.from_hf(raw), fused_experts=True))
     return {name: recipe(name, shape).astype(DTYPES[dtype]) for name, shape in shapes.items()}
 
 

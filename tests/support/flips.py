@@ -22,6 +22,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_npz
 from jaxcrit.core.layers import LayerSet, read_scores
 from jaxcrit.core.rundir import read_record
+from jaxcrit.data.datasets import read_rows
 from jaxcrit.evidence.states_files import read_states
 from jaxcrit.models.model import open_model
 from jaxcrit.studies.verification import verify
@@ -61,6 +62,8 @@ def read(run: Path, name: str, command):
         read_npz(file)
     elif file.suffix == ".safetensors":
         read_states(file)
+    elif file.suffix == ".jsonl" and file.name != "metrics.jsonl":
+        read_rows(file)
     elif name.startswith("checkpoints/"):
         _ = open_model(run, step=name.split("/")[1]).overlays
     elif code := called(command):

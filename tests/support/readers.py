@@ -523,6 +523,12 @@ def _study(folder: Path) -> Any:
     return read_study(folder / "reuse.json")
 
 
+def _remixed(folder: Path) -> Any:
+    from jaxcrit.commands.remix import read_study
+
+    return read_study(folder / "remix.json")
+
+
 @functools.cache
 def _trainer() -> Any:
     from support.tiny_training import Trainer, random_batch
@@ -721,6 +727,8 @@ def readers() -> dict[str, Reader]:
     """All of them by name."""
     from jaxcrit.commands.finetune import FinetunedRun
     from jaxcrit.commands.generate import Answer
+    from jaxcrit.commands.remix import REMIX_FORMAT
+    from jaxcrit.commands.remix import Study as Remix
     from jaxcrit.commands.reuse import REUSE_FORMAT, ReuseRun, Study
     from jaxcrit.commands.screen import Verdict
     from jaxcrit.commands.trace import TracedRun
@@ -778,6 +786,7 @@ def readers() -> dict[str, Reader]:
         Reader("metrics.jsonl", _written("metrics.jsonl", _as_lines([example(LossRow)] * 3)), _metrics),
         Reader("arm.json", _ours("arm.json", ARM_FORMAT, ArmTests), _tests),
         Reader("reuse.json", _ours("reuse.json", REUSE_FORMAT, Study), _study),
+        Reader("remix.json", _ours("remix.json", REMIX_FORMAT, Remix), _remixed),
         Reader("options, TOML", _written("options.toml", 'data = "demo"\nlimit = 24\nout = "x"\n'), _toml),
         Reader("options, flags", _written("options.flags", "--data=demo\n--limit=24\n# more\n--out=x\n"), _flagfile),
         Reader("rows, jsonl", _written("rows.jsonl", _as_lines(ROWS)), _rows("rows.jsonl")),

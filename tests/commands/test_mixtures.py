@@ -1,0 +1,170 @@
+"""Every use of a model, on a tiny mixture: one line a command with what it found (shown by ``pytest -rP``)."""
+
+import contextlib
+import io
+import json
+
+import jax
+import numpy as np
+import pytest
+from support.family_models import raw_config
+from support.tiny_model import prompts_file, tiny_checkpoint
+
+from jaxcrit.commands.main import main
+from jaxcrit.commands.score import ScoreOptions, run_score
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.files import read_object
+from jaxcrit.core.layers import read_scores
+from jaxcrit.evidence.weights import layer_tensors
+from jaxcrit.models import mixture
+from jaxcrit.models import model as session
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.model import open_model
+from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.studies.editing import check
+
+TINY = {
+    "architectures": ["OlmoeForCausalLM"],
+    "model_type": "olmoe",
+    "num_hidden_layers": 5,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "num_key_value_heads": 4,
+    "vocab_size": 328,
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("mixtures")
+    tiny_checkpoint(path / "model", **TINY)
+    prompts = prompts_file(path / "prompts.jsonl", 16)
+    (path / "rows.jsonl").write_text(prompts.read_text().replace('"}', '", "response": "one two"}'))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(path)
+        patch.setattr(mixture, "_SMALL", 0)  # blocks of pairs, as larger models have it
+        yield path
+
+
+TRAIN = "--data=rows.jsonl --steps=2 --batch_size=8 --learning_rate=1e-2 --eval_data=rows.jsonl --template=none"
+COMMANDS = {
+    "analyze": "--model=model --data=prompts.jsonl --template=none",
+    "score": "--model=model --data=rows.jsonl --template=none",
+    "ablate": "--model=model --data=rows.jsonl --template=none --sites=mlp",
+    "finetune experts": f"--model=model --layers=1-2 {TRAIN} --router_aux=0.01",
+    "finetune attention": f"--model=model --layers=first:2 --lora_rank=2 {TRAIN}",
+    "finetune all": f"--model=model --layers=all {TRAIN}",
+    "substitute": "--base=model --tuned=finetune-all --data=rows.jsonl --template=none --window=1",
+    "generate": "--model=model --data=prompts.jsonl --template=none --max_new_tokens=4",
+    "reuse": "--sender=model --receiver=finetune-all --data=rows.jsonl --template=none --max_new_tokens=2 --random=2",
+    "inspect": "--model=model",
+}
+
+
+def found_in(out, name, said):
+    """What a command found, in a line."""
+    if (out / "scores.json").is_file():
+        scores = read_scores(out / "scores.json")
+        return ", ".join(f"{key} {np.array2string(one.values, precision=3)}" for key, one in list(scores.items())[:2])
+    record = read_object(out / "run.json", "a run") if (out / "run.json").is_file() else {}
+    return json.dumps(record.get("result", {}))[:110] if "result" in record else said.splitlines()[0][:110]
+
+
+@pytest.fixture(scope="module")
+def told(folder):
+    """What every command printed, and the line of its result."""
+    lines = {}
+    for name, asked in COMMANDS.items():
+        out = folder / name.replace(" ", "-")
+        words = [name.split()[0], *asked.split(), *([] if name == "inspect" else [f"--out={out}"])]
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert main(words) == 0, (name, said.getvalue())
+        lines[name] = said.getvalue(), found_in(out, name, said.getvalue())
+    return lines
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_command_runs_on_a_mixture(name, told):
+    print(f"| {name} | {told[name][1]} |")
+    assert told[name][1].strip()
+
+
+def test_training_says_whether_there_is_a_balance_loss(told):
+    assert "without a balance loss" in told["finetune all"][0].replace("\n", " ")
+    assert "balance loss" not in told["finetune experts"][0]
+
+
+def test_what_trains_is_what_was_named(folder, told):
+    """Experts and routers of the chosen layers move, those of others do not; adapters move attention alone."""
+
+    def moved(run):
+        pairs = zip(layer_tensors(open_model("model")), layer_tensors(open_model(run)), strict=True)
+        return [{path for path in one if not np.array_equal(one[path], other[path])} for one, other in pairs]
+
+    experts, attention = moved("finetune-experts"), moved("finetune-attention")
+    assert {"blocks.router", "blocks.gate", "blocks.up", "blocks.down"} <= experts[1] & experts[2]
+    assert not (experts[0] or experts[3] or experts[4] or attention[2])
+    assert attention[0] == attention[1] == {f"blocks.{name}" for name in "qkvo"}
+
+
+def test_scores_by_expert(folder, told):
+    """Spectra and changes of each expert beside those of the layer, which stand for their mean and their sum."""
+    scores = run_score(
+        ScoreOptions(model="finetune-experts", base="model", criteria="weight_change,stable_rank"), keep=False
+    ).scores
+    change, rank = (np.array(scores[key].meta["experts"]) for key in ("weight_change", "stable_rank"))
+    assert change.shape == rank.shape == (5, 4) and (change[[1, 2]] > 0).all() and not change[[0, 3, 4]].any()
+    tensors = list(layer_tensors(open_model("finetune-experts")))
+    kinds = {path: [value for value in np.stack([one[path] for one in tensors])] for path in tensors[0]}
+    by_hand = []
+    for path in ("blocks.gate", "blocks.up", "blocks.down"):
+        values = np.linalg.svd(np.array(kinds[path], np.float64), compute_uv=False)
+        ranks = (values**2).sum(-1) / values[..., 0] ** 2
+        by_hand.append(ranks / ranks.mean())
+    np.testing.assert_allclose(rank, np.mean(by_hand, axis=0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=4,tensor=2"])
+def test_meshes_find_what_one_device_finds(mesh, folder, monkeypatch):
+    criteria = "routing_sensitivity,gradient_norm,lens_kl"
+    asked = {"model": "model", "data": "rows.jsonl", "template": "none", "criteria": criteria}
+    found = run_score(ScoreOptions(**asked, mesh=mesh), keep=False).scores
+    one = make_mesh({"data": 1}, jax.devices()[:1])
+    monkeypatch.setattr(session, "make_mesh", lambda axes: one)
+    expected = run_score(ScoreOptions(**asked), keep=False).scores
+    assert found.keys() == expected.keys()
+    for key, score in expected.items():
+        np.testing.assert_allclose(found[key].values, score.values, rtol=1e-5, atol=1e-6, err_msg=key)
+    np.testing.assert_allclose(
+        found["routing_sensitivity"].meta["load"], expected["routing_sensitivity"].meta["load"], atol=1e-12
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (
+            f"finetune --model=model --layers=all --lora_rank=2 --lora_targets=q,up {TRAIN} --out=none",
+            "--lora_targets=up: is of the 4 experts of each layer, which have no adapters (nor has their router)",
+        ),
+        (
+            f"finetune --model=dense --layers=all {TRAIN} --router_aux=0.1 --out=none",
+            "--router_aux=0.1: is of a mixture of experts; this llama model has no router",
+        ),
+        (
+            "score --model=dense --data=rows.jsonl --criteria=routing_sensitivity --template=none --out=none",
+            "--criteria=routing_sensitivity: is of a mixture of experts; this llama model has no router",
+        ),
+    ],
+)
+def test_what_does_not_go_is_said_in_a_line(asked, message, folder, capsys):
+    if "dense" in asked and not (folder / "dense").exists():
+        tiny_checkpoint(folder / "dense")
+    assert main(asked.split()) == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")
+
+
+def test_facts_cannot_be_edited_in_a_mixture():
+    with pytest.raises(UserError, match="mixtral models have 4 experts in each layer, so that what down reads depends"):
+        check(ModelConfig.from_hf(raw_config("mixtral")))
