@@ -43,7 +43,7 @@ CAVEATS = (
 class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
     """What ``jaxcrit score`` is asked."""
 
-    criteria: str = option("", "keys with commas (default: all of docs/criteria.md but perturbations)", word="KEYS")
+    criteria: str = option("", "keys of docs/criteria.md (default: all but perturbations)", word="KEYS")
     base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
 
 

@@ -38,10 +38,10 @@ class PerturbationOptions(
 ):
     """What perturbations are asked."""
 
-    eps: float = option(0.05, "length of a perturbation, in norms of the token's embedding", above=0)
+    eps: float = option(0.05, "length allowed, in norms of the embedding", above=0)
     wide: float = option(0.5, "the same for perturbation_gain_wide", above=0)
     steps: int = option(5, "steps of the ascent", lowest=1)
-    own: bool = option(False, "search for each layer apart: as many times dearer as layers")
+    own: bool = option(False, "a search for each layer, as many times dearer")
     rounds: int = option(10, "rounds of power iteration, for perturbation_gain_local", lowest=1)
     seed: int = option(0, "seed of the starts", lowest=0)
 
