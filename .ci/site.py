@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ TAKEN = {
     "changelog.md": "CHANGELOG.md",
     "model_card.md": "jaxcrit/assets/demo_model/MODEL_CARD.md",
     "CITATION.cff": "CITATION.cff",
-    "criticality_correlation.json": "experiments/results/criticality_correlation.json",
 }
+# Results that pages link to.
+for page in (ROOT / "docs").glob("*.md"):
+    for source in re.findall(r"\]\(\.\./([^)#:]+)\)", page.read_text(encoding="utf-8")):
+        TAKEN.setdefault(Path(source).name, source)
 
 
 def on_files(files: Any, config: Any) -> Any:

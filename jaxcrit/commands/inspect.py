@@ -63,6 +63,11 @@ def model_text(model: Model, template: str = "auto") -> str:
             f"{config.family}: {config.num_layers} layers of width {config.width}, MLP {config.ff_width},"
             f" {config.num_heads} heads of {config.head_dim} ({config.num_kv_heads} of keys and values),"
             f" {config.vocab_size} tokens, context {config.max_length}",
+            *(
+                [f"mixture: {config.experts} experts in each layer, {config.experts_per_token} for a token"]
+                if config.experts
+                else []
+            ),
             f"head: {'the embedding (tied)' if config.tied else 'its own'}",
         ],
         "files": [*_files(model), *model.checkpoint.notes, *_overlays(model)],

@@ -315,7 +315,7 @@ class ObjectiveOptions(Options, title="objectives"):
 
     supervise: str = option("", "losses of inner layers: 8, 2:logits:FIELD, 2:feature:FIELD, ...", word="LIST")
     supervise_weight: float = option(1.0, "weight of each of them; 0 only measures", lowest=0)
-    adversarial: float = option(0.0, "train under changes of embeddings this long, as 0.05; 0: not", lowest=0)
+    adversarial: float = option(0.0, "train under changes of embeddings this long: 0.05; 0: no", lowest=0)
     adversarial_on: str = option("states", "what they are to change little", ("states", "loss"))
     adversarial_steps: int = option(3, "steps of the search for them", lowest=1)
     adversarial_weight: float = option(1.0, "weight beside the loss; 0 only measures", lowest=0)

@@ -36,11 +36,14 @@ FUSED_LINEARS = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "
 def block_linears(model_type: str | None) -> tuple[str, ...]:
     """Linear layers of one decoder block, by the ``model_type`` of config.json; some families fuse some of them.
 
-    Where the type is not known, both sets: PEFT passes over names that a model does not have.
+    Where the type is not known, both sets: PEFT passes over names that a model does not have. Of a mixture those of
+    attention alone: transformers 5 holds experts in one parameter, which is no linear layer.
     """
     if model_type is None:
         return tuple(dict.fromkeys(SPLIT_LINEARS + FUSED_LINEARS))
     family = FAMILIES.get(model_type)
+    if family is not None and family.mixture:
+        return tuple(name for name in SPLIT_LINEARS if name.startswith("self_attn."))
     return FUSED_LINEARS if family is not None and family.fused else SPLIT_LINEARS
 
 

@@ -44,7 +44,7 @@ def decoder(request, tmp_path_factory):
 def test_sensitivity_is_that_of_differences(decoder):
     """Every logarithm of a share moved by hand, a layer at a time; the row by itself, without a batch."""
     found, config = of(decoder), decoder.config
-    for number, example in enumerate(rows()[:2]):
+    for number, example in enumerate(rows()[:1]):
         tokens = jnp.asarray(example.token_ids)[None]
         plain = forward(decoder, tokens, tap=ROUTING).taps["router"].shares
         at = example.prompt_length - 1
@@ -86,11 +86,13 @@ def test_batches_order_and_load(decoder):
     one, other = of(decoder), of(decoder, rows()[::-1], batch=3)
     np.testing.assert_allclose(one.samples, other.samples[::-1], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(one.load, other.load, atol=1e-12)
-    counts = np.zeros((3, 8))
-    for example in rows():
-        shares = forward(decoder, jnp.asarray(example.token_ids)[None], tap=ROUTING).taps["router"].shares[:, 0]
-        for layer, token in np.ndindex(shares.shape[:2]):
-            counts[layer, np.argsort(-shares[layer, token], kind="stable")[: decoder.config.experts_per_token]] += 1
+    counts, tokens = np.zeros((3, 8)), np.zeros((3, 12), np.int32)
+    for row, example in enumerate(rows()):
+        tokens[row, : len(example.token_ids)] = example.token_ids
+    shares = np.asarray(forward(decoder, jnp.asarray(tokens), tap=ROUTING).taps["router"].shares)
+    for layer, row in np.ndindex(3, 3):
+        for mine in shares[layer, row, : LENGTHS[row][1]]:
+            counts[layer, np.argsort(-mine, kind="stable")[: decoder.config.experts_per_token]] += 1
     np.testing.assert_allclose(one.load, counts / sum(whole for _, whole in LENGTHS), atol=1e-12)
 
 

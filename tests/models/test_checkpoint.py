@@ -112,7 +112,7 @@ def test_large_tensors_are_read_in_pieces(model, monkeypatch):
 
 
 @pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias", "olmo2"])
+@pytest.mark.parametrize("case", ["llama-bias", "phi4-mini", "qwen3-mqa-bias", "olmo2", "olmoe-normed-mha"])
 def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
     raw = raw_config(case)
     expected = load_path(write_model(tmp_path, raw)).weights()
@@ -127,7 +127,11 @@ def test_any_mesh_holds_the_same_bits_in_shards(case, mesh, tmp_path):
             size // part for size, part in zip(value.shape, parts, strict=True)
         )
     fsdp, tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-    assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, 48 // tensor, 32 // fsdp)
+    each = (
+        (6 // fsdp, 48 // tensor, 32) if fsdp == 2 else (6, 48 // tensor, 32 // fsdp)
+    )  # four do not share six experts
+    inside = each if config.experts else (48 // tensor, 32 // fsdp)
+    assert weights["blocks.gate"].addressable_shards[0].data.shape == (3, *inside)
     if raw["num_key_value_heads"] == 1:  # one head cannot be parted: every device keeps it
         assert weights["blocks.k"].addressable_shards[0].data.shape == (3, 8, 32 // fsdp)
 

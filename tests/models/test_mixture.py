@@ -277,3 +277,24 @@ def test_pairs_alone_give_what_all_experts_give(form, rows, count, each):
     expected, found = (jax.jit(both, static_argnums=0)(one, x, weights, experts) for one in (by_all, form))
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert error(np.asarray(ours), np.asarray(theirs)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        (
+            "experts.1.w2",
+            lambda one: one[:, :-1],
+            r"wrong shape \S+experts.1.w2.weight \(32, 47\) \(expected \(32, 48\)\)",
+        ),
+        ("gate", lambda one: one[:-1], r"wrong shape \S+block_sparse_moe.gate.weight \(3, 32\) \(expected \(4, 32\)\)"),
+        ("experts.3.w1", lambda one: one * np.nan, r"NaN or infinite values in \S+experts.0.w1.weight \(or of another"),
+    ],
+)
+def test_experts_or_a_router_that_differ_are_named(name, change, message, tmp_path):
+    path = split_files(tmp_path / "model", raw_config("mixtral"))
+    held = load_file(path / "model.safetensors")
+    key = f"model.layers.1.block_sparse_moe.{name}.weight"
+    save_file({**held, key: np.ascontiguousarray(change(held[key]))}, path / "model.safetensors")
+    with pytest.raises(UserError, match=message):
+        load_path(path)

@@ -60,9 +60,17 @@ def test_scores_of_hooks_are_those_of_the_model(monkeypatch, tmp_path):
 
 
 TINY = {"hidden_size": 32, "num_attention_heads": 4, "num_hidden_layers": 7, "vocab_size": 100}
-UNKNOWN = {  # a mixture, and families that jaxcrit does not run
-    "mixtral": ({"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}, "model.model.layers"),
-    "olmoe": ({"intermediate_size": 48, "num_experts": 4, "num_experts_per_tok": 2}, "model.model.layers"),
+UNKNOWN = {  # mixtures, and families that jaxcrit does not run
+    "granitemoe": ({"intermediate_size": 48, "num_key_value_heads": 2, "num_local_experts": 4}, "model.model.layers"),
+    "qwen2_moe": (
+        {
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+        "model.model.layers",
+    ),
     "gpt2": ({}, "model.transformer.h"),
     "gpt_neox": ({"intermediate_size": 64}, "model.gpt_neox.layers"),
 }

@@ -17,6 +17,7 @@ NUM_LAYERS = 32
 NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 MODULES = {
     "llama": [f"self_attn.{x}_proj" for x in "qkvo"] + [f"mlp.{x}_proj" for x in ("gate", "up", "down")],
+    "mixtral": [f"self_attn.{x}_proj" for x in "qkvo"],  # experts are no linear layers of their own
     "phi3": ["self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj"],
 }
 SELECTIONS = [(1,), (1, 11, 21), (0, 31), (7, 8, 9), tuple(range(10, 14)), (2, 3, 13, 23, 30)]
