@@ -222,7 +222,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(text(found, base, given))
     if left:
-        print(f"not yet: {', '.join(left)}; the same command goes on")
+        print(f"{len(left)} cells are not made yet; the same command goes on")
     kept = {"config": settings, "base": base, "cells": {f"{arm}-{seed}": one for (arm, seed), one in found.items()}}
     write_json(Path(given.out) / "adversarial_layers.json", "jaxcrit.adversarial_layers", plain({**kept, "left": left}))
     return 0

@@ -213,7 +213,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     print(text(found, given))
     if left:
-        print(f"not yet: {', '.join(left)}; the same command goes on")
+        print(f"{len(left)} cells are not made yet; the same command goes on")
     kept = {"config": settings, "cells": {f"{way}-{seed}": one for (way, seed), one in found.items()}, "left": left}
     write_json(Path(given.out) / "deep_supervision.json", "jaxcrit.deep_supervision", plain(kept))
     return 0
