@@ -164,15 +164,14 @@ def test_adapters_train_alone():
 
 def test_objectives_beside_the_loss_are_planned():
     """An exit at the last layer on rows of its own is the step again; one at the middle has half the blocks of it."""
-    asked = ("", "15:logits:x", "31:logits:x", "31:logits:x,15:logits:x", "31:logits:x,31:logits:y")
-    once, half, twice, shared, thrice = (plan(compile=False, supervise=one) for one in asked)
-    assert twice.flops == 2 * once.flops and thrice.flops == 3 * once.flops
+    asked = ("", "15:logits:x", "31:logits:x", "31:logits:x,15:logits:x")
+    once, half, twice, shared = (plan(compile=False, supervise=one) for one in asked)
+    assert twice.flops == 2 * once.flops
     head = 2 * half.flops - 3 * once.flops  # which runs whole either way
     assert 0 < head < once.flops
     assert shared.flops == twice.flops + head  # read twice off one pass
     assert twice.temporaries > half.temporaries > once.temporaries
-    assert plan(compile=False, supervise="15:logits:x", supervise_weight=0).flops == once.flops
-    searched = [plan(compile=False, layers="0-15", adversarial=0.1, adversarial_steps=steps) for steps in (1, 2, 4)]
+    searched = [plan(compile=False, layers="0-1", adversarial=0.1, adversarial_steps=steps) for steps in (1, 2, 4)]
     steps = np.diff([one.flops for one in searched])
     assert steps[1] == 2 * steps[0] > 0
     with pytest.raises(UserError, match="nothing at or below layer 3 trains"):
