@@ -241,7 +241,7 @@ def score(
         what: `HiddenStates`, scored by ``delta``, ``delta_debiased``, ``step`` and ``step_debiased``; or a model,
             scored by the other criteria of docs/criteria.md.
         rows: rows that a model runs on; None for the embedded ones.
-        criteria: keys of criteria of a model; empty for all.
+        criteria: keys of criteria of a model; empty for all but perturbations.
         window: layers that δ of states averages over; odd.
         include_self: whether a layer of states counts in its own window.
         kernel: kernel of CKA of states.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -42,7 +43,7 @@ CAVEATS = (
 class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, PrecisionOptions, MeshOptions, title="criteria"):
     """What ``jaxcrit score`` is asked."""
 
-    criteria: str = option("", "keys with commas, of docs/criteria.md (default: all)", word="KEYS")
+    criteria: str = option("", "keys of docs/criteria.md (default: all but perturbations)", word="KEYS")
     base: str = option("", "what the model was tuned from, for weight_change", word="DIR", free=BY_HASH)
 
 
@@ -121,7 +122,8 @@ def run_score(
     own, needs = of_chosen(chosen, given), {one.needs for one in chosen.values()}
     base = shared.opened(options, None, "base", mesh=model.mesh) if "two models" in needs else None
     answered = bool(needs & {"backward", "routing"})
-    datasets = model.read(options, rows, responses=answered) if answered or "forward" in needs else []
+    of_rows = answered or bool(needs & {"forward", "perturbed"})
+    datasets = model.read(options, rows, responses=answered) if of_rows else []
     models = {"model": model} | ({} if base is None else {"base": base})
     resolved, further = {"criteria": list(chosen)}, tuple(own.values())
     with running(
@@ -210,6 +212,7 @@ def _rows_pass(
     from jaxcrit.data.batches import common_shapes
     from jaxcrit.evidence.backward import response_gradients
     from jaxcrit.evidence.forward import forward_pass
+    from jaxcrit.evidence.perturbed import perturbed_pass
     from jaxcrit.evidence.routing import routed
 
     budget = model.budget(options.batch_size)
@@ -221,9 +224,9 @@ def _rows_pass(
     def take(dataset: Dataset) -> dict[str, Any]:
         given, count = (model, model.decoder(bars), dataset.examples, budget), len(dataset.examples)
 
-        def forward(wanted: Mapping[str, Criterion], step: Any) -> Any:
+        def prompts(run: Callable[..., Any], wanted: Mapping[str, Criterion], step: Any) -> Any:
             how = {"precision": options.precision, "progress": step, "shapes": shapes(True)}
-            return forward_pass(*given, wanted, own=own, **how)
+            return run(*given, wanted, own=own, **how)
 
         def backward(wanted: Mapping[str, Criterion], step: Any) -> Any:
             each = any(one.per_sample for one in wanted.values())
@@ -233,12 +236,23 @@ def _rows_pass(
         def routing(_: Mapping[str, Criterion], step: Any) -> Any:
             return routed(*given, precision=options.precision, progress=step, shapes=shapes(False))
 
+        passes: dict[Needs, Callable[..., Any]] = {
+            "forward": functools.partial(prompts, forward_pass),
+            "perturbed": functools.partial(prompts, perturbed_pass),
+            "backward": backward,
+            "routing": routing,
+        }
         found: dict[str, Any] = {}
-        for needs, run in (("forward", forward), ("backward", backward), ("routing", routing)):
-            found |= _pass(needs, chosen, bars, count, f"{dataset.name}, {needs}", run)  # type: ignore[arg-type]
+        for needs, run in passes.items():
+            found |= _pass(needs, chosen, bars, count, f"{dataset.name}, {needs}", run)
         return found
 
     return take
+
+
+def _knee(which: str, layer: int | None, share: float | None) -> str:
+    agreed = "too few prompts, or no such drop" if share is None else f"{share:.0%} of the resamples agree"
+    return f"{which} knee {'not named' if layer is None else f'at layer {layer}'} ({agreed})"
 
 
 def _pass(
@@ -252,7 +266,7 @@ def _pass(
         return {}
     with bar(bars, total=total, desc=name) as shown:
         found = take(wanted, moved(shown))
-    return found if needs == "forward" else dict.fromkeys(wanted, found)
+    return found if needs in ("forward", "perturbed") else dict.fromkeys(wanted, found)
 
 
 def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
@@ -301,7 +315,8 @@ def report(found: Scored) -> Report:
                 [drawn],
             )
         )
-    return Report(["Layers by " + ", ".join(scores), *beside(scores)], found.warnings, sections, CAVEATS)
+    told = beside(scores, found.datasets if len(found.datasets) > 1 else None)
+    return Report(["Layers by " + ", ".join(scores), *told], found.warnings, sections, CAVEATS)
 
 
 def load_table(loads: Mapping[str, np.ndarray]) -> str:
@@ -324,9 +339,28 @@ def load_table(loads: Mapping[str, np.ndarray]) -> str:
     return wide_table(first, columns, [""] * len(first), margin=5, least=9)
 
 
-def beside(scores: Mapping[str, LayerScores]) -> list[str]:
-    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts."""
+def beside(scores: Mapping[str, LayerScores], each: Mapping[str, Mapping[str, LayerScores]] | None = None) -> list[str]:
+    """What a value has to be read against: ranks where datasets are joined, chance, the spread over starts.
+
+    Also the knees of a curve, and what noise does; of several datasets those of ``each`` by its name.
+    """
+    from jaxcrit.selection.correlation import spearman
+
     told = []
+    for name, of_dataset in (each or {"": scores}).items():
+        for key, score in of_dataset.items():
+            whose = f"{key} of {name}" if name else key
+            if knees := score.meta.get("knees"):
+                shares = score.meta["agreement"]
+                named = [_knee(which, layer, shares[which]) for which, layer in knees.items()]
+                told.append(f"{whose}: {', '.join(named)}")
+            if gains := score.meta.get("noise_gain"):
+                noise = np.array(gains, float)[score.valid]
+                rho = spearman(score.values[score.valid], noise)
+                told.append(
+                    f"{whose}: noise of the same size ranks the layers with ρ {rho:.2f} to this, and its gains are"
+                    f" {noise.min():.2f} to {noise.max():.2f}"
+                )
     if ranked := [key for key, score in scores.items() if score.meta.get("consensus") == "mean_rank"]:
         what = "every value" if len(ranked) == len(scores) else ", ".join(ranked)
         told.append(

@@ -45,6 +45,10 @@ _WORDS = [
     "block_influence",
     "effective_rank",
     "lens_kl",
+    "lens_entropy",
+    "perturbation_gain+",
+    "perturbation_gain:perturbation_gain_wide",
+    "perturbation_gain:perturbation_gain_local",
     "cluster_nmi+",
     "cluster_nmi:cluster_step",
     "cohesion_rise",
@@ -64,6 +68,7 @@ _EVIDENCE: Mapping[Needs, str] = {
     "two models": "base and tuned weights",
     "forward": "prompts, forward",
     "backward": "responses, backward",
+    "perturbed": "prompts, perturbed",
     "routing": "responses, backward through routers",
     "variants": "responses, changed models",
 }
@@ -94,12 +99,15 @@ def own_options() -> list[type[Options]]:
 def parse_criteria(text: str, *, two_models: bool) -> dict[str, Criterion]:
     """Criteria of a comma list; an empty one is every criterion, without those of two models where there is one.
 
+    Perturbations, which take some 20 forward passes, must be asked for by name.
+
     Raises:
         UserError: an unknown key, one that a command of its own computes, or one of two models where there is one.
     """
     known = scorable()
     if not text:
-        return {key: one for key, one in known.items() if two_models or one.needs != "two models"}
+        left = {"perturbed"} | (set() if two_models else {"two models"})
+        return {key: one for key, one in known.items() if one.needs not in left}
     found = {}
     for key in (part.strip() for part in text.split(",")):
         if key not in FILES:

@@ -17,7 +17,7 @@ from jaxcrit.core.deletions import Deletions, jackknife_stderr
 from jaxcrit.core.layers import Direction, LayerScores
 from jaxcrit.core.options import Options
 
-Needs = Literal["weights", "two models", "forward", "backward", "routing", "variants"]
+Needs = Literal["weights", "two models", "forward", "backward", "perturbed", "routing", "variants"]
 Own = Mapping[type[Options], Options]  # options of criteria by their class
 
 
@@ -46,10 +46,12 @@ class Criterion:
         needs: pass that it needs; one pass serves all criteria that need the same.
         direction: which values are critical.
         score: function of what the pass found that gives `Measured`, or several by key where it serves several keys.
-            Of ``forward`` it is given the samples ``[N, L, ...]`` of ``tap`` and ``finish``; else the dataclass of
-            `jaxcrit.evidence.backward`, `jaxcrit.evidence.routing` or `jaxcrit.evidence.weights`. Where a command of
-            its own makes the evidence, it is the function that this command calls.
-        tap: what ``forward`` reads of the residual stream, as `jaxcrit.evidence.forward` has it.
+            Of ``forward`` it is given the samples ``[N, L, ...]`` of ``tap`` and ``finish``; else what
+            `jaxcrit.evidence.backward`, `jaxcrit.evidence.perturbed`, `jaxcrit.evidence.routing` or
+            `jaxcrit.evidence.weights` gives. Where a command of its own makes the evidence, it is the function that
+            this command calls.
+        tap: what ``forward`` reads of the residual stream, as `jaxcrit.evidence.forward` has it; what ``perturbed``
+            is to do, as `jaxcrit.evidence.perturbed` has it.
         finish: what ``forward`` makes of it, batch by batch on the device, for what layers tell of each other:
             a function ``(decoder, taps [L, B, ...]) -> arrays [L, B, ...]``.
         options: options of its own. ``tap`` is then a function of them that gives the tap, and ``score`` takes them as

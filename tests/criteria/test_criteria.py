@@ -204,7 +204,9 @@ def test_gradient_criteria_equal_their_formulas():
 
 def test_keys():
     everything = parse_criteria("", two_models=True)
-    assert everything == scorable()
+    named_only = {key: one for key, one in scorable().items() if one.needs == "perturbed"}
+    assert len(named_only) == 3 and {**everything, **named_only} == scorable()
+    assert not everything.keys() & named_only.keys()
     assert "weight_change" not in parse_criteria("", two_models=False)
     chosen = parse_criteria("rgn, fisher,rgn", two_models=False)
     assert list(chosen) == ["rgn", "fisher"] and chosen["rgn"] is criterion("rgn")
@@ -238,7 +240,7 @@ def test_every_file_is_a_criterion_and_says_what_it_sees():
         one = criterion(key)
         assert all((one.formula, one.responds, one.blind))
         assert not one.command or one.command in COMMANDS
-        assert (one.tap is not None) == (one.needs == "forward" and not one.command)
+        assert (one.tap is not None) == (one.needs in ("forward", "perturbed") and not one.command)
 
 
 def test_the_table_in_the_docs_is_current(tmp_path, capsys):

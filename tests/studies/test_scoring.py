@@ -21,7 +21,7 @@ from jaxcrit.core.files import read_json
 from jaxcrit.core.layers import read_scores
 from jaxcrit.criteria.fisher import fisher
 from jaxcrit.criteria.gradient_norm import gradient_norm
-from jaxcrit.criteria.registry import scorable
+from jaxcrit.criteria.registry import parse_criteria, scorable
 from jaxcrit.criteria.rgn import rgn
 from jaxcrit.criteria.weight_change import weight_change
 from jaxcrit.data.datasets import load
@@ -121,7 +121,7 @@ def changed(decoder, **changes):
 
 def test_states_are_those_of_single_prompts(decoder, examples, found):
     states, _ = found
-    cos, kl, tokens, each = [], [], [], []
+    cos, kl, entropy, tokens, each = [], [], [], [], []
     for row, example in enumerate(examples):
         prompt = jnp.asarray(example.token_ids[: example.prompt_length])[None]
         with jax.default_matmul_precision("highest"):
@@ -136,6 +136,7 @@ def test_states_are_those_of_single_prompts(decoder, examples, found):
         shifted = read - read.max(-1, keepdims=True)
         log = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
         kl.append((np.exp(log[-1]) * (log[-1] - log)).sum(-1))
+        entropy.append(-(np.exp(log) * log).sum(-1))
         tokens.append(len(prompt[0]))
     assert len(set(tokens)) > 1
     each = np.concatenate(each, axis=1).swapaxes(0, 1)  # every token but the first of each prompt, prompt by prompt
@@ -147,6 +148,7 @@ def test_states_are_those_of_single_prompts(decoder, examples, found):
     np.testing.assert_allclose(value(states, "angular_distance"), (np.arccos(last) / np.pi).mean(0), atol=1e-5)
     np.testing.assert_allclose(value(states, "lens_kl"), np.mean(kl, axis=0), rtol=1e-5, atol=1e-5)
     assert value(states, "lens_kl")[-1] == 0
+    np.testing.assert_allclose(value(states, "lens_entropy"), np.mean(entropy, axis=0), rtol=1e-5)
 
 
 def test_a_tap_that_criteria_share_is_computed_once(session, decoder, examples):
@@ -230,6 +232,7 @@ def test_lens_is_blind_to_the_length_of_the_stream(session, decoder, examples, f
     longer = Decoder(dataclasses.replace(decoder.config, tied=False), grown)
     states = states_of(session, longer, examples)
     np.testing.assert_allclose(value(states, "lens_kl"), value(found[0], "lens_kl"), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose(value(states, "lens_entropy"), value(found[0], "lens_entropy"), rtol=1e-3)
     np.testing.assert_allclose(value(states, "block_influence"), value(found[0], "block_influence"), rtol=1e-3)
 
 
@@ -324,7 +327,8 @@ def test_files_and_one_pass_each(config, tmp_path, monkeypatch, capsys):
     out = tmp_path / "run"
     kept = read_scores(out / "scores.json")
     few = {"cluster_nmi", "cluster_step", "cohesion_rise"}  # left out, for want of tokens and prompts
-    assert list(kept) == [key for key in scorable() if key not in few | {"weight_change", "routing_sensitivity"}]
+    of_any = parse_criteria("", two_models=False)
+    assert list(kept) == [key for key, one in of_any.items() if one.needs != "routing" and key not in few]
     np.testing.assert_array_equal(kept["fisher"].values, scored.scores["fisher"].values)
     left = read_deletions(out, "angular_distance")
     assert left.values.shape == (5, LAYERS) and read_deletions(out, "rgn") is None
