@@ -59,7 +59,7 @@ def pruned_config(config: ModelConfig, kept: Sequence[int]) -> ModelConfig:
     ropes = [_rope(pruned, number) for number in range(len(kept))]
     # Every family reads its lists before its rule, so that this holds of all of them.
     assert windows == list(pruned.windows) and ropes == [_rope(config, layer) for layer in kept]
-    return dataclasses.replace(pruned, attention=config.attention)
+    return dataclasses.replace(pruned, attention=config.attention, fused_experts=config.fused_experts)
 
 
 def _rope(config: ModelConfig, layer: int) -> Rope:
@@ -89,5 +89,5 @@ def names_before(config: ModelConfig, kept: Sequence[int]) -> dict[str, str]:
     names = {}
     for row in table(config):
         for number, layer in enumerate(kept if row.stacked else range(1)):
-            names[row.hf.format(number)] = row.hf.format(layer)
+            names |= dict(zip(row.names(config, number), row.names(config, layer), strict=True))
     return names

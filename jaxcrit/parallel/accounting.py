@@ -52,9 +52,8 @@ def _products(jaxpr: Jaxpr, turns: int) -> int:
             (left, _), _ = equation.params["dimension_numbers"]
             taken, result = (_shape(side[0]) for side in (equation.invars, equation.outvars))
             total += 2 * math.prod(result) * math.prod(taken[axis] for axis in left)
-        elif equation.primitive.name == "ragged_dot_general":  # every row by one matrix
-            rows, wide = _shape(equation.outvars[0])[-2:]
-            total += 2 * rows * wide * _shape(equation.invars[0])[-1]
+        elif equation.primitive.name == "ragged_dot_general":  # every row counts with one group
+            total += 2 * math.prod(_shape(equation.invars[0])) * _shape(equation.outvars[0])[-1]
         elif equation.primitive.name == "cond":
             total += max(inside)
         elif equation.primitive.name == "while":

@@ -21,6 +21,7 @@ CASES = {
     "gemma3-linear-capped": {},
     "olmo3-yarn": {},
     "smollm3": {"no_rope_layer_interval": 2, "no_rope_layers": None},
+    "mixtral": {},
 }
 
 

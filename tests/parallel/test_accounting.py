@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxcrit.models.mixture import by_groups
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.mesh import abstract_mesh, make_mesh
 
@@ -81,3 +82,17 @@ ENTRY %main (a: (bf16[4,8], u32[])) -> (bf16[4,8], u32[]) {
 }
 """
     assert collectives(program) == {"collective-permute": (4 * 2, 4 * 2 * 64)}
+
+
+def test_products_of_experts_are_those_of_the_pairs():
+    """Three projections of each token by each expert it goes to; a gradient of everything takes twice as much again."""
+    tokens, width, inner, count, each = 64, 16, 24, 8, 2
+    chosen = jnp.zeros((tokens, each), jnp.int32)
+    experts = (jnp.zeros((count, inner, width)),) * 2 + (jnp.zeros((count, width, inner)),)
+
+    def run(x, weights, experts):
+        return jnp.sum(by_groups(x, chosen, weights, experts, jax.nn.silu))
+
+    given = jnp.zeros((tokens, width)), jnp.zeros((tokens, each)), experts
+    assert product_flops(run, *given) == 6 * tokens * each * width * inner
+    assert product_flops(jax.grad(run, argnums=(0, 1, 2)), *given) == 18 * tokens * each * width * inner

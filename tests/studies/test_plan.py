@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import types
 
 import jax
@@ -24,6 +25,7 @@ from jaxcrit.models import generation
 from jaxcrit.models.attention import ASKED
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import SHAPES
+from jaxcrit.models.weights import table
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.studies.options import PlanOptions
@@ -363,3 +365,22 @@ def test_topologies_multiply():
 def test_the_compiler_counts_devices_as_we_do():
     for name in ("v4:2x2x1", "v5p:2x2x1", "v6e:2x4", "tpu7x:2x2x1", "v5e:1x1"):
         assert len(tpus(name)) == Topology.parse(name).devices, name
+
+
+@pytest.mark.parametrize(
+    ("shape", "weights", "used"),
+    [("olmoe-1b-7b", 6.92e9, 1.28e9), ("qwen3-30b-a3b", 30.53e9, 3.35e9), ("mixtral-8x7b", 46.70e9, 12.88e9)],
+)
+def test_mixtures_by_their_published_sizes(shape, weights, used):
+    """Weights in all and those that a token meets, as the models' cards say; operations are counted of the latter."""
+    config = ModelConfig.from_hf(SHAPES[shape])
+    sizes = {row.path: math.prod(row.shape(config)) for row in table(config)}
+    assert sum(sizes.values()) == pytest.approx(weights, rel=2e-3)
+    of_experts = sum(size for path, size in sizes.items() if path in ("blocks.gate", "blocks.up", "blocks.down"))
+    met = sum(sizes.values()) - of_experts * (1 - config.experts_per_token / config.experts)
+    assert met == pytest.approx(used, rel=5e-3)
+    plan = run_plan(
+        PlanOptions(model=shape, job="analyze", topology="v5e:4x4", batch_size=16, length=128, compile=False)
+    )
+    products = 2 * 16 * 128 * (met - sizes["embed"] - sizes["head"])
+    assert plan.flops * 16 == pytest.approx(products, rel=0.1)  # and those of attention itself
