@@ -86,7 +86,7 @@ def pruned(config: ModelConfig, weights: Mapping[str, Any], drop: Sequence[int])
 
 def names_before(config: ModelConfig, kept: Sequence[int]) -> dict[str, str]:
     """By the name of a tensor of the pruned model, its name in the whole one."""
-    names = {}
+    names: dict[str, str] = {}
     for row in table(config):
         for number, layer in enumerate(kept if row.stacked else range(1)):
             names |= dict(zip(row.names(config, number), row.names(config, layer), strict=True))
