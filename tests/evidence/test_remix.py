@@ -234,9 +234,10 @@ def test_a_step_goes_down_the_slope_that_finite_differences_find(every):
     np.testing.assert_allclose(found[1], own[1], atol=1e-6)
     np.testing.assert_array_equal(found[:, 1, 2], own[:, 1, 2])
     assert np.abs(found - own).max() > 0.1
-    alone = descended(decoder, read(decoder, rows[:3], 2)[0], own[:, :1], weights[:1], on, 10, None, every)
-    both = descended(decoder, given, own, weights, on, 10, np.ones(own.shape, bool), every)
-    np.testing.assert_allclose(both[:, :1], alone, atol=1e-5, err_msg="a row knows nothing of its batch")
+    if every:
+        turned = read(decoder, [*rows[3:], *rows[:3]], 2)[0]
+        other = descended(decoder, turned, own[:, ::-1], weights[::-1], on, 1, moved[:, ::-1], every)
+        np.testing.assert_allclose(other[:, ::-1], found, atol=1e-5, err_msg="a row knows nothing of its batch")
 
 
 BROKEN, MARK = 2, RAW["vocab_size"] - 1  # layer, and the token that ends every prompt
@@ -267,23 +268,21 @@ def plant():
 def test_descent_mends_a_router_where_it_is_broken_and_nowhere_else():
     whole, broken = plant()
     rows = greedy(whole, examples(16, last=MARK))
-    right = np.asarray(variant(broken, read(broken, rows)[0])[1])
-    lost = [row for row, ok in zip(rows, right, strict=True) if not ok]
-    assert 4 <= len(lost) < 16 and variant(whole, read(whole, rows)[0])[1].all()
-    count = len(lost)
-    near = Near(np.array([[(row + 1) % count, (row + 2) % count] for row in range(count)]), np.full((count, 2), 0.5))
-    near = dataclasses.replace(near, weights=near.weights.astype(np.float32))
-    shares = np.asarray(variant(broken, read(broken, lost)[0])[2]).swapaxes(0, 1)
-    known, mesh, asked = References(lost, shares, near, near), one_device(), Asked(False, 0, 2, 10)
-    for layers in ((BROKEN,), tuple(layer for layer in range(L) if layer != BROKEN)):
+    assert variant(whole, read(whole, rows)[0])[1].all()
+    shares = np.asarray(variant(broken, read(broken, rows)[0])[2]).swapaxes(0, 1)
+    near = Near((np.arange(16)[:, None] + 1) % 16, np.ones((16, 1), np.float32))
+    known, mesh, asked = References(rows, shares, near, near), one_device(), Asked(False, 0, 1, 10)
+    for layers in ((0, BROKEN), tuple(layer for layer in range(L) if layer != BROKEN)):
         wanted = [one for one in trials(["descent"], layers, ()) if one.name in ("descent", "oracle", "own shares")]
         with jax.default_matmul_precision("highest"):
-            losses, exact, _ = tried(broken, lost, 16, places_of(lost), known, wanted, asked, mesh)
-        if layers == (BROKEN,):
-            assert exact[1].mean() > 0.5 and exact[2].all(), "descent on other rows, and the oracle"
-            assert (losses[1:3].mean(axis=1) < losses[0].mean() / 2).all()
+            losses, exact, _ = tried(broken, rows, 16, places_of(rows), known, wanted, asked, mesh)
+        lost = exact[0] == 0
+        assert 4 <= lost.sum() < 16
+        if BROKEN in layers:
+            assert exact[1, lost].any() and exact[2, lost].all(), "descent on another row, and the oracle"
+            assert losses[1, lost].mean() < losses[0, lost].mean() / 1.5 and losses[2, lost].mean() < 0.5
         else:
-            assert not exact.any()
+            assert not exact[:, lost].any()
             np.testing.assert_allclose(losses, np.broadcast_to(losses[0], losses.shape), atol=1e-4)
         np.testing.assert_array_equal(losses[3], losses[0], "own shares")
 

@@ -240,8 +240,8 @@ def test_told_to_leave_it_saves_and_goes_on(config, monkeypatch, tmp_path):
 def test_python(inputs):
     model = jaxcrit.load(str(inputs / "model"))
     given = (rows_to_answer(4, seed=2), rows_to_answer(12, seed=1))
-    found = jaxcrit.remix(model, *given, layers="6", neighbours=1, steps=1, method="mean")
-    assert found.out is None and found.found["layers"] == [6] and len(found.rows) == 4
+    found = jaxcrit.remix(model, *given, layers="0,6", neighbours=1, steps=1, method="mean", controls="few", seed=1)
+    assert found.out is None and found.found["layers"] == [0, 6] and len(found.rows) == 4
     with pytest.raises(UserError, match=r"^method=means: expected mean, kernel"):
         jaxcrit.remix(model, *given, method="means")
 

@@ -77,6 +77,8 @@ RAW = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-5,
     "num_local_experts": 4,
     "num_experts_per_tok": 2,
     "tie_word_embeddings": False,
