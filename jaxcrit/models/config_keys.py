@@ -157,6 +157,7 @@ def family_of(raw: Mapping[str, Any], where: str) -> str:
     wanted = families.FAMILIES[family].architecture
     backbone = wanted.removesuffix("ForCausalLM")  # saved without its head, by AutoModel
     known = {name.lower() for name in (wanted, f"{backbone}Model", f"{backbone}TextModel")}
+    known |= {name.lower() for name in families.ARCHITECTURES}  # model_type decides, as in transformers
     unknown = [name for name in architectures if str(name).lower() not in known]
     if unknown:
         raise UserError(f"{where}: expected architecture {wanted} for {family}, got {listed(unknown)}")

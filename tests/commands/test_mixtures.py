@@ -31,7 +31,6 @@ def folder(tmp_path_factory):
     path = folder_of(tmp_path_factory.mktemp("mixtures"))
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(path)
-        patch.setattr(mixture, "_SMALL", 0)  # blocks of pairs, as larger models have it
         yield path
 
 
@@ -91,9 +90,11 @@ def sensitivity(folder):
 
     one = make_mesh({"data": 1}, jax.devices()[:1])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "make_mesh", lambda axes: one)
-        expected = run("")
-    return run, expected
+        patch.setattr(mixture, "_SMALL", 0)  # blocks of pairs, as larger models have it
+        with pytest.MonkeyPatch.context() as alone:
+            alone.setattr(session, "make_mesh", lambda axes: one)
+            expected = run("")
+        yield run, expected
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=4,tensor=2"])

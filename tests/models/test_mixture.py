@@ -219,6 +219,11 @@ def test_gradient_of_shares(decoder, rows):
         assert abs(difference - jnp.sum(gradient * way)) < 0.02 * jnp.linalg.norm(gradient[:, 1])
 
 
+def test_model_type_decides_whatever_class_is_named_beside_it():
+    """A file of Mixtral that names LLaMA's class is read as Mixtral, as transformers does."""
+    assert ModelConfig.from_hf({**raw_config("mixtral"), "architectures": ["LlamaForCausalLM"]}).experts == 4
+
+
 def test_number_of_experts_under_either_name():
     raw = raw_config("qwen3_moe")
     assert open_config("qwen3_moe").experts == 8 and open_config("qwen3_moe-sliding").experts == 4

@@ -68,6 +68,7 @@ UNKNOWN = {  # mixtures, and families that jaxcrit does not run
             "shared_expert_intermediate_size": 24,
             "num_experts": 4,
             "num_experts_per_tok": 2,
+            "num_key_value_heads": 4,
         },
         "model.model.layers",
     ),
