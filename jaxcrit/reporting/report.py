@@ -169,7 +169,9 @@ class Report:
         texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
         shown = [text for text in texts if text]
         sentences = [*self.headline, *self.notes, *(f"warning: {line}" for line in self.warnings)]
-        told = [textwrap.fill(visible(line), width, subsequent_indent="  ") for line in sentences]
+        # A path breaks nowhere, or it could not be copied.
+        how: dict[str, Any] = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+        told = [textwrap.fill(visible(line), width, **how) for line in sentences]
         return "\n".join(["\n\n".join(shown), "", *told] if shown else told)
 
     def write(self, out: Path, record: Mapping[str, Any]) -> Path:

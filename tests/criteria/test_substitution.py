@@ -17,7 +17,7 @@ from jaxcrit.models.decoder import Block, Decoder
 from jaxcrit.models.weights import halves
 
 DEPTH = 7
-MLP = ("blocks.mlp_norm", "blocks.mlp_post_norm", "blocks.gate", "blocks.up", "blocks.down")
+MLP = ("blocks.mlp_norm", "blocks.mlp_post_norm", "blocks.gate", "blocks.up", "blocks.down", "blocks.router")
 
 
 def make(case="llama-gqa", depth=DEPTH):

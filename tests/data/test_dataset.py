@@ -106,7 +106,7 @@ def test_order_and_number_are_those_of_a_file(tokenizer, path):
         ({1: ["one"]}, "that can name a directory, got 1"),
         (7, "rows: expected rows, prompts or token ids, got int"),
         ({"mine": "one"}, "mine: expected rows, prompts or token ids, got str"),
-        (({"prompt": text} for text in "ab"), "can be read again, got generator; give a list"),
+        pytest.param(({"prompt": text} for text in "ab"), "read again, got generator; give a list", id="generator"),
         (["one", 2], "rows, row 2: expected a dict such as"),
         (["one", [2]], "rows, row 2: expected a dict such as"),
         ([[True, False]], "rows, row 1: expected a dict such as"),

@@ -176,11 +176,11 @@ def test_interrupted_within_an_arm(base, finished, tmp_path, monkeypatch):
     config = dataclasses.replace(base, arms="full", seeds=2, checkpoint_every=2, out=str(tmp_path / "run"))
     taken, micro_batches, make_step, made = [], trainer.micro_batches, trainer.make_step, []
 
-    def cut_short(data, number, micro):
+    def cut_short(data, number, *given):
         taken.append(number)
         if len(taken) == 4:
             raise KeyboardInterrupt
-        return micro_batches(data, number, micro)
+        return micro_batches(data, number, *given)
 
     monkeypatch.setattr(trainer, "micro_batches", cut_short)
     with pytest.raises(KeyboardInterrupt):

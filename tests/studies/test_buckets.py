@@ -150,10 +150,10 @@ import os, signal, sys
 from jaxcrit.commands.main import main
 from jaxcrit.training import trainer
 at, real = int(sys.argv[1]), trainer.micro_batches
-def micro_batches(steps, number, micro):
+def micro_batches(steps, number, *given):
     if number == at:
         os.kill(os.getpid(), signal.SIGKILL)
-    return real(steps, number, micro)
+    return real(steps, number, *given)
 trainer.micro_batches = micro_batches
 main(sys.argv[2:])
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -123,6 +124,7 @@ def test_fifty_flipped_bits(runs):
         assert tries == verified == reader, kind
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax leaves reads that failed
 def test_no_flipped_bit_is_read_as_other_weights(copy, monkeypatch):
     """Where files are too large to be listed by their content, the arrays' own digests tell."""
     run = copy("finetune")
@@ -143,6 +145,7 @@ def test_no_flipped_bit_is_read_as_other_weights(copy, monkeypatch):
             assert "cannot be read" in str(error)
             refused += 1
         file.write_bytes(whole)
+    gc.collect()  # here and not within another test
     assert refused >= 8
 
 

@@ -529,6 +529,12 @@ def _remixed(folder: Path) -> Any:
     return read_study(folder / "remix.json")
 
 
+def _remixed_rows(folder: Path) -> Any:
+    from jaxcrit.commands.remix import read_remixed
+
+    return read_remixed(folder / "remix.jsonl")
+
+
 @functools.cache
 def _trainer() -> Any:
     from support.tiny_training import Trainer, random_batch
@@ -727,7 +733,7 @@ def readers() -> dict[str, Reader]:
     """All of them by name."""
     from jaxcrit.commands.finetune import FinetunedRun
     from jaxcrit.commands.generate import Answer
-    from jaxcrit.commands.remix import REMIX_FORMAT
+    from jaxcrit.commands.remix import REMIX_FORMAT, RemixedRow
     from jaxcrit.commands.remix import Study as Remix
     from jaxcrit.commands.reuse import REUSE_FORMAT, ReuseRun, Study
     from jaxcrit.commands.screen import Verdict
@@ -787,6 +793,7 @@ def readers() -> dict[str, Reader]:
         Reader("arm.json", _ours("arm.json", ARM_FORMAT, ArmTests), _tests),
         Reader("reuse.json", _ours("reuse.json", REUSE_FORMAT, Study), _study),
         Reader("remix.json", _ours("remix.json", REMIX_FORMAT, Remix), _remixed),
+        Reader("remix.jsonl", _written("remix.jsonl", _as_lines([example(RemixedRow)] * 2)), _remixed_rows),
         Reader("options, TOML", _written("options.toml", 'data = "demo"\nlimit = 24\nout = "x"\n'), _toml),
         Reader("options, flags", _written("options.flags", "--data=demo\n--limit=24\n# more\n--out=x\n"), _flagfile),
         Reader("rows, jsonl", _written("rows.jsonl", _as_lines(ROWS)), _rows("rows.jsonl")),
