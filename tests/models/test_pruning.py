@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from support.family_models import BOUND, error, load_path, raw_config, sequences, states, write_model
+from support.deep_models import CASES, deep
+from support.family_models import BOUND, error, load_path, sequences, states, write_model
 
 from jaxcrit.core.errors import UserError
 from jaxcrit.models.config import ModelConfig
@@ -12,32 +13,11 @@ from jaxcrit.models.pruning import kept_layers, names_before, pruned, pruned_con
 from jaxcrit.models.sites import Edit
 from jaxcrit.models.weights import hf_shapes
 
-# Windows and rotations by number, by period, by list; and families where all layers are alike.
-CASES = {
-    "llama-tied": {},
-    "phi3-longrope": {},
-    "qwen2-mixed-sliding": {"max_window_layers": 3},
-    "gemma2": {"layer_types": None},
-    "gemma3-linear-capped": {},
-    "olmo3-yarn": {},
-    "smollm3": {"no_rope_layer_interval": 2, "no_rope_layers": None},
-    "mixtral": {},
-}
-
 
 def skipping(drop):
     """An edit that has some layers add nothing."""
     out = np.isin(np.arange(6), drop)
     return Edit(lambda site, before, after, data, positions: jnp.where(data, before, after), ("block",)), out
-
-
-def deep(case):
-    """Six layers."""
-    raw = {**raw_config(case), "num_hidden_layers": 6, **CASES[case]}
-    for key in ("layer_types", "no_rope_layers"):
-        if isinstance(raw.get(key), list):
-            raw[key] = (raw[key] * 6)[:6]
-    return {key: value for key, value in raw.items() if value is not None}
 
 
 @pytest.mark.parametrize("drop", [(1, 2), (4,)], ids=str)

@@ -6,12 +6,12 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 from support import reference
+from support.deep_models import CASES, deep
 from support.family_models import BOUND, error, load_path, sequences
 
 from jaxcrit.models.checkpoint import open_checkpoint
 from jaxcrit.models.export import write_checkpoint
 from jaxcrit.models.pruning import kept_layers, names_before, pruned
-from tests.models.test_pruning import CASES, deep
 
 torch = reference.torch
 
