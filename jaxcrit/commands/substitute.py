@@ -15,7 +15,7 @@ from jaxcrit.core.groups import BY_HASH, SITES, MeshOptions, TestedRowOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.rundir import CountedRows, SizedModel, SweepCost
-from jaxcrit.core.schema import Count
+from jaxcrit.core.schema import Count, Size
 from jaxcrit.core.selections import LayerSpec, resolve, span, split_specs
 from jaxcrit.reporting import tables
 
@@ -80,6 +80,14 @@ class SubstitutedRun(TypedDict):
     data: dict[str, CountedRows]
     result: Result
     warnings: list[str]
+
+
+class WindowMeta(TypedDict):
+    """What the report takes from a score's meta."""
+
+    unchanged: float
+    num_samples: Count
+    window: Size
 
 
 CAVEATS = (
@@ -339,7 +347,7 @@ def _finished(run: Mapping[str, Any], out: Path) -> Substituted:
     centres, sets = len(run["result"]["centres"]), len(run["result"]["sets"])
     if not sets or centres not in (0, sets):
         raise UserError(f"{out / 'run.json'}: expected as many centres as sets, got {centres} of {sets}; {DAMAGED}")
-    return Substituted(read_back(out) if centres else {}, run["warnings"], run, out)
+    return Substituted(read_back(out, WindowMeta) if centres else {}, run["warnings"], run, out)
 
 
 def _warnings(result: Mapping[str, Any], base: Model, tuned: Model, scores: Mapping[str, LayerScores]) -> list[str]:

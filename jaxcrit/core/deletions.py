@@ -53,6 +53,8 @@ def read_deletions(folder: Path, key: str, **sizes: int) -> Deletions | None:
     arrays, _ = read_npz(path, Npz(DELETIONS_FORMAT, holds), **sizes)
     if (count := len(arrays["sample_ids"])) < 2:
         raise UserError(f"{path}: expected 2 samples or more, got {count}; {DAMAGED}")
+    if key in arrays and np.isinf(arrays[key]).any():
+        raise UserError(f"{path}: expected finite numbers of {key}, or NaN where it has none, got infinity; {DAMAGED}")
     return Deletions(arrays[key], arrays["sample_ids"].tolist()) if key in arrays else None
 
 

@@ -237,6 +237,8 @@ def members(archive: zipfile.ZipFile) -> dict[str, zipfile.ZipInfo]:
             )
         if name in found:
             raise UserError(f"expected each array once, got {name!r} twice")
+        if member.flag_bits & 1:
+            raise UserError(f"{name!r} is encrypted; save it without a password")
         if member.file_size > MOST_UNPACKED * max(member.compress_size, 1024):
             raise UserError(f"{name!r} unpacks to more than {MOST_UNPACKED} times its size; save it unpacked")
         found[name] = member

@@ -17,7 +17,7 @@ from jaxcrit.core.files import DAMAGED, GrowingText, Npz, json_lines, read_lines
 from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 from jaxcrit.core.progress import bar
 from jaxcrit.core.rundir import RunDirectory
-from jaxcrit.core.schema import Array, conform
+from jaxcrit.core.schema import Array, Count, conform
 from jaxcrit.data.batches import make_batches, response_mask
 from jaxcrit.data.steps import Steps
 from jaxcrit.data.templates import Example
@@ -29,7 +29,15 @@ from jaxcrit.training.objectives import TokenBatch
 from jaxcrit.training.step import place
 
 _PARTIAL = "partial.npz"
-_KEPT = Npz("jaxcrit.partial", {"losses": Array("f", ("V", "N")), "tokens": Array("iu", ("N",))}, dict[str, str | int])
+
+
+class PartialMeta(TypedDict):
+    """The meta entry of what an interrupted run keeps."""
+
+    identity: str
+
+
+_KEPT = Npz("jaxcrit.partial", {"losses": Array("f", ("V", "N")), "tokens": Array("iu", ("N",))}, PartialMeta)
 _SAVE_SECONDS = 10.0
 # batch, its rows' places among N, progress -> losses [V, B] summed over each row's response, tokens [B]
 Take = Callable[[TokenBatch, np.ndarray, Callable[[int], None] | None], tuple[np.ndarray, np.ndarray]]
@@ -195,10 +203,19 @@ class GrowingRows:
             self._part.unlink(missing_ok=True)
 
 
-class SweepMeta(TypedDict):
+class SweepMetaRequired(TypedDict):
     """What a report of a sweep takes from a score's meta."""
 
     unchanged: float
+    num_samples: Count
+
+
+class SweepMeta(SweepMetaRequired, total=False):
+    """With what it takes from that of right answers, and of gains."""
+
+    p_holm: list[float]
+    chance: list[float]
+    gain: float
 
 
 def read_back(out: Path, meta: Any = SweepMeta) -> dict[str, LayerScores]:

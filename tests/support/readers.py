@@ -356,7 +356,7 @@ def _fingerprint(folder: Path) -> Any:
     from jaxcrit.evidence.fingerprint import read_fingerprint
 
     found = read_fingerprint(str(folder))
-    return [gram.sum() for gram in found.grams]
+    return [gram.sum(dtype=np.float64) for gram in found.grams]
 
 
 def _make_run(folder: Path) -> None:
