@@ -268,8 +268,8 @@ def _layers(options: RemixOptions, config: ModelConfig) -> tuple[int, ...]:
     """
     if not config.experts:
         raise UserError(
-            f"--model={options.model}: expected a mixture of experts, got a {config.family} model, whose layers have"
-            " one MLP each; there is nothing to mix"
+            f"--model={options.model or 'embedded'}: expected a mixture of experts, got a {config.family} model,"
+            " whose layers have one MLP each; there is nothing to mix"
         )
     if options.experts > config.experts:
         raise UserError(f"--experts={options.experts}: the model has {config.experts} experts a layer")
