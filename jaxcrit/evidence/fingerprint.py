@@ -48,7 +48,7 @@ class GramRun(TypedDict):
     data: dict[str, dict[str, Any]]
 
 
-_HOLDS = Npz(
+HOLDS = Npz(
     FINGERPRINT_FORMAT,
     {"sample_ids": Array("U", ("N",)), "units": Array("iu", ("N",)), "gram": Array("f", ("L", "P"))},
     FingerprintMeta,
@@ -101,7 +101,7 @@ def read_grams(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     Raises:
         UserError: absent, cut short, of another format or version, or its parts do not fit together.
     """
-    arrays, meta = read_npz(path, _HOLDS)
+    arrays, meta = read_npz(path, HOLDS)
     count = len(arrays["sample_ids"])
     if arrays["gram"].shape != (meta["num_layers"], count * (count + 1) // 2):
         raise UserError(

@@ -68,11 +68,20 @@ def _consensus(analysis: Analysis) -> LayerScores | None:
     return analysis.consensus if len(analysis.datasets) > 1 else None
 
 
-def null_delta(dataset: DatasetResult, config: Mapping[str, Any]) -> np.ndarray:
+def null_delta(cka: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> np.ndarray:
     """δ that unrelated layers would score, ``[L]``: the window mean of the null, a layer with itself still being 1."""
-    null = np.array(dataset.cka["null_mean"], dtype=np.float64)
-    np.fill_diagonal(null, 1.0)
-    values, valid = delta(null, window=config["window"], include_self=config["include_self"])
+    return _window_mean(cka["null_mean"], 1.0, config)
+
+
+def null_delta_stddev(cka: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> np.ndarray:
+    """The most that the standard deviation of `null_delta` can be, ``[L]``: as if all pairs of a window moved as one."""
+    return _window_mean(cka["null_stddev"], 0.0, config)
+
+
+def _window_mean(matrix: np.ndarray, itself: float, config: Mapping[str, Any]) -> np.ndarray:
+    filled = np.array(matrix, dtype=np.float64)
+    np.fill_diagonal(filled, itself)
+    values, valid = delta(filled, window=config["window"], include_self=config["include_self"])
     return np.where(valid, values, np.nan)
 
 
@@ -122,7 +131,7 @@ def _dataset_table(analysis: Analysis, dataset: DatasetResult, style: bool = Fal
     return tables.layer_table(
         dataset.scores,
         dataset.chosen,
-        null=null_delta(dataset, config),
+        null=null_delta(dataset.cka, config),
         probability=_probability(dataset),
         paper=paper_choice(dataset, config),
         step_score=step_score(dataset),
@@ -180,7 +189,7 @@ def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, 
         dataset.scores,
         dataset.chosen,
         window=config["window"],
-        null=null_delta(dataset, config),
+        null=null_delta(dataset.cka, config),
         title=f"{name}, {dataset.num_samples} samples",
     )
     caption = "δ of each layer; low where the representation changes. Shaded: chosen."

@@ -95,10 +95,10 @@ def test_run_directory_and_page(tmp_path, names):
 def test_null_delta_counts_a_layer_with_itself_as_one():
     data = synthetic.dataset(num_layers=16)
     config = {"window": 5, "include_self": True}
-    values = null_delta(data, config)
+    values = null_delta(data.cka, config)
     np.testing.assert_allclose(values[2:-2], (4 * 0.88 + 1) / 5)
     assert np.isnan(values[[0, 1, -2, -1]]).all()
-    np.testing.assert_allclose(null_delta(data, {**config, "include_self": False})[2:-2], 0.88)
+    np.testing.assert_allclose(null_delta(data.cka, {**config, "include_self": False})[2:-2], 0.88)
 
 
 def test_paper_choice_has_as_many_layers_by_biased_delta():
