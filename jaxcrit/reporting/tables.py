@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -114,6 +115,15 @@ def wide_table(
 def p_value(value: float) -> str:
     """A probability in a table; - where there is none."""
     return f"{value:.1e}" if value < 1e-3 else number(value, 3)
+
+
+def parted(folders: Sequence[Path]) -> list[str]:
+    """Names of folders from where they part; empty where all are one."""
+    parts = [folder.resolve().parts for folder in folders]
+    common = 0
+    while all(len(one) > common for one in parts) and len({one[common] for one in parts}) == 1:
+        common += 1
+    return ["/".join(one[common:]) for one in parts]
 
 
 def shortened(text: str, width: int = WIDTH) -> str:
