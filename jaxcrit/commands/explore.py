@@ -30,7 +30,9 @@ def run(options: ExploreOptions) -> int:
     from jaxcrit.reporting.explore_reading import find_runs, read_runs
 
     if bool(options.run) == bool(options.index):
-        raise UserError("explore: expected jaxcrit explore RUN [RUN ...] --out=page.html, or --index=DIR in their place")
+        raise UserError(
+            "explore: expected jaxcrit explore RUN [RUN ...] --out=page.html, or --index=DIR in their place"
+        )
     if not options.out:
         raise UserError("explore: expected --out=page.html, the page to write")
     out = as_path(options.out)

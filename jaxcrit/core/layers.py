@@ -44,6 +44,7 @@ class ScoreMeta(TypedDict, total=False):
     p_holm: list[float]
     gain: float
     measure: str
+    consensus: str
     of: Count
 
 

@@ -23,10 +23,9 @@
     return runs.map(([low, high]) => (low === high ? low : `${low}-${high}`)).join(",");
   }
 
-  async function unpacked() {
-    const bytes = Uint8Array.from(atob($("vega").textContent), (letter) => letter.charCodeAt(0));
-    const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-    document.head.append(Object.assign(document.createElement("script"), { textContent: await new Response(stream).text() }));
+  async function unpacked(id) {
+    const bytes = Uint8Array.from(atob($(id).textContent), (letter) => letter.charCodeAt(0));
+    return new Response(new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"))).text();
   }
 
   // Sizes that follow the window; Vega-Lite has none for charts of several panels.
@@ -58,9 +57,8 @@
       for (const one of spec.params ?? []) one.value = params[one.name];
       box.style.minHeight = `${box.offsetHeight}px`;
       views[name]?.finalize();
-      // Errors alone are told (1): Vega-Lite warns of the heat map's dots, which are some of the rows of its cells.
-      const how = { ast: true, actions: false, renderer: "svg", defaultStyle: false, logLevel: 1 };
-      how.tooltip = { disableDefaultStyle: true };
+      const tooltip = { disableDefaultStyle: true, formatTooltip: (datum, clean) => told(spec.usermeta.told, datum, clean) };
+      const how = { ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip };
       views[name] = (await vegaEmbed(box, { ...spec, data: { values: rows() } }, how)).view;
       views[name].addEventListener("click", (_, item) => $(`on-${item?.datum?.id}`)?.click());
       box.style.minHeight = "";
@@ -69,6 +67,11 @@
       for (const [key, value] of Object.entries(params)) views[name].signal(key, value);
       await views[name].runAsync();
     }
+  }
+
+  function told(fields, datum, clean) {
+    const rows = Object.entries(fields).filter(([field]) => datum[field] != null && datum[field] !== "");
+    return `<table>${rows.map(([field, name]) => `<tr><td class="key">${clean(name)}</td><td>${clean(datum[field])}</td></tr>`).join("")}</table>`;
   }
 
   async function refresh() {
@@ -169,7 +172,8 @@
   async function start() {
     const began = performance.now();
     restore();
-    await unpacked();
+    data.cka = JSON.parse(await unpacked("pairs"));
+    document.head.append(Object.assign(document.createElement("script"), { textContent: await unpacked("vega") }));
     await update();
     document.documentElement.dataset.drawn = Math.round(performance.now() - began);
     form.addEventListener("input", update);

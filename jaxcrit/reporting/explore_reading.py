@@ -233,7 +233,9 @@ def _source(folder: Path, record: Mapping[str, Any], dataset: str) -> Source:
     first = next(iter(scores.values()))
     names = list(record.get("data", {}))
     if not dataset:
-        dataset = names[0] if len(names) == 1 else f"all {len(names)}" if names else first.meta.get("dataset", "unknown")
+        dataset = (
+            names[0] if len(names) == 1 else f"all {len(names)}" if names else first.meta.get("dataset", "unknown")
+        )
     chosen = LayerSet.load(folder / "layers.json") if (folder / "layers.json").exists() else None
     if chosen is not None and chosen.num_layers != first.num_layers:
         raise UserError(

@@ -76,7 +76,12 @@ def npz_schema(kind: Npz, about: str) -> dict[str, Any]:
 
 def _array(one: Array) -> dict[str, Any]:
     shape = one.shape or ()
-    sizes = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": len(shape), "maxItems": len(shape)}
+    sizes = {
+        "type": "array",
+        "items": {"type": "integer", "minimum": 0},
+        "minItems": len(shape),
+        "maxItems": len(shape),
+    }
     said = _object({"dtype": {"type": "string", "pattern": _DTYPES[one.kinds]}, "shape": sizes}, ["dtype", "shape"])
     return {"description": f"[{', '.join(map(str, shape))}]", **said}
 

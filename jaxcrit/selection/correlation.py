@@ -362,7 +362,10 @@ def spearman_matrix(scores: Sequence[LayerScores]) -> np.ndarray:
     def entry(a: np.ndarray, b: np.ndarray) -> float:
         return spearman(a, b) if (np.isfinite(a) & np.isfinite(b)).sum() >= 3 else math.nan
 
-    return np.array([[entry(a, b) for b in turned] for a in turned])
+    matrix = np.empty((len(turned), len(turned)))
+    for i, a in enumerate(turned):
+        matrix[i, : i + 1] = matrix[: i + 1, i] = [entry(a, b) for b in turned[: i + 1]]
+    return matrix
 
 
 def overlap_matrix(chosen: Sequence[LayerSet]) -> np.ndarray:
