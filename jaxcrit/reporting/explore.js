@@ -176,8 +176,9 @@
     document.head.append(Object.assign(document.createElement("script"), { textContent: await unpacked("vega") }));
     await update();
     document.documentElement.dataset.drawn = Math.round(performance.now() - began);
-    form.addEventListener("input", update);
-    form.addEventListener("change", remember);
+    // Ticks stand in the table, outside of the form that they belong to.
+    addEventListener("input", update);
+    addEventListener("change", remember);
     addEventListener("hashchange", () => (restore(), update()));
     addEventListener("resize", update);
   }

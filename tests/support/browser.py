@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -18,6 +19,13 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 _FLAGS = ["--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run"]
 # A browser asks its makers for updates and lists; a page is judged by what it asks itself.
 _FLAGS += ["--disable-background-networking", "--disable-component-update", "--disable-sync", "--remote-debugging-pipe"]
+# The protocol is spoken on file descriptors 3 and 4.
+_ENDS = """
+import fcntl, os, sys
+for at, given in enumerate([fcntl.fcntl(int(one), fcntl.F_DUPFD, 10) for one in sys.argv[1:3]], 3):
+    os.dup2(given, at)
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class Page:
@@ -51,7 +59,9 @@ class Page:
 
     def _next(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            self._rest += os.read(self._from, 2**20)
+            more = os.read(self._from, 2**20)
+            assert more, "the browser has ended"
+            self._rest += more
         line, _, self._rest = self._rest.partition(b"\0")
         answer = json.loads(line)
         params = answer.get("params", {})
@@ -120,8 +130,7 @@ def browser() -> Iterator[Page]:
     """A browser with one tab, gone when the block ends."""
     assert CHROMIUM, "no Chromium"
     (theirs_in, to), (answers, theirs_out) = os.pipe(), os.pipe()
-    # The protocol is spoken on file descriptors 3 and 4.
-    command = ["sh", "-c", f'exec 3<&{theirs_in} 4>&{theirs_out}; exec "$0" "$@"', CHROMIUM, *_FLAGS]
+    command = [sys.executable, "-SEc", _ENDS, str(theirs_in), str(theirs_out), CHROMIUM, *_FLAGS]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         running = subprocess.Popen(
             [*command, f"--user-data-dir={profile}"],

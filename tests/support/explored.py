@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -20,21 +21,23 @@ def write_run(
     rng = np.random.default_rng(seed)
     made = synthetic_analysis.dataset(dataset, num_layers, num_layers * rng.uniform(0.3, 0.6))
     noise = rng.uniform(0, 0.01, (num_layers, num_layers))
-    cka = {
-        name: np.where(np.eye(num_layers), 1.0, matrix * 0.95 + noise + noise.T) for name, matrix in made.cka.items()
-    }
-    cka["null_stddev"] = np.where(np.eye(num_layers), 0.0, 0.01 + noise + noise.T)
+    noise += noise.T
+    # Exponentials of a vector differ in the last bit by where they stand in it; CKA is symmetric to the last one.
+    cka = {name: 0.475 * (matrix + matrix.T) + noise for name, matrix in made.cka.items()}
+    for name, itself in {**dict.fromkeys(cka, 1.0), "null_stddev": 0.0}.items():
+        cka[name] = np.where(np.eye(num_layers), itself, cka.get(name, 0.01 + noise))
     facts = {"path": f"models/{model}", "hash": model, "family": "llama", "num_layers": num_layers}
     rows = Facts(dataset, {"num_samples": made.num_samples, "hash": f"{dataset} {seed}"})
-    shape = {"model_hash": model, "num_samples": 300, "dataset": dataset}
+    shape = {"model_hash": model, "num_samples": 300, "dataset": dataset, "window": 5, "include_self": True}
     with running(
         "analyze", AnalyzeOptions(out=str(folder)), models={"model": Facts(model, facts)}, datasets=[rows]
     ) as run:
+        scores = {}
         for name, score in made.scores.items():
-            bias = "debiased" if "debiased" in name else "biased"
-            score.values[score.valid] += rng.normal(0, 0.002, score.valid.sum())
-            made.scores[name].__dict__["meta"] = {**shape, "bias": bias, "window": 5, "include_self": True}
-        write_scores(run.path / "scores.json", made.scores)
+            meta = {**shape, "bias": "debiased" if "debiased" in name else "biased"}
+            values = score.values + rng.normal(0, 0.002, num_layers)
+            scores[name] = dataclasses.replace(score, values=values, meta=meta)
+        write_scores(run.path / "scores.json", scores)
         write_npz(run.path / "cka.npz", cka, {"format": "jaxcrit.cka", "format_version": 1})
         made.chosen.save(run.path / "layers.json")
         assert made.certainty is not None
