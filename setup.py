@@ -30,7 +30,17 @@ setup(
     keywords="jax flax language-models interpretability cka fine-tuning layers",
     python_requires=">=3.11",
     packages=find_packages(include=["jaxcrit", "jaxcrit.*"]),
-    package_data={"jaxcrit": ["py.typed", "assets/**/*", "models/*.json", "reporting/*.j2", "reporting/*.css", "reporting/*.js", "reporting/*.txt"]},
+    package_data={
+        "jaxcrit": [
+            "py.typed",
+            "assets/**/*",
+            "models/*.json",
+            "reporting/*.j2",
+            "reporting/*.css",
+            "reporting/*.js",
+            "reporting/*.txt",
+        ]
+    },
     install_requires=[
         "absl-py>=2,<3",
         "datasets>=4,<6",

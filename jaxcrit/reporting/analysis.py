@@ -74,7 +74,7 @@ def null_delta(cka: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> np.n
 
 
 def null_delta_stddev(cka: Mapping[str, np.ndarray], config: Mapping[str, Any]) -> np.ndarray:
-    """The most that the standard deviation of `null_delta` can be, ``[L]``: as if all pairs of a window moved as one."""
+    """Upper bound of the standard deviation of `null_delta`, ``[L]``: as if all pairs of a window moved as one."""
     return _window_mean(cka["null_stddev"], 0.0, config)
 
 

@@ -1,8 +1,9 @@
 """The explorer: one HTML file over any number of runs, which opens offline and asks nothing of a network.
 
-Vega-Lite draws; its code comes from the package vl-convert-python. That code and CKA are packed, as gzip in base64: 898 kB
-of code take 407 kB, the matrices of 20 runs of 32 layers and 10 of 16 take 352 kB in place of 865. Python writes data and specifications. The page's policy lets run what this module put there, by hash, and
-nothing else: Vega interprets its expressions in place of compiling them, so that ``eval`` stays forbidden.
+Vega-Lite draws; its code comes from the package vl-convert-python. That code and CKA are packed, as gzip in base64:
+898 kB of code take 407 kB, the matrices of 20 runs of 32 layers and 10 of 16 take 352 kB in place of 865. Python writes
+data and specifications. The page's policy lets run what this module put there, by hash, and nothing else: Vega
+interprets its expressions in place of compiling them, so that ``eval`` stays forbidden.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def explorer_page(sources: Sequence[Source], *, trim: int = 2) -> str:
             return page
         if not data["cka"]:
             raise UserError(
-                f"explore: expected a page of at most {LARGEST:,} bytes, got {LARGEST + excess:,} of {len(sources)} runs"
-                f" and {len(data['series'])} scores; give fewer runs"
+                f"explore: expected a page of at most {LARGEST:,} bytes, got {LARGEST + excess:,} of"
+                f" {len(sources)} runs and {len(data['series'])} scores; give fewer runs"
             )
         each = len(_packed(_embedded(data["cka"]))) / len(data["cka"])
         for _ in range(min(len(data["cka"]), 1 + int(excess / each))):

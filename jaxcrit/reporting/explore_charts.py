@@ -1,8 +1,8 @@
 """Vega-Lite specifications of the explorer's charts.
 
 The page gives the data, as far as they pass the filters: a row for each score with its columns as arrays; CKA of two
-layers; ρ of two scores. Parameters are ``k``, and ``share``, whether layers stand by their share of the depth. Colours of
-text and lines are those of the page (``explore.css``).
+layers; ρ of two scores. Parameters are ``k``, and ``share``, whether layers stand by their share of the depth. Colours
+of text and lines are those of the page (``explore.css``).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _AS_LAYERS = [
     {"calculate": "(datum.left + datum.right) / 2", "as": "middle"},
     {"calculate": "isValid(datum.place) && datum.place <= k ? 1 : 0", "as": "chosen"},
 ]
-_LAYERS = {
+_LAYERS: dict[str, Any] = {
     "type": "quantitative",
     "scale": {"zero": False, "nice": False},
     "title": None,

@@ -20,7 +20,7 @@ from jaxcrit.core.schema import Array, Count
 from jaxcrit.core.selections import LayerSpec, default_count, resolve, span
 from jaxcrit.reporting.analysis import null_delta, null_delta_stddev
 from jaxcrit.reporting.tables import parted
-from jaxcrit.studies.analysis import UNCERTAINTY_FORMAT
+from jaxcrit.selection.confidence import UNCERTAINTY_FORMAT
 
 _CKA = Npz(
     "jaxcrit.cka",
@@ -123,7 +123,7 @@ class Source:
             if kind == "step":
                 below = [None if one is None else np.append(np.nan, np.diagonal(one, 1)) for one in (mean, stddev)]
                 return Reference("unrelated layers", np.asarray(below[0]), below[1])
-            if meta.get("window"):
+            if meta.get("window") and "include_self" in meta:
                 most = None if stddev is None else null_delta_stddev(self.cka, meta)
                 return Reference("unrelated layers", null_delta(self.cka, meta), most)
         if len(meta.get("chance", ())) == score.num_layers:

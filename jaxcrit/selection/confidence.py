@@ -11,6 +11,7 @@ import numpy as np
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.selection.choice import DRAWS, choose, jackknife_noise, lowest, mean_rank, selection_probability
 
+UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 LEVEL = 0.95
 _FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 

@@ -27,12 +27,11 @@ from jaxcrit.evidence.states_files import read_all
 from jaxcrit.models.model import Bars, Model, open_model
 from jaxcrit.selection.cautions import cautions
 from jaxcrit.selection.choice import mean_rank
-from jaxcrit.selection.confidence import Certainty, certainty
+from jaxcrit.selection.confidence import UNCERTAINTY_FORMAT, Certainty, certainty
 from jaxcrit.selection.leverage import Leverage, leverage
 from jaxcrit.similarity import from_tables, parse_measures, participation_ratio, permutation_null
 
 _TRAINING_PROMPTS = 300
-UNCERTAINTY_FORMAT = "jaxcrit.uncertainty"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -6,12 +6,12 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
-from support import synthetic_analysis
 
 from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import write_scores
 from jaxcrit.core.run import Facts, running
+from support import synthetic_analysis
 
 
 def write_run(

@@ -387,6 +387,26 @@ def _run(folder: Path) -> Any:
     return found.arrays, found.tables, found.layers
 
 
+def _make_explored(folder: Path) -> None:
+    """Without digests, by which all damage would be seen before it is read."""
+    from jaxcrit.core.files import write_json
+    from jaxcrit.core.rundir import read_record
+    from support.explored import write_run
+
+    write_run(folder, num_layers=DEPTH)
+    said = ("digests", "format", "format_version")
+    record = {key: value for key, value in read_record(folder).items() if key not in said}
+    write_json(folder / "run.json", "jaxcrit.run", record)
+
+
+def _explored(folder: Path) -> Any:
+    from jaxcrit.reporting.explore import index_rows, page_data
+    from jaxcrit.reporting.explore_reading import read_runs
+
+    found = read_runs([str(folder)])
+    return page_data(found, trim=2), index_rows(found)
+
+
 def _verified(folder: Path) -> Any:
     from jaxcrit.studies.verification import verify
 
@@ -774,6 +794,7 @@ def readers() -> dict[str, Reader]:
         Reader("fingerprint", _make_fingerprint, _fingerprint),
         Reader("run directory", _make_run, _run, share=0.5),
         Reader("run to verify", _make_run, _verified, share=0.2),
+        Reader("run to explore", _make_explored, _explored, share=0.5),
         Reader("run of finetune", run(FinetunedRun), lambda folder: read_record(folder, FinetunedRun)),
         Reader("run of reuse", run(ReuseRun), lambda folder: read_record(folder, ReuseRun)),
         Reader("run of trace", run(TracedRun), lambda folder: read_record(folder, TracedRun)),
