@@ -263,6 +263,5 @@ def index_page(sources: Sequence[Source], folder: Path, out: Path) -> str:
         sources=sources,
         rows=index_rows(sources),
         links=[link(one) for one in sources],
-        depths=depths(sources),
         raw={"style": style, "policy": f"default-src 'none'; style-src {_hash(style)}; base-uri 'none'"},
     )

@@ -62,7 +62,11 @@ def heat_map() -> dict[str, Any]:
         "mark": {"type": "rect", "cursor": "pointer", "strokeWidth": 2, "tooltip": _HOVER},
         "encoding": {
             "y": {"field": "panel", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 160}},
-            "x": {**_LAYERS, "field": "left", "axis": {**_LAYERS["axis"], "orient": "top", "ticks": False}},
+            "x": {
+                **_LAYERS,
+                "field": "left",
+                "axis": {**_LAYERS["axis"], "orient": "top", "ticks": False, "labelPadding": 10},
+            },
             "x2": {"field": "right"},
             "color": {
                 "field": "share",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -149,11 +150,10 @@ def _sureness(source: Source) -> str:
     if not choice or source.chosen is None:
         return "not estimated"
     least = min((choice["selection_probability"][layer] for layer in source.chosen.layers), default=0.0)
-    among = choice["confidence_set"]
-    return (
-        f"each in {least:.0%} of draws or more; the most critical is one of {span(among['layers'])}"
-        f" ({among['level']:.0%}, {choice['num_prompts']} prompts)"
-    )
+    among, prompts = choice["confidence_set"], choice["num_prompts"]
+    often = "in all draws" if least == 1 else f"in at least {math.floor(100 * least)}% of draws"
+    which = f"layer {among['layers'][0]}" if len(among["layers"]) == 1 else f"one of {span(among['layers'])}"
+    return f"each {often} of {prompts} prompts; the most critical one is {which} at {among['level']:.0%}"
 
 
 def read_runs(given: Sequence[str]) -> list[Source]:

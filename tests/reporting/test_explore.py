@@ -20,7 +20,7 @@ from support.explored import write_run
 from jaxcrit.commands.main import main
 from jaxcrit.core.files import write_json, write_npz
 from jaxcrit.core.layers import read_scores
-from jaxcrit.core.selections import LayerSpec, resolve
+from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.reporting import explore
 from jaxcrit.reporting.explore_reading import read_runs
 
@@ -307,7 +307,11 @@ def test_an_index_is_a_row_for_each_choice(runs, tmp_path):
     digest = hashlib.sha256((folder / "a" / "scores.json").read_bytes()).hexdigest()
     for part in ("a|, jaxcrit analyze", "small, 16 layers", "alpaca", "delta_debiased", "(critical:2)", digest[:12]):
         assert part in rows[0]
-    assert "each in 93% of draws or more; the most critical is one of" in rows[0] and "(95%, 300 prompts)" in rows[0]
+    first, second = json.loads((folder / "a" / "layers.json").read_text())["layers"][:2]
+    said = (
+        f"each in at least 93% of draws of 300 prompts; the most critical one is one of {span([first, second])} at 95%"
+    )
+    assert said in rows[0]
     assert all("not estimated" in row for row in rows[1:5])
     for link in re.findall(r'href="([^"]+)"', page):
         assert (out.parent / link).exists(), link
