@@ -58,15 +58,12 @@ _HOVER = {"content": "data"}
 
 def heat_map() -> dict[str, Any]:
     """Scores by layer: a row each, coloured by the place of the layer in its row; the K most critical framed."""
+    above = {"orient": "top", "ticks": False, "labelPadding": 10}
     cell = {
         "mark": {"type": "rect", "cursor": "pointer", "strokeWidth": 2, "tooltip": _HOVER},
         "encoding": {
             "y": {"field": "panel", "type": "nominal", "sort": None, "title": None, "axis": {"labelLimit": 160}},
-            "x": {
-                **_LAYERS,
-                "field": "left",
-                "axis": {**_LAYERS["axis"], "orient": "top", "ticks": False, "labelPadding": 10},
-            },
+            "x": {**_LAYERS, "field": "left", "axis": {**_LAYERS["axis"], **above}},
             "x2": {"field": "right"},
             "color": {
                 "field": "share",
