@@ -18,13 +18,14 @@ from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
 from jaxcrit import __version__
 from jaxcrit.core.console import visible
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain
+from jaxcrit.core.files import in_bucket, plain
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.selections import default_count
 from jaxcrit.reporting import explore_charts as charts
@@ -254,7 +255,9 @@ def index_page(sources: Sequence[Source], folder: Path, out: Path) -> str:
     def link(source: Source) -> str:
         page = next((one for one in (source.path, source.path.parent) if (one / "report.html").exists()), None)
         target = source.path / "scores.json" if page is None else page / "report.html"
-        return str(target) if "://" in str(target) else os.path.relpath(target.resolve(), out.parent.resolve())
+        if in_bucket(target) != in_bucket(out):
+            return ""
+        return quote(os.path.relpath(target.resolve(), out.parent.resolve()))
 
     style = _file("page.css") + _file("explore.css")
     return _template(

@@ -291,6 +291,18 @@ def test_a_run_of_several_datasets_is_shown_with_what_they_have_in_common(tmp_pa
     assert [(one.name, one.dataset) for one in found] == [("one", "one"), ("two", "two"), ("run", "all 2")]
 
 
+def test_runs_come_from_a_bucket_and_pages_go_to_one(storage, runs, page):
+    held = storage.buckets["bucket"]
+    for run in runs:
+        held |= {f"runs/{run.name}/{one.name}": (1, one.read_bytes()) for one in run.iterdir()}
+    assert main(["explore", *(f"gs://bucket/runs/{run.name}" for run in runs), "--out=gs://bucket/page.html"]) == 0
+    assert held["page.html"][1].decode() == page
+    assert main(["explore", "--index=gs://bucket/runs", "--out=gs://bucket/index.html"]) == 0
+    assert '<a href="runs/a/scores.json">a</a>' in held["index.html"][1].decode()
+    assert main(["explore", "gs://bucket/runs/a", "--out=gs://bucket/page.html"]) == 2, "is there already"
+    assert main(["explore", "gs://bucket/runs/a", "--out=gs://sealed/page.html"]) == 2, "cannot be written"
+
+
 def test_an_index_is_a_row_for_each_choice(runs, tmp_path):
     folder = tmp_path / "shared"
     for run in runs:
@@ -308,10 +320,8 @@ def test_an_index_is_a_row_for_each_choice(runs, tmp_path):
     for part in ("a|, jaxcrit analyze", "small, 16 layers", "alpaca", "delta_debiased", "(critical:2)", digest[:12]):
         assert part in rows[0]
     first, second = json.loads((folder / "a" / "layers.json").read_text())["layers"][:2]
-    said = (
-        f"each in at least 93% of draws of 300 prompts; the most critical one is one of {span([first, second])} at 95%"
-    )
-    assert said in rows[0]
+    assert "each in at least 93% of draws of 300 prompts" in rows[0]
+    assert f"the most critical one is one of {span([first, second])} at 95%" in rows[0]
     assert all("not estimated" in row for row in rows[1:5])
     for link in re.findall(r'href="([^"]+)"', page):
         assert (out.parent / link).exists(), link
