@@ -41,7 +41,7 @@ def run(options: ExploreOptions) -> int:
     if options.index:
         folder = as_path(options.index)
         sources = find_runs(folder)
-        page = index_page(sources, folder, out)
+        page = index_page(sources, folder, out, trim=options.trim)
     else:
         sources = read_runs(options.run)
         page = explorer_page(sources, trim=options.trim)

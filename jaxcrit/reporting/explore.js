@@ -100,7 +100,8 @@
       await navigator.clipboard?.writeText(code.textContent).then(() => (copy.textContent = "Copied"), () => {});
     });
     const few = one.ranking.length < k ? ` (all ${one.ranking.length} that may be chosen)` : "";
-    item.append(code, copy, made("span", `${one.label}, ${one.direction} is critical${few}`, "note"));
+    if (one.ranking.length) item.append(code, copy);
+    item.append(made("span", `${one.label}, ${one.direction} is critical${few}`, "note"));
     return item;
   }
 

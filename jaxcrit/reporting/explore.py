@@ -49,7 +49,7 @@ def explorer_page(sources: Sequence[Source], *, trim: int = 2) -> str:
     """
     library, data = _vega(), page_data(sources, trim=trim)
     while True:
-        page = _render(sources, data, library)
+        page = _render(sources, data, library, trim)
         excess = len(page.encode()) - LARGEST
         if excess <= 0:
             return page
@@ -188,7 +188,7 @@ def _template(name: str, **values: Any) -> str:
     return environment.get_template(name).render(**values, **safe, version=__version__)
 
 
-def _render(sources: Sequence[Source], data: Mapping[str, Any], library: str) -> str:
+def _render(sources: Sequence[Source], data: Mapping[str, Any], library: str, trim: int) -> str:
     style, script = _file("page.css") + _file("explore.css"), _file("explore.js")
     series = data["series"]
     specs = {
@@ -205,7 +205,7 @@ def _render(sources: Sequence[Source], data: Mapping[str, Any], library: str) ->
     return _template(
         "explore.html.j2",
         sources=sources,
-        rows=index_rows(sources),
+        rows=index_rows(sources, trim),
         links=None,
         series=series,
         filters=options,
@@ -232,24 +232,25 @@ def _render(sources: Sequence[Source], data: Mapping[str, Any], library: str) ->
 _FILTERS = ("model", "dataset", "criterion", "bias")
 
 
-def index_rows(sources: Sequence[Source]) -> list[dict[str, Any]]:
+def index_rows(sources: Sequence[Source], trim: int = 2) -> list[dict[str, Any]]:
     """A row for each choice of layers: the one that a run made, else one by each of its scores."""
     rows = []
     for place, one in enumerate(sources):
         own = [one.scores[key] for key in [one.chosen.criterion if one.chosen else ""] if key in one.scores]
         for score in own or one.scores.values():
-            layers, sure = choice_of(one, score)
+            layers, sure = choice_of(one, score, trim)
             rows.append({"place": place, "source": one, "criterion": score.name, "layers": layers, "sure": sure})
     return rows
 
 
-def index_page(sources: Sequence[Source], folder: Path, out: Path) -> str:
+def index_page(sources: Sequence[Source], folder: Path, out: Path, *, trim: int = 2) -> str:
     """The page of a folder: a row for each choice, with a link to what it comes from.
 
     Args:
         sources: what was read of it.
         folder: the folder.
         out: file that the page is written to, for the links.
+        trim: layers at each end that critical:K never chooses.
     """
 
     def link(source: Source) -> str:
@@ -264,7 +265,7 @@ def index_page(sources: Sequence[Source], folder: Path, out: Path) -> str:
         "index.html.j2",
         folder=folder.name or str(folder),
         sources=sources,
-        rows=index_rows(sources),
+        rows=index_rows(sources, trim),
         links=[link(one) for one in sources],
         raw={"style": style, "policy": f"default-src 'none'; style-src {_hash(style)}; base-uri 'none'"},
     )

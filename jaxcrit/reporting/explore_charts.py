@@ -42,8 +42,8 @@ _LAYERS: dict[str, Any] = {
     },
 }
 _HEADER = {"title": None, "labelAngle": 0, "labelOrient": "top", "labelAnchor": "start", "labelPadding": 0}
-# What the page tells of a mark under the mouse, by field. As an encoding it would be put together for thousands of marks
-# of which one is looked at.
+# What the page tells of a mark under the mouse, by field. As an encoding it would be put together for thousands of
+# marks, of which one is looked at.
 _TOLD = {
     "label": "score",
     "layer": "layer",

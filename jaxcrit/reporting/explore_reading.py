@@ -134,15 +134,20 @@ class Source:
         return None
 
 
-def choice_of(source: Source, score: LayerScores) -> tuple[str, str]:
-    """Layers by a score, and how sure that is: those of the run where it chose by this score, else critical:K."""
-    if source.chosen is None or source.chosen.criterion != score.name:
-        spec = LayerSpec("critical", default_count(score.num_layers))
-        count = int(score.valid[2:-2].sum())
-        if count < (spec.count or 0):
-            return "-", "too few layers"
-        return f"{span(resolve(spec, score.num_layers, scores=score).layers)} ({spec})", "not estimated"
-    return f"{span(source.chosen.layers)} ({source.chosen.rule})", _sureness(source)
+def choice_of(source: Source, score: LayerScores, trim: int) -> tuple[str, str]:
+    """Layers by a score, and how sure that is: those of the run where it chose by this score, else critical:K.
+
+    Args:
+        source: folder of the score.
+        score: one of its scores.
+        trim: layers at each end that critical:K never chooses.
+    """
+    if source.chosen is not None and source.chosen.criterion == score.name:
+        return f"{span(source.chosen.layers)} ({source.chosen.rule})", _sureness(source)
+    spec = LayerSpec("critical", default_count(score.num_layers))
+    if score.valid[trim : score.num_layers - trim].sum() < (spec.count or 0):
+        return "-", f"fewer than {spec.count} layers may be chosen"
+    return f"{span(resolve(spec, score.num_layers, scores=score, trim=trim).layers)} ({spec})", "not estimated"
 
 
 def _sureness(source: Source) -> str:

@@ -46,6 +46,8 @@ MISTAKES = {
     "generate --max_new_tokens=256": "leaves no room for a prompt in the model's context of 256 tokens",
     "select": "expected --scores=FILE",
     "select --scores=/absent.json": "/absent.json: no such file",
+    "explore": "expected jaxcrit explore RUN [RUN ...] --out=page.html",
+    "explore /absent --out=page.html": "/absent: no such run directory",
     "export": "expected --model=DIR",
     "export --model=x": "expected --out=DIR",
     "export --model=x --out=y --dtype=float23": "did you mean 'float32'?",

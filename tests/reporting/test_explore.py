@@ -169,6 +169,14 @@ def hashed(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
+def test_a_model_too_small_for_a_choice_is_shown(tmp_path):
+    (source,) = read_runs([str(write_run(tmp_path / "run", num_layers=8))])
+    rows = explore.index_rows([dataclasses.replace(source, chosen=None)], trim=4)
+    assert {(row["layers"], row["sure"]) for row in rows} == {("-", "fewer than 1 layers may be chosen")}
+    assert all(one["ranking"] == [] for one in explore.page_data([source], trim=4)["series"])
+    assert 'max="1"' in explore.explorer_page([source], trim=4)
+
+
 def test_names_from_files_are_text(tmp_path):
     run = write_run(tmp_path / "run", dataset="<img src=x>&amp;", model="</script><b>")
     sources = read_runs([str(run)])

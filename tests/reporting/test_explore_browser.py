@@ -84,6 +84,8 @@ def test_the_slider_says_the_layers_that_a_selection_chooses(page, runs):
             wanted.append(f"--layers={span(chosen.layers)}")
         page.wait(f"document.getElementById('k-is').textContent === '{count}'")
         assert shown(page, "#layers code") == wanted
+    page.run("document.querySelectorAll('#layers button')[2].click()")
+    assert page.run("String(getSelection())") == wanted[2]
     assert "(all 12 that may be chosen)" in shown(page, "#layers li")[0]
 
 
