@@ -198,18 +198,17 @@ def find_runs(folder: Path) -> list[Source]:
 def _sources(path: Path) -> Iterator[Source]:
     if not path.exists():
         raise UserError(f"{path}: no such run directory")
-    if not path.is_dir():
+    if file := not path.is_dir():
         if path.name != "scores.json":
             raise UserError(f"{path}: expected a run directory, or its scores.json")
-        yield _source(path.parent, *_record_of(path.parent))
-        return
-    record = _record(path)
-    names = [check_name(name, f"{path / RECORD}: data") for name in record.get("data", {})]
+        path = path.parent
+    record, dataset = _record_of(path)
+    names = [] if file or dataset else [check_name(name, f"{path / RECORD}: data") for name in record.get("data", {})]
     several = [name for name in names if len(names) > 1 and (path / name / "scores.json").exists()]
     for name in several:
         yield _source(path / name, record, name)
     if (path / "scores.json").exists():
-        yield _source(path, record, "")
+        yield _source(path, record, dataset)
     elif not several:
         wrote = f", which jaxcrit {record['command']} does not write" if "command" in record else ""
         raise UserError(f"{path}: holds no scores.json{wrote}; give runs of analyze, score, spectrum, ablate, ...")
@@ -226,10 +225,11 @@ def _record(folder: Path) -> dict[str, Any]:
 
 
 def _record_of(folder: Path) -> tuple[dict[str, Any], str]:
-    """``run.json`` of the run that a folder is, or is a dataset of; and the dataset's name."""
+    """``run.json`` of the run that a folder is, or is a dataset of; and then the dataset's name."""
     if (folder / RECORD).exists() or not (folder.parent / RECORD).exists():
         return _record(folder), ""
-    return _record(folder.parent), folder.name
+    record = _record(folder.parent)
+    return (record, folder.name) if folder.name in record.get("data", {}) else ({}, "")
 
 
 def _source(folder: Path, record: Mapping[str, Any], dataset: str) -> Source:

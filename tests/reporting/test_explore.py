@@ -297,6 +297,12 @@ def test_a_run_of_several_datasets_is_shown_with_what_they_have_in_common(tmp_pa
     write_json(run / "run.json", "jaxcrit.run", several(record))
     found = read_runs([str(run)])
     assert [(one.name, one.dataset) for one in found] == [("one", "one"), ("two", "two"), ("run", "all 2")]
+    (alone,) = read_runs([str(run / "two")])
+    assert (alone.dataset, alone.command, alone.model) == ("two", "analyze", "small")
+    write_run(run / "other")
+    (run / "other" / "run.json").unlink()
+    (other,) = read_runs([str(run / "other" / "scores.json")])
+    assert (other.dataset, other.command) == ("alpaca", ""), "what lies in a run need not be of it"
 
 
 def test_runs_come_from_a_bucket_and_pages_go_to_one(storage, runs, page):
