@@ -6,8 +6,13 @@
   const data = read("data"), specs = read("specs"), form = $("controls"), views = {}, drawn = {};
   const filters = ["model", "dataset", "criterion", "bias"];
   const most = { columns: 12, agreeing: 40 };
-  let waiting = Promise.resolve();
-  const update = () => (waiting = waiting.then(refresh));
+  let waiting = Promise.resolve(), newest = 0;
+
+  // One at a time; of a slider that is drawn along, the last place.
+  function update() {
+    const mine = ++newest, now = () => (mine === newest ? refresh() : null);
+    return (waiting = waiting.then(now, now));
+  }
 
   const made = (tag, text, kind = "") => Object.assign(document.createElement(tag), { textContent: text, className: kind });
   const shortly = (value, digits = 5) => (value == null ? "-" : String(Number(value.toPrecision(digits))));
@@ -50,8 +55,12 @@
 
   // Draws a chart anew where its rows or the window have changed; else its parameters alone change.
   async function chart(name, rows, key, params) {
-    const box = $(name), now = `${key} ${innerWidth}`;
-    if (drawn[name] !== now) {
+    const box = $(name), now = `${key} ${innerWidth}`, given = drawn[name] === now ? null : rows();
+    if (given?.length === 0) {
+      views[name]?.finalize();
+      box.replaceChildren(made("p", "Nothing to draw: nothing is ticked, or nothing passes the filters.", "note"));
+      drawn[name] = views[name] = null;
+    } else if (given) {
       const spec = structuredClone(specs[name]);
       sized[name](spec, box.parentElement.clientWidth);
       for (const one of spec.params ?? []) one.value = params[one.name];
@@ -59,7 +68,7 @@
       views[name]?.finalize();
       const tooltip = { disableDefaultStyle: true, formatTooltip: (datum, clean) => told(spec.usermeta.told, datum, clean) };
       const how = { ast: true, actions: false, renderer: "svg", defaultStyle: false, tooltip };
-      views[name] = (await vegaEmbed(box, { ...spec, data: { values: rows() } }, how)).view;
+      views[name] = (await vegaEmbed(box, { ...spec, data: { values: given } }, how)).view;
       views[name].addEventListener("click", (_, item) => $(`on-${item?.datum?.id}`)?.click());
       box.style.minHeight = "";
       drawn[name] = now;

@@ -134,6 +134,18 @@ def test_the_state_is_in_the_address(page, file, runs):
     assert page.run(visible) == ["0", "2", "4", "6", "8", "10"]
 
 
+def test_nothing_ticked_and_nothing_that_passes(page):
+    page.run("document.querySelectorAll('[name=on]').forEach((one) => one.checked && one.click())")
+    page.wait("document.getElementById('curves').textContent.startsWith('Nothing to draw')")
+    assert page.run("document.querySelectorAll('#heat .mark-rect path').length") > 100
+    page.run("location.hash = '#model=large&dataset=dolly+%3Cb%3E&k=3&on=1'")
+    page.wait("document.getElementById('heat').textContent.startsWith('Nothing to draw')")
+    assert "0 of 12 scores pass the filters; 0 ticked" in shown(page, "#count")
+    page.run("location.hash = '#model=small&k=3&on=1'")
+    page.wait("document.querySelectorAll('#curves .mark-line path').length > 0")
+    assert shown(page, "#layers li")[0].endswith("a: delta_debiased, low is critical")
+
+
 def test_the_mouse_tells_numbers_of_the_files_and_ticks(page, runs):
     values = json.loads((runs[0] / "scores.json").read_text())["scores"]["delta"]["values"]
     cell = page.run(
