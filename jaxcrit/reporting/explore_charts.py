@@ -78,7 +78,7 @@ def heat_map() -> dict[str, Any]:
                     "gradientLength": 120,
                 },
             },
-            "stroke": {"condition": {"test": "datum.chosen", "value": "#111"}, "value": None},
+            "stroke": {"condition": {"test": "datum.chosen", "value": "#e6007e"}, "value": None},
             "order": {"field": "chosen", "type": "quantitative"},
         },
     }
