@@ -188,7 +188,7 @@ def test_it_prints_light_and_whole(page):
 
 @pytest.mark.skipif("JAXCRIT_EXPLORE" not in os.environ, reason="slow: JAXCRIT_EXPLORE=1, as .ci/full sets it")
 def test_thirty_runs_are_drawn_in_a_second(tab, tmp_path):
-    """120 scores, 30 matrices of CKA; the best of five, for other processes take their share."""
+    """120 scores, 30 matrices of CKA. CPU time of the page, best of five: others take their share of the clock."""
     made = [
         write_run(
             tmp_path / f"run{n:02d}", num_layers=32 if n % 3 else 16, seed=n, dataset=f"rows{n % 3}", model=f"m{n % 3}"
@@ -201,7 +201,10 @@ def test_thirty_runs_are_drawn_in_a_second(tab, tmp_path):
     tab.look(1200)
     taken = []
     for _ in range(5):
+        tab.run("location.href = 'about:blank'")
+        before = tab.busy()
         tab.open(out)
-        taken.append(int(tab.run("document.documentElement.dataset.drawn")))
-    print(f"30 runs of {out.stat().st_size / 1e6:.2f} MB drawn in {min(taken)} ms (all: {taken})")
-    assert min(taken) < 1000
+        taken.append((tab.busy() - before, int(tab.run("document.documentElement.dataset.drawn"))))
+    (cpu, _), (_, wall) = min(taken), min(taken, key=lambda one: one[1])
+    print(f"30 runs, {out.stat().st_size / 1e6:.2f} MB: drawn in {cpu * 1000:.0f} ms of CPU, {wall} ms by the clock")
+    assert cpu < 1

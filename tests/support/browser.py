@@ -44,6 +44,7 @@ class Page:
         self._session = self._call("Target.attachToTarget", targetId=tab, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self._call(f"{domain}.enable")
+        self._call("Performance.enable", timeDomain="threadTicks")
 
     def _call(self, method: str, **params: Any) -> dict[str, Any]:
         self._number += 1
@@ -84,6 +85,11 @@ class Page:
         self._call("Page.navigate", url="about:blank")
         self._call("Page.navigate", url=f"{file.as_uri()}{state}")
         self.wait("document.documentElement?.dataset.drawn !== undefined")
+
+    def busy(self) -> float:
+        """Seconds of the processor that the page's thread has taken so far."""
+        found = self._call("Performance.getMetrics")["metrics"]
+        return next(one["value"] for one in found if one["name"] == "TaskDuration")
 
     def run(self, code: str) -> Any:
         """The value of an expression; a promise is waited for."""
