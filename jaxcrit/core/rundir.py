@@ -28,7 +28,7 @@ from jaxcrit.core.schema import AtLeastZero, Count, Layers, Size
 
 RUN_FORMAT = "jaxcrit.run"
 _TRIAL = ".jaxcrit-"  # objects that are written to see whether a bucket takes them
-_TREES = (CHECKPOINTS, "tensorboard")  # directories whose files other libraries write
+_TREES = (CHECKPOINTS, "tensorboard", "trackio", "wandb")  # directories whose files other libraries write
 
 
 class NamedModel(TypedDict, total=False):
