@@ -89,8 +89,8 @@ def _wandb(out: Path, step: int, config: Mapping[str, Any]) -> Iterator[Callable
     import wandb
 
     own = hashlib.sha256(str(out.resolve()).encode()).hexdigest()[:16]  # a run that goes on is the same run there
-    quiet = wandb.Settings(silent=True, console="off")
-    with wandb.init(
+    quiet = wandb.Settings(silent=True, console="off", symlink=False)
+    there = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "jaxcrit"),
         name=out.name,
         id=own,
@@ -98,8 +98,11 @@ def _wandb(out: Path, step: int, config: Mapping[str, Any]) -> Iterator[Callable
         config=dict(config),
         resume="allow",
         settings=quiet,
-    ) as there:
+    )
+    try:  # as a context it would print the traceback of whatever ends the training
         yield lambda found, step: there.log(found, step=step)
+    finally:
+        there.finish()
 
 
 _TRACKERS = {"tensorboard": _tensorboard, "trackio": _trackio, "wandb": _wandb}

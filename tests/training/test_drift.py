@@ -74,6 +74,8 @@ def test_a_training_that_goes_on_measures_against_the_same_model(asked, run, tmp
     shutil.copytree(run.out, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints" / "5")
     unfinished(tmp_path / "run")
+    (tmp_path / "run" / "wandb").mkdir()
+    (tmp_path / "run" / "wandb" / "latest-run").symlink_to("nowhere")  # as a tracker leaves it
     again = run_finetune(dataclasses.replace(asked, out=str(tmp_path / "run")))
     untimed = [
         [{key: value for key, value in row.items() if key != "seconds"} for row in one.metrics] for one in (again, run)
