@@ -3,10 +3,10 @@
     python experiments/planted_facts.py --out=runs/planted
 
 The embedded model is trained on made-up facts, two of each of 72 subjects ("barn of Mia"), drawn anew for each seed: no
-name and no place alone says the answer. Then it is asked, traced and analysed (`jaxcrit trace`, `jaxcrit
-analyze`, on 300 prompts of one of its own tasks). Printed are, by seed, how many facts it says and are traced, where `trace` is highest and where
-`trace_last` rises, and how low δ and step are there among their circular shifts; and the same of all seeds together,
-with shifts drawn for each by itself. Runs are kept in OUT, and never made again.
+name and no place alone says the answer. Then it is asked, traced and analysed (`jaxcrit trace`, `jaxcrit analyze`, on
+300 prompts of one of its own tasks). Printed are, by seed, how many facts it says that are traced, where `trace` is
+highest and where `trace_last` rises, and how low δ and step are there among their circular shifts; and the same of all
+seeds together, with shifts drawn for each by itself. Runs are kept in OUT, and never made again.
 """
 
 from __future__ import annotations
