@@ -77,7 +77,10 @@ setup(
         ],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "release": ["build>=1.2,<2", "twine>=6,<8"],
+        # --track.
         "tensorboard": ["tensorboardX>=2.6,<3"],
+        "trackio": ["trackio>=0.30,<1"],
+        "wandb": ["wandb>=0.20,<1"],
         # Vega, Vega-Lite and vega-embed as one bundle, for jaxcrit explore.
         "explore": ["vl-convert-python>=1.9,<2"],
         # Checkpoints whose tokenizer is tokenizer.model alone.
