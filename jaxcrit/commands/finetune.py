@@ -388,7 +388,7 @@ def _train(
         return tuple(sum(sums[1:], sums[0]) for sums in each)
 
     def listen(state: State) -> contextlib.AbstractContextManager[Listener | None]:
-        if out is None or not (options.track and processes.first()):
+        if out is None or options.track == "none" or not processes.first():
             return contextlib.nullcontext()
         return tracked(options.track, out, int(state.step), dataclasses.asdict(options))
 

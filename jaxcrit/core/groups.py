@@ -341,10 +341,10 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, ObjectiveOptions, t
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
     track: str = option(
-        "", "metrics there too: tensorboard, trackio or wandb", ("", *TRACKERS), free=WHERE, group="while it runs"
+        "none", "hand metrics on to this tracker", ("none", *TRACKERS), free=WHERE, group="while it runs"
     )
     drift_every: int = option(
-        0, "steps between measures of how far each layer is from the base; 0: never", lowest=0, group="while it runs"
+        0, "steps between measures of how far each layer has moved", lowest=0, group="while it runs"
     )
 
     def check(self) -> None:
@@ -359,11 +359,11 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, ObjectiveOptions, t
         for name in ("lora_alpha", "lora_targets"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name}={getattr(self, name)}: is of adapters; give their --lora_rank too")
-        if self.track and "://" in self.out:
+        if self.track != "none" and "://" in self.out:
             raise UserError(
                 f"--track={self.track}: keeps local files in --out, and {self.out} is none; read metrics.jsonl"
             )
-        if self.track and importlib.util.find_spec(TRACKERS[self.track]) is None:
+        if self.track != "none" and importlib.util.find_spec(TRACKERS[self.track]) is None:
             raise UserError(
                 f"--track={self.track}: needs {TRACKERS[self.track]}; pip install 'jaxcrit[{self.track}]', or read"
                 " metrics.jsonl"
