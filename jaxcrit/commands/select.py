@@ -17,7 +17,7 @@ from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.reporting.exporters import LINEARS, Asked, ReadBack, export_selection, format_of, read_back
-from jaxcrit.reporting.matchers import Tensors
+from jaxcrit.reporting.matchers import Tensors, peft_version
 
 DIFFERS = 1  # exit code: the other trainer would train something else
 
@@ -132,7 +132,9 @@ def _tensors(model: str) -> Tensors:
 
 def _compared(options: SelectOptions, found: ReadBack, chosen: LayerSet) -> int:
     """Prints what a file says, and where that is not the selection."""
-    console.tell(f"{options.checked} by the rules of {found.format.tool}:")
+    own = peft_version() if "peft" in found.format.tool else ""
+    with_own = f", matched by peft {own} itself" if own else ""
+    console.tell(f"{options.checked} by the rules of {found.format.tool}{with_own}:")
     for line in found.lines():
         console.tell(f"  {line}")
     if options.out:

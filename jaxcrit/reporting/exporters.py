@@ -163,9 +163,9 @@ def _tunix(layer_set: LayerSet, asked: Asked) -> str:
 
 
 def _nnx(layer_set: LayerSet, asked: Asked) -> str:
-    names, chosen = matchers.TUNIX.of(_tensors(asked, "nnx"), "tunix"), set(layer_set.layers)
-    paths = [matchers.nnx_path(theirs) for name, theirs in names.items() if matchers.layer_of(name) in chosen]
-    return "[\n" + ",\n".join(f" {json.dumps(path)}" for path in paths) + "\n]\n"
+    layers = ", ".join(f"nnx.PathContains({layer})" for layer in layer_set.layers)
+    use = "# nnx.Optimizer(model, tx, wrt=FILTER), and nnx.value_and_grad of nnx.DiffState(0, FILTER)"
+    return f"# {layer_set}\n{use}\nnnx.All(nnx.Param, nnx.PathContains('layers'), nnx.Any({layers}))\n"
 
 
 def _mergekit(layer_set: LayerSet, asked: Asked) -> str:
@@ -263,7 +263,7 @@ FORMATS: Mapping[str, Format] = {
         file="axolotl.yml",
     ),
     "llamafactory": Format(
-        "LLaMA-Factory 0.9.5",
+        "LLaMA-Factory 0.9.5 with peft 0.21.2",
         "finetuning_type: lora",
         _llamafactory,
         matchers.llamafactory,
@@ -285,7 +285,7 @@ FORMATS: Mapping[str, Format] = {
     "mergekit": Format("mergekit 0.1.5", "slices:", _mergekit, matchers.mergekit, matchers.Mergekit, _left),
     "llamacpp": Format("llama.cpp's llama-quantize", "--prune-layers", _llamacpp, matchers.llamacpp, str, _left),
     "torchtune": Format("torchtune 0.6.1", "set_trainable_params", _torchtune, matchers.torchtune, str),
-    "nnx": Format("nnx.PathIn of flax 0.12.8", '["layers"', _nnx, matchers.nnx, list[list[str | int]]),
+    "nnx": Format("nnx of the flax installed, on tunix 0.1.7", "nnx.", _nnx, matchers.nnx, str),
     "regex": Format("re.search", r"layers\.", _regex, matchers.search, str, file="regex.txt"),
 }
 CONFIG_FILES = {name: one.file for name, one in FORMATS.items() if one.file}

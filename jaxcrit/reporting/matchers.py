@@ -8,12 +8,13 @@ tests hold them to what these versions themselves answered (``tests/goldens/inte
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import functools
-import importlib.util
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib import metadata
 from typing import Any, TypedDict
 
 from jaxcrit.core.errors import UserError, listed
@@ -286,15 +287,42 @@ def torchtune(content: str, tensors: Tensors) -> Trained:
     return {n: tensors.sizes[n] for n, theirs in TORCHTUNE.of(tensors, "torchtune").items() if theirs in asked}
 
 
-def nnx(content: list[list[str | int]], tensors: Tensors) -> Trained:
-    """``nnx.PathIn`` asks whether the path of a parameter, numbers being numbers, is among those given."""
-    asked = {tuple(path) for path in content}
-    return {n: tensors.sizes[n] for n, theirs in TUNIX.of(tensors, "tunix").items() if nnx_path(theirs) in asked}
+def nnx(content: str, tensors: Tensors) -> Trained:
+    """flax's own filter, made of ``nnx.All``, ``Any``, ``Not``, ``PathContains`` and ``Param``, on tunix's paths.
+
+    Numbers in paths are numbers: ``PathContains('1')`` finds no layer, ``PathContains(1, exact=False)`` 10 too.
+    """
+    import flax.nnx
+
+    lines = [line for line in content.splitlines() if not line.startswith("#")]
+    try:
+        (tree,) = ast.parse("\n".join(lines)).body
+        asked = flax.nnx.filterlib.to_predicate(_nnx_filter(tree.value if isinstance(tree, ast.Expr) else tree))
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
+        raise UserError(f"expected one filter such as nnx.All(nnx.Param, nnx.PathContains(3)), got {error}") from None
+    names, anything = TUNIX.of(tensors, "tunix"), flax.nnx.Param(0)
+    paths = {
+        name: tuple(int(one) if one.isdecimal() else one for one in path.split("/")) for name, path in names.items()
+    }
+    return {name: tensors.sizes[name] for name, path in paths.items() if asked(path, anything)}
 
 
-def nnx_path(name: str) -> tuple[str | int, ...]:
-    """A name of tunix as a path of nnx."""
-    return tuple(int(part) if part.isdecimal() else part for part in name.split("/"))
+def _nnx_filter(node: ast.AST) -> Any:
+    """What an expression makes, without running it."""
+    import flax.nnx
+
+    if isinstance(node, ast.Call) and (name := _nnx_name(node.func)) in ("All", "Any", "Not", "PathContains"):
+        make = (lambda one: ast.literal_eval(one)) if name == "PathContains" else _nnx_filter
+        named = {str(one.arg): ast.literal_eval(one.value) for one in node.keywords}
+        return getattr(flax.nnx, str(name))(*map(make, node.args), **named)
+    if _nnx_name(node) == "Param":
+        return flax.nnx.Param
+    raise ValueError(f"{ast.unparse(node)[:80] if isinstance(node, ast.expr) else 'a statement'}")
+
+
+def _nnx_name(node: ast.AST) -> str | None:
+    inside = isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "nnx"
+    return node.attr if inside and isinstance(node, ast.Attribute) else None
 
 
 def search(content: str, tensors: Tensors) -> Trained:
@@ -331,11 +359,13 @@ _FURTHER = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indic
 def peft(content: Peft, tensors: Tensors) -> Trained:
     """Adapters on the modules that are named; see `peft_matches` for which these are.
 
-    ``all-linear`` is replaced by names in full, to which ``layers_to_transform`` does not apply.
-
     Raises:
         UserError: what PEFT refuses too (no module, or one that is no linear layer), and keys not counted here.
     """
+    layers, pattern = content.get("layers_to_transform"), content.get("layers_pattern")
+    text = isinstance(content.get("target_modules"), str)
+    if (pattern and not layers) or (text and (pattern or layers is not None)):
+        raise UserError("PEFT refuses it: layers_pattern is of layers_to_transform, and both are of a list of modules")
     further = [key for key in _FURTHER if content.get(key)]
     if content.get("peft_type", "LORA") != "LORA" or content.get("bias", "none") != "none" or further:
         raise UserError(f"expected plain LoRA without {', '.join(_FURTHER)} and biases, got {listed(sorted(content))}")
@@ -386,16 +416,26 @@ def peft_matches(content: Peft, module: str) -> bool:
 
 def _own_peft() -> Callable[[Peft, str], bool] | None:
     """PEFT's own function where it is installed."""
-    if importlib.util.find_spec("peft") is None:
+    if not peft_version():
         return None
     import types
 
-    from peft.tuners.tuners_utils import check_target_module_exists
-
+    try:
+        from peft.tuners.tuners_utils import check_target_module_exists
+    except ImportError:  # there, but not what it needs
+        return None
     absent = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
     return lambda content, module: bool(
         check_target_module_exists(types.SimpleNamespace(**{**dict.fromkeys(absent), **content}), module)
     )
+
+
+def peft_version() -> str:
+    """Version of PEFT; empty where it is not installed."""
+    try:
+        return metadata.version("peft")
+    except metadata.PackageNotFoundError:
+        return ""
 
 
 def _pattern_key(content: Peft, module: str) -> str:
