@@ -32,7 +32,9 @@ class SelectOptions(Options, title="what"):
     criterion: str = option("delta_debiased", "score to choose by", word="KEY")
     trim: int = option(2, "layers at each end that are never critical", lowest=0)
     model: str = option("", "whose layers and tensors: its config.json is enough", word="DIR", free=BY_HASH)
-    format: str = option("", "peft, axolotl, swift, ...: docs/interchange.md", word="FORMAT", group="result")
+    format: str = option(
+        "", "peft, axolotl, swift, ... (default: json): docs/interchange.md", word="FORMAT", group="result"
+    )
     checked: str = option(
         "",
         "tell what another trainer would train by this file",

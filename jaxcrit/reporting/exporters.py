@@ -358,8 +358,15 @@ class ReadBack:
         """What trains, folded over layers, and every difference from the selection."""
         told = [f"{name}  {size:,} weights" for name, size in folded(self.trained)]
         told.append(f"{len(self.trained)} tensors, {sum(self.trained.values()):,} weights {self.format.verb}")
+        places: dict[tuple[str, bool, bool], list[tuple[str, int, int]]] = {}
         for name, (does, meant) in folded(self.differing):
-            told.append(f"differs: {name}: {does:,} weights each {self.format.verb}, {meant:,} were meant to")
+            where, _, tail = name.rpartition("}.")
+            places.setdefault((where + "}" if where else "", does > 0, meant > 0), []).append((tail, does, meant))
+        for (where, *_), found in places.items():
+            does, meant = (f"{sum(sizes):,}" for sizes in ([one[1] for one in found], [one[2] for one in found]))
+            of = f"{where}: of each layer " if where else ""
+            tails = ", ".join(one[0] for one in found)
+            told.append(f"differs: {of}{does} weights {self.format.verb}, {meant} were meant to: {tails}")
         return told
 
 

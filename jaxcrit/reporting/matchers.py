@@ -425,9 +425,15 @@ def _own_peft() -> Callable[[Peft, str], bool] | None:
     except ImportError:  # there, but not what it needs
         return None
     absent = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "target_parameters")
-    return lambda content, module: bool(
-        check_target_module_exists(types.SimpleNamespace(**{**dict.fromkeys(absent), **content}), module)
-    )
+
+    def matches(content: Peft, module: str) -> bool:
+        try:
+            config = types.SimpleNamespace(**{**dict.fromkeys(absent), **content})
+            return bool(check_target_module_exists(config, module))
+        except re.error as error:
+            raise UserError(f"PEFT refuses it: no regular expression ({error})") from None
+
+    return matches
 
 
 def peft_version() -> str:
