@@ -16,8 +16,10 @@ from jaxcrit.core.groups import BY_HASH, SELECTION, WHERE
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.reporting.exporters import LINEARS, Asked, ReadBack, export_selection, format_of, read_back
-from jaxcrit.reporting.matchers import Tensors, peft_version
+from jaxcrit.reporting.exporters import LINEARS, Asked, export_selection, format_of
+from jaxcrit.reporting.matchers import peft_version
+from jaxcrit.reporting.readback import ReadBack, read_back
+from jaxcrit.reporting.tensors import Tensors
 
 DIFFERS = 1  # exit code: the other trainer would train something else
 

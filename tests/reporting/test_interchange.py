@@ -12,7 +12,8 @@ from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.reporting import matchers
-from jaxcrit.reporting.exporters import FORMATS, Asked, export_selection, folded, read_back
+from jaxcrit.reporting.exporters import FORMATS, Asked, export_selection
+from jaxcrit.reporting.readback import folded, read_back
 
 ANSWERS = json.loads(GOLDEN.read_text(encoding="utf-8"))["formats"]
 CASES = [(fmt, name) for fmt, files in ANSWERS.items() for name in files]

@@ -169,7 +169,7 @@ def cases() -> dict[str, dict[str, dict[str, str]]]:
     """By format and name: a model's name and a file; ``ours`` in the name is what is written for `LAYERS`."""
     from jaxcrit.core.layers import LayerSet
     from jaxcrit.reporting.exporters import FORMATS, Asked, export_selection
-    from jaxcrit.reporting.matchers import TORCHTUNE
+    from jaxcrit.reporting.tensors import TORCHTUNE
 
     chosen = LayerSet(LAYERS, "manual", "1,5,10", 12)
     found: dict[str, dict[str, dict[str, str]]] = {}
@@ -193,7 +193,7 @@ def tensors(family: str) -> Any:
     """A model of `MODELS` as matchers see it."""
     from jaxcrit.models.config import ModelConfig
     from jaxcrit.models.weights import hf_shapes
-    from jaxcrit.reporting.matchers import Tensors
+    from jaxcrit.reporting.tensors import Tensors
 
     config = ModelConfig.from_hf(MODELS[family])
     return Tensors(hf_shapes(config), config.num_layers, config.family)

@@ -130,9 +130,9 @@ def _config() -> Any:
 
 
 def _from_hf(folder: Path) -> Any:
-    from jaxcrit.studies.plan import _model
+    from jaxcrit.models.shapes import config_of
 
-    return _model(str(folder))
+    return config_of(str(folder))
 
 
 def _config_of(case: str) -> Reader:
@@ -725,7 +725,8 @@ def _exchanged(fmt: str) -> Reader:
     """A selection in another trainer's words."""
     from jaxcrit.core.layers import LayerSet
     from jaxcrit.reporting import matchers
-    from jaxcrit.reporting.exporters import Asked, export_selection, read_back
+    from jaxcrit.reporting.exporters import Asked, export_selection
+    from jaxcrit.reporting.readback import read_back
     from support.other_trainers import tensors
 
     chosen, asked = LayerSet((1, 5), "manual", "1,5", 12), Asked("MODEL", "llama", tensors("llama"))
