@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from jaxcrit.core import console
-from jaxcrit.core.errors import UserError
+from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, write_text
 from jaxcrit.core.groups import BY_HASH, SELECTION, WHERE
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, score_of
@@ -18,7 +18,7 @@ from jaxcrit.core.options import Options, option
 from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.reporting.exporters import LINEARS, Asked, export_selection, format_of
 from jaxcrit.reporting.matchers import peft_version
-from jaxcrit.reporting.readback import ReadBack, read_back
+from jaxcrit.reporting.readback import ReadBack, read_back, understood
 from jaxcrit.reporting.tensors import Tensors
 
 DIFFERS = 1  # exit code: the other trainer would train something else
@@ -78,13 +78,22 @@ def run(options: SelectOptions) -> int:
     if options.checked and not options.model:
         raise UserError(f"--check={options.checked}: expected --model=DIR too, whose tensors it names (a config.json)")
     scores = read_scores(options.scores) if options.scores else {}
-    tensors = _tensors(options.model) if options.model else None
+    tensors = None
+    if options.model:
+        from jaxcrit.models.shapes import config_of
+
+        tensors = Tensors.of_model(config_of(options.model))
     chosen, family = _chosen(options, scores, tensors)
     asked = Asked(options.model or "MODEL", family, tensors, options.lora_rank, options.rest_rank, targets)
     if options.checked:
         found = read_back(options.checked, options.format, chosen, asked)
         return _compared(options, found, chosen)
     text = export_selection(chosen, options.format or "json", asked=asked)
+    if tensors is not None:
+        told = understood(text, options.format or "json", chosen, asked, f"--format={options.format}").differing
+        if told:
+            why = f"{listed(list(told), 3)} would differ; take another format"
+            raise UserError(f"--format={options.format}: cannot say {chosen}: {why}")
     if options.out:
         _write(options.out, text)
     else:
@@ -122,16 +131,6 @@ def _chosen(
         identity = meta.get("model_hash")
         chosen = resolve(spec, depth, scores=scores or None, criterion=key, trim=options.trim, model_hash=identity)
     return chosen, tensors.family if tensors else meta.get("model_type")
-
-
-def _tensors(model: str) -> Tensors:
-    from jaxcrit.models.shapes import config_of
-    from jaxcrit.models.weights import hf_shapes
-
-    config = config_of(model)
-    if config.experts:  # as transformers 5 holds them
-        config = dataclasses.replace(config, fused_experts=True)
-    return Tensors(hf_shapes(config), config.num_layers, config.family)
 
 
 def _compared(options: SelectOptions, found: ReadBack, chosen: LayerSet) -> int:

@@ -77,6 +77,11 @@ def _yaml(layer_set: LayerSet, *lines: str) -> str:
     return "\n".join([f"# {layer_set}", *lines]) + "\n"
 
 
+def _named(layer_set: LayerSet, asked: Asked) -> list[str]:
+    """Modules in full, which PEFT takes as they are."""
+    return [f"model.layers.{layer}.{linear}" for layer in layer_set.layers for linear in asked.linears]
+
+
 def _peft(layer_set: LayerSet, asked: Asked) -> str:
     # Last names only: PEFT takes a target written out in full whatever layers_to_transform says.
     config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM"}
@@ -92,11 +97,10 @@ def _peft(layer_set: LayerSet, asked: Asked) -> str:
 
 
 def _trl(layer_set: LayerSet, asked: Asked) -> str:
-    # TRL has no layers_to_transform; a list of one name is an expression for the whole name.
-    modules = "|".join(name.replace(".", r"\.") for name in asked.linears)
-    pattern = rf"model\.layers\.{_either(layer_set)}\.({modules})"
+    # TRL has no layers_to_transform. Of a mixture PEFT takes an expression for the names it ends in, in all layers.
     ranks = (f"lora_r: {asked.rank}", f"lora_alpha: {2 * asked.rank}")
-    return _yaml(layer_set, "use_peft: true", *ranks, "lora_target_modules:", f"  - '{pattern}'")
+    names = (f"  - {one}" for one in _named(layer_set, asked))
+    return _yaml(layer_set, "use_peft: true", *ranks, "lora_target_modules:", *names)
 
 
 def _axolotl(layer_set: LayerSet, asked: Asked) -> str:
@@ -106,7 +110,7 @@ def _axolotl(layer_set: LayerSet, asked: Asked) -> str:
 
 def _llamafactory(layer_set: LayerSet, asked: Asked) -> str:
     # finetuning_type freeze trains the first or last n layers only; LoRA targets may be whole module names.
-    names = [f"model.layers.{layer}.{linear}" for layer in layer_set.layers for linear in asked.linears]
+    names = _named(layer_set, asked)
     ranks = (f"lora_rank: {asked.rank}", f"lora_alpha: {2 * asked.rank}")
     return _yaml(layer_set, "finetuning_type: lora", *ranks, f"lora_target: {','.join(names)}")
 

@@ -196,8 +196,13 @@ class Peft(TypedDict, total=False):
 _FURTHER = ("use_dora", "lora_bias", "target_parameters", "trainable_token_indices", "layer_replication")
 
 
+_EXPERTS = ("gate", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
+
+
 def peft(content: Peft, tensors: Tensors) -> Trained:
     """Adapters on the modules that are named; see `peft_matches` for which these are.
+
+    Of a mixture an expression is replaced by the last names of what it matches, which are those of all layers.
 
     Raises:
         UserError: what PEFT refuses too (no module, or one that is no linear layer), and keys not counted here.
@@ -211,9 +216,15 @@ def peft(content: Peft, tensors: Tensors) -> Trained:
         raise UserError(f"expected plain LoRA without {', '.join(_FURTHER)} and biases, got {listed(sorted(content))}")
     if content.get("target_modules") is None:
         raise UserError("no target_modules: PEFT takes those of a list by family then; name them")
-    if str(content["target_modules"]).lower() == "all-linear":
-        content = {**content, "target_modules": [name for name in tensors.linears if name != "lm_head"]}
     match = _own_peft() or peft_matches
+    everything = str(content["target_modules"]).lower() == "all-linear"
+    if everything:
+        content = {**content, "target_modules": [name for name in tensors.linears if name != "lm_head"]}
+    elif text and tensors.mixture:
+        ends = {name.rpartition(".")[2] for name in [*tensors.modules, *tensors.shapes] if match(content, name)}
+        content = {**content, "target_modules": sorted(ends)}
+    if tensors.mixture and (everything or any(_ends(name, _EXPERTS) for name in _list(content["target_modules"]))):
+        raise UserError(f"adapters on {', '.join(_EXPERTS)} of a mixture go to all layers, and are not counted here")
     found: Trained = {}
     for module in tensors.modules:
         if match(content, module):

@@ -81,9 +81,7 @@ def read_back(path: str | Path, fmt: str, layer_set: LayerSet, asked: Asked) -> 
     Raises:
         UserError: no such file, of no known format, or what the tool refuses.
     """
-    tensors, path = tensors_of(asked, fmt or "..."), as_path(path)
-    if fmt:
-        format_of(fmt)
+    path = as_path(path)
     try:
         text = read_text(path, "a file that another trainer reads", _LARGEST)
     except FileNotFoundError:
@@ -91,18 +89,34 @@ def read_back(path: str | Path, fmt: str, layer_set: LayerSet, asked: Asked) -> 
     found = [name for name, one in FORMATS.items() if one.mark in text]
     if not fmt and not found:
         raise UserError(f"{path}: of no format that is known; say which: --format={'|'.join(FORMATS)}")
-    form = FORMATS[fmt or found[0]]
-    content = text if form.content is str else conform(_parsed(text, path), form.content, str(path))
+    return understood(text, fmt or found[0], layer_set, asked, str(path))
+
+
+def understood(text: str, fmt: str, layer_set: LayerSet, asked: Asked, where: str) -> ReadBack:
+    """What the tool of a format makes of a text.
+
+    Args:
+        text: content of a file.
+        fmt: its format.
+        layer_set: what it is to say.
+        asked: what is said beside; with tensors.
+        where: the file, for messages.
+
+    Raises:
+        UserError: an unknown format, or what the tool refuses.
+    """
+    form, tensors = format_of(fmt), tensors_of(asked, fmt)
+    content = text if form.content is str else conform(_parsed(text, where), form.content, where)
     try:
         trained = form.trains(content, tensors)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return ReadBack(form, trained, form.means(layer_set, tensors, asked))
 
 
-def _parsed(text: str, path: Path) -> Any:
+def _parsed(text: str, path: str) -> Any:
     """JSON or YAML."""
-    if path.suffix == ".json" or text.lstrip()[:1] in ("{", "["):
+    if path.endswith(".json") or text.lstrip()[:1] in ("{", "["):
         return parse_json(text, path)
     import yaml
 

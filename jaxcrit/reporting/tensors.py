@@ -7,8 +7,12 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from jaxcrit.core.errors import UserError
+
+if TYPE_CHECKING:
+    from jaxcrit.models.config import ModelConfig
 
 Trained = dict[str, int]  # weights that train, by tensor or module
 LAYER = re.compile(r"model\.layers\.(\d+)\.")
@@ -29,6 +33,14 @@ class Tensors:
     num_layers: int
     family: str
 
+    @classmethod
+    def of_model(cls, config: ModelConfig) -> Tensors:
+        """The tensors that a model has in `transformers`, which holds a mixture's experts in one."""
+        from jaxcrit.models.weights import hf_shapes  # which imports jax
+
+        held = dataclasses.replace(config, fused_experts=config.experts > 0)
+        return cls(hf_shapes(held), config.num_layers, config.family)
+
     def of_layers(self, layers: Iterable[int]) -> Trained:
         """Sizes of all tensors of some layers."""
         wanted = set(layers)
@@ -38,6 +50,11 @@ class Tensors:
     def sizes(self) -> Trained:
         """Numbers in every tensor."""
         return {name: math.prod(shape) for name, shape in self.shapes.items()}
+
+    @property
+    def mixture(self) -> bool:
+        """Whether layers have experts."""
+        return any(len(shape) == 3 for shape in self.shapes.values())
 
     @functools.cached_property
     def linears(self) -> dict[str, int]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
-from support.other_trainers import tensors
+from support.other_trainers import GOLDEN, LAYERS, tensors, unfolded
 
+from jaxcrit.core.errors import UserError
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.reporting import matchers
+from jaxcrit.reporting.exporters import Asked
+from jaxcrit.reporting.readback import read_back
 
 pytest.importorskip("peft", reason="needs peft: pip install 'jaxcrit[parity]'")
 MODULES = tensors("llama").modules
@@ -35,3 +40,20 @@ def test_rules_agree_with_peft_on_lists_expressions_layers_and_what_is_left_out(
         assert [module for module in MODULES if matchers.peft_matches(config, module)] == theirs, config
         found.add(len(theirs))
     assert len(found) > 10  # of none, some and many
+
+
+@pytest.mark.parametrize("fmt", ["peft", "trl", "llamafactory"])
+def test_with_its_own_function_answers_are_those_of_the_tool(fmt, tmp_path):
+    answers = json.loads(GOLDEN.read_text(encoding="utf-8"))["formats"][fmt]
+    chosen, told = LayerSet(LAYERS, "manual", "1,5,10", 12), 0
+    for name, case in answers.items():
+        path, held = tmp_path / f"{fmt}.{'json' if fmt == 'peft' else 'yml'}", tensors(case["model"])
+        path.write_text(case["text"], encoding="utf-8")
+        try:
+            found = read_back(path, fmt, chosen, Asked("MODEL", held.family, held)).trained
+        except UserError:
+            assert "refused" in case or name in ("all-linear, mixture", "the router, mixture")
+            continue
+        assert found == unfolded(case["trains"]), name
+        told += 1
+    assert told >= 6

@@ -46,6 +46,23 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", **_SHAPE},
     "qwen2": {"model_type": "qwen2", **_SHAPE},
     "phi3": {"model_type": "phi3", "pad_token_id": 0, **_SHAPE},
+    "tied": {"model_type": "llama", **_SHAPE, "tie_word_embeddings": True},
+    "mixture": {
+        "model_type": "qwen3_moe",
+        **_SHAPE,
+        "head_dim": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 6,
+    },
+}
+
+
+# By format, the models that its selections are written for; all of them where none are named.
+FAMILIES = {
+    **dict.fromkeys(("torchtune", "maxtext"), ("llama", "qwen2")),
+    **dict.fromkeys(("tunix", "nnx", "mergekit"), ("llama",)),
+    "llamafactory-freeze": ("llama", "mixture"),
 }
 
 
@@ -61,6 +78,7 @@ _FULL = "tuner_type: full\n"
 _SWIFT = "tuner_type: full\nfreeze_parameters_ratio: 1.0\n"
 _FREEZE = "finetuning_type: freeze\nfreeze_trainable_layers: "
 _MERGE = "merge_method: passthrough\nslices:\n"
+_HEAD = "  - ^model.embed_tokens.weight$\n  - ^lm_head.weight$\n"
 # By format, files that are not what `LAYERS` asks for, or that only look so.
 OTHERS: dict[str, dict[str, str]] = {
     "peft": {
@@ -77,6 +95,10 @@ OTHERS: dict[str, dict[str, str]] = {
         "a pattern without layers": _peft(**_Q, layers_pattern="layers"),
         "an expression and layers": _peft(target_modules=".*q_proj", layers_to_transform=[1]),
         "all-linear": _peft(target_modules="all-linear"),
+        "all-linear, mixture": _peft(target_modules="all-linear"),
+        "all-linear, tied": _peft(target_modules="all-linear"),
+        "the head, tied": _peft(target_modules=["lm_head"]),
+        "the router, mixture": _peft(target_modules=["gate"]),
         "no layers": _peft(**_Q, layers_to_transform=[]),
         "ranks": _peft(target_modules=["q_proj", "up_proj"], rank_pattern={r"layers\.(1|5)\..*": 2, "up_proj": 3}),
         "ranks of 1 and of 10": _peft(**_Q, rank_pattern={r"layers\.1.*": 4}),
@@ -93,6 +115,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "two expressions are names": _LORA + "  - 'model\\.layers\\.1\\.self_attn\\.q_proj'\n  - '.*v_proj'\n",
         "a name alone is an expression": _LORA + "  - q_proj\n",
         "names": _LORA + "  - q_proj\n  - v_proj\n",
+        "an expression, mixture": _LORA + "  - 'model\\.layers\\.(1|5|10)\\.self_attn\\.q_proj'\n",
         "no adapters": "use_peft: false\nlora_target_modules:\n  - q_proj\n",
     },
     "axolotl": {
@@ -103,6 +126,8 @@ OTHERS: dict[str, dict[str, str]] = {
         "rows": _OPEN + "  - ^model.embed_tokens.weight$[:4]\n  - ^lm_head.weight$[3]\n  - ^lm_head.weight$[2:6]\n",
         "expressions": _OPEN + "  - model.layers.1[01].mlp.+\n  - model.layers.[0-2].self_attn.[qk]_proj.weight$\n",
         "none": "unfrozen_parameters: []\n",
+        "the head, tied": _OPEN + _HEAD,
+        "experts, mixture": _OPEN + "  - model.layers.1.mlp.experts.\n  - model.layers.11.mlp.gate.\n",
     },
     "llamafactory": {
         "off by one": _ADAPT + "model.layers.2.self_attn.q_proj,model.layers.6.self_attn.q_proj\n",
@@ -129,6 +154,7 @@ OTHERS: dict[str, dict[str, str]] = {
         "no expression": _SWIFT + "trainable_parameters_regex: 'layers.(1|5'\n",
         "frozen": _FULL + "freeze_parameters:\n  - model.layers.1\n  - lm_head\nfreeze_parameters_regex: norm\n",
         "frozen and trained": _FULL + "freeze_parameters:\n  - model\ntrainable_parameters:\n  - model.layers.11.\n",
+        "the head, tied": _SWIFT + "trainable_parameters:\n  - lm_head\n",
         "frozen by no expression": _FULL + "freeze_parameters_regex: '(('\n",
     },
     "torchtune": {
@@ -168,35 +194,32 @@ OTHERS: dict[str, dict[str, str]] = {
 def cases() -> dict[str, dict[str, dict[str, str]]]:
     """By format and name: a model's name and a file; ``ours`` in the name is what is written for `LAYERS`."""
     from jaxcrit.core.layers import LayerSet
-    from jaxcrit.reporting.exporters import FORMATS, Asked, export_selection
-    from jaxcrit.reporting.tensors import TORCHTUNE
+    from jaxcrit.reporting.exporters import Asked, export_selection
 
     chosen = LayerSet(LAYERS, "manual", "1,5,10", 12)
     found: dict[str, dict[str, dict[str, str]]] = {}
     for fmt in OTHERS:
-        mine = {}
-        families = list(MODELS) if FORMATS[fmt].tool.split()[0] not in ("torchtune", "maxtext", "tunix") else ["llama"]
-        families += ["qwen2"] if fmt in ("torchtune", "maxtext") else []
-        assert set(families) <= {*TORCHTUNE.families, "phi3"}
-        for family in families if fmt not in ("nnx", "mergekit", "llamafactory-freeze") else ["llama"]:
+        mine: dict[str, dict[str, str]] = {}
+        for family in FAMILIES.get(fmt, MODELS):
             layers = LayerSet((9, 10, 11), "manual", "last:3", 12) if fmt == "llamafactory-freeze" else chosen
-            text = export_selection(layers, fmt, asked=Asked("MODEL", family, tensors(family)))
+            text = export_selection(layers, fmt, asked=Asked("MODEL", tensors(family).family, tensors(family)))
             mine[f"ours, {family}"] = {"model": family, "text": text}
         if fmt == "peft":
             text = export_selection(chosen, fmt, asked=Asked("MODEL", "llama", tensors("llama"), 4, 2, ("q", "v")))
             mine["ours, two ranks"] = {"model": "llama", "text": text}
-        found[fmt] = {**mine, **{name: {"model": "llama", "text": text} for name, text in OTHERS[fmt].items()}}
+        for name, text in OTHERS[fmt].items():
+            model = name.rpartition(", ")[2]
+            mine[name] = {"model": model if model in MODELS else "llama", "text": text}
+        found[fmt] = mine
     return found
 
 
 def tensors(family: str) -> Any:
     """A model of `MODELS` as matchers see it."""
     from jaxcrit.models.config import ModelConfig
-    from jaxcrit.models.weights import hf_shapes
     from jaxcrit.reporting.tensors import Tensors
 
-    config = ModelConfig.from_hf(MODELS[family])
-    return Tensors(hf_shapes(config), config.num_layers, config.family)
+    return Tensors.of_model(ModelConfig.from_hf(MODELS[family]))
 
 
 # What follows runs where the tools are; tests do not reach it.
