@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import warnings
 from collections.abc import Callable, Sequence
 from importlib import metadata
 from typing import Any, TypedDict
@@ -96,8 +97,8 @@ def swift(content: Swift, tensors: Tensors) -> Trained:
 def _named(prefixes: str | list[str], expression: str | None, tensors: Tensors) -> set[str]:
     found = {name for name in tensors.shapes if name.startswith(tuple(_list(prefixes)))}
     try:
-        pattern = re.compile(expression) if expression is not None else None
-    except re.error:
+        pattern = _compiled(expression) if expression is not None else None
+    except UserError:
         return found
     return found | {name for name in tensors.shapes if pattern is not None and pattern.search(name)}
 
@@ -136,7 +137,8 @@ def nnx(content: str, tensors: Tensors) -> Trained:
 
     lines = [line for line in content.splitlines() if not line.startswith("#")]
     try:
-        (tree,) = ast.parse("\n".join(lines)).body
+        with warnings.catch_warnings(action="ignore"):
+            (tree,) = ast.parse("\n".join(lines)).body
         asked = flax.nnx.filterlib.to_predicate(_nnx_filter(tree.value if isinstance(tree, ast.Expr) else tree))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UserError(f"expected one filter such as nnx.All(nnx.Param, nnx.PathContains(3)), got {error}") from None
@@ -457,7 +459,8 @@ def _ends(module: str, names: Sequence[str]) -> bool:
 
 def _compiled(expression: str) -> re.Pattern[str]:
     try:
-        return re.compile(expression)
+        with warnings.catch_warnings(action="ignore"):  # of what a later Python may read otherwise
+            return re.compile(expression)
     except (re.error, RecursionError, OverflowError) as error:
         raise UserError(f"{expression[:100]!r} is no regular expression ({error})") from None
 
