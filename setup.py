@@ -52,6 +52,7 @@ setup(
         "numpy>=2,<3",
         "optax>=0.2.6,<0.3",
         "orbax-checkpoint>=0.12,<0.13",
+        "pyyaml>=6,<7",
         "safetensors>=0.6,<1",
         "scipy>=1.14,<2",
         "tqdm>=4.66,<5",
@@ -64,7 +65,6 @@ setup(
             "jsonschema>=4.20,<5",
             "pytest>=8,<10",
             "pytest-xdist>=3.6,<4",
-            "pyyaml>=6,<7",
             "vl-convert-python>=1.9,<2",
         ],
         "lint": [

@@ -113,8 +113,9 @@ def option(
     word: str = "TEXT",
     free: str = "",
     group: str = "",
+    name: str = "",
 ) -> Any:
-    """Declares a field of an `Options` class; see `Option` for the arguments."""
+    """Declares a field of an `Options` class; see `Option` for the arguments. ``name`` is by default the field's."""
     declared = dict(locals())  # what is declared: the arguments
     return dataclasses.field(default=declared.pop("default"), metadata=declared)
 
@@ -158,8 +159,9 @@ def options_of(kind: type[Options]) -> list[Option]:
         bases = [one for one in kind.__mro__ if issubclass(one, Options)]
         origins = [one for one in bases if field.name in vars(one).get("__annotations__", {})]
         group = field.metadata["group"] or origins[-1].title
-        name = f"{kind.key}.{field.name}" if kind.key else field.name
-        found.append(Option(field.name, name, field.default, **{**field.metadata, "group": group}))
+        name = field.metadata["name"] or field.name
+        named = {"name": f"{kind.key}.{name}" if kind.key else name, "group": group}
+        found.append(Option(field.name, default=field.default, **{**field.metadata, **named}))
     order = list(_declared(kind))
     return sorted(found, key=lambda one: (one.group in _LAST, order.index(one.field)))
 

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from jaxcrit.core.errors import UserError, did_you_mean
+from jaxcrit.core.files import local_path, read_object
+from jaxcrit.models.adapters import place_of
+from jaxcrit.models.config import ModelConfig
+from jaxcrit.models.shards import ADAPTER
+
 _LLAMA31 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -97,3 +103,25 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
 }
+
+
+def config_of(name: str) -> ModelConfig:
+    """The config of a model of which no weights are needed.
+
+    Args:
+        name: one of `SHAPES`, or a directory with a config.json or an adapter.
+
+    Raises:
+        UserError: neither, or a config that is not read here.
+    """
+    if name in SHAPES:
+        return ModelConfig.from_hf(dict(SHAPES[name]), name)
+    folder = local_path(name, "model")
+    path = (place_of(name).checkpoint if (folder / ADAPTER).is_file() else folder) / "config.json"
+    try:
+        return ModelConfig.from_hf(read_object(path, "a config.json"), str(path))
+    except FileNotFoundError:
+        raise UserError(
+            f"--model={name}: expected a directory with a config.json or one of {', '.join(SHAPES)}"
+            f"{did_you_mean(name, SHAPES)}"
+        ) from None

@@ -17,7 +17,7 @@ from jaxcrit.selection.leverage import Leverage
 # Unrelated layers that score this much leave biased CKA little room to say anything.
 _HIGH_NULL = 0.5
 # A curve whose range is within so many standard errors is flat.
-_FLAT = 3.0
+FLAT = 3.0
 _UNSURE = 0.5
 # One prompt that makes up so much of the jackknife's variance moves the score by 0.7 standard errors by itself; of 300
 # ordinary prompts the largest share is about 0.03.
@@ -79,9 +79,9 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
     values = debiased.values[debiased.valid]
     if debiased.stderr is not None and len(values) > 1:
         error = float(np.nanmedian(debiased.stderr[debiased.valid]))
-        if np.ptp(values) < _FLAT * error:
+        if np.ptp(values) < FLAT * error:
             found.append(
-                f"flat δ curve: its range {np.ptp(values):.4f} is within {_FLAT:.0f} standard errors ({error:.4f});"
+                f"flat δ curve: its range {np.ptp(values):.4f} is within {FLAT:.0f} standard errors ({error:.4f});"
                 " base models often look so, and the choice means little"
             )
     if "null_p" in result.cka:

@@ -15,13 +15,10 @@ import jax
 from jax.experimental import topologies
 
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import local_path, read_object
-from jaxcrit.models.adapters import place_of
 from jaxcrit.models.attention import ASKED, Attention, choose_attention
 from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.shapes import SHAPES
-from jaxcrit.models.shards import ADAPTER
+from jaxcrit.models.shapes import config_of
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
@@ -121,7 +118,7 @@ def run_plan(config: PlanOptions) -> Plan:
     """
     if config.job not in JOBS:
         raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
-    topology, model = Topology.parse(config.topology), _model(config.model)
+    topology, model = Topology.parse(config.topology), config_of(config.model)
     _flops(_anywhere(config), model)  # mistakes in the flags of the job, whatever the mesh
     if config.search:
         return _search(config, topology, model)
@@ -130,7 +127,7 @@ def run_plan(config: PlanOptions) -> Plan:
 
 def fitting(plan: Plan) -> PlanOptions | None:
     """The fastest way to run the job that fits by shapes, or None; shapes count for more where the compiler said so."""
-    plans = _fitting(plan.config, plan.topology, _model(plan.config.model), plan.peak / plan.estimated)
+    plans = _fitting(plan.config, plan.topology, config_of(plan.config.model), plan.peak / plan.estimated)
     return plans[0].config if plans else None
 
 
@@ -291,20 +288,6 @@ def needed_bytes(error: str, arguments: int, topology: str) -> int:
         raise UserError(f"does not compile for {topology}: {error.splitlines()[0][:200]}") from None
     number, unit = (part for part in found.groups() if part)
     return int(float(number) * 2 ** {"G": 30, "M": 20}[unit]) + (arguments if found[3] else 0)
-
-
-def _model(name: str) -> ModelConfig:
-    if name in SHAPES:
-        return ModelConfig.from_hf(dict(SHAPES[name]), name)
-    folder = local_path(name, "model")
-    path = (place_of(name).checkpoint if (folder / ADAPTER).is_file() else folder) / "config.json"
-    try:
-        return ModelConfig.from_hf(read_object(path, "a config.json"), str(path))
-    except FileNotFoundError:
-        raise UserError(
-            f"--model={name}: expected a directory with a config.json or one of {', '.join(SHAPES)}"
-            f"{did_you_mean(name, SHAPES)}"
-        ) from None
 
 
 def tpus(topology: str) -> list[Any]:

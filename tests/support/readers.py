@@ -18,6 +18,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal, Union, get_args, get_origin, is_typeddict
+from unittest import mock
 
 import numpy as np
 
@@ -133,9 +134,9 @@ def _config() -> Any:
 
 
 def _from_hf(folder: Path) -> Any:
-    from jaxcrit.studies.plan import _model
+    from jaxcrit.models.shapes import config_of
 
-    return _model(str(folder))
+    return config_of(str(folder))
 
 
 def _config_of(case: str) -> Reader:
@@ -744,6 +745,25 @@ def _ablated(folder: Path) -> Any:
     return report(Ablated(read_back(folder), {}, record, folder)).text()
 
 
+def _exchanged(fmt: str) -> Reader:
+    """A selection in another trainer's words."""
+    from jaxcrit.core.layers import LayerSet
+    from jaxcrit.reporting import matchers
+    from jaxcrit.reporting.exporters import Asked, export_selection
+    from jaxcrit.reporting.readback import read_back
+    from support.other_trainers import tensors
+
+    chosen, asked = LayerSet((1, 5), "manual", "1,5", 12), Asked("MODEL", "llama", tensors("llama"))
+    name = "file.json" if fmt == "peft" else "file.yml"
+    text = export_selection(chosen, fmt, asked=asked)
+
+    def read(folder: Path) -> Any:
+        with mock.patch.object(matchers, "_own_peft", lambda: None):  # whose import alone takes seconds
+            return read_back(folder / name, fmt, chosen, asked).lines()
+
+    return Reader(f"selection, {fmt}", _written(name, text), read, share=0.1)
+
+
 def _make_ablated(folder: Path) -> None:
     from jaxcrit.commands.ablate import AblatedRun
     from jaxcrit.core.files import write_json
@@ -798,6 +818,7 @@ def readers() -> dict[str, Reader]:
         Reader("states, npz", _save_npz, _states("states.npz", axes="lnd", ends="embed")),
         Reader("states, vLLM", _make_vllm, _states("", ends="blocks", position="all")),
         Reader("scores and deletions", _make_scores, _scores),
+        *map(_exchanged, ("peft", "axolotl", "swift", "tunix", "nnx", "mergekit")),
         Reader("layers.json", _ours("layers.json", "jaxcrit.layers", _chosen(), layers=[1], num_layers=3), _layers),
         Reader("fingerprint", _make_fingerprint, _fingerprint),
         Reader("run directory", _make_run, _run, share=0.5),
