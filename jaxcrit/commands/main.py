@@ -53,7 +53,7 @@ GROUPS = {
         "trace": ("jaxcrit.commands.trace", "where facts are: what each layer brings back of an answer"),
     },
     "train and test": {
-        "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
+        "plan": ("jaxcrit.commands.plan", "what a job needs on TPUs or GPUs that are not here, and whether it fits"),
         "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
         "edit": ("jaxcrit.commands.edit", "change facts in a few layers, and see what else changed"),
         "substitute": (

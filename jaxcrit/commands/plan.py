@@ -17,7 +17,7 @@ def run(options: PlanOptions) -> int:
     if not options.model:
         raise UserError("plan: expected --model=DIR, with the config.json of the model, or --model=SHAPE")
     from jaxcrit.reporting.plan import plan_text
-    from jaxcrit.studies.plan import fitting, run_plan
+    from jaxcrit.studies.plan import advice, fitting, missing, run_plan
 
     plan = run_plan(options)
     console.tell(plan_text(plan))
@@ -25,7 +25,7 @@ def run(options: PlanOptions) -> int:
         return 0
     other = fitting(plan)
     if other is None:
-        console.tell("nothing on this topology would fit; take more chips, or train fewer layers")
+        console.tell(f"{missing(plan)}; {advice(plan.config)}")
     else:
         console.tell(f"would fit, by shapes: --mesh={other.mesh} --batch_size={other.batch_size}")
     return DOES_NOT_FIT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 _LLAMA31 = {
@@ -97,3 +98,13 @@ SHAPES: dict[str, dict[str, Any]] = {
     ),
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
 }
+
+# Of a hub's names: what says who made it, how it was tuned, how long it reads, which edition it is.
+_ASIDE = r"^meta|instruct|chat|base|hf|it$|\bv\d+(\.\d+)?|\b\d+k\b|\b(1124|0924|0125|2507)\b"
+
+
+def shape_of(name: str) -> str:
+    """The key of `SHAPES` that a name of a model stands for, such as ``meta-llama/Llama-3.1-8B-Instruct``; or empty."""
+    word = name.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
+    plain = re.sub(r"[^a-z0-9]", "", re.sub(_ASIDE, "", word))
+    return next((key for key in SHAPES if re.sub(r"[^a-z0-9]", "", key) == plain), "")
