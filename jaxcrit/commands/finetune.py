@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
 
 from jaxcrit.commands import shared
 from jaxcrit.core import console
@@ -53,6 +53,7 @@ class Times(TypedDict):
     """What the report takes from ``time`` of ``run.json``."""
 
     training_seconds: AtLeastZero
+    resumed: NotRequired[Count]
 
 
 class FinetunedRun(TypedDict):
@@ -254,6 +255,7 @@ def run_finetune(
             "optimizer_bytes": size(state.optimizer),
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
+        run.times |= {"resumed": trainer.resumed} if trainer.resumed else {}
         place = None if out is None else out.resolve()
         tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
@@ -445,6 +447,19 @@ def read_examples(
     return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
 
 
+def _spent(found: Finetuned) -> str:
+    """How many steps took how long: in this launch, and with those before it."""
+    times, steps = found.run["time"], found.run["result"]["steps"]
+    seconds = times["training_seconds"]
+    if not (before := times.get("resumed", 0)):
+        return f"{steps} steps in {seconds:.1f} s"
+    earlier = sum(row.get("seconds", 0.0) for row in found.metrics if row["step"] <= before)
+    return (
+        f"{steps} steps in {earlier + seconds:.1f} s, of which this launch, from step {before} on, ran"
+        f" {steps - before} in {seconds:.1f} s"
+    )
+
+
 def evaluations(metrics: Sequence[Row]) -> list[Row]:
     """The tests among the rows of ``metrics.jsonl``."""
     return [row for row in metrics if row["kind"] == "eval"]
@@ -465,8 +480,8 @@ def text(found: Finetuned) -> str:
             for number, one in enumerate(found.run.get("auxiliaries", []))
             if before.get(key := f"aux_{number}") is not None
         ),
-        f"best {result['best_loss']:.4f} at step {result['best_step']}; {result['steps']} steps in"
-        f" {found.run['time']['training_seconds']:.1f} s; trained {trained:.1f} MiB, optimizer {optimizer:.1f} MiB",
+        f"best {result['best_loss']:.4f} at step {result['best_step']}; {_spent(found)}; trained {trained:.1f} MiB,"
+        f" optimizer {optimizer:.1f} MiB",
         f"run: {found.out}",
     ]
     return "\n".join(lines)
