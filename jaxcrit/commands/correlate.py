@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.files import as_path, plain, write_json
+from jaxcrit.core.files import as_path, inside, plain, write_json
 from jaxcrit.core.groups import BY_HASH, WHERE
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores, score_of
@@ -129,7 +129,7 @@ def _read(text: str) -> tuple[Path, LayerScores]:
     if not path.exists() and ":" in text:
         name, _, key = text.rpartition(":")
         path = as_path(name)
-    path = path / "scores.json" if path.is_dir() else path
+    path = inside(path, "scores.json")
     scores = read_scores(path, deletions=True)
     key = key or (_FIRST_CHOICE if _FIRST_CHOICE in scores else next(iter(scores)))
     return path, score_of(scores, key, path)

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxcrit.commands import shared
 from jaxcrit.core import console
@@ -49,11 +49,16 @@ class Result(TypedDict):
     optimizer_bytes: Count
 
 
-class Times(TypedDict):
+class _Launches(TypedDict, total=False):
+    """What is there of a run that went on."""
+
+    resumed: Count
+
+
+class Times(_Launches):
     """What the report takes from ``time`` of ``run.json``."""
 
     training_seconds: AtLeastZero
-    resumed: NotRequired[Count]
 
 
 class FinetunedRun(TypedDict):

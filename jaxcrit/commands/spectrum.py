@@ -147,7 +147,7 @@ def run_spectrum(options: SpectrumOptions, *, progress: Bars | None = None) -> S
             raise UserError(f"--run={options.run}: has its model, data and Grams already; leave out --{flags}")
         earlier, fingerprints = read_run(options.run)
         of, also = Facts(as_path(options.run).resolve().name, earlier["model"]), {"run": earlier["identity"]}
-        data = [Facts(name, facts) for name, facts in earlier["data"].items()]
+        data = [Facts(name, facts) for name, facts in earlier["data"].items() if name in fingerprints]
         with running("spectrum", options, models={"model": of}, datasets=data, resolved=resolved, also=also) as run:
             run.record["of_run"] = {"path": options.run, "identity": earlier["identity"]}
             return _finished(options, ks, run, _of_run(earlier, fingerprints), progress)

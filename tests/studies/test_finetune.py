@@ -219,7 +219,9 @@ def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, 
     jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
     step, here = resumed.run["time"]["resumed"], resumed.run["time"]["training_seconds"]
     earlier = sum(row["seconds"] for row in resumed.metrics if row["step"] <= step)
-    told = f"6 steps in {earlier + here:.1f} s, of which this launch, from step {step} on, ran {6 - step} in {here:.1f} s"
+    told = (
+        f"6 steps in {earlier + here:.1f} s, of which this launch, from step {step} on, ran {6 - step} in {here:.1f} s"
+    )
     assert step and told in text(resumed)
 
 
