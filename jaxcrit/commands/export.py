@@ -91,6 +91,8 @@ def run(options: ExportOptions) -> int:
     if exported.rounding is not None:
         console.tell(str(exported.rounding))
     console.tell(str(exported.out))
+    if not options.delta_only and not options.adapter:
+        shared.tell_next("export", options, exported.out)
     return 0
 
 

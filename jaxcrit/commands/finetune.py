@@ -94,7 +94,9 @@ def run(options: FinetuneOptions) -> int:
     """Trains, draws the test loss, prints what came of it."""
     from jaxcrit.core.progress import bars
 
-    console.tell(text(run_finetune(options, progress=bars, say=shared.say)))
+    found = run_finetune(options, progress=bars, say=shared.say)
+    console.tell(text(found))
+    shared.tell_next("finetune", options, found.out)
     return 0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.groups import BY_HASH, SELECTION, MeshOptions, ModelOptions, OutOptions, RowOptions
@@ -77,7 +78,9 @@ def run(options: InterveneOptions) -> int:
     """Answers one prompt with and without the intervention, and prints both."""
     from jaxcrit.core.progress import bars
 
-    console.tell(text(run_intervene(options, progress=bars)))
+    found = run_intervene(options, progress=bars)
+    console.tell(text(found))
+    shared.tell_next("intervene", options, found.out)
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.studies.options import PlanOptions
@@ -22,6 +23,7 @@ def run(options: PlanOptions) -> int:
     plan = run_plan(options)
     console.tell(plan_text(plan))
     if plan.fits:
+        shared.tell_next("plan", options if options.mesh else plan.config, None)
         return 0
     other = fitting(plan)
     if other is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
@@ -55,4 +56,6 @@ def run(options: SelectOptions) -> int:
     else:
         sys.stdout.write(text)
     console.note(str(chosen))
+    if options.out:
+        shared.tell_next("select", options, options.out)
     return 0

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxcrit.core.console import visible
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import tables
+from jaxcrit.reporting.following import following
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -186,10 +187,10 @@ class Report:
         """
         pictures = {figure.name: figure.write(out) for section in self.sections for figure in section.figures}
         page = out / "report.html"
-        write_text(page, self._html(pictures, record))
+        write_text(page, self._html(pictures, record, following(record["command"], record.get("config", {}), str(out))))
         return page
 
-    def _html(self, pictures: Mapping[str, bytes], record: Mapping[str, Any]) -> str:
+    def _html(self, pictures: Mapping[str, bytes], record: Mapping[str, Any], steps: Mapping[str, str]) -> str:
         import jinja2
 
         environment = jinja2.Environment(
@@ -210,6 +211,7 @@ class Report:
             sources={name: _data_url(png) for name, png in pictures.items()},
             configs=self.configs,
             caveats=self.caveats,
+            steps=steps,
             provenance=list(_flat(provenance)),
         )
 
