@@ -164,7 +164,7 @@ def run_finetune(
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import Partition, Selection, size
     from jaxcrit.parallel.mesh import parse_mesh
-    from jaxcrit.reporting.plots import loss_curves
+    from jaxcrit.reporting.plots import TRAINING, loss_curves
     from jaxcrit.reporting.report import Figure, on_axes
     from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.data import training_steps
@@ -267,8 +267,10 @@ def run_finetune(
         tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
-            curves = {"test loss": [(row["step"], row["loss"]) for row in evaluations(found.metrics)]}
-            Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.").write(out)
+            tests = [(row["step"], row["loss"]) for row in evaluations(found.metrics)]
+            steps = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
+            curves = {"test loss": tests, TRAINING: steps}
+            Figure("loss.png", on_axes(loss_curves, curves), "Loss over optimizer steps.").write(out)
     return found
 
 

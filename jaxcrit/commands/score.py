@@ -299,13 +299,16 @@ def report(found: Scored) -> Report:
     from jaxcrit.reporting.report import Figure, Report, Section
 
     scores = found.scores
-    size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
+    size = (6.2, 1.7 * -(-len(scores) // 2) + 0.6)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
     sections = [Section("Scores", "low or high: which values are critical", score_table(scores), [figure])]
     key = "routing_sensitivity"
     loads = {name: np.array(one[key].meta["load"]) for name, one in found.datasets.items() if key in one}
     if loads:
-        size, what = (2 + 4.2 * len(loads), 4.4), "Part of the tokens of each dataset that go to each expert, by layer."
+        size, what = (
+            (6.2, 1.2 + 3.2 * len(loads)),
+            "Part of the tokens that go to each expert, by layer.",
+        )
         drawn = Figure("load.png", lambda canvas: plots.load_heatmaps(loads, canvas), what, size)
         sections.append(
             Section(

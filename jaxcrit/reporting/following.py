@@ -43,7 +43,7 @@ def _rows(config: Config, data: str = "") -> list[tuple[str, Any]]:
 
 
 def _after_analyze(config: Config, out: str) -> Steps:
-    select = _command("select", ("scores", out), ("layers", config["layers"]), ("format", "peft"))
+    select = _command("select", ("scores", out), ("layers", config.get("layers", "critical")), ("format", "peft"))
     if config.get("states"):
         return {"name the layers to another trainer": select}
     train = _rows(config)

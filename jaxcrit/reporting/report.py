@@ -39,7 +39,7 @@ class Figure:
     name: str
     draw: Callable[[Canvas], None]
     caption: str
-    size: tuple[float, float] = (8.4, 4.4)
+    size: tuple[float, float] = (6.2, 4.2)
 
     def canvas(self) -> Canvas:
         """The figure as matplotlib's."""
@@ -52,18 +52,29 @@ class Figure:
 
     def png(self) -> bytes:
         """The figure as PNG bytes: no dates, no versions, so that the same data give the same bytes."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        return _png(self.canvas())
 
-        buffer = io.BytesIO()
-        # `savefig` would draw everything once more, without pixels, before it draws.
-        FigureCanvasAgg(self.canvas()).print_png(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-        return buffer.getvalue()
+    def both(self) -> tuple[bytes, bytes]:
+        """The same, and the same for a dark page."""
+        from jaxcrit.reporting.dark import darkened
+
+        canvas = self.canvas()
+        return _png(canvas), _png(darkened(canvas))
 
     def write(self, folder: Path) -> bytes:
         """Writes the PNG bytes into a directory, and returns them."""
         png = self.png()
         write_bytes(folder / self.name, png)
         return png
+
+
+def _png(canvas: Canvas) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # `savefig` would draw everything once more, without pixels, before it draws.
+    FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
 
 
 def as_text(canvas: Canvas) -> Canvas:
@@ -85,8 +96,9 @@ _MARGINS = {"left": 0.9, "right": 0.2, "axis": 0.65, "bottom": 0.55, "top": 0.5,
 def _place(canvas: Canvas) -> None:
     """Gives panels fixed margins; a layout engine draws all labels twice to find them, half of a figure's time."""
     width, height = canvas.get_size_inches()
-    grid = canvas.axes[0].get_gridspec()
-    assert grid is not None
+    spec = canvas.axes[0].get_subplotspec()
+    assert spec is not None
+    grid = spec.get_topmost_subplotspec().get_gridspec()
     (rows, columns), at = grid.get_geometry(), _MARGINS
     right = at["right"] + at["axis"] * any(axes.yaxis.get_label_position() == "right" for axes in canvas.axes)
     # What is between panels is given relative to their mean size.
@@ -185,12 +197,17 @@ class Report:
         Returns:
             The page's path.
         """
-        pictures = {figure.name: figure.write(out) for section in self.sections for figure in section.figures}
+        pictures = {figure.name: figure.both() for section in self.sections for figure in section.figures}
+        for name, (png, _) in pictures.items():
+            write_bytes(out / name, png)
         page = out / "report.html"
-        write_text(page, self._html(pictures, record, following(record["command"], record.get("config", {}), str(out))))
+        steps = following(record["command"], record.get("config", {}), str(out))
+        write_text(page, self._html(pictures, record, steps))
         return page
 
-    def _html(self, pictures: Mapping[str, bytes], record: Mapping[str, Any], steps: Mapping[str, str]) -> str:
+    def _html(
+        self, pictures: Mapping[str, tuple[bytes, bytes]], record: Mapping[str, Any], steps: Mapping[str, str]
+    ) -> str:
         import jinja2
 
         environment = jinja2.Environment(
@@ -208,7 +225,7 @@ class Report:
             command=record["command"],
             stored=record.get("model", {}).get("dequantised_from", ""),
             sections=self.sections,
-            sources={name: _data_url(png) for name, png in pictures.items()},
+            sources={name: [_data_url(png) for png in both] for name, both in pictures.items()},
             configs=self.configs,
             caveats=self.caveats,
             steps=steps,

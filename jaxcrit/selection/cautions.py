@@ -76,14 +76,12 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
             f"biased CKA is inflated: unrelated layers would score {neighbours.max():.2f} (layer {layer}) at"
             f" {count} samples; read the debiased column"
         )
-    values = debiased.values[debiased.valid]
-    if debiased.stderr is not None and len(values) > 1:
-        error = float(np.nanmedian(debiased.stderr[debiased.valid]))
-        if np.ptp(values) < _FLAT * error:
-            found.append(
-                f"flat δ curve: its range {np.ptp(values):.4f} is within {_FLAT:.0f} standard errors ({error:.4f});"
-                " base models often look so, and the choice means little"
-            )
+    if flat_curve(debiased):
+        values, error = debiased.values[debiased.valid], _error(debiased)
+        found.append(
+            f"flat δ curve: its range {np.ptp(values):.4f} is within {_FLAT:.0f} standard errors ({error:.4f});"
+            " base models often look so, and the choice means little"
+        )
     if "null_p" in result.cka:
         steps = np.diagonal(result.cka["null_p"], offset=1)
         unrelated = (1 + np.flatnonzero(steps > _UNRELATED)).tolist()
@@ -104,6 +102,18 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
     return found + training_caution(debiased.meta)
+
+
+def flat_curve(score: LayerScores) -> bool:
+    """Whether the range of a score is within a few of its standard errors, so that no layer stands out."""
+    values = score.values[score.valid]
+    return score.stderr is not None and len(values) > 1 and bool(np.ptp(values) < _FLAT * _error(score))
+
+
+def _error(score: LayerScores) -> float:
+    """Median standard error of a score that has some."""
+    assert score.stderr is not None
+    return float(np.nanmedian(score.stderr[score.valid]))
 
 
 def training_caution(meta: Mapping[str, Any]) -> list[str]:
