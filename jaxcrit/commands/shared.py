@@ -104,13 +104,15 @@ def show(run: Callable[..., Any], report: Callable[[Any], Report], options: Opti
 
 def tell(report: Report, out: Path | None) -> int:
     """Prints a report, where its page is, and what to do next; returns the exit code of success."""
+    from jaxcrit.core.digests import RECORD
     from jaxcrit.core.rundir import read_record
 
     print(report.text(console.width(), style=sys.stdout.isatty()))
     if out is not None:
         console.tell(f"report: {out / 'report.html'}")
-        record = read_record(out)
-        tell_next(record["command"], record.get("config", {}), out)
+        if (out / RECORD).exists():
+            record = read_record(out)
+            tell_next(record["command"], record.get("config", {}), out)
     return 0
 
 
