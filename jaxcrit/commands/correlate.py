@@ -203,9 +203,9 @@ def matrix_table(names: Sequence[str], matrix: np.ndarray) -> str:
 
 
 def strongest_table(found: Correlated, kept: Sequence[int]) -> str:
-    """The pairs of different scores that correlate most, with their p, and how many would come by chance."""
+    """The pairs of different criteria that correlate most, with their p, and how many would come by chance."""
     assert found.p_shift is not None
-    pairs = [(i, j) for i, j in itertools.combinations(kept, 2) if np.isfinite(found.spearman[i, j])]
+    pairs = _pairs(found, kept)
     order = sorted(pairs, key=lambda pair: -abs(found.spearman[pair]))
     rows = [
         [
@@ -222,9 +222,17 @@ def strongest_table(found: Correlated, kept: Sequence[int]) -> str:
     )
 
 
+def _pairs(found: Correlated, kept: Sequence[int]) -> list[tuple[int, int]]:
+    """Pairs that have a correlation; one criterion on two datasets, or in the mean of them, is no pair of two."""
+    keys = [name.rpartition(":")[2] for name in found.names]
+    return [
+        (i, j) for i, j in itertools.combinations(kept, 2) if keys[i] != keys[j] and np.isfinite(found.spearman[i, j])
+    ]
+
+
 def _headline(found: Correlated, kept: Sequence[int]) -> str:
     """How far the scores of a folder agree, in one sentence."""
-    pairs = [found.spearman[pair] for pair in itertools.combinations(kept, 2) if np.isfinite(found.spearman[pair])]
+    pairs = [found.spearman[pair] for pair in _pairs(found, kept)]
     if not pairs:
         return f"All {len(found.names)} scores rank the layers alike, or have nothing to compare."
     middle = float(np.median(pairs))
@@ -245,12 +253,17 @@ def _all_report(found: Correlated) -> Report:
     for place, other in stands.items():
         folded.setdefault(other, []).append(found.names[place])
     told = [f"{found.names[other]} stands for {', '.join(same)}" for other, same in folded.items()]
-    width = 6.2
-    draw = on_axes(plots.rank_heatmap, [_end(name, 26) for name in names], matrix)
-    figure = Figure("matrix.png", draw, "Spearman's ρ of every two scores; rows and columns by number.", (width, width))
+    shown = [_end(name, 26) for name in names]
+    draw, left = on_axes(plots.rank_heatmap, shown, matrix), 0.6 + 0.065 * max(map(len, shown))
+    what = "Spearman's ρ of every two scores; rows and columns by number."
+    figure = Figure("matrix.png", draw, what, (6.2, 5.2), left)
     strongest, whole = strongest_table(found, kept), matrix_table(names, matrix)
     sections = [
-        Section("Strongest pairs", "p of all circular shifts, not corrected for how many pairs there are", strongest),
+        Section(
+            "Strongest pairs of two criteria",
+            "p of all circular shifts, not corrected for how many pairs there are",
+            strongest,
+        ),
         Section("Every two scores", "", whole, [figure], None if len(names) <= _SHOWN else ""),
     ]
     if told:

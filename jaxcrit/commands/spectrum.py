@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -312,7 +313,7 @@ def _write(folder: Path, result: SpectrumResult) -> None:
 def report(analysis: SpectralAnalysis) -> Report:
     """Every dataset's layers, and which number of components tracks δ; of several the terminal shows the latter."""
     from jaxcrit.reporting import plots
-    from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+    from jaxcrit.reporting.report import Figure, Report, Section
 
     reference = "delta" if analysis.run["config"]["bias"] == "biased" else "delta_debiased"
     sections, warnings, several = [], [], len(analysis.datasets) > 1
@@ -320,9 +321,9 @@ def report(analysis: SpectralAnalysis) -> Report:
         title = f"{name}: {dataset.num_samples} samples"
         curves = {f"top {k}": dataset.scores[f"cca_{k}"] for k in analysis.ks}
         subtitle = f"{name}, {dataset.num_samples} samples"
-        draw = on_axes(plots.component_curves, dataset.scores[reference], curves, title=subtitle)
-        caption = "Bars: δ. Lines: mean CCA of the first k principal components of a layer and of its neighbours."
-        figure = Figure(f"{name}/spectrum.png" if several else "spectrum.png", draw, caption)
+        draw = functools.partial(plots.component_curves, dataset.scores[reference], curves, title=subtitle)
+        caption = "δ, and below mean CCA of the first k principal components of a layer and of its neighbours."
+        figure = Figure(f"{name}/spectrum.png" if several else "spectrum.png", draw, caption, (6.2, 5.4))
         found = "" if dataset.tracking is None else _tracking_table(dataset.tracking)
         page = "\n\n".join(filter(None, [_layer_table(dataset, analysis.ks, reference), found]))
         sections.append(Section(title, "", page, [figure], brief=f"{name}:\n{found}" if several else page))

@@ -98,7 +98,7 @@ def _after_export(_: Config, out: str) -> Steps:
 
 
 def _after_spectrum(config: Config, out: str) -> Steps:
-    given = _rows(config) if not config.get("run") else []
+    given = [("model", "DIR"), ("data", "FILE")] if config.get("run") else _rows(config)
     what = ("layers", "critical:1"), ("components", "0"), ("mode", "project")
     return {"take the first component out of a layer": _command("intervene", *given, *what)}
 

@@ -281,7 +281,7 @@ def rank_heatmap(names: Sequence[str], matrix: np.ndarray, axes: Axes) -> None:
             color, told = "white" if abs(rho) > 0.7 else "black", f"{rho:.1f}".replace("0.", ".")
             axes.text(column, row, told, ha="center", va="center", fontsize=6, color=color, gid=KEPT)
     bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.6, pad=0.08)
-    bar.set_label("Spearman's ρ, both turned so that low is critical", fontsize=8)
+    bar.set_label("Spearman's ρ; 1: the two agree", fontsize=8)
 
 
 def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
@@ -358,32 +358,32 @@ def _apart(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.max(np.abs(one - other) / (9.0, 8.0)))
 
 
-def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left: Axes, *, title: str = "") -> None:
-    """CCA of principal components over bars of δ, as the paper draws them: two axes, both cut to what is on them.
+def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], figure: Figure, *, title: str = "") -> None:
+    """δ, and below it CCA of principal components, which the paper draws over each other on two cut axes.
 
     Args:
-        delta: bars.
-        curves: lines with ±1.96 standard errors, by label.
+        delta: above, with ±1.96 standard errors.
+        curves: lines with ±1.96 standard errors, by label; errors go to what a CCA can be, 0 to 1.
         title: title of the figure.
-        left: axes to draw on.
+        figure: figure to draw on, empty.
     """
-    layers = np.arange(delta.num_layers)
-    least, most = np.nanmin(delta.values), np.nanmax(delta.values)
-    base = least - 0.15 * max(most - least, 1e-6)
-    left.bar(layers, delta.values - base, bottom=base, color=NULL, alpha=0.35, width=0.8)
-    left.set_ylim(base, most + 0.05 * (most - base))
-    left.set_ylabel(delta.name.replace("delta", "δ").replace("_", " ") + " (bars)")
-    right = left.twinx()
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    above.plot(np.arange(delta.num_layers), delta.values, "o-", color=DEBIASED, markersize=4)
+    _band(above, delta, DEBIASED, 0.2)
+    above.set_ylabel(delta.name.replace("delta", "δ").replace("_", " "))
     for index, (label, score) in enumerate(curves.items()):
         color = LINES[index % len(LINES)]
-        right.plot(layers, score.values, "o-", color=color, markersize=3.5, linewidth=1.4, label=label)
-        _band(right, score, color, 0.18, most=1)
-    right.set_ylabel("mean CCA with the neighbours (lines)")
-    layer_axis(left, delta.num_layers)
-    right.spines["top"].set_visible(False)
+        below.plot(np.arange(score.num_layers), score.values, "o-", color=color, markersize=3.5, label=label)
+        _band(below, score, color, 0.15, most=1)
+    least = min(float(np.nanmin(score.values)) for score in curves.values())
+    below.set_ylim(max(0.0, least - 0.25 * (1 - least)), 1.02)
+    below.set_ylabel("mean CCA with neighbours")
+    for axes in (above, below):
+        layer_axis(axes, delta.num_layers)
+    above.set_xlabel("")
     if title:
-        left.set_title(title, fontsize=11, loc="left")
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+        above.set_title(title, fontsize=10, loc="left")
+    below.legend(frameon=False, fontsize=9, loc="lower left", ncols=3)
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -> None:

@@ -34,12 +34,14 @@ class Figure:
         draw: draws on an empty matplotlib figure; usually `on_axes`, around a function of data and axes.
         caption: one sentence, also read out in place of the picture.
         size: width and height in inches.
+        left: inches on the left, for the names of rows.
     """
 
     name: str
     draw: Callable[[Canvas], None]
     caption: str
     size: tuple[float, float] = (6.2, 4.2)
+    left: float = 0.9
 
     def canvas(self) -> Canvas:
         """The figure as matplotlib's."""
@@ -47,7 +49,7 @@ class Figure:
 
         made = Canvas(figsize=self.size, dpi=144)
         self.draw(made)
-        _place(made)
+        _place(made, self.left)
         return as_text(made)
 
     def png(self) -> bytes:
@@ -89,11 +91,11 @@ def as_text(canvas: Canvas) -> Canvas:
     return canvas
 
 
-# Inches left, right (more where there is an axis), below, above and between panels.
-_MARGINS = {"left": 0.9, "right": 0.2, "axis": 0.65, "bottom": 0.55, "top": 0.5, "across": 0.6, "down": 0.5}
+# Inches right (more where there is an axis), below, above and between panels.
+_MARGINS = {"right": 0.2, "axis": 0.65, "bottom": 0.55, "top": 0.5, "across": 0.6, "down": 0.5}
 
 
-def _place(canvas: Canvas) -> None:
+def _place(canvas: Canvas, left: float) -> None:
     """Gives panels fixed margins; a layout engine draws all labels twice to find them, half of a figure's time."""
     width, height = canvas.get_size_inches()
     spec = canvas.axes[0].get_subplotspec()
@@ -102,10 +104,10 @@ def _place(canvas: Canvas) -> None:
     (rows, columns), at = grid.get_geometry(), _MARGINS
     right = at["right"] + at["axis"] * any(axes.yaxis.get_label_position() == "right" for axes in canvas.axes)
     # What is between panels is given relative to their mean size.
-    wide = (width - at["left"] - right - (columns - 1) * at["across"]) / columns
+    wide = (width - left - right - (columns - 1) * at["across"]) / columns
     high = (height - at["bottom"] - at["top"] - (rows - 1) * at["down"]) / rows
     canvas.subplots_adjust(
-        left=at["left"] / width,
+        left=left / width,
         right=1 - right / width,
         bottom=at["bottom"] / height,
         top=1 - at["top"] / height,
