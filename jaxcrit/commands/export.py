@@ -87,7 +87,7 @@ def run(options: ExportOptions) -> int:
     with bar(bars, total=1, desc="weights", unit=" tensors") as shown:
         exported = export_model(options.model or options.run, options.out, **given, progress=moved(shown))
     if exported.step is not None:
-        console.tell(f"checkpoint of step {exported.step}")
+        console.tell(f"{options.run or options.model}: checkpoint of step {exported.step}, written as {options.out}:")
     if exported.rounding is not None:
         console.tell(str(exported.rounding))
     console.tell(str(exported.out))

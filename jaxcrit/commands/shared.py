@@ -112,17 +112,22 @@ def tell(report: Report, out: Path | None) -> int:
         console.tell(f"report: {out / 'report.html'}")
         if (out / RECORD).exists():
             record = read_record(out)
-            tell_next(record["command"], record.get("config", {}), out)
+            tell_next(record["command"], record.get("config", {}), out, console.tell)
     return 0
 
 
-def tell_next(command: str, config: Options | Mapping[str, Any], out: Path | str | None) -> None:
-    """Prints what to do after a command, if anything."""
+def tell_next(
+    command: str,
+    config: Options | Mapping[str, Any],
+    out: Path | str | None,
+    say: Callable[[str], None] = console.note,
+) -> None:
+    """Says what to do after a command, if anything; by default not among its results, which others may read."""
     from jaxcrit.reporting.following import following, told
 
     values = as_json(config) if isinstance(config, Options) else config
     if steps := following(command, values, str(out or "")):
-        console.tell(told(steps))
+        say(told(steps))
 
 
 def say(text: str) -> None:

@@ -87,14 +87,14 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
         unrelated = (1 + np.flatnonzero(steps > _UNRELATED)).tolist()
         if unrelated:
             found.append(
-                f"layers {', '.join(map(str, unrelated))} are no more like the layer before than unrelated ones may be"
+                f"{_layers(unrelated)} no more like the layer before than unrelated ones may be"
                 f" (permutation p > {_UNRELATED}): all changes there, or {count} samples are too few to see what stays"
             )
     if result.certainty is not None:
         unsure = [layer for layer in result.chosen.layers if result.certainty.probability[layer] < _UNSURE]
         if unsure:
             found.append(
-                f"the chosen set is not determined by {count} samples: layers {', '.join(map(str, unsure))} are"
+                f"the chosen set is not determined by {count} samples: {_layers(unsure)}"
                 " chosen in less than half of the draws; give more prompts"
             )
     if result.leverage is not None:
@@ -102,6 +102,11 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
     return found + training_caution(debiased.meta)
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """``layer 3 is`` or ``layers 3-5,9 are``."""
+    return f"layers {span(layers)} are" if len(layers) > 1 else f"layer {layers[0]} is"
 
 
 def flat_curve(score: LayerScores) -> bool:
@@ -187,7 +192,7 @@ def _heavy_prompts(most: Leverage, sample_ids: Sequence[str], asked: np.ndarray)
         worst = at[np.abs(most.shift[at]).argmax()]
         lines.append(
             f"one prompt makes up {most.share[at].max():.0%} of the variance of δ: prompt {prompt}, counted from 0"
-            f" (sample {sample_ids[prompt][:12]}), at layers {', '.join(map(str, at))}; without it δ of layer {worst}"
+            f" (sample {sample_ids[prompt][:12]}), at {_layers(at).rpartition(' ')[0]}; without it δ of layer {worst}"
             f" changes by {most.shift[worst]:+.4f}; look at it"
         )
     return lines
