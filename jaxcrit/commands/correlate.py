@@ -135,7 +135,7 @@ def _shifts(scores: Sequence[LayerScores], matrix: np.ndarray) -> np.ndarray:
     from jaxcrit.selection.correlation import circular_shift_p
 
     found = np.full_like(matrix, np.nan)
-    for i, j in zip(*np.triu_indices(len(scores), 1), strict=True):
+    for i, j in itertools.combinations(range(len(scores)), 2):
         if np.isfinite(matrix[i, j]):
             found[i, j] = found[j, i] = circular_shift_p(scores[i].values, scores[j].values)
     return found

@@ -323,8 +323,8 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Ax
     """Each layer that both scores are valid for, by both with ±1.96 standard errors; darker is deeper."""
     layers = np.flatnonzero(a.valid & b.valid)
     x, y = a.values[layers], b.values[layers]
-    bars = [None if one.stderr is None else 1.96 * one.stderr[layers] for one in (b, a)]
-    axes.errorbar(x, y, *bars, fmt="none", ecolor=NULL, alpha=0.35, linewidth=0.8)
+    across, up = (None if one.stderr is None else 1.96 * one.stderr[layers] for one in (a, b))
+    axes.errorbar(x, y, yerr=up, xerr=across, fmt="none", ecolor=NULL, alpha=0.35, linewidth=0.8)
     axes.scatter(x, y, c=layers, cmap="viridis_r", s=24, zorder=3)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
@@ -336,7 +336,7 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Ax
         )
 
 
-def _beside(x: np.ndarray, y: np.ndarray) -> list[tuple[float, float]]:
+def _beside(x: np.ndarray, y: np.ndarray) -> list[tuple[int, int]]:
     """Where the name of each point goes, in points from it: the first place of eight that is not taken.
 
     Taken are the points and the names before it, on a figure of 300 by 250 points.

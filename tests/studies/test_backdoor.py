@@ -167,6 +167,8 @@ def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path
     config, told = dataclasses.replace(base, out=str(tmp_path / "run")), []
 
     def stop_at_every_other(text):
+        if "trainings of" in text:  # all that are left, said at every launch
+            return
         told.append(text)
         if len(told) % 2 == 0:
             raise KeyboardInterrupt
