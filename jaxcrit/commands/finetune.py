@@ -268,8 +268,8 @@ def run_finetune(
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
             tests = [(row["step"], row["loss"]) for row in evaluations(found.metrics)]
-            trained = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
-            curves = {"test loss": tests, TRAINING: trained}
+            losses = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
+            curves = {"test loss": tests, TRAINING: losses}
             Figure("loss.png", on_axes(loss_curves, curves), "Loss over optimizer steps.").write(out)
     return found
 
