@@ -16,6 +16,7 @@ _LIGHTER = {
     "#ffffff": PAPER,
     "#6a1b9a": "#cf9be8",
     "#7a7a7a": "#a5a0ad",
+    "#b0b0b0": "#6f6a77",  # grids
     "#4477aa": "#77aadd",
     "#228833": "#55bb66",
     "#aa3377": "#dd77aa",
