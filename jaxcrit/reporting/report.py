@@ -181,7 +181,11 @@ class Report:
             width: columns.
             style: bold marks.
         """
-        texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
+        token = tables.COLUMNS.set(width)
+        try:
+            texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
+        finally:
+            tables.COLUMNS.reset(token)
         shown = [text for text in texts if text]
         sentences = [*self.headline, *self.notes, *(f"warning: {line}" for line in self.warnings)]
         # A path breaks nowhere, or it could not be copied.

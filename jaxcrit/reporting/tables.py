@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from jaxcrit.selection.confidence import Certainty
 
 WIDTH = 100
+# Columns that tables fill which are made when they are shown; on a page all fill WIDTH.
+COLUMNS: contextvars.ContextVar[int] = contextvars.ContextVar("COLUMNS", default=WIDTH)
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
@@ -101,7 +104,7 @@ def wide_table(
     """
     parts: list[list[str]] = [[]]
     for name in columns:
-        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > WIDTH:
+        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > COLUMNS.get():
             parts.append([])
         parts[-1].append(name)
     made = []
@@ -189,7 +192,7 @@ def consensus_table(
     shown, used = [], len("  ".join(ends))
     for name, short in names.items():
         used += max(len(short), 6) + 2
-        if used <= WIDTH:
+        if used <= COLUMNS.get():
             shown.append(name)
     rows = []
     for layer in range(chosen.num_layers):

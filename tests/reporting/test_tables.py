@@ -133,6 +133,14 @@ class TestHowSure:
         assert tables.headline(fixed).startswith("Chosen layers: 3, 4 of 8 (manual, 3,4; ")
 
 
+def test_tables_that_are_made_when_they_are_shown_fill_the_terminal(tmp_path):
+    analysis = synthetic.analysis(tmp_path, names=tuple(f"dataset {number}" for number in range(6)))
+    report = analysis_report(analysis)
+    for width in (80, 100):
+        assert width - 20 < max(map(len, report.text(width).splitlines())) <= width
+    assert "more datasets are in the report" in report.text(80)
+
+
 def test_a_wide_table_goes_on_below():
     columns = {f"score_{number}": ["0.5", "-"] for number in range(9)}
     text = tables.wide_table(["layer", "0", "1"], columns, ["", "a", "b"], margin=8, least=9)
