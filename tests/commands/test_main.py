@@ -57,6 +57,7 @@ MISTAKES = {
     "select --scores=/absent.json": "/absent.json: no such file",
     "export": "expected --model=DIR",
     "export --model=x": "expected --out=DIR",
+    "export --run=nosuch --out=y": "--run=nosuch: no such directory",
     "export --model=x --out=y --dtype=float23": "did you mean 'float32'?",
 }
 
