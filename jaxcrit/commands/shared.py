@@ -107,7 +107,7 @@ def tell(report: Report, out: Path | None) -> int:
     from jaxcrit.core.digests import RECORD
     from jaxcrit.core.rundir import read_record
 
-    print(report.text(console.width(), style=sys.stdout.isatty()))
+    print(report.text(console.width(), style=console.obeys(sys.stdout)))
     if out is not None:
         console.tell(f"report: {out / 'report.html'}")
         if (out / RECORD).exists():

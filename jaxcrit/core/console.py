@@ -14,6 +14,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
+from typing import TextIO
 
 from jaxcrit.core import processes
 
@@ -35,6 +36,11 @@ def visible(text: str) -> str:
     Line breaks and tabs stay; so do joiners, which letters of some scripts need.
     """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def obeys(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that knows bold and how to go back to the start of a line."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
 
 
 def width(*, error: bool = False) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ _STEPS, _REST = _BAR + "{postfix}]", _BAR + ", {rate_fmt}{postfix}]"
 def bars(**settings: Any) -> Any:
     """A bar of tqdm; `Lines` where stderr is no terminal, or one that cannot go back to the start of a line."""
     settings = {"unit": " samples", **settings, "desc": visible(settings.get("desc") or "")}
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+    if not console.obeys(sys.stderr):
         return Lines(**settings)
     return tqdm(leave=False, bar_format=_STEPS if settings["unit"] == " steps" else _REST, **settings)
 
