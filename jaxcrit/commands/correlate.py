@@ -18,7 +18,7 @@ from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerScores, read_scores, score_of
 from jaxcrit.core.options import Options, option
 from jaxcrit.core.run import Facts, running
-from jaxcrit.reporting.tables import number, p_value, shortened, table, wide_table
+from jaxcrit.reporting.tables import number, p_value, said, shortened, table, wide_table
 
 if TYPE_CHECKING:
     from jaxcrit.reporting.report import Report
@@ -289,13 +289,14 @@ def report(found: Correlated) -> Report:
     a, b = found.scores
     layers = f"{pair.num_layers} layers ({pair.first} to {pair.last} of {a.num_layers})"
     told = [meaning(pair, found.scores, names), f"A {names[0]} against B {names[1]}, {layers}"]
+    axes = [said(name) for name in names]
     figures = [
         Figure(
             "layers.png",
-            lambda canvas: plots.stacked_curves(a, b, names, canvas),
+            lambda canvas: plots.stacked_curves(a, b, axes, canvas),
             "Both scores over the layers, each on a scale of its own.",
             (6.2, 5.0),
         ),
-        Figure("scatter.png", on_axes(plots.score_scatter, a, b, names), "Each layer by both scores.", (5.2, 4.8)),
+        Figure("scatter.png", on_axes(plots.score_scatter, a, b, axes), "Each layer by both scores.", (5.2, 4.8)),
     ]
     return Report(told, found.warnings, [Section("Correlation", "", pair_table(pair, names), figures)], CAVEATS)

@@ -206,7 +206,13 @@ def consensus_table(
     return "\n".join(lines + ([f"({hidden} more datasets are in the report)"] if hidden else []))
 
 
-_SAID = {"delta_debiased": "debiased δ", "delta": "biased δ, the paper's"}  # of scores, in a sentence
+_SAID = {"delta_debiased": "debiased δ", "delta": "biased δ", "substitution": "loss after substitution"}
+
+
+def said(name: str) -> str:
+    """A score's name in a sentence or on an axis: ``debiased δ, gsm8k`` for ``gsm8k:delta_debiased``."""
+    folder, _, key = name.rpartition(":")
+    return _SAID.get(key, key.replace("_", " ")) + (f", {folder}" if folder else "")
 
 
 def headline(chosen: LayerSet, num_datasets: int = 1, *, flat: bool = False) -> str:
@@ -220,7 +226,7 @@ def headline(chosen: LayerSet, num_datasets: int = 1, *, flat: bool = False) -> 
     plural = "s" if len(chosen.layers) > 1 else ""
     path = f"model.layers.{chosen.layers[0]}{', …' if plural else ''}"
     joined = f", mean rank over {num_datasets} datasets" if num_datasets > 1 else ""
-    by = f"{_SAID.get(chosen.criterion, chosen.criterion)}, {chosen.rule}{joined}; {path}"
+    by = f"{said(chosen.criterion)}, {chosen.rule}{joined}; {path}"
     named = f"{', '.join(map(str, chosen.layers))} of {chosen.num_layers}"
     if not chosen.rule.startswith("critical"):
         return f"Chosen layer{plural}: {named} ({by})"

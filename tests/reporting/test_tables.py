@@ -149,6 +149,16 @@ def test_a_wide_table_goes_on_below():
     assert [line.split() for line in second.splitlines()] == [["layer", "score_8"], ["0", "0.5", "a"], ["1", "-", "b"]]
 
 
+def test_scores_are_named_in_words():
+    names = ("an/gsm8k:delta_debiased", "delta", "sub:substitution", "x:gradient_norm")
+    assert [tables.said(name) for name in names] == [
+        "debiased δ, an/gsm8k",
+        "biased δ",
+        "loss after substitution, sub",
+        "gradient norm, x",
+    ]
+
+
 def test_numbers_in_a_table():
     assert [tables.p_value(value) for value in (0.05, 2e-4, np.nan)] == ["0.050", "2.0e-04", "-"]
     score = LayerScores("x", np.array([1.0, np.nan]), np.array([True, False]), "low", np.array([0.25, np.nan]))
