@@ -330,18 +330,19 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Ax
     axes.set_ylabel(names[1])
     axes.margins(0.08)
     clean(axes)
-    for layer, place, offset in zip(layers, zip(x, y, strict=True), _beside(x, y), strict=True):
+    sides = float(np.ptp(axes.get_xlim())), float(np.ptp(axes.get_ylim()))
+    for layer, place, offset in zip(layers, zip(x, y, strict=True), _beside(x, y, sides), strict=True):
         axes.annotate(
             str(layer), place, xytext=offset, textcoords="offset points", fontsize=7, ha="center", va="center"
         )
 
 
-def _beside(x: np.ndarray, y: np.ndarray) -> list[tuple[int, int]]:
+def _beside(x: np.ndarray, y: np.ndarray, sides: tuple[float, float]) -> list[tuple[int, int]]:
     """Where the name of each point goes, in points from it: the first place of eight that is not taken.
 
-    Taken are the points and the names before it, on a figure of 300 by 250 points.
+    Taken are the points and the names before it, on axes of 280 by 240 points that show so much of x and y.
     """
-    scale = np.array([300.0, 250.0]) / np.maximum([np.ptp(x), np.ptp(y)], 1e-300)
+    scale = np.array([280.0, 240.0]) / np.maximum(sides, 1e-300)
     points = np.stack([x, y], axis=1) * scale
     around = [(7, 7), (-7, 7), (7, -7), (-7, -7), (10, 0), (-10, 0), (0, 10), (0, -10)]
     taken, found = list(points), []

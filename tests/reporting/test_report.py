@@ -121,8 +121,8 @@ def test_numbers_of_layers_that_are_near_each_other_stand_together():
 def test_names_of_points_do_not_lie_on_each_other():
     rng = np.random.default_rng(0)
     x, y = rng.standard_normal((2, 30))
-    scale = np.array([300, 250]) / [np.ptp(x), np.ptp(y)]
-    places = np.stack([x, y], axis=1) * scale + plots._beside(x, y)
+    sides = np.ptp(x), np.ptp(y)
+    places = np.stack([x, y], axis=1) * np.array([280, 240]) / sides + plots._beside(x, y, sides)
     gaps = np.abs(places[:, None] - places) / (9, 8)
     assert (gaps.max(axis=2) >= 1)[np.triu_indices(30, 1)].mean() > 0.99
 
