@@ -28,7 +28,7 @@ from typing import Any
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_text
 from jaxcrit.data.demo import FAMILIES, generate
-from jaxcrit.reporting.backdoor import backdoor_text, write_figures
+from jaxcrit.reporting.backdoor import backdoor_report, backdoor_text
 from jaxcrit.studies.backdoor import Backdoor, run_backdoor
 from jaxcrit.studies.options import BackdoorOptions
 
@@ -106,7 +106,7 @@ def run(given: argparse.Namespace) -> tuple[dict[float, Backdoor], float]:
             }
         )
         found[rate] = run_backdoor(config, say=lambda text: print(text, file=sys.stderr, flush=True))
-        write_figures(found[rate].out, found[rate].content)
+        backdoor_report(found[rate].content).write(found[rate].out, found[rate].record)
         print(f"{rate:.0%} of the rows poisoned\n{backdoor_text(found[rate].content)}\n", flush=True)
     return found, time.perf_counter() - began
 

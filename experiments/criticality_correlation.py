@@ -29,8 +29,8 @@ from jaxcrit.core.files import write_json, write_text
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import read_scores
 from jaxcrit.data.demo import generate
-from jaxcrit.reporting.plots import twin_curves
-from jaxcrit.reporting.report import Figure, on_axes
+from jaxcrit.reporting.plots import stacked_curves
+from jaxcrit.reporting.report import Figure
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import Correlation, correlate
 from jaxcrit.studies.analysis import run_analysis
@@ -140,7 +140,7 @@ def measure(given: argparse.Namespace, name: str, data: str, tests: str) -> Row:
     names = ["δ (biased)", f"loss with {given.window} layers of the base"]
     figure = Figure(
         "curves.png",
-        on_axes(twin_curves, analysis.scores["delta"], loss, names),
+        lambda canvas: stacked_curves(analysis.scores["delta"], loss, names, canvas),
         "δ and substitution loss of every layer.",
     )
     figure.write(out)

@@ -384,10 +384,10 @@ def plot(
     from jaxcrit.reporting import plots
     from jaxcrit.similarity import from_tables, sweep
 
-    figure = plots.Drawing(figsize=(8.4, 4.4), layout="constrained")
+    figure = plots.Drawing(figsize=(6.2, 4.2), layout="constrained")
     if isinstance(scores, HiddenStates):
         tables = sweep(scores.hidden)
-        figure.set_size_inches(10.4, 5.0)
+        figure.set_size_inches(5.0, 8.6)
         plots.cka_heatmap(from_tables(tables), from_tables(tables, "debiased"), figure)
         return figure
     found = {scores.name: scores} if isinstance(scores, LayerScores) else dict(scores)
@@ -396,7 +396,7 @@ def plot(
         window = int(found["delta"].meta.get("window", 5))
         plots.delta_curve(found, chosen, figure.subplots(), window=window, title=title)
         return figure
-    figure.set_size_inches(10.4, 2.4 * -(-len(found) // 2) + 0.4)
+    figure.set_size_inches(6.2, 1.7 * -(-len(found) // 2) + 0.6)
     plots.score_grid(found, figure)
     return figure
 

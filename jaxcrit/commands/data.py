@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, write_text
@@ -38,6 +39,7 @@ def run(options: DataOptions) -> int:
     console.tell(data_text(report.shown, report.lengths, report.limit, report.template_hash))
     if report.written:
         console.tell(f"examples: {report.written}")
+    shared.tell_next("data", options, None)
     return 0
 
 

@@ -85,12 +85,17 @@ def run(options: ExportOptions) -> int:
 
     given = {name: getattr(options, name) for name in ("dtype", "delta_only", "adapter", "step")}
     with bar(bars, total=1, desc="weights", unit=" tensors") as shown:
-        exported = export_model(options.model or options.run, options.out, **given, progress=moved(shown))
+        try:
+            exported = export_model(options.model or options.run, options.out, **given, progress=moved(shown))
+        except UserError as error:  # which names the flag of all other commands
+            raise UserError(str(error).replace(f"--model={options.run}:", f"--run={options.run}:")) from None
     if exported.step is not None:
-        console.tell(f"checkpoint of step {exported.step}")
+        console.tell(f"{options.run or options.model}: checkpoint of step {exported.step}, written as {options.out}:")
     if exported.rounding is not None:
         console.tell(str(exported.rounding))
     console.tell(str(exported.out))
+    if not options.delta_only and not options.adapter:
+        shared.tell_next("export", options, exported.out)
     return 0
 
 

@@ -51,7 +51,13 @@ class Result(TypedDict):
     optimizer_bytes: Count
 
 
-class Times(TypedDict):
+class _Launches(TypedDict, total=False):
+    """What is there of a run that went on."""
+
+    resumed: Count
+
+
+class Times(_Launches):
     """What the report takes from ``time`` of ``run.json``."""
 
     training_seconds: AtLeastZero
@@ -90,7 +96,9 @@ def run(options: FinetuneOptions) -> int:
     """Trains, draws the test loss, prints what came of it."""
     from jaxcrit.core.progress import bars
 
-    console.tell(text(run_finetune(options, progress=bars, say=shared.say)))
+    found = run_finetune(options, progress=bars, say=shared.say)
+    console.tell(text(found))
+    shared.tell_next("finetune", options, found.out)
     return 0
 
 
@@ -158,7 +166,7 @@ def run_finetune(
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import Partition, Selection, size
     from jaxcrit.parallel.mesh import parse_mesh
-    from jaxcrit.reporting.plots import loss_curves
+    from jaxcrit.reporting.plots import TRAINING, loss_curves
     from jaxcrit.reporting.report import Figure, on_axes
     from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.data import training_steps
@@ -256,12 +264,15 @@ def run_finetune(
             "optimizer_bytes": size(state.optimizer),
         }
         run.times["training_seconds"] = round(time.perf_counter() - began, 3)
+        run.times |= {"resumed": trainer.resumed} if trainer.resumed else {}
         place = None if out is None else out.resolve()
         tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
-            curves = {"test loss": [(row["step"], row["loss"]) for row in evaluations(found.metrics)]}
-            Figure("loss.png", on_axes(loss_curves, curves), "Test loss over optimizer steps.").write(out)
+            tests = [(row["step"], row["loss"]) for row in evaluations(found.metrics)]
+            losses = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
+            curves = {"test loss": tests, TRAINING: losses}
+            Figure("loss.png", on_axes(loss_curves, curves), "Loss over optimizer steps.").write(out)
     return found
 
 
@@ -455,6 +466,19 @@ def read_examples(
     return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
 
 
+def _spent(found: Finetuned) -> str:
+    """How many steps took how long: in this launch, and with those before it."""
+    times, steps = found.run["time"], found.run["result"]["steps"]
+    seconds = times["training_seconds"]
+    if not (before := times.get("resumed", 0)):
+        return f"{steps} steps in {seconds:.1f} s"
+    earlier = sum(row.get("seconds", 0.0) for row in found.metrics if row["step"] <= before)
+    return (
+        f"{steps} steps in {earlier + seconds:.1f} s, of which this launch, from step {before} on, ran"
+        f" {steps - before} in {seconds:.1f} s"
+    )
+
+
 def evaluations(metrics: Sequence[Row]) -> list[Row]:
     """The tests among the rows of ``metrics.jsonl``."""
     return [row for row in metrics if row["kind"] == "eval"]
@@ -475,8 +499,8 @@ def text(found: Finetuned) -> str:
             for number, one in enumerate(found.run.get("auxiliaries", []))
             if before.get(key := f"aux_{number}") is not None
         ),
-        f"best {result['best_loss']:.4f} at step {result['best_step']}; {result['steps']} steps in"
-        f" {found.run['time']['training_seconds']:.1f} s; trained {trained:.1f} MiB, optimizer {optimizer:.1f} MiB",
+        f"best {result['best_loss']:.4f} at step {result['best_step']}; {_spent(found)}; trained {trained:.1f} MiB,"
+        f" optimizer {optimizer:.1f} MiB",
         f"run: {found.out}",
     ]
     return "\n".join(lines)

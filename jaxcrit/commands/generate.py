@@ -107,7 +107,9 @@ def run(options: GenerateOptions) -> int:
     """Generates, shows the first answers, says where all of them are."""
     from jaxcrit.core.progress import bars
 
-    console.tell(text(run_generate(options, progress=bars)))
+    found = run_generate(options, progress=bars)
+    console.tell(text(found))
+    shared.tell_next("generate", options, found.out)
     return 0
 
 

@@ -7,6 +7,7 @@ import itertools
 import math
 from typing import TYPE_CHECKING, Any
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import TEMPLATES, ModelOptions
@@ -45,6 +46,7 @@ def run(options: InspectOptions) -> int:
     from jaxcrit.models.model import open_model
 
     console.tell(model_text(open_model(options.model, step=options.step), options.template))
+    shared.tell_next("inspect", options, None)
     return 0
 
 

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
-from jaxcrit.core.groups import BY_HASH, SELECTION, MeshOptions, ModelOptions, OutOptions, RowOptions
+from jaxcrit.core.groups import BY_HASH, MeshOptions, ModelOptions, OutOptions, RowOptions
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.core.options import option
 from jaxcrit.core.selections import LayerSpec, resolve
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 INTERVENTION = "intervention.json"
 _WORDS = 8  # that a component is read as, in each direction
 _LIKELY = 3  # next tokens shown
+_NOTHING = 1e-3  # nats of the next token below which an intervention showed nothing
 _ANSWERS = ("before", "after")
 _WHAT = {
     "paper": "the prompt's part of components {} subtracted at every new token",
@@ -41,7 +43,7 @@ class InterveneOptions(ModelOptions, RowOptions, OutOptions, MeshOptions, title=
     """What ``jaxcrit intervene`` is asked; one dataset."""
 
     data: str = option("demo:arithmetic", "prompts: JSONL, dolly:JSONL, ...", word="FILE", free=BY_HASH)
-    layers: str = option("critical:1", SELECTION, word="SPEC")
+    layers: str = option("", "critical:K, 3-5,9, @FILE, all, ... (default: the middle one)", word="SPEC")
     components: str = option("0,1,2", "principal components to remove; empty for none", word="LIST")
     prompt_index: int = option(0, "row of the prompt to answer, from 0", lowest=0)
     mode: str = option("paper", "the prompt's part, the state's own, ...", tuple(_WHAT))
@@ -77,7 +79,9 @@ def run(options: InterveneOptions) -> int:
     """Answers one prompt with and without the intervention, and prints both."""
     from jaxcrit.core.progress import bars
 
-    console.tell(text(run_intervene(options, progress=bars)))
+    found = run_intervene(options, progress=bars)
+    console.tell(text(found))
+    shared.tell_next("intervene", options, found.out)
     return 0
 
 
@@ -111,9 +115,11 @@ def run_intervene(options: InterveneOptions, *, progress: Bars | None = None) ->
     if options.mode != "steer" and any(given):
         raise UserError(f"--mode={options.mode}: --steer_from and --steer_to go with --mode=steer")
     components = parse_components(options.components)
-    spec = LayerSpec.parse(options.layers)
-    spec.check_key(CURVES)
+    spec = LayerSpec.parse(options.layers) if options.layers else None
+    if spec is not None:
+        spec.check_key(CURVES)
     model = open_model(options.model, mesh=options.mesh, dtype=options.dtype)
+    spec = spec or LayerSpec("list", layers=(model.config.num_layers // 2,))
     if not spec.needs_scores:
         resolve(spec, model.config.num_layers, model_hash=model.model_hash)
     stop = stop_tokens(options.stop, model, options.template)
@@ -287,6 +293,8 @@ def text(done: Intervened) -> str:
     for name in _ANSWERS:
         likely = [f"{token!r} {probability:.2f}" for token, probability in found[name]["next_tokens"]]
         lines.append(f"{name:>6}: {', '.join(likely)}")
+    if found["mode"] != "none" and found["next_token_kl"] < _NOTHING:
+        lines.append("nothing changed: give another --layers (a middle one, say), --mode or --prompt_index")
     lines += ["", *_words(found)] if "lens" in found else []
     return "\n".join([*lines, f"intervention: {done.out / INTERVENTION}"])
 

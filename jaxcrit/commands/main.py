@@ -54,7 +54,7 @@ GROUPS = {
         "trace": ("jaxcrit.commands.trace", "where facts are: what each layer brings back of an answer"),
     },
     "train and test": {
-        "plan": ("jaxcrit.commands.plan", "what a training step needs on a TPU slice, compiled without having one"),
+        "plan": ("jaxcrit.commands.plan", "what a job needs on TPUs or GPUs that are not here, and whether it fits"),
         "finetune": ("jaxcrit.commands.finetune", "train exactly the layers you choose"),
         "edit": ("jaxcrit.commands.edit", "change facts in a few layers, and see what else changed"),
         "substitute": (
@@ -76,6 +76,32 @@ GROUPS = {
         "prune": ("jaxcrit.commands.prune", "leave layers out of a model, and see what that costs beside others"),
         "export": ("jaxcrit.commands.export", "write a checkpoint directory that transformers loads"),
     },
+}
+# What a user types first; a test parses each.
+EXAMPLES = {
+    "analyze": "jaxcrit analyze --model=DIR --data=gsm8k:train.jsonl --limit=300 --out=an",
+    "score": "jaxcrit score --model=DIR --data=gsm8k:train.jsonl --criteria=fisher,step --out=sc",
+    "correlate": "jaxcrit correlate --scores=an:delta_debiased --scores=sub --out=cor",
+    "select": "jaxcrit select --scores=an --layers=critical:4 --format=peft --out=peft.json",
+    "inspect": "jaxcrit inspect DIR",
+    "data": "jaxcrit data --model=DIR --data=gsm8k:train.jsonl --limit=3",
+    "generate": "jaxcrit generate --model=DIR --data=test.jsonl --max_new_tokens=128 --out=answers",
+    "spectrum": "jaxcrit spectrum --model=DIR --data=gsm8k:train.jsonl --limit=300 --out=sp",
+    "verify": "jaxcrit verify an ft",
+    "compare": "jaxcrit compare an/gsm8k an-tuned/gsm8k --out=cmp",
+    "intervene": "jaxcrit intervene --model=DIR --data=test.jsonl --layers=14 --components=0 --mode=project",
+    "ablate": "jaxcrit ablate --model=DIR --data=gsm8k:test.jsonl --limit=64 --out=ab",
+    "screen": "jaxcrit screen --model=DIR --benign=good.jsonl --data=new.jsonl --out=flags",
+    "trace": "jaxcrit trace --model=DIR --facts=facts.jsonl --out=tr",
+    "plan": "jaxcrit plan --model=meta-llama/Llama-3.1-8B --topology=4090:2 --layers=14-17 --search",
+    "finetune": "jaxcrit finetune --model=DIR --data=gsm8k:train.jsonl --layers=@an --long=drop --out=ft",
+    "edit": "jaxcrit edit --model=DIR --facts=facts.jsonl --layers=4-8 --out=ed",
+    "substitute": "jaxcrit substitute --base=DIR --tuned=all --data=gsm8k:test.jsonl --limit=64 --out=sub",
+    "reuse": "jaxcrit reuse --sender=DIR --receiver=ft --data=test.jsonl --limit=64 --out=re",
+    "remix": "jaxcrit remix --model=DIR --data=reference.jsonl --out=mix",
+    "backdoor": "jaxcrit backdoor --model=DIR --data=dolly:train.jsonl --seeds=1 --steps=200 --out=bd",
+    "prune": "jaxcrit prune --model=DIR --data=gsm8k:test.jsonl --drop=block_influence:4 --out=small",
+    "export": "jaxcrit export --run=ft --out=tuned",
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
 # Commands that run no model: of several processes the first does it all.
@@ -100,8 +126,8 @@ def overview() -> str:
             "usage: jaxcrit [--help|--version] COMMAND [flags]",
             "",
             *rows,
-            "jaxcrit COMMAND --help lists the flags of a command. jaxcrit analyze, without any, runs on a small",
-            "embedded model.",
+            "jaxcrit help COMMAND lists the flags of a command, after an example. jaxcrit analyze, without any,",
+            "runs on a small embedded model. jaxcrit completion bash|zsh|fish prints a script for the shell.",
         ]
     )
 
@@ -116,8 +142,15 @@ def dispatch(arguments: Sequence[str]) -> int:
         print(overview(), file=sys.stderr)
         return BAD_USAGE
     name, *rest = arguments
+    if name == "help" and len(rest) == 1 and not rest[0].startswith("-"):
+        name, rest = rest[0], ["--help"]
     if name in ("--help", "-h", "help"):
         print(overview())
+        return 0
+    if name == "completion":
+        from jaxcrit.commands.completion import script
+
+        print(script(rest), end="")
         return 0
     if name == "--version":
         print(f"jaxcrit {jaxcrit.__version__}")
@@ -129,7 +162,7 @@ def dispatch(arguments: Sequence[str]) -> int:
     module_name, summary = COMMANDS[name]
     module = importlib.import_module(module_name)
     if "--help" in rest or "-h" in rest:
-        print(options.usage(module.OPTIONS, name, summary, ProcessOptions, further(module)))
+        print(options.usage(module.OPTIONS, name, summary, ProcessOptions, further(module), EXAMPLES.get(name, "")))
         return 0
     asked, ours, *own = flags.read([module.OPTIONS, ProcessOptions, *further(module)], name, rest)
     with contextlib.ExitStack() as stack:

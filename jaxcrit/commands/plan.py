@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.studies.options import PlanOptions
@@ -17,15 +18,16 @@ def run(options: PlanOptions) -> int:
     if not options.model:
         raise UserError("plan: expected --model=DIR, with the config.json of the model, or --model=SHAPE")
     from jaxcrit.reporting.plan import plan_text
-    from jaxcrit.studies.plan import fitting, run_plan
+    from jaxcrit.studies.plan import advice, fitting, missing, run_plan
 
     plan = run_plan(options)
     console.tell(plan_text(plan))
     if plan.fits:
+        shared.tell_next("plan", options if options.mesh else plan.config, None)
         return 0
     other = fitting(plan)
     if other is None:
-        console.tell("nothing on this topology would fit; take more chips, or train fewer layers")
+        console.tell(f"{missing(plan)}; {advice(plan.config)}")
     else:
         console.tell(f"would fit, by shapes: --mesh={other.mesh} --batch_size={other.batch_size}")
     return DOES_NOT_FIT

@@ -377,7 +377,7 @@ def report(made: Remixed) -> Report:
     from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 
     exact, loss = (
-        Figure(f"{name}.png", on_axes(remix_plots.remix_effects, made.found, name), caption, (8.4, 5.4))
+        Figure(f"{name}.png", on_axes(remix_plots.remix_effects, made.found, name), caption, (6.2, 5.4))
         for name, caption in (
             ("exact", "Exact answers of each variant less those of the model as it is, 95 % over rows."),
             ("loss", "Loss of each variant less that of the model as it is, 95 % over rows."),

@@ -314,7 +314,7 @@ def report(made: Reused) -> Report:
     alone = Figure("kv_reuse.png", draw, "Damage of each layer's keys and values, reused alone.")
     front = Figure("front.png", on_axes(reuse_plots.reuse_front, found), "Damage over recomputed layers, controls.")
     matrix = on_axes(reuse_plots.reuse_matrix, found["groups"], depth)
-    groups = Figure("groups.png", matrix, "Damage of every group by its first layer and its size.", (7.0, 5.4))
+    groups = Figure("groups.png", matrix, "Damage of every group by its first layer and its size.", (6.2, 5.0))
     steps = sorted({*np.rint(np.linspace(0, depth, _SHOWN)).astype(int).tolist(), len(found["choice"]["layers"])})
     note = (
         "On the rows that did not choose; each count's best group was chosen on the others. later: the best group that"

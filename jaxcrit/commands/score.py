@@ -25,7 +25,8 @@ from jaxcrit.core.groups import (
 )
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.options import Options, option
-from jaxcrit.reporting.tables import wide_table
+from jaxcrit.reporting.tables import table, wide_table
+from jaxcrit.selection.decisions import Choice, agreed, choices
 
 if TYPE_CHECKING:
     from jaxcrit.data.dataset import Dataset
@@ -48,6 +49,7 @@ class ScoreOptions(ModelOptions, RowOptions, OutOptions, BatchOptions, Precision
 
 
 OPTIONS = ScoreOptions
+_FEW = 32  # rows
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -153,6 +155,11 @@ def run_score(
             if key not in without
         }
         warnings = [*_warnings(scores), *(f"{key}: is left out: {why}" for key, why in without.items())]
+        few = [f"{one.name} ({count})" for one in datasets if (count := len(one.examples)) < _FEW]
+        if few and of_data:
+            warnings.append(
+                f"few rows in {', '.join(few)}: what is measured on fewer than {_FEW} changes much with other rows"
+            )
         warnings += training_caution(model.facts)
         run.record["warnings"] = warnings
         found = Scored(scores, of_data, warnings, run.record, run.out)
@@ -281,16 +288,63 @@ def _warnings(scores: Mapping[str, LayerScores]) -> list[str]:
 
 
 def score_table(scores: Mapping[str, LayerScores]) -> str:
-    """One row per layer, a column per score with its direction under the name; as many parts as the width takes."""
+    """One row per layer, a column per score with what it is under the name; as many parts as the width takes.
+
+    Under the name stands which values are critical; of several datasets what is shown is a rank, 0 the most critical.
+    """
     layers = range(next(iter(scores.values())).num_layers)
-    columns = {key: [f"({one.direction})", *(_value(one, layer) for layer in layers)] for key, one in scores.items()}
+    columns = {key: [f"({_kind(one)})", *(_value(one, layer) for layer in layers)] for key, one in scores.items()}
     first = ["layer", "", *map(str, layers)]
     return wide_table(first, columns, [""] * len(first), margin=5, least=9)
 
 
+def _kind(score: LayerScores) -> str:
+    return "mean rank" if score.meta.get("consensus") == "mean_rank" else score.direction
+
+
 def _value(score: LayerScores, layer: int) -> str:
     value = score.values[layer]
-    return f"{value:.4g}" if score.valid[layer] and math.isfinite(value) else "-"
+    if not (score.valid[layer] and math.isfinite(value)):
+        return "-"
+    error = "" if score.stderr is None or not math.isfinite(score.stderr[layer]) else f" ± {score.stderr[layer]:.1g}"
+    return f"{value:.4g}{error}"
+
+
+def choice_table(found: Mapping[str, Choice], scores: Mapping[str, LayerScores]) -> str:
+    """A row per criterion: which values are critical, the layers it would choose, and whether these are told apart."""
+    sure = {True: ", further than two errors", False: ", within two errors", None: ""}
+    rows = [
+        [
+            key,
+            f"{_kind(scores[key])}, low" if _kind(scores[key]) == "mean rank" else scores[key].direction,
+            ", ".join(map(str, one.layers)),
+            "" if one.next is None else f"next: {one.next}{sure[one.firm]}",
+        ]
+        for key, one in found.items()
+    ]
+    return table(["criterion", "critical is", "would choose", ""], rows)
+
+
+def headline(found: Mapping[str, Choice], num_layers: int, trim: int = 2) -> list[str]:
+    """Where criteria agree, beside what chance would give, in a sentence or two."""
+    if not found:
+        return ["No criterion ranks the layers."]
+    if len(found) == 1:
+        ((key, one),) = found.items()
+        return [f"{key} would choose layers {', '.join(map(str, one.layers))} of {num_layers}"]
+    counts, share = agreed(found), len(next(iter(found.values())).layers) / max(1, num_layers - 2 * trim)
+    chance = f"by chance a layer has {share * len(found):.1f}"
+    if not counts:
+        return [f"The {len(found)} criteria agree on no layer: each chooses others ({chance})."]
+    most = max(counts.values())
+    best = [layer for layer, count in counts.items() if count == most]
+    rest = [f"{layer} by {count}" for layer, count in counts.items() if count < most][:4]
+    named = f"layer{'s' if len(best) > 1 else ''} {', '.join(map(str, best[:6]))}{' ...' if len(best) > 6 else ''}"
+    return [
+        f"Of {len(found)} criteria {most} choose {named}{'; ' if rest else ''}{', '.join(rest)} ({chance})",
+        "Criteria measure different things. Where they disagree, take the one that is made for what you want to do"
+        " (docs/criteria.md), or let held-out rows decide between finetune --layers=KEY:K of two.",
+    ]
 
 
 def report(found: Scored) -> Report:
@@ -299,13 +353,23 @@ def report(found: Scored) -> Report:
     from jaxcrit.reporting.report import Figure, Report, Section
 
     scores = found.scores
-    size = (10.4, 2.4 * -(-len(scores) // 2) + 0.4)
+    size = (6.2, 1.7 * -(-len(scores) // 2) + 0.6)
     figure = Figure("scores.png", lambda canvas: plots.score_grid(scores, canvas), "Every score over the layers.", size)
-    sections = [Section("Scores", "low or high: which values are critical", score_table(scores), [figure])]
+    chosen, several = choices(scores), len(found.datasets) > 1
+    note = f"two layers at each end are never chosen; {len(next(iter(chosen.values())).layers)} each" if chosen else ""
+    sections = [Section("What each criterion would choose", note, choice_table(chosen, scores))] if chosen else []
+    note = "mean rank: over the datasets, 0 the most critical; low or high: which values are critical"
+    sections.append(Section("Scores", note, score_table(scores), [figure]))
+    for name, one in found.datasets.items() if several else ():
+        title = f"{name}: values, with standard errors where they are known"
+        sections.append(Section(title, "low or high: which values are critical", score_table(one), (), ""))
     key = "routing_sensitivity"
     loads = {name: np.array(one[key].meta["load"]) for name, one in found.datasets.items() if key in one}
     if loads:
-        size, what = (2 + 4.2 * len(loads), 4.4), "Part of the tokens of each dataset that go to each expert, by layer."
+        size, what = (
+            (6.2, 1.2 + 3.2 * len(loads)),
+            "Part of the tokens that go to each expert, by layer.",
+        )
         drawn = Figure("load.png", lambda canvas: plots.load_heatmaps(loads, canvas), what, size)
         sections.append(
             Section(
@@ -315,8 +379,9 @@ def report(found: Scored) -> Report:
                 [drawn],
             )
         )
-    told = beside(scores, found.datasets if len(found.datasets) > 1 else None)
-    return Report(["Layers by " + ", ".join(scores), *told], found.warnings, sections, CAVEATS)
+    told = beside(scores, found.datasets if several else None)
+    first = headline(chosen, next(iter(scores.values())).num_layers)
+    return Report([*first, *told], found.warnings, sections, CAVEATS)
 
 
 def load_table(loads: Mapping[str, np.ndarray]) -> str:

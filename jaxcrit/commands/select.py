@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from pathlib import Path
 
+from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, write_text
@@ -99,6 +100,8 @@ def run(options: SelectOptions) -> int:
     else:
         sys.stdout.write(text)
     console.note(str(chosen))
+    if options.out:
+        shared.tell_next("select", options, options.out)
     return 0
 
 

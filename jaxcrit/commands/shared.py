@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError, as_arguments
-from jaxcrit.core.options import Options
+from jaxcrit.core.options import Options, as_json
 
 if TYPE_CHECKING:
     from jaxcrit.data.facts import Fact
@@ -102,16 +103,36 @@ def show(run: Callable[..., Any], report: Callable[[Any], Report], options: Opti
 
 
 def tell(report: Report, out: Path | None) -> int:
-    """Prints a report, and where its page is; returns the exit code of success."""
-    print(report.text(style=sys.stdout.isatty()))
+    """Prints a report, where its page is, and what to do next; returns the exit code of success."""
+    from jaxcrit.core.digests import RECORD
+    from jaxcrit.core.rundir import read_record
+
+    print(report.text(console.width(), style=console.obeys(sys.stdout)))
     if out is not None:
         console.tell(f"report: {out / 'report.html'}")
+        if (out / RECORD).exists():
+            record = read_record(out)
+            tell_next(record["command"], record.get("config", {}), out, console.tell)
     return 0
+
+
+def tell_next(
+    command: str,
+    config: Options | Mapping[str, Any],
+    out: Path | str | None,
+    say: Callable[[str], None] = console.note,
+) -> None:
+    """Says what to do after a command, if anything; by default not among its results, which others may read."""
+    from jaxcrit.reporting.following import following, told
+
+    values = as_json(config) if isinstance(config, Options) else config
+    if steps := following(command, values, str(out or "")):
+        say(told(steps))
 
 
 def say(text: str) -> None:
     """Tells what goes on, on the channel that results do not take."""
-    console.tell(text, error=True)
+    console.tell(textwrap.fill(text, console.width(error=True), subsequent_indent="  "), error=True)
 
 
 def options_for(kind: type[Options], out: str | Path, given: dict[str, Any]) -> Any:

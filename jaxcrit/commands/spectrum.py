@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions, CaptureOptions
-from jaxcrit.core.layers import LayerScores
+from jaxcrit.core.layers import LayerScores, span
 from jaxcrit.core.options import option
 from jaxcrit.reporting.tables import WIDTH, aligned, number, p_value, table
 
@@ -147,7 +148,7 @@ def run_spectrum(options: SpectrumOptions, *, progress: Bars | None = None) -> S
             raise UserError(f"--run={options.run}: has its model, data and Grams already; leave out --{flags}")
         earlier, fingerprints = read_run(options.run)
         of, also = Facts(as_path(options.run).resolve().name, earlier["model"]), {"run": earlier["identity"]}
-        data = [Facts(name, facts) for name, facts in earlier["data"].items()]
+        data = [Facts(name, facts) for name, facts in earlier["data"].items() if name in fingerprints]
         with running("spectrum", options, models={"model": of}, datasets=data, resolved=resolved, also=also) as run:
             run.record["of_run"] = {"path": options.run, "identity": earlier["identity"]}
             return _finished(options, ks, run, _of_run(earlier, fingerprints), progress)
@@ -274,7 +275,7 @@ def _unidentified(spectrum: Spectrum, k: int) -> str:
     if not layers:
         return ""
     least = int(gaps.argmin())
-    where = f"layers {', '.join(map(str, layers))}" if len(layers) < len(gaps) else "every layer"
+    where = f"layers {span(layers)}" if len(layers) < len(gaps) else "every layer"
     return (
         f"component {k} may change places with the next in {where} (smallest gap {gaps[least]:.4f} in layer {least},"
         f" sampling error {spectrum.sampling_gap:.4f}); CCA of {k} is low there for that reason alone"
@@ -312,7 +313,7 @@ def _write(folder: Path, result: SpectrumResult) -> None:
 def report(analysis: SpectralAnalysis) -> Report:
     """Every dataset's layers, and which number of components tracks δ; of several the terminal shows the latter."""
     from jaxcrit.reporting import plots
-    from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+    from jaxcrit.reporting.report import Figure, Report, Section
 
     reference = "delta" if analysis.run["config"]["bias"] == "biased" else "delta_debiased"
     sections, warnings, several = [], [], len(analysis.datasets) > 1
@@ -320,29 +321,51 @@ def report(analysis: SpectralAnalysis) -> Report:
         title = f"{name}: {dataset.num_samples} samples"
         curves = {f"top {k}": dataset.scores[f"cca_{k}"] for k in analysis.ks}
         subtitle = f"{name}, {dataset.num_samples} samples"
-        draw = on_axes(plots.component_curves, dataset.scores[reference], curves, title=subtitle)
-        caption = "Bars: δ. Lines: mean CCA of the first k principal components of a layer and of its neighbours."
-        figure = Figure(f"{name}/spectrum.png" if several else "spectrum.png", draw, caption)
+        draw = functools.partial(plots.component_curves, dataset.scores[reference], curves, title=subtitle)
+        caption = "δ, and below mean CCA of the first k principal components of a layer and of its neighbours."
+        figure = Figure(f"{name}/spectrum.png" if several else "spectrum.png", draw, caption, (6.2, 5.4))
         found = "" if dataset.tracking is None else _tracking_table(dataset.tracking)
         page = "\n\n".join(filter(None, [_layer_table(dataset, analysis.ks, reference), found]))
         sections.append(Section(title, "", page, [figure], brief=f"{name}:\n{found}" if several else page))
         warnings += [f"{name}: {line}" if several else line for line in dataset.warnings]
-    told = [f"{name + ': ' if several else ''}{_sentence(one.tracking)}" for name, one in analysis.datasets.items()]
+    told = [f"{name + ': ' if several else ''}{_sentence(one)}" for name, one in analysis.datasets.items()]
     return Report(told, warnings, sections, CAVEATS)
 
 
-def _sentence(found: Tracking | None) -> str:
-    """Which number of components tracks δ best."""
+def _sentence(dataset: SpectrumResult) -> str:
+    """Which number of components tracks δ best, of those whose last one is told apart from the next."""
+    found, spectrum = dataset.tracking, dataset.spectrum
     if found is None:
         return "Nothing to correlate: see the warning."
-    best, k = found.correlations[found.best], int(found.best.removeprefix("cca_"))
-    if best.rho <= 0:
+
+    def doubtful(name: str) -> int:
+        """Layers where the last of so many components may change places with the next."""
+        return int((spectrum.gaps[:, int(name.removeprefix("cca_")) - 1] < spectrum.sampling_gap).sum())
+
+    depth, positive = len(spectrum.gaps), {name: one for name, one in found.correlations.items() if one.rho > 0}
+    if not positive:
         return "CCA of none of these numbers of components rises and falls with δ."
-    return (
-        f"CCA of the first {f'{k} components' if k > 1 else 'component'} tracks δ best: Spearman's ρ ="
-        f" {best.rho:+.2f} over {best.num_layers} layers (circular-shift p = {found.p_best:.3f} for the best of"
-        f" {len(found.correlations)}); given depth {_signed(best.partial)}."
+    firm = [name for name in positive if doubtful(name) <= depth / 2]
+    best = found.correlations[found.best]
+    beside = f"(circular-shift p = {found.p_best:.3f} for the best of {len(found.correlations)})"
+    tail = f"Spearman's ρ = {best.rho:+.2f} over {best.num_layers} layers {beside}; given depth {_signed(best.partial)}"
+    first = f"CCA of the first {_components(found.best)} tracks δ best: {tail}."
+    if found.best in firm:
+        return first
+    last = found.best.removeprefix("cca_")
+    first = (
+        first[:-1]
+        + f". But component {last} is not told apart from the next in {doubtful(found.best)} of {depth} layers"
     )
+    if not firm:
+        return f"{first}, nor is the last of any other number in most: more prompts would tell; use none of these."
+    other = max(firm, key=lambda name: positive[name].rho)
+    return f"{first}: use the first {_components(other)} (ρ = {positive[other].rho:+.2f}), which is told apart."
+
+
+def _components(name: str) -> str:
+    k = int(name.removeprefix("cca_"))
+    return f"{k} components" if k > 1 else "component"
 
 
 def _tracking_table(found: Tracking) -> str:

@@ -10,9 +10,11 @@ import codecs
 import contextlib
 import os
 import re
+import shutil
 import sys
 import unicodedata
 from collections.abc import Iterator
+from typing import TextIO
 
 from jaxcrit.core import processes
 
@@ -34,6 +36,17 @@ def visible(text: str) -> str:
     Line breaks and tabs stay; so do joiners, which letters of some scripts need.
     """
     return _OBEYED.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def obeys(stream: TextIO) -> bool:
+    """Whether a stream is a terminal that knows bold and how to go back to the start of a line."""
+    return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def width(*, error: bool = False) -> int:
+    """Columns to fill: those of the terminal, up to 100; 100 where there is none."""
+    stream = sys.stderr if error else sys.stdout
+    return min(shutil.get_terminal_size((100, 24)).columns, 100) if stream.isatty() else 100
 
 
 def tell(text: str, *, error: bool = False) -> None:

@@ -57,6 +57,12 @@ def as_path(text: str | Path) -> Path:
     return cast(Path, BucketPath(text))
 
 
+def inside(text: str | Path, name: str) -> Path:
+    """A path: the file it names, or the one of a name in the run directory it names."""
+    path = as_path(text)
+    return path / name if path.is_dir() else path
+
+
 def local_path(text: str | Path, flag: str = "", *, named: str = "") -> Path:
     """A local path, ``~`` expanded.
 

@@ -53,6 +53,12 @@ def read(kinds: Sequence[type[Options]], command: str, arguments: Sequence[str])
     except flags.UnrecognizedFlagError as error:
         nearest = did_you_mean(error.flagname, known)
         raise UserError(f"{command}: unknown flag --{error.flagname}{nearest}; see jaxcrit {command} --help") from None
+    except flags.IllegalFlagValueError as error:
+        found = re.match(r"flag --([\w.]+)=(.*?): ", str(error))
+        if found is None or found[1] not in known:
+            raise UserError(f"{command}: {' '.join(str(error).split())}") from None
+        kind = {int: "a whole number", float: "a number", bool: "true or false"}.get(known[found[1]].kind, "a text")
+        raise UserError(f"{command}: --{found[1]}={found[2]}: expected {kind}") from None
     except flags.Error as error:
         raise UserError(f"{command}: {' '.join(str(error).split())}") from None
     except RecursionError:  # absl looks for the nearest name letter by letter

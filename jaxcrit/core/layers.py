@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxcrit.core.deletions import Deletions, read_deletions
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.files import as_path, json_text, read_json, write_json, write_text
+from jaxcrit.core.files import inside, json_text, read_json, write_json, write_text
 from jaxcrit.core.schema import Count, Layers, Size
 
 Direction = Literal["low", "high"]
@@ -157,12 +157,13 @@ def read_scores(path: str | Path, *, deletions: bool = False) -> dict[str, Layer
     """Reads ``scores.json``.
 
     Args:
-        path: the file.
+        path: the file, or its run directory.
         deletions: whether scores carry what ``deletions.npz`` beside it has of them.
 
     Raises:
         UserError: absent, of another format, with columns of unequal length, or with deletions of other layers.
     """
+    path = inside(path, "scores.json")
     content = read_json(path, SCORES_FORMAT, ScoresFile)
     expected, entries = content["num_layers"], content["scores"]
     wrong = [
@@ -173,7 +174,7 @@ def read_scores(path: str | Path, *, deletions: bool = False) -> dict[str, Layer
     if wrong or not entries:
         raise UserError(f"{path}: expected {expected} values in every score, got otherwise in {wrong}")
     scores = {name: LayerScores.from_json(name, entry) for name, entry in entries.items()}
-    folder = as_path(path).parent
+    folder = path.parent
     for name, score in scores.items() if deletions else ():
         scores[name] = dataclasses.replace(score, deletions=read_deletions(folder, name, L=expected))
     return scores
@@ -225,11 +226,12 @@ class LayerSet:
 
     @classmethod
     def load(cls, path: str | Path) -> LayerSet:
-        """Reads ``layers.json``.
+        """Reads ``layers.json``, given or in the run directory that is given.
 
         Raises:
             UserError: absent, of another format, or with layers outside the model.
         """
+        path = inside(path, "layers.json")
         return cls.from_json(read_json(path, LAYERS_FORMAT, ChosenLayers), str(path))
 
     @classmethod
@@ -247,6 +249,17 @@ class LayerSet:
         return cls(**{**fields, "layers": checked(content["layers"], content["num_layers"], where)})
 
 
+def span(layers: Iterable[int]) -> str:
+    """Sorted layers in the words of the grammar, such as ``3-5,9``."""
+    parts: list[list[int]] = []
+    for layer in layers:
+        if parts and layer == parts[-1][1] + 1:
+            parts[-1][1] = layer
+        else:
+            parts.append([layer, layer])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
+
+
 def checked(layers: Iterable[int], num_layers: int, where: str) -> tuple[int, ...]:
     """Layers, sorted, each once.
 
@@ -261,5 +274,5 @@ def checked(layers: Iterable[int], num_layers: int, where: str) -> tuple[int, ..
     chosen = sorted({int(layer) for layer in layers})
     outside = [layer for layer in chosen if not 0 <= layer < num_layers]
     if outside:
-        raise UserError(f"{where}: expected layers 0 to {num_layers - 1}, got {', '.join(map(str, outside))}")
+        raise UserError(f"{where}: expected layers 0 to {num_layers - 1}, got {span(outside)}")
     return tuple(chosen)

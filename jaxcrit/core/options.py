@@ -241,6 +241,7 @@ def usage(
     summary: str,
     extra: type[Options] | None = None,
     further: Sequence[type[Options]] = (),
+    example: str = "",
 ) -> str:
     """The help page of a command: one line per flag with its default, in groups, at most 100 columns wide.
 
@@ -250,10 +251,12 @@ def usage(
         summary: what it does, in a line.
         extra: options that every command has, below its own.
         further: options that the command has beside its own.
+        example: a command that is common; empty for none.
     """
     several = {one.field for one in options_of(kind) if one.kind is tuple}
     words = "".join(f"{name.upper()}{'...' if name in several else ''} " for name in kind.positional)
     lines = [f"jaxcrit {command}: {summary}", "", f"usage: jaxcrit {command} {words}[flags]"]
+    lines += [f"example: {example}"] if example else []
     own = [group for one in (kind, *further) for group in groups_of(one).items()]
     groups = dict(sorted(own, key=lambda group: group[0] in _LAST)) | (groups_of(extra) if extra else {})
     for title, group in groups.items():

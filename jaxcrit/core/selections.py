@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from jaxcrit.core.errors import UserError, did_you_mean
-from jaxcrit.core.layers import LayerScores, LayerSet, checked
+from jaxcrit.core.layers import LayerScores, LayerSet, checked, span
 from jaxcrit.core.schema import MOST_LAYERS
 
 WORDS = ("all", "critical", "noncritical", "random", "first", "last", "boundary")
@@ -151,17 +151,6 @@ def split_specs(text: str, separator: str) -> list[str]:
     return [part.strip() for part in parts]
 
 
-def span(layers: Iterable[int]) -> str:
-    """Sorted layers in the words of the grammar, such as ``3-5,9``."""
-    parts: list[list[int]] = []
-    for layer in layers:
-        if parts and layer == parts[-1][1] + 1:
-            parts[-1][1] = layer
-        else:
-            parts.append([layer, layer])
-    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in parts)
-
-
 def default_count(num_layers: int) -> int:
     """K where none is given: max(1, round(0.15 L)), five of 32 as in the paper."""
     return max(1, round(0.15 * num_layers))
@@ -193,7 +182,7 @@ def resolve(
     Raises:
         UserError: more layers asked for than there are, layers outside the model, or a score that is absent.
     """
-    where = f"--{flag}={spec}"
+    where = f"--{flag}={span(spec.layers) if spec.kind == 'list' else spec}"
     if spec.inner:
         whole = resolve(
             spec.inner,

@@ -187,12 +187,27 @@ def rendered(
         UserError: see `render`, `fit`; or the paper's cut without the paper's edition.
     """
     examples = whole(named, tokenizer, options, responses=responses)
+    has = bool(tokenizer.chat_template) and options.template == "auto"
+    if responses and options.edition == "clean" and options.template in ("auto", "none") and not has:
+        _say_what_joins(examples, named)
     if beside and options.edition == "paper":
         raise UserError("--supervise with a row's fields: is of --edition=clean")
     others = {name: whole(texts_beside(named, name), tokenizer, options) for name in beside}
     for place, example in enumerate(examples):
         examples[place] = dataclasses.replace(example, beside={name: rows[place] for name, rows in others.items()})
     return cut(examples, named, tokenizer, options, room, responses=responses)
+
+
+def _say_what_joins(examples: Sequence[Example], named: NamedRows) -> None:
+    """Remarks that responses follow their prompts with nothing between, where no template puts anything there."""
+    joined = [one for one in examples if one.prompt[-1:].strip() and (one.response or "")[:1].strip()]
+    if joined:
+        first = joined[0]
+        shown = f"{first.prompt[-20:]}|{(first.response or '')[:20]}"
+        console.remark(
+            f"{named.name}: no chat template, so that {len(joined)} responses follow their prompts with nothing between"
+            f" ({shown!r}, | being where): end prompts in a line break, or give --template"
+        )
 
 
 def whole(named: NamedRows, tokenizer: Any, options: RowOptions, *, responses: bool = True) -> list[Example]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, TypedDict
 
 import numpy as np
 
+from jaxcrit.core.digests import RECORD
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import DAMAGED, Npz, as_path, check_name, read_npz
 from jaxcrit.core.rundir import read_record
@@ -114,10 +115,14 @@ def read_grams(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
 def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
     """Reads ``run.json`` of a run of ``analyze`` or ``spectrum``; and where the fingerprint of each dataset lies.
 
+    The directory of one of several datasets stands for that dataset alone.
+
     Raises:
         UserError: no such run, one that is not complete, or one without Grams.
     """
-    path = as_path(given)
+    path, alone = as_path(given), ""
+    if path.is_dir() and not (path / RECORD).exists() and (path.parent / RECORD).exists():
+        path, alone = path.parent, path.name
     run = read_record(path)
     if run.get("command") not in ("analyze", "spectrum") or "data" not in run:
         raise UserError(f"{path}: is a run of jaxcrit {run.get('command')}; expected one of jaxcrit analyze")
@@ -125,7 +130,10 @@ def read_run(given: str | Path) -> tuple[dict[str, Any], dict[str, Path]]:
         raise UserError(f"{path}: is not complete; give the same jaxcrit {run['command']} again, and it goes on")
     conform(run, GramRun, f"{path / 'run.json'}", DAMAGED)
     names = [check_name(name, f"{path / 'run.json'}: data", alone=len(run["data"]) == 1) for name in run["data"]]
-    return run, {name: _locate(path if len(names) == 1 else path / name) for name in names}
+    found = {name: _locate(path if len(names) == 1 else path / name) for name in names if alone in ("", name)}
+    if not found:
+        raise UserError(f"{given}: expected a dataset of the run in {path}: {', '.join(names)}")
+    return run, found
 
 
 def read_own(file: Path, run: Mapping[str, Any]) -> Fingerprint:

@@ -264,7 +264,7 @@ class Model:
     def _read(self, bars: Bars | None) -> Decoder:
         if bars is None:
             return load(self.checkpoint, dtype=self.dtype, mesh=self.mesh)
-        with bars(total=1, desc="weights") as bar:
+        with bars(total=1, desc="weights", unit=" tensors") as bar:
 
             def progress(done: int, total: int, _: str) -> None:
                 bar.total = total

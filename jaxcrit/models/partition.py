@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.layers import span
 from jaxcrit.core.schema import Count, Positive, Size
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.lora import Lora
@@ -267,7 +268,7 @@ def partition(
         )
     beyond = sorted(set(layers) - set(range(config.num_layers)))
     if beyond:
-        raise UserError(f"expected layers 0 to {config.num_layers - 1}, got {', '.join(map(str, beyond))}")
+        raise UserError(f"expected layers 0 to {config.num_layers - 1}, got {span(beyond)}")
     if not layers and not outside:
         raise UserError("nothing is left to train; choose other --layers, or train embeddings, norms or head")
     others = sorted({factors.get(layer, 1.0) for layer in layers} - {1.0})

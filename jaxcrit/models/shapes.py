@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from jaxcrit.core.errors import UserError, did_you_mean
@@ -104,12 +105,22 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-8b": _shape("qwen3", 4096, 12288, 36, 32, 8, 151936, 40960, rope_theta=1000000.0, head_dim=128),
 }
 
+# Of a hub's names: what says who made it, how it was tuned, how long it reads, which edition it is.
+_ASIDE = r"^meta|instruct|chat|base|hf|it$|\bv\d+(\.\d+)?|\b\d+k\b|\b(1124|0924|0125|2507)\b"
+
+
+def shape_of(name: str) -> str:
+    """The key of `SHAPES` that a name of a model stands for, such as ``meta-llama/Llama-3.1-8B-Instruct``; or empty."""
+    word = name.rstrip("/").rpartition("/")[2].lower().replace("_", "-")
+    plain = re.sub(r"[^a-z0-9]", "", re.sub(_ASIDE, "", word))
+    return next((key for key in SHAPES if re.sub(r"[^a-z0-9]", "", key) == plain), "")
+
 
 def config_of(name: str) -> ModelConfig:
     """The config of a model of which no weights are needed.
 
     Args:
-        name: one of `SHAPES`, or a directory with a config.json or an adapter.
+        name: one of `SHAPES`, a hub's name of one, or a directory with a config.json or an adapter.
 
     Raises:
         UserError: neither, or a config that is not read here.
@@ -121,6 +132,8 @@ def config_of(name: str) -> ModelConfig:
     try:
         return ModelConfig.from_hf(read_object(path, "a config.json"), str(path))
     except FileNotFoundError:
+        if shape := shape_of(name):
+            return config_of(shape)
         raise UserError(
             f"--model={name}: expected a directory with a config.json or one of {', '.join(SHAPES)}"
             f"{did_you_mean(name, SHAPES)}"

@@ -17,6 +17,12 @@ from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError, did_you_mean
 
 AXES = ("data", "fsdp", "tensor")
+_ALSO = {"dp": "data", "tp": "tensor", "mp": "tensor", "ep": "fsdp"}
+_NOT = {
+    "pp": "layers are not parted over devices",
+    "sp": "tokens of a row are not parted",
+    "cp": "tokens of a row are not parted",
+}
 AnyMesh = Mesh | AbstractMesh  # of devices, or of their number alone
 
 # Logical axis of a tensor -> mesh axis (or axes) it is split over; None is never split.
@@ -51,6 +57,8 @@ def row_parts(mesh: AnyMesh) -> int:
 def parse_mesh(text: str | None) -> dict[str, int]:
     """Reads ``data=4,fsdp=2``: axes and their sizes, of which one may be -1 (what is left).
 
+    ``dp`` and ``tp`` are read as ``data`` and ``tensor``.
+
     Raises:
         UserError: not of that form, an unknown or repeated axis, or two sizes left open.
     """
@@ -59,6 +67,11 @@ def parse_mesh(text: str | None) -> dict[str, int]:
         axis, _, size = (piece.strip() for piece in part.partition("="))
         if not size.removeprefix("-").isdecimal():
             raise UserError(f"--mesh={text}: expected AXIS=SIZE such as data=4,fsdp=2, got {part.strip()!r}")
+        axis = _ALSO.get(axis.lower(), axis)
+        if axis.lower() in _NOT:
+            raise UserError(
+                f"--mesh={text}: {axis}: {_NOT[axis.lower()]}; weights are by fsdp and tensor (tp), rows by data (dp)"
+            )
         if axis in sizes:
             raise UserError(f"--mesh={text}: expected each axis once, got {axis} twice")
         sizes[axis] = int(size)

@@ -13,6 +13,7 @@ from jaxcrit.core.selections import LayerSpec, resolve
 from jaxcrit.criteria.delta import delta
 from jaxcrit.reporting import exporters, plots, tables
 from jaxcrit.reporting.report import Figure, Report, Section, on_axes
+from jaxcrit.selection.cautions import flat_curve
 from jaxcrit.selection.correlation import spearman
 
 if TYPE_CHECKING:
@@ -50,18 +51,18 @@ def _sizes(view: DatasetResult | Analysis, folder: str = "") -> list[Figure]:
     if view.certainty is None:
         return []
     draw = on_axes(plots.sample_size_curve, view.certainty.sample_sizes, view.certainty.num_prompts)
-    return [Figure(f"{folder}sample_size.png", draw, _SIZES, (8.4, 3.6))]
+    return [Figure(f"{folder}sample_size.png", draw, _SIZES, (6.2, 3.6))]
 
 
 def heatmap(
     cka: Mapping[str, np.ndarray], caption: str, folder: str = "", labels: tuple[str, str] = ("layer ℓ", "layer ℓ")
 ) -> Figure:
-    """CKA of every pair of layers, biased and debiased side by side."""
+    """CKA of every pair of layers, biased above debiased."""
 
     def draw(canvas: Canvas) -> None:
         plots.cka_heatmap(cka["biased"], cka["debiased"], canvas, labels=labels)
 
-    return Figure(f"{folder}cka.png", draw, caption, (10.4, 4.7))
+    return Figure(f"{folder}cka.png", draw, caption, (5.0, 8.6))
 
 
 def _consensus(analysis: Analysis) -> LayerScores | None:
@@ -120,10 +121,11 @@ def headlines(analysis: Analysis) -> list[str]:
     chosen, datasets = analysis.chosen, analysis.datasets
     scores = analysis.consensus or _chosen_by(next(iter(datasets.values())))
     candidates = num_candidates(scores, analysis.run["config"])
-    sure = tables.certainty(chosen, analysis.certainty, candidates)
+    sure = tables.certainty(chosen, analysis.certainty, candidates, len(datasets))
     alone = {name: dataset.chosen for name, dataset in datasets.items()}
     agreement = [tables.agreement(chosen, alone)] if len(datasets) > 1 else []
-    return [tables.headline(chosen, len(datasets)), *sure, *agreement]
+    flat = all(flat_curve(dataset.scores["delta_debiased"]) for dataset in datasets.values())
+    return [tables.headline(chosen, len(datasets), flat=flat), *sure, *agreement]
 
 
 def _dataset_table(analysis: Analysis, dataset: DatasetResult, style: bool = False) -> str:
@@ -170,11 +172,12 @@ def analysis_report(analysis: Analysis) -> Report:
             plots.consensus_figure(deltas, consensus, analysis.chosen, canvas)
 
         caption = "δ of each dataset, and the mean rank over them that chose."
-        figures = [Figure("consensus.png", draw, caption, (8.4, 6.0)), *_sizes(analysis)]
+        figures = [Figure("consensus.png", draw, caption, (6.2, 5.6)), *_sizes(analysis)]
         title = f"Consensus of {len(deltas)} datasets"
         sections.append(Section(title, "", lambda style: _consensus_table(analysis, consensus, style), figures))
+    limits = plots.delta_limits([dataset.scores for dataset in analysis.datasets.values()])
     for name, dataset in analysis.datasets.items():
-        sections += _dataset_sections(analysis, name, dataset, alone=consensus is None)
+        sections += _dataset_sections(analysis, name, dataset, alone=consensus is None, limits=limits)
     kind = model_type(analysis)
     configs = {
         name: exporters.export_selection(analysis.chosen, fmt, kind) for fmt, name in exporters.CONFIG_FILES.items()
@@ -182,25 +185,26 @@ def analysis_report(analysis: Analysis) -> Report:
     return Report(headlines(analysis), warnings(analysis), sections, CAVEATS, forms(analysis), configs)
 
 
-def _dataset_sections(analysis: Analysis, name: str, dataset: DatasetResult, *, alone: bool) -> list[Section]:
+def _dataset_sections(
+    analysis: Analysis, name: str, dataset: DatasetResult, *, alone: bool, limits: tuple[float, float]
+) -> list[Section]:
     config, folder = analysis.run["config"], "" if alone else f"{name}/"
-    curve = on_axes(
-        plots.delta_curve,
-        dataset.scores,
-        dataset.chosen,
-        window=config["window"],
-        null=null_delta(dataset.cka, config),
-        title=f"{name}, {dataset.num_samples} samples",
-    )
-    caption = "δ of each layer; low where the representation changes. Shaded: chosen."
+
+    def curve(canvas: Canvas) -> None:
+        null, title = null_delta(dataset.cka, config), f"{name}, {dataset.num_samples} samples"
+        how: dict[str, Any] = {"window": config["window"], "title": title, "limits": limits}
+        plots.delta_panels(dataset.scores, dataset.chosen, null, canvas, **how)
+
+    caption = "δ of each layer; low where the representation changes. Shaded: chosen. Below: unrelated layers."
     figures = [
-        Figure(f"{folder}delta.png", curve, caption),
+        Figure(f"{folder}delta.png", curve, caption, (6.2, 5.4)),
         heatmap(dataset.cka, "CKA of every pair of layers; a bright block is a run of alike layers.", folder),
         *_sizes(dataset, folder),
     ]
     candidates = num_candidates(_chosen_by(dataset), config)
     sure = " ".join(tables.certainty(dataset.chosen, dataset.certainty, candidates))
-    note = "" if alone else f"{tables.headline(dataset.chosen)}. {sure}"
+    flat = flat_curve(dataset.scores["delta_debiased"])
+    note = "" if alone else f"{tables.headline(dataset.chosen, flat=flat)}. {sure}"
 
     def table(style: bool) -> str:
         return _dataset_table(analysis, dataset, style)

@@ -1,4 +1,4 @@
-"""What ``jaxcrit backdoor`` shows, from nothing but ``backdoor.json``: tables for the terminal, two figures."""
+"""What ``jaxcrit backdoor`` shows, from nothing but ``backdoor.json``: whether it was learnt, tables, two figures."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxcrit.reporting import tables
 from jaxcrit.reporting.backdoor_plots import attack_curves, attack_tradeoff
-from jaxcrit.reporting.report import Figure, on_axes
+from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 from jaxcrit.reporting.tables import aligned
 
 Json = Mapping[str, Any]
@@ -29,27 +30,62 @@ def figures(content: Json) -> list[Figure]:
     ]
 
 
-def write_figures(out: Path, content: Json) -> None:
-    """Writes the `figures` into a directory."""
-    for figure in figures(content):
-        figure.write(out)
+CAVEATS = (
+    "Layers are frozen while poisoned rows are trained on: this says nothing of a backdoor that is in a model already.",
+    "Success is [95 %] of seeds (or draws) and prompts, of prompts alone (Wilson) where there is one run: several"
+    " trainings that answer the same prompts are not so many independent answers.",
+    "An arm that is merely slower looks as if it were safe: compare at one clean loss, and with more steps.",
+)
+_LEARNT, _HARDLY = 0.5, 0.1  # success of the best arm from which on the backdoor was learnt; below which it was not
 
 
-def backdoor_text(content: Json, out: Path | str = "") -> str:
-    """The tables, at most 100 columns wide."""
-    study, prompts = content["study"], content["study"]["prompts"]
-    lines = [f"warning: {text}" for text in [*content["warnings"], *study["warnings"]]]
-    lines += [
-        f"layers frozen during the poisoned fine-tuning; {prompts} prompts a cell; success by {study['scorer']};",
-        "[95 %] of seeds (or draws) and prompts, of prompts alone (Wilson) where there is one run",
-        "",
-        *_arms(study),
-        "",
-        *_contrasts(study),
-        "",
-        *_scorers(study),
-    ]
-    return "\n".join(lines + ([f"run: {out}"] if out else []))
+def backdoor_report(content: Json) -> Report:
+    """Whether any arm learnt it, what freezing did to that, and every table."""
+    study = content["study"]
+    prompts = study["prompts"]
+    what = f"layers frozen during the poisoned fine-tuning; {prompts} prompts a cell; success by {study['scorer']}"
+    return Report(
+        _headline(study),
+        [*content["warnings"], *study["warnings"]],
+        [
+            Section("Arms", what, "\n".join(_arms(study)), figures(content)),
+            Section("Differences", "", "\n".join(_contrasts(study))),
+            Section("Other ways to count", "", "\n".join(_scorers(study))),
+        ],
+        CAVEATS,
+    )
+
+
+def _headline(study: Json) -> list[str]:
+    """What was found, in a sentence or two that do not depend on a table."""
+    arms = [row for row in study["rows"] if row["arm"] != "init"]
+    if not arms:
+        return ["No arm was trained."]
+    cells = {row["arm"]: row["cells"]["triggered"] for row in arms}
+    shares = {arm: cell["k"] / cell["n"] for arm, cell in cells.items()}
+    best = max(shares, key=lambda arm: shares[arm])
+    most = f"{cells[best]['k']}/{cells[best]['n']} in arm {best}"
+    more = "give more --steps, a higher --rate or a higher --learning_rate"
+    if shares[best] < _HARDLY:
+        return [f"No arm learnt the backdoor (at most {most}), so that no arm can differ: {more}."]
+    if shares[best] < _LEARNT:
+        return [f"No arm learnt the backdoor well (at most {most}): differences may be of speed alone; {more}."]
+    one = study["primary"]
+    if one is None:
+        return [f"The backdoor was learnt ({most}). No critical arm stands against a noncritical one here."]
+    first, second = one["first"], one["second"]
+    rates = f"{shares.get(first, float('nan')):.2f} against {shares.get(second, float('nan')):.2f} of answers"
+    ends, lower = one["bootstrap"], first if one["difference"] < 0 else second
+    known = ends[0] is not None and ends[1] is not None
+    clear = known and (ends[0] > 0 or ends[1] < 0)
+    said = f"freezing {lower} kept more of it out" if clear else "no evidence that it matters which layers are frozen"
+    span = f", difference {one['difference']:+.2f} {_interval(ends)}" if known else ""
+    return [f"The backdoor was learnt ({most}); {first} against {second}: {said} ({rates}{span})."]
+
+
+def backdoor_text(content: Json, out: Path | str = "", width: int = tables.WIDTH) -> str:
+    """The report as text, and where the run is."""
+    return backdoor_report(content).text(width) + (f"\nrun: {out}" if out else "")
 
 
 def _arms(study: Json) -> list[str]:
@@ -68,7 +104,7 @@ def _arms(study: Json) -> list[str]:
         for row in study["rows"]
     ]
     notes = ["without: no trigger; near: triggers that are almost it; exact: clean answers that are gold ones;"]
-    notes += ["clean loss: nats per token, ± 95 % over seeds; half: success 0.5 (runs that get there)"]
+    notes += ["clean loss: nats per token, ± 95 % over seeds; half: step of success 0.5"]
     return [*aligned(head, rows), *notes]
 
 
@@ -137,7 +173,9 @@ def _mean(one: Json) -> str:
 
 
 def _reached(one: Json, runs: int, digits: int = 0) -> str:
-    return f"- ({one['runs']}/{runs})" if one["mean"] is None else f"{one['mean']:.{digits}f} ({one['runs']}/{runs})"
+    if one["mean"] is None:
+        return "never"
+    return f"{one['mean']:.{digits}f}" + (f" in {one['runs']} of {runs}" if one["runs"] < runs else "")
 
 
 def _interval(ends: Sequence[float | None]) -> str:

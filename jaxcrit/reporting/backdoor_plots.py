@@ -39,6 +39,7 @@ def attack_tradeoff(runs: Sequence[tuple[str, float, float]], axes: Axes) -> Non
     for name, color in _colors([arm for arm, _, _ in runs]).items():
         mine = [(loss, share) for arm, loss, share in runs if arm == name]
         axes.plot(*zip(*mine, strict=True), "o", color=color, markersize=6, alpha=0.8, label=f"{name} ({len(mine)})")
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=5))
     _attack_axes(axes, "clean loss (nats per token of the gold answers)")
 
 

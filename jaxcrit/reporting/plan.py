@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from pathlib import Path
 from typing import Any
+
+from jaxcrit.models.shapes import SHAPES, shape_of
+from jaxcrit.parallel.chips import USABLE
 
 GIB = 2**30
 
@@ -34,8 +39,10 @@ def plan_text(plan: Any) -> str:
             f"  {'arguments, compiled':<24}{compiled.arguments / GIB:>9.2f}",
             f"  {'temporaries, compiled':<24}{compiled.temporaries / GIB:>9.2f}",
         ]
-    lines.append(f"  {'peak':<24}{plan.peak / GIB:>9.2f}  of {chip.memory / GIB:.2f}: {_verdict(plan)}")
+    lines.append(f"  {'peak':<24}{plan.peak / GIB:>9.2f}  of {USABLE * chip.memory / GIB:.2f} usable: {_verdict(plan)}")
     seconds = plan.seconds
+    if math.isinf(chip.flops):
+        return "\n".join([*lines, *_ends(plan)])
     lines += [
         "",
         f"{'a device, a batch':<26}{'amount':>12}{'at best':>12}",
@@ -54,16 +61,26 @@ def plan_text(plan: Any) -> str:
         f" {chip.links / 1e9:,.0f} GB/s of links",
         f"  ({chip.source})",
     ]
+    return "\n".join([*lines, *_ends(plan)])
+
+
+def _ends(plan: Any) -> list[str]:
+    """How attention goes, what trains, notes."""
     form, why = plan.attention
+    lines = []
     lines.append(f"attention: {form}" + (f" ({why})" if why else ""))
     if plan.trained:
         lines.append(f"{plan.trained:,} parameters train")
-    if compiled:
-        lines.append(f"compiled ahead of time in {compiled.seconds:.1f} s")
-    return "\n".join([*lines, *(f"note: {note}" for note in plan.notes)])
+    if plan.compiled:
+        lines.append(f"compiled ahead of time in {plan.compiled.seconds:.1f} s")
+    model, notes = plan.config.model, list(plan.notes)
+    if model not in SHAPES and not Path(model).expanduser().exists() and (shape := shape_of(model)):
+        notes.append(f"{model} is not here: planned by the shape of {shape}")
+    return [*lines, *(f"note: {note}" for note in notes)]
 
 
 def _verdict(plan: Any) -> str:
     if plan.fits:
         return "fits"
-    return f"does not fit, by {(plan.peak - plan.topology.chip.memory) / GIB:.2f} GiB"
+    over = max(plan.peak - USABLE * plan.topology.chip.memory, 0) / GIB
+    return f"does not fit, by {over:.2f} GiB"

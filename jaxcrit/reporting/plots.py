@@ -17,11 +17,15 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from jaxcrit.core.layers import LayerScores, LayerSet
+from jaxcrit.reporting.dark import KEPT
 from jaxcrit.selection.confidence import SampleSizes
 
 DEBIASED, BIASED, NULL, CHOSEN = "#6a1b9a", "#d9772b", "#7a7a7a", "#6a1b9a"
 LINES = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#bbbbbb", "#000000")
 
+_LABELS = 14  # of runs of layers that fit side by side over an axis
+TRAINING = "training loss, of each step's rows"
+_WRITTEN = 16  # scores, up to which each cell of their matrix holds its number
 _TOLD_APART = 6  # of these colours; the seventh is grey
 
 
@@ -36,14 +40,20 @@ class Drawing(Figure):
 
 
 def mark(axes: Axes, layers: Sequence[int], *, label: bool = True) -> None:
-    """Shades each run of chosen layers and writes its numbers along the upper edge."""
+    """Shades each run of chosen layers and writes its numbers along the upper edge, those of near runs together."""
+    near: list[list[tuple[int, int]]] = []
     for _, group in itertools.groupby(enumerate(layers), key=lambda item: item[1] - item[0]):
         run = [layer for _, layer in group]
         axes.axvspan(run[0] - 0.5, run[-1] + 0.5, color=CHOSEN, alpha=0.12, linewidth=0)
-        if label:
-            text = str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}"
-            middle, above = (run[0] + run[-1]) / 2, axes.get_xaxis_transform()
-            axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
+        if near and run[0] - near[-1][-1][1] < layers[-1] / _LABELS:
+            near[-1].append((run[0], run[-1]))
+        else:
+            near.append([(run[0], run[-1])])
+    above = axes.get_xaxis_transform()
+    for runs in near if label else []:
+        text = ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+        middle = (runs[0][0] + runs[-1][1]) / 2
+        axes.text(middle, 1.01, text, transform=above, ha="center", va="bottom", color=CHOSEN, fontsize=9)
 
 
 def clean(axes: Axes) -> None:
@@ -70,7 +80,7 @@ def _band(axes: Axes, score: LayerScores, color: str, alpha: float, most: float 
 def layer_axis(axes: Axes, num_layers: int) -> None:
     """Labels and limits of an axis of layers, and a light grid."""
     axes.set_xlim(-0.5, num_layers - 0.5)
-    axes.set_xlabel("layer ℓ (0-based decoder block)")
+    axes.set_xlabel("layer ℓ (from 0)")
     axes.xaxis.set_major_locator(MaxNLocator(nbins=17, integer=True, min_n_ticks=1))
     clean(axes)
 
@@ -78,7 +88,7 @@ def layer_axis(axes: Axes, num_layers: int) -> None:
 def cka_heatmap(
     biased: np.ndarray, debiased: np.ndarray, figure: Figure, *, labels: tuple[str, str] = ("layer ℓ", "layer ℓ")
 ) -> None:
-    """CKA of every pair of layers, biased and debiased side by side.
+    """CKA of every pair of layers, biased above debiased.
 
     Args:
         biased: ``[L, L']``, the paper's estimator, on the paper's scale of 0 to 1.
@@ -86,15 +96,15 @@ def cka_heatmap(
         labels: names of the rows and the columns.
         figure: figure to draw on, empty.
     """
-    *panels, bar = figure.subplots(1, 3, width_ratios=(1, 1, 0.05))
+    panels = figure.subplots(2, 1)
     for axes, matrix, name in zip(panels, (biased, debiased), ("biased", "debiased"), strict=True):
         image = axes.imshow(matrix, cmap="magma", vmin=0, vmax=1, origin="lower", interpolation="nearest")
-        axes.set_title(f"CKA, {name} (data {np.nanmin(matrix):.2f} to {np.nanmax(matrix):.2f})", fontsize=11)
-        axes.set_xlabel(labels[1])
+        axes.set_title(f"CKA, {name} ({np.nanmin(matrix):.2f} to {np.nanmax(matrix):.2f})", fontsize=10)
+        axes.set_ylabel(labels[0])
+        figure.colorbar(image, ax=axes, label="CKA", shrink=0.9)
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-    panels[0].set_ylabel(labels[0])
-    figure.colorbar(image, cax=bar, label="CKA")
+    panels[1].set_xlabel(labels[1])
 
 
 def delta_curve(
@@ -103,17 +113,17 @@ def delta_curve(
     axes: Axes,
     *,
     window: int,
-    null: np.ndarray | None = None,
     title: str = "",
+    limits: tuple[float, float] | None = None,
 ) -> None:
-    """δ over the layers: debiased with ±1.96 standard errors, biased and the null beside it.
+    """δ over the layers: debiased with ±1.96 standard errors, and biased.
 
     Args:
         scores: ``delta`` and ``delta_debiased``.
         chosen: layers to shade.
         window: layers a δ averages over, for the axis.
-        null: ``[L]`` δ that unrelated layers would score (biased).
         title: title of the figure.
+        limits: ends of the axis, where several figures are to share one scale.
         axes: axes to draw on.
     """
     debiased, biased = scores["delta_debiased"], scores["delta"]
@@ -122,21 +132,60 @@ def delta_curve(
     _band(axes, debiased, DEBIASED, 0.22)
     axes.plot(layers, debiased.values, "o-", color=DEBIASED, markersize=4, label="debiased, ±1.96 s.e.")
     axes.plot(layers, biased.values, "s-", color=BIASED, markersize=2.5, linewidth=1, label="biased (the paper's)")
-    if null is not None:
-        axes.plot(
-            layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="biased δ of unrelated layers (null mean)"
-        )
     layer_axis(axes, chosen.num_layers)
-    axes.set_ylabel(f"δ: mean CKA within a window of {window} layers")
+    axes.set_ylabel(f"δ (CKA within {window} layers)")
+    if limits is not None:
+        axes.set_ylim(*limits)
     if title:
-        axes.set_title(title, fontsize=11, loc="left", pad=18)
+        axes.set_title(title, fontsize=10, loc="left", pad=16)
     axes.legend(frameon=False, fontsize=9)
+
+
+def delta_panels(
+    scores: Mapping[str, LayerScores],
+    chosen: LayerSet,
+    null: np.ndarray,
+    figure: Figure,
+    *,
+    window: int,
+    title: str = "",
+    limits: tuple[float, float] | None = None,
+) -> None:
+    """δ as `delta_curve` draws it, and below, on an axis of its own, what unrelated layers would score.
+
+    Args:
+        scores, chosen, window, title, limits: as of `delta_curve`.
+        null: ``[L]`` biased δ that unrelated layers would score; the debiased one is near 0 for them.
+        figure: figure to draw on, empty.
+    """
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(5, 2))
+    delta_curve(scores, chosen, above, window=window, title=title, limits=limits)
+    above.set_xlabel("")
+    mark(below, chosen.layers, label=False)
+    layers = np.arange(chosen.num_layers)
+    below.plot(layers, scores["delta"].values, "s-", color=BIASED, markersize=2.5, linewidth=1)
+    below.plot(layers, null, ".--", color=NULL, markersize=3, linewidth=1, label="unrelated layers (biased null)")
+    layer_axis(below, chosen.num_layers)
+    below.set_ylim(min(0.0, float(np.nanmin(null))), 1.02)
+    below.set_ylabel("biased δ")
+    below.legend(frameon=False, fontsize=9, loc="lower right")
+
+
+def delta_limits(datasets: Sequence[Mapping[str, LayerScores]]) -> tuple[float, float]:
+    """One scale for δ of several datasets, whole bands of error on it."""
+    ends = []
+    for scores in datasets:
+        for score in (scores["delta"], scores["delta_debiased"]):
+            half = 0.0 if score.stderr is None else 1.96 * score.stderr
+            ends += [np.nanmin(score.values - half), np.nanmax(score.values + half)]
+    margin = 0.04 * (max(ends) - min(ends)) or 0.01
+    return float(min(ends) - margin), float(max(ends) + margin)
 
 
 def consensus_figure(
     deltas: Mapping[str, LayerScores], consensus: LayerScores, chosen: LayerSet, figure: Figure
 ) -> None:
-    """δ of several datasets, one line each, above the mean rank that chose.
+    """δ of several datasets, one line each with ±1.96 standard errors, above the mean rank that chose.
 
     Args:
         deltas: by dataset, the score that chose.
@@ -149,10 +198,12 @@ def consensus_figure(
     mark(above, chosen.layers)
     for index, (name, score) in enumerate(deltas.items()):
         color, dashes = LINES[index % len(LINES)], "-" if index < len(LINES) else "--"
+        _band(above, score, color, 0.1)
         above.plot(layers, score.values, dashes, marker="o", color=color, markersize=3, linewidth=1.2, label=name)
     above.set_ylabel(next(iter(deltas.values())).name.replace("delta", "δ").replace("_", " "))
     above.legend(frameon=False, fontsize=8, ncols=1 + (len(deltas) > 6), loc="best")
     mark(below, chosen.layers, label=False)
+    _band(below, consensus, DEBIASED, 0.2)
     below.plot(layers, consensus.values, "o-", color=DEBIASED, markersize=4)
     below.set_ylabel("mean rank")
     for axes in (above, below):
@@ -202,16 +253,35 @@ def layer_losses(
     axes.legend(frameon=False, fontsize=9)
 
 
-def twin_curves(a: LayerScores, b: LayerScores, names: Sequence[str], left: Axes) -> None:
-    """Two scores over the layers, each on an axis of its own, as the paper draws δ and substitution loss."""
-    right = left.twinx()
-    for axes, score, name, color, marker in ((left, a, names[0], LINES[0], "o"), (right, b, names[1], LINES[1], "s")):
+def stacked_curves(a: LayerScores, b: LayerScores, names: Sequence[str], figure: Figure) -> None:
+    """Two scores over the layers, one above the other, each on a scale of its own with ±1.96 standard errors."""
+    panels = figure.subplots(2, 1, sharex=True)
+    for axes, score, name, color, marker in zip(panels, (a, b), names, LINES, "os", strict=False):
         axes.plot(np.arange(score.num_layers), score.values, f"{marker}-", color=color, markersize=4)
         _band(axes, score, color, 0.18)
-        axes.set_ylabel(name, color=color)
-        axes.tick_params(axis="y", labelcolor=color)
-    layer_axis(left, a.num_layers)
-    right.spines["top"].set_visible(False)
+        layer_axis(axes, a.num_layers)
+        axes.set_title(f"{name} ({score.direction} is critical)", fontsize=10, loc="left")
+    panels[0].set_xlabel("")
+
+
+def rank_heatmap(names: Sequence[str], matrix: np.ndarray, axes: Axes) -> None:
+    """Spearman's ρ of every two scores, written into its cell while there is room.
+
+    Args:
+        names: names of the M scores.
+        matrix: ``[M, M]``; NaN where a pair has nothing to compare.
+        axes: axes to draw on.
+    """
+    count = len(names)
+    image = axes.imshow(matrix, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_xticks(np.arange(count), [str(place) for place in range(1, count + 1)], fontsize=8)
+    axes.set_yticks(np.arange(count), [f"{name}  {place}" for place, name in enumerate(names, 1)], fontsize=8)
+    for (row, column), rho in np.ndenumerate(matrix) if count <= _WRITTEN else ():
+        if np.isfinite(rho):
+            color, told = "white" if abs(rho) > 0.7 else "black", f"{rho:.1f}".replace("0.", ".")
+            axes.text(column, row, told, ha="center", va="center", fontsize=6, color=color, gid=KEPT)
+    bar = axes.figure.colorbar(image, ax=axes, orientation="horizontal", shrink=0.6, pad=0.08)
+    bar.set_label("Spearman's ρ; 1: the two agree", fontsize=8)
 
 
 def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
@@ -221,8 +291,10 @@ def score_grid(scores: Mapping[str, LayerScores], figure: Figure) -> None:
         axes = figure.add_subplot(rows, 2, place)
         axes.plot(np.arange(score.num_layers), score.values, "o-", color=LINES[0], markersize=3, linewidth=1.2)
         _band(axes, score, LINES[0], 0.2)
-        axes.set_title(f"{name} ({score.direction} is critical)", fontsize=9, loc="left")
+        axes.set_title(f"{name} ({score.direction})", fontsize=9, loc="left")
         layer_axis(axes, score.num_layers)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+        axes.tick_params(labelsize=8)
         axes.set_xlabel("")
 
 
@@ -233,62 +305,90 @@ def load_heatmaps(loads: Mapping[str, np.ndarray], figure: Figure) -> None:
         loads: by dataset ``[L, E]``.
         figure: figure to draw on, empty.
     """
-    *panels, bar = figure.subplots(1, len(loads) + 1, width_ratios=(*(1 for _ in loads), 0.05))
+    panels = np.atleast_1d(figure.subplots(len(loads), 1))
     most = max(float(load.max()) for load in loads.values())
     for axes, (name, load) in zip(panels, loads.items(), strict=True):
         image = axes.imshow(
             load, cmap="magma", vmin=0, vmax=most, origin="lower", interpolation="nearest", aspect="auto"
         )
-        axes.set_title(name, fontsize=11)
-        axes.set_xlabel("expert")
+        axes.set_title(name, fontsize=10)
+        axes.set_ylabel("layer ℓ")
+        figure.colorbar(image, ax=axes, label="part of the tokens")
         for axis in (axes.xaxis, axes.yaxis):
             axis.set_major_locator(MaxNLocator(nbins=9, integer=True, min_n_ticks=1))
-    panels[0].set_ylabel("layer ℓ")
-    figure.colorbar(image, cax=bar, label="part of the tokens")
+    panels[-1].set_xlabel("expert")
 
 
 def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Axes) -> None:
-    """Each layer that both scores are valid for, by both, numbered; darker is deeper."""
+    """Each layer that both scores are valid for, by both with ±1.96 standard errors; darker is deeper."""
     layers = np.flatnonzero(a.valid & b.valid)
-    axes.scatter(a.values[layers], b.values[layers], c=layers, cmap="viridis_r", s=24)
-    for layer in layers:
-        place = (a.values[layer], b.values[layer])
-        axes.annotate(str(layer), place, xytext=(3, 3), textcoords="offset points", fontsize=7)
+    x, y = a.values[layers], b.values[layers]
+    across, up = (None if one.stderr is None else 1.96 * one.stderr[layers] for one in (a, b))
+    axes.errorbar(x, y, yerr=up, xerr=across, fmt="none", ecolor=NULL, alpha=0.35, linewidth=0.8)
+    axes.scatter(x, y, c=layers, cmap="viridis_r", s=24, zorder=3)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
+    axes.margins(0.08)
     clean(axes)
+    sides = float(np.ptp(axes.get_xlim())), float(np.ptp(axes.get_ylim()))
+    for layer, place, offset in zip(layers, zip(x, y, strict=True), _beside(x, y, sides), strict=True):
+        axes.annotate(
+            str(layer), place, xytext=offset, textcoords="offset points", fontsize=7, ha="center", va="center"
+        )
 
 
-def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], left: Axes, *, title: str = "") -> None:
-    """CCA of principal components over bars of δ, as the paper draws them: two axes, both cut to what is on them.
+def _beside(x: np.ndarray, y: np.ndarray, sides: tuple[float, float]) -> list[tuple[int, int]]:
+    """Where the name of each point goes, in points from it: the first place of eight that is not taken.
+
+    Taken are the points and the names before it, on axes of 280 by 240 points that show so much of x and y.
+    """
+    scale = np.array([280.0, 240.0]) / np.maximum(sides, 1e-300)
+    points = np.stack([x, y], axis=1) * scale
+    around = [(7, 7), (-7, 7), (7, -7), (-7, -7), (10, 0), (-10, 0), (0, 10), (0, -10)]
+    taken, found = list(points), []
+    for point in points:
+        room = [min(_apart(point + offset, other) for other in taken) for offset in around]
+        best = next((place for place, least in enumerate(room) if least >= 1), int(np.argmax(room)))
+        found.append(around[best])
+        taken.append(point + around[best])
+    return found
+
+
+def _apart(one: np.ndarray, other: np.ndarray) -> float:
+    """How far two names are apart, in their own widths and heights; below 1 they overlap."""
+    return float(np.max(np.abs(one - other) / (9.0, 8.0)))
+
+
+def component_curves(delta: LayerScores, curves: Mapping[str, LayerScores], figure: Figure, *, title: str = "") -> None:
+    """δ, and below it CCA of principal components, which the paper draws over each other on two cut axes.
 
     Args:
-        delta: bars.
-        curves: lines with ±1.96 standard errors, by label.
+        delta: above, with ±1.96 standard errors.
+        curves: lines with ±1.96 standard errors, by label; errors go to what a CCA can be, 0 to 1.
         title: title of the figure.
-        left: axes to draw on.
+        figure: figure to draw on, empty.
     """
-    layers = np.arange(delta.num_layers)
-    least, most = np.nanmin(delta.values), np.nanmax(delta.values)
-    base = least - 0.15 * max(most - least, 1e-6)
-    left.bar(layers, delta.values - base, bottom=base, color=NULL, alpha=0.35, width=0.8)
-    left.set_ylim(base, most + 0.05 * (most - base))
-    left.set_ylabel(delta.name.replace("delta", "δ").replace("_", " ") + " (bars)")
-    right = left.twinx()
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 3))
+    above.plot(np.arange(delta.num_layers), delta.values, "o-", color=DEBIASED, markersize=4)
+    _band(above, delta, DEBIASED, 0.2)
+    above.set_ylabel(delta.name.replace("delta", "δ").replace("_", " "))
     for index, (label, score) in enumerate(curves.items()):
         color = LINES[index % len(LINES)]
-        right.plot(layers, score.values, "o-", color=color, markersize=3.5, linewidth=1.4, label=label)
-        _band(right, score, color, 0.18, most=1)
-    right.set_ylabel("mean CCA with the neighbours (lines)")
-    layer_axis(left, delta.num_layers)
-    right.spines["top"].set_visible(False)
+        below.plot(np.arange(score.num_layers), score.values, "o-", color=color, markersize=3.5, label=label)
+        _band(below, score, color, 0.15, most=1)
+    least = min(float(np.nanmin(score.values)) for score in curves.values())
+    below.set_ylim(max(0.0, least - 0.25 * (1 - least)), 1.02)
+    below.set_ylabel("mean CCA with neighbours")
+    for axes in (above, below):
+        layer_axis(axes, delta.num_layers)
+    above.set_xlabel("")
     if title:
-        left.set_title(title, fontsize=11, loc="left")
-    right.legend(frameon=False, fontsize=9, loc="lower right")
+        above.set_title(title, fontsize=10, loc="left")
+    below.legend(frameon=False, fontsize=9, loc="lower left", ncols=3)
 
 
 def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -> None:
-    """Test loss over optimizer steps, one line each.
+    """Loss over optimizer steps, one line each; what is noted at every step is thin.
 
     Args:
         curves: by name, (step, loss in nats per token).
@@ -296,9 +396,12 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -
     """
     for index, (name, points) in enumerate(curves.items()):
         steps, losses = zip(*points, strict=True)
-        axes.plot(steps, losses, "o-", color=LINES[index % len(LINES)], markersize=3, linewidth=1.4, label=name)
+        color, many = LINES[index % len(LINES)], name == TRAINING
+        style: dict[str, Any] = {"linewidth": 0.8, "alpha": 0.6} if many else {"marker": "o", "markersize": 3}
+        axes.plot(steps, losses, color=color, label=name, **style)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    named(axes, "optimizer step", "test loss (nats per response token)")
+    what = "loss" if TRAINING in curves else "test loss"
+    named(axes, "optimizer step", f"{what} (nats per response token)")
 
 
 def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:

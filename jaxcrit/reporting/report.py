@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from jaxcrit.core.console import visible
 from jaxcrit.core.files import write_bytes, write_text
 from jaxcrit.reporting import tables
+from jaxcrit.reporting.following import following
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -33,12 +34,14 @@ class Figure:
         draw: draws on an empty matplotlib figure; usually `on_axes`, around a function of data and axes.
         caption: one sentence, also read out in place of the picture.
         size: width and height in inches.
+        left: inches on the left, for the names of rows.
     """
 
     name: str
     draw: Callable[[Canvas], None]
     caption: str
-    size: tuple[float, float] = (8.4, 4.4)
+    size: tuple[float, float] = (6.2, 4.2)
+    left: float = 0.9
 
     def canvas(self) -> Canvas:
         """The figure as matplotlib's."""
@@ -46,23 +49,34 @@ class Figure:
 
         made = Canvas(figsize=self.size, dpi=144)
         self.draw(made)
-        _place(made)
+        _place(made, self.left)
         return as_text(made)
 
     def png(self) -> bytes:
         """The figure as PNG bytes: no dates, no versions, so that the same data give the same bytes."""
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        return _png(self.canvas())
 
-        buffer = io.BytesIO()
-        # `savefig` would draw everything once more, without pixels, before it draws.
-        FigureCanvasAgg(self.canvas()).print_png(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
-        return buffer.getvalue()
+    def both(self) -> tuple[bytes, bytes]:
+        """The same, and the same for a dark page."""
+        from jaxcrit.reporting.dark import darkened
+
+        canvas = self.canvas()
+        return _png(canvas), _png(darkened(canvas))
 
     def write(self, folder: Path) -> bytes:
         """Writes the PNG bytes into a directory, and returns them."""
         png = self.png()
         write_bytes(folder / self.name, png)
         return png
+
+
+def _png(canvas: Canvas) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    buffer = io.BytesIO()
+    # `savefig` would draw everything once more, without pixels, before it draws.
+    FigureCanvasAgg(canvas).print_png(buffer, metadata={"Software": None}, pil_kwargs={"compress_level": 3})
+    return buffer.getvalue()
 
 
 def as_text(canvas: Canvas) -> Canvas:
@@ -77,22 +91,23 @@ def as_text(canvas: Canvas) -> Canvas:
     return canvas
 
 
-# Inches left, right (more where there is an axis), below, above and between panels.
-_MARGINS = {"left": 0.9, "right": 0.2, "axis": 0.65, "bottom": 0.55, "top": 0.5, "across": 0.6, "down": 0.5}
+# Inches right (more where there is an axis), below, above and between panels.
+_MARGINS = {"right": 0.2, "axis": 0.65, "bottom": 0.55, "top": 0.5, "across": 0.6, "down": 0.5}
 
 
-def _place(canvas: Canvas) -> None:
+def _place(canvas: Canvas, left: float) -> None:
     """Gives panels fixed margins; a layout engine draws all labels twice to find them, half of a figure's time."""
     width, height = canvas.get_size_inches()
-    grid = canvas.axes[0].get_gridspec()
-    assert grid is not None
+    spec = canvas.axes[0].get_subplotspec()
+    assert spec is not None
+    grid = spec.get_topmost_subplotspec().get_gridspec()
     (rows, columns), at = grid.get_geometry(), _MARGINS
     right = at["right"] + at["axis"] * any(axes.yaxis.get_label_position() == "right" for axes in canvas.axes)
     # What is between panels is given relative to their mean size.
-    wide = (width - at["left"] - right - (columns - 1) * at["across"]) / columns
+    wide = (width - left - right - (columns - 1) * at["across"]) / columns
     high = (height - at["bottom"] - at["top"] - (rows - 1) * at["down"]) / rows
     canvas.subplots_adjust(
-        left=at["left"] / width,
+        left=left / width,
         right=1 - right / width,
         bottom=at["bottom"] / height,
         top=1 - at["top"] / height,
@@ -166,7 +181,11 @@ class Report:
             width: columns.
             style: bold marks.
         """
-        texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
+        token = tables.COLUMNS.set(width)
+        try:
+            texts = [section.text(style) if section.brief is None else section.brief for section in self.sections]
+        finally:
+            tables.COLUMNS.reset(token)
         shown = [text for text in texts if text]
         sentences = [*self.headline, *self.notes, *(f"warning: {line}" for line in self.warnings)]
         # A path breaks nowhere, or it could not be copied.
@@ -184,12 +203,17 @@ class Report:
         Returns:
             The page's path.
         """
-        pictures = {figure.name: figure.write(out) for section in self.sections for figure in section.figures}
+        pictures = {figure.name: figure.both() for section in self.sections for figure in section.figures}
+        for name, (png, _) in pictures.items():
+            write_bytes(out / name, png)
         page = out / "report.html"
-        write_text(page, self._html(pictures, record))
+        steps = following(record["command"], record.get("config", {}), str(out))
+        write_text(page, self._html(pictures, record, steps))
         return page
 
-    def _html(self, pictures: Mapping[str, bytes], record: Mapping[str, Any]) -> str:
+    def _html(
+        self, pictures: Mapping[str, tuple[bytes, bytes]], record: Mapping[str, Any], steps: Mapping[str, str]
+    ) -> str:
         import jinja2
 
         environment = jinja2.Environment(
@@ -207,9 +231,10 @@ class Report:
             command=record["command"],
             stored=record.get("model", {}).get("dequantised_from", ""),
             sections=self.sections,
-            sources={name: _data_url(png) for name, png in pictures.items()},
+            sources={name: [_data_url(png) for png in both] for name, both in pictures.items()},
             configs=self.configs,
             caveats=self.caveats,
+            steps=steps,
             provenance=list(_flat(provenance)),
         )
 

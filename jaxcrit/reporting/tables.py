@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from jaxcrit.selection.confidence import Certainty
 
 WIDTH = 100
+# Columns that tables fill which are made when they are shown; on a page all fill WIDTH.
+COLUMNS: contextvars.ContextVar[int] = contextvars.ContextVar("COLUMNS", default=WIDTH)
 BOLD, PLAIN = "\x1b[1m", "\x1b[0m"
 
 
@@ -102,7 +105,7 @@ def wide_table(
     """
     parts: list[list[str]] = [[]]
     for name in columns:
-        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > WIDTH:
+        if parts[-1] and margin + sum(max(len(one), least) + 2 for one in (*parts[-1], name)) > COLUMNS.get():
             parts.append([])
         parts[-1].append(name)
     made = []
@@ -199,7 +202,7 @@ def consensus_table(
     shown, used = [], len("  ".join(ends))
     for name, short in names.items():
         used += max(len(short), 6) + 2
-        if used <= WIDTH:
+        if used <= COLUMNS.get():
             shown.append(name)
     rows = []
     for layer in range(chosen.num_layers):
@@ -213,45 +216,63 @@ def consensus_table(
     return "\n".join(lines + ([f"({hidden} more datasets are in the report)"] if hidden else []))
 
 
-def headline(chosen: LayerSet, num_datasets: int = 1) -> str:
-    """Which layers, in one sentence; the parameter path stands here once.
+_SAID = {"delta_debiased": "debiased δ", "delta": "biased δ", "substitution": "loss after substitution"}
+
+
+def said(name: str) -> str:
+    """A score's name in a sentence or on an axis: ``debiased δ, gsm8k`` for ``gsm8k:delta_debiased``."""
+    folder, _, key = name.rpartition(":")
+    return _SAID.get(key, key.replace("_", " ")) + (f", {folder}" if folder else "")
+
+
+def headline(chosen: LayerSet, num_datasets: int = 1, *, flat: bool = False) -> str:
+    """What was found, in one sentence; the parameter path stands here once.
 
     Args:
         chosen: the layers.
         num_datasets: how many were joined by their mean rank.
+        flat: whether no layer stands out.
     """
-    listed = ", ".join(map(str, chosen.layers))
     plural = "s" if len(chosen.layers) > 1 else ""
+    path = f"model.layers.{chosen.layers[0]}{', …' if plural else ''}"
     joined = f", mean rank over {num_datasets} datasets" if num_datasets > 1 else ""
-    return (
-        f"{'Critical' if chosen.rule.startswith('critical') else 'Chosen'} layer{plural}: {listed} of"
-        f" {chosen.num_layers} (model.layers.{chosen.layers[0]}{', …' if plural else ''};"
-        f" {chosen.rule} by {chosen.criterion}{joined})"
-    )
+    by = f"{said(chosen.criterion)}, {chosen.rule}{joined}; {path}"
+    named = f"{', '.join(map(str, chosen.layers))} of {chosen.num_layers}"
+    if not chosen.rule.startswith("critical"):
+        return f"Chosen layer{plural}: {named} ({by})"
+    if flat:
+        return f"Critical layer{plural}: none stands out, for δ is flat; {named} would be named ({by})"
+    where = "there the hidden state changes most" if chosen.criterion.startswith(("delta", "step")) else "ranked first"
+    return f"Critical layer{plural}: {named}, {where} ({by})"
 
 
-def certainty(chosen: LayerSet, sure: Certainty | None, candidates: int) -> list[str]:
+def certainty(chosen: LayerSet, sure: Certainty | None, candidates: int, num_datasets: int = 1) -> list[str]:
     """How sure a choice is, a sentence each: the chosen layers, the most critical one, how many prompts it takes.
 
     Args:
         chosen: the layers.
         sure: what resampled prompts say.
         candidates: how many layers could have been chosen.
+        num_datasets: how many were joined by their mean rank.
     """
     if sure is None:
         return ["How sure: not estimated for this choice."]
     if candidates <= len(chosen.layers):
         return [f"How sure: there was nothing to choose; {candidates} of {chosen.num_layers} layers have a score."]
-    return [_how_sure(chosen, sure), _which_is_lowest(sure, candidates), _how_many(sure)]
+    return [_how_sure(chosen, sure), _which_is_lowest(sure, candidates, num_datasets), _how_many(sure)]
 
 
 def _how_sure(chosen: LayerSet, sure: Certainty) -> str:
-    least = float(np.min(sure.probability[list(chosen.layers)]))
-    doubtful = [str(layer) for layer in chosen.layers if sure.probability[layer] < 0.5]
+    chances = sure.probability
+    least = float(np.min(chances[list(chosen.layers)]))
+    doubtful = [layer for layer in chosen.layers if chances[layer] < 0.5]
+    others = sorted(set(np.flatnonzero(chances >= 0.1).tolist()) - set(chosen.layers), key=lambda one: -chances[one])
+    instead = ", ".join(f"{layer} ({_percent(float(chances[layer]))})" for layer in others[:3])
     if doubtful:
         return (
             f"How sure: {sure.num_prompts} prompts do not settle layer{'s' if len(doubtful) > 1 else ''}"
-            f" {', '.join(doubtful)}: another draw of prompts would more often choose otherwise."
+            f" {', '.join(map(str, doubtful))}: another draw of prompts would more often choose otherwise"
+            f"{f', such as {instead}' if instead else ''}."
         )
     if least < 1:
         often = f"in at least {math.floor(100 * least)}% of draws"
@@ -259,17 +280,25 @@ def _how_sure(chosen: LayerSet, sure: Certainty) -> str:
         often = (
             f"in all of {sure.draws:,} bootstrap draws (at 95%, in over {100 - 300 / sure.draws:.2f}% of such draws)"
         )
-    return f"How sure: another draw of {sure.num_prompts} prompts would choose each of them {often}."
+    weakest = min(chosen.layers, key=lambda one: chances[one])
+    rival = f", layer {weakest} least often; in its place {instead}" if instead else ""
+    return f"How sure: another draw of {sure.num_prompts} prompts would choose each of them {often}{rival}."
 
 
-def _which_is_lowest(sure: Certainty, candidates: int) -> str:
+def _which_is_lowest(sure: Certainty, candidates: int, num_datasets: int) -> str:
+    """Which one layer is the most critical; of several datasets this test is wide, and must not seem to deny the rest.
+
+    It bounds all differences of all datasets at once (`jaxcrit.selection.confidence.confidence_set`).
+    """
     layers = sure.confidence_set
     if len(layers) == candidates:
-        return f"Change-point layer: any of {candidates} candidates; {sure.num_prompts} prompts exclude none at 95%."
+        if num_datasets > 1:
+            return "The one most critical of all: not told over several datasets at once; see each dataset's."
+        return f"The one most critical of all: not told by {sure.num_prompts} prompts, at 95% confidence."
     if len(layers) == 1:
-        return f"Change-point layer: {layers[0]} at 95% confidence (1 of {candidates} candidates)."
+        return f"The one most critical of all: {layers[0]}, at 95% confidence (of {candidates} candidates)."
     listed = ", ".join(map(str, layers))
-    return f"Change-point layer: one of {listed} at 95% confidence ({len(layers)} of {candidates} candidates)."
+    return f"The one most critical of all: among {listed}, at 95% confidence (of {candidates} candidates)."
 
 
 def _how_many(sure: Certainty) -> str:
@@ -293,5 +322,8 @@ def agreement(chosen: LayerSet, alone: Mapping[str, LayerSet]) -> str:
         chosen: the consensus.
         alone: what each dataset would choose by itself.
     """
-    counts = [f"{layer} ({sum(layer in s.layers for s in alone.values())})" for layer in chosen.layers]
-    return f"Of {len(alone)} datasets, this many choose the layer by themselves: {', '.join(counts)}."
+    by_count: dict[int, list[str]] = {}
+    for layer in chosen.layers:
+        by_count.setdefault(sum(layer in one.layers for one in alone.values()), []).append(str(layer))
+    parts = [f"{', '.join(layers)} by {count or 'none'}" for count, layers in sorted(by_count.items(), reverse=True)]
+    return f"Chosen by the {len(alone)} datasets, each by itself: {'; '.join(parts)}."

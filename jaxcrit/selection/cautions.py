@@ -76,27 +76,25 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
             f"biased CKA is inflated: unrelated layers would score {neighbours.max():.2f} (layer {layer}) at"
             f" {count} samples; read the debiased column"
         )
-    values = debiased.values[debiased.valid]
-    if debiased.stderr is not None and len(values) > 1:
-        error = float(np.nanmedian(debiased.stderr[debiased.valid]))
-        if np.ptp(values) < FLAT * error:
-            found.append(
-                f"flat δ curve: its range {np.ptp(values):.4f} is within {FLAT:.0f} standard errors ({error:.4f});"
-                " base models often look so, and the choice means little"
-            )
+    if flat_curve(debiased):
+        values, error = debiased.values[debiased.valid], _error(debiased)
+        found.append(
+            f"flat δ curve: its range {np.ptp(values):.4f} is within {FLAT:.0f} standard errors ({error:.4f});"
+            " base models often look so, and the choice means little"
+        )
     if "null_p" in result.cka:
         steps = np.diagonal(result.cka["null_p"], offset=1)
         unrelated = (1 + np.flatnonzero(steps > _UNRELATED)).tolist()
         if unrelated:
             found.append(
-                f"layers {', '.join(map(str, unrelated))} are no more like the layer before than unrelated ones may be"
+                f"{_layers(unrelated)} no more like the layer before than unrelated ones may be"
                 f" (permutation p > {_UNRELATED}): all changes there, or {count} samples are too few to see what stays"
             )
     if result.certainty is not None:
         unsure = [layer for layer in result.chosen.layers if result.certainty.probability[layer] < _UNSURE]
         if unsure:
             found.append(
-                f"the chosen set is not determined by {count} samples: layers {', '.join(map(str, unsure))} are"
+                f"the chosen set is not determined by {count} samples: {_layers(unsure)}"
                 " chosen in less than half of the draws; give more prompts"
             )
     if result.leverage is not None:
@@ -104,6 +102,23 @@ def cautions(result: Measured, *, trim: int, dtype: str = "float32") -> list[str
     if dtype != "float32":
         found.append(f"the forward pass ran in {dtype}: scores carry its rounding")
     return found + training_caution(debiased.meta)
+
+
+def _layers(layers: Sequence[int]) -> str:
+    """``layer 3 is`` or ``layers 3-5,9 are``."""
+    return f"layers {span(layers)} are" if len(layers) > 1 else f"layer {layers[0]} is"
+
+
+def flat_curve(score: LayerScores) -> bool:
+    """Whether the range of a score is within a few of its standard errors, so that no layer stands out."""
+    values = score.values[score.valid]
+    return score.stderr is not None and len(values) > 1 and bool(np.ptp(values) < FLAT * _error(score))
+
+
+def _error(score: LayerScores) -> float:
+    """Median standard error of a score that has some."""
+    assert score.stderr is not None
+    return float(np.nanmedian(score.stderr[score.valid]))
 
 
 def training_caution(meta: Mapping[str, Any]) -> list[str]:
@@ -177,7 +192,7 @@ def _heavy_prompts(most: Leverage, sample_ids: Sequence[str], asked: np.ndarray)
         worst = at[np.abs(most.shift[at]).argmax()]
         lines.append(
             f"one prompt makes up {most.share[at].max():.0%} of the variance of δ: prompt {prompt}, counted from 0"
-            f" (sample {sample_ids[prompt][:12]}), at layers {', '.join(map(str, at))}; without it δ of layer {worst}"
+            f" (sample {sample_ids[prompt][:12]}), at {_layers(at).rpartition(' ')[0]}; without it δ of layer {worst}"
             f" changes by {most.shift[worst]:+.4f}; look at it"
         )
     return lines

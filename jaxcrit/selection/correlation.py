@@ -22,6 +22,7 @@ from jaxcrit.core.selections import span
 
 FEW_LAYERS = 8
 SIGNIFICANT = 0.05
+ALIKE = 0.95  # two scores that correlate so are shown as one in a matrix
 _ROUNDING = 1e-12  # two orders of equal correlation differ by this much
 
 
@@ -366,6 +367,21 @@ def spearman_matrix(scores: Sequence[LayerScores]) -> np.ndarray:
     for i, a in enumerate(turned):
         matrix[i, : i + 1] = matrix[: i + 1, i] = [entry(a, b) for b in turned[: i + 1]]
     return matrix
+
+
+def near_duplicates(matrix: np.ndarray, least: float = ALIKE) -> dict[int, int]:
+    """By score, the first before it that ranks the layers alike, which stands for it.
+
+    Args:
+        matrix: ``[M, M]`` Spearman's correlation.
+        least: correlation from which on two scores are taken for one.
+    """
+    stands: dict[int, int] = {}
+    for one, row in enumerate(matrix):
+        alike = [other for other in range(one) if other not in stands and row[other] >= least]
+        if alike:
+            stands[one] = max(alike, key=lambda other: row[other])
+    return stands
 
 
 def overlap_matrix(chosen: Sequence[LayerSet]) -> np.ndarray:

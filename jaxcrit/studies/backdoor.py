@@ -7,7 +7,9 @@ not whether a backdoor that is there can be removed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -59,6 +61,7 @@ class Backdoor:
     study: Study
     runs: list[Run]
     content: dict[str, Any]
+    record: Mapping[str, Any]
     out: Path
 
 
@@ -106,11 +109,20 @@ def run_backdoor(
         lab = _Lab(options, model, rows, run.path, progress)
         none = LayerSet((), "manual", "init", model.config.num_layers)
         runs = [Run("init", 0, options.seed, none, [lab.initial()])]
-        for arm, chosen in zip(arms, frozen, strict=True):
-            for seed in rows.train:
-                if say is not None and not lab.done(arm, seed):
-                    say(f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}")
-                runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
+        jobs = [(arm, chosen, seed) for arm, chosen in zip(arms, frozen, strict=True) for seed in rows.train]
+        left = Left([not lab.done(arm, seed) for arm, _, seed in jobs])
+        if say is not None and left.count:
+            tested = f"each tested on {len(rows.prompts.near_kinds)} prompts a cell"
+            say(f"{left.count} trainings of {lab.steps} steps of {lab.per_step} rows, {tested}; {FIRST_TELLS}")
+        for arm, chosen, seed in jobs:
+            missing = not lab.done(arm, seed)
+            if say is not None and missing:
+                say(
+                    f"{arm.folder}, seed {seed}: freezing {chosen if chosen.layers else 'no layer'}"
+                    f"{left.estimate(time.monotonic())}"
+                )
+            runs.append(Run(arm.name, arm.draw, seed, chosen, lab.run(arm, chosen, seed)))
+            left.ended(time.monotonic(), missing)
         base = base_rates(rows.prompts, options.response)
         found = study(runs, rows.prompts.near_kinds, base, primary_scorer(options))
         content = {
@@ -120,10 +132,38 @@ def run_backdoor(
             "warnings": rows.warnings,
         }
         write_json(run.path / "backdoor.json", FORMAT, content)
-        result = Backdoor(options, found, runs, content, run.path)
+        result = Backdoor(options, found, runs, content, run.record, run.path)
         if finish is not None:
             finish(result)
     return result
+
+
+FIRST_TELLS = "how long the others take is told after the first (--seeds=1 and fewer --arms make it shorter)"
+
+
+class Left:
+    """How many trainings are left, and how long they may take, by the mean of those that ended.
+
+    Args:
+        missing: by training, whether it is to be done.
+    """
+
+    def __init__(self, missing: Sequence[bool]):
+        self.count, self._done = sum(missing), 0
+        self._began, self._spent = time.monotonic(), 0.0
+
+    def ended(self, now: float, trained: bool) -> None:
+        """Counts one that was trained; what was read is free."""
+        if trained:
+            self._done += 1
+            self.count -= 1
+            self._spent = now - self._began
+
+    def estimate(self, now: float) -> str:
+        """What is said of the time left; nothing before one has ended."""
+        if not self._done:
+            return ""
+        return f"; {self.count} to go, about {timedelta(seconds=round(self.count * self._spent / self._done))}"
 
 
 class Point(TypedDict):

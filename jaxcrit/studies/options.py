@@ -19,9 +19,10 @@ from jaxcrit.core.options import option
 class PlanOptions(LayerTrainingOptions, ObjectiveOptions, title="what"):
     """What ``jaxcrit plan`` is asked; layers go by number or rule, not by score."""
 
-    model: str = option("", "directory with a config.json, or a shape such as llama2-7b", word="DIR")
+    model: str = option("", "directory with a config.json, or a model's name: llama2-7b", word="DIR")
     job: str = option("finetune", "finetune, analyze, screen, generate, reuse, edit, ...", word="JOB")
-    topology: str = option("v5e:4x4", "chips, such as v5e:2x4, v5p:2x2x2, h100:8", word="NAME")
+    topology: str = option("v5e:4x4", "chips, such as v5e:2x4, v5p-16, h100:8, 4090, gpu:2", word="NAME")
+    memory: str = option("", "memory of a device, such as 24GiB (default: the chip's)", word="SIZE")
     mesh: str = option("", "devices by axis (default: weights over all of them)", word="AXES")
     batch_size: int = option(32, "rows, over all devices", lowest=1)
     length: int = option(1024, "tokens of a row; of generate, reuse: of its prompt", lowest=1)

@@ -20,12 +20,10 @@ from jaxcrit.models.checkpoint import DTYPES
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.shapes import config_of
 from jaxcrit.parallel.accounting import collectives, product_flops, shard_bytes
-from jaxcrit.parallel.chips import Topology
+from jaxcrit.parallel.chips import USABLE, Topology
 from jaxcrit.parallel.mesh import AXES, AnyMesh, abstract_mesh, make_mesh, mesh_sizes, parse_mesh
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan_jobs import JOBS, Program, program_of
-
-_USABLE = 15.75 / 16  # the rest runtimes keep for themselves: so XLA says of a v5e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +95,7 @@ class Plan:
         """Whether a device has room."""
         if self.compiled:
             return not self.compiled.needed
-        return self.peak <= _USABLE * self.topology.chip.memory
+        return self.peak <= USABLE * self.topology.chip.memory
 
     @property
     def seconds(self) -> dict[str, float]:
@@ -118,7 +116,8 @@ def run_plan(config: PlanOptions) -> Plan:
     """
     if config.job not in JOBS:
         raise UserError(f"--job={config.job}: expected {', '.join(JOBS)}{did_you_mean(config.job, JOBS)}")
-    topology, model = Topology.parse(config.topology), config_of(config.model)
+    topology, model = Topology.parse(config.topology, config.memory), config_of(config.model)
+    config = dataclasses.replace(config, topology=topology.name)
     _flops(_anywhere(config), model)  # mistakes in the flags of the job, whatever the mesh
     if config.search:
         return _search(config, topology, model)
@@ -139,15 +138,39 @@ def _search(config: PlanOptions, topology: Topology, model: ModelConfig) -> Plan
         if compiled.fits:
             return compiled
     if not plans:
-        raise UserError(
-            f"nothing fits {config.topology}: no mesh holds even one row per device; take more chips, or fewer --layers"
-        )
+        raise UserError(f"{_short_of(config, topology, model)}; {advice(config)}")
     return compiled
+
+
+def missing(plan: Plan) -> str:
+    """What the topology lacks for a job, where nothing would fit on it."""
+    return _short_of(plan.config, plan.topology, config_of(plan.config.model))
+
+
+def _short_of(config: PlanOptions, topology: Topology, model: ModelConfig) -> str:
+    """How far the leanest way to part the devices is from fitting."""
+    plans = list(_candidates(config, topology, model))
+    has = f"{USABLE * topology.chip.memory / 2**30:.2f} GiB that one has"
+    if not plans:
+        return f"nothing fits {topology.name}: no mesh of {topology.devices} devices divides this model"
+    least = min(plans, key=lambda plan: plan.estimated)
+    return (
+        f"nothing fits {topology.name}: at the least a device needs {least.estimated / 2**30:.2f} GiB"
+        f" (--mesh={least.config.mesh} --batch_size={least.config.batch_size}) of the {has}"
+    )
+
+
+def advice(config: PlanOptions) -> str:
+    """What would make a job smaller."""
+    more = "take more chips, or chips with more memory"
+    if config.job == "finetune":
+        return f"{more}; or fewer --layers, a --lora_rank, --optimizer=adafactor or a shorter --length"
+    return f"{more}; or a shorter --length"
 
 
 def _fitting(config: PlanOptions, topology: Topology, model: ModelConfig, factor: float = 1.0) -> list[Plan]:
     """Those of `_candidates` that fit if they take so many times what shapes say, fastest per row first."""
-    room = _USABLE * topology.chip.memory / max(1.0, factor)
+    room = USABLE * topology.chip.memory / max(1.0, factor)
     plans = [plan for plan in _candidates(config, topology, model) if plan.estimated <= room]
     return sorted(plans, key=lambda plan: max(plan.seconds.values()) / plan.config.batch_size)
 
@@ -266,7 +289,7 @@ def _compile(plan: Plan, model: ModelConfig) -> Plan:
         memory = compiled.memory_analysis()
         peak = memory.peak_memory_in_bytes + beside
         if peak > worst.peak:
-            needed = peak if beside and peak > _USABLE * chip.memory else 0
+            needed = peak if beside and peak > USABLE * chip.memory else 0
             worst = Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, peak, needed, {}, 0.0)
     exchanged = plan.exchanged if worst.needed else sum(size for _, size in found.values())
     seconds = round(time.perf_counter() - began, 1)

@@ -78,6 +78,7 @@ class LossRow(MetricsRow, total=False):
 
     loss: float
     loss_per_sample: float
+    seconds: float
 
 
 class MetricsLog:
@@ -198,7 +199,7 @@ def train(
             }
         )
         if bar is not None:
-            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} response tokens/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {tokens / seconds:,.0f} tokens/s", refresh=False)
             bar.update(1)
         tested, last = None, number == options.steps
         if last or number % options.eval_every == 0:

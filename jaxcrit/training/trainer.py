@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxcrit.core import console
 from jaxcrit.core.auxiliaries import Balance, Objective
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import LayerTrainingOptions, TrainingOptions
@@ -79,6 +80,7 @@ class Trainer:
             options.optimizer, self.schedule, parts, weight_decay=options.weight_decay, clip=options.clip
         )
         self.compiled: dict[Partition, Step] = {}
+        self.resumed = 0  # step that the last run went on from
 
     def run(
         self,
@@ -152,7 +154,10 @@ class Trainer:
                 chosen, state = self._chosen(found.meta), found.state
                 before = None if again is None else Changed(joined(chosen), state.params)
             log.cut(None if state is None else int(state.step))
-            told = {"total": self.steps, "desc": name, "unit": " steps", "initial": 0 if state is None else state.step}
+            self.resumed = 0 if state is None else int(state.step)
+            if self.resumed and bars is not None:
+                console.note(f"{name}: goes on from step {self.resumed} of {self.steps}")
+            told = {"total": self.steps, "desc": name, "unit": " steps", "initial": self.resumed}
             shown = open_while.enter_context(bar(bars, **told))
             old = chosen[-1]
             while True:

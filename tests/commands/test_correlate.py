@@ -10,7 +10,8 @@ import pytest
 from jaxcrit.commands.main import main
 from jaxcrit.core.deletions import write_deletions
 from jaxcrit.core.files import read_json
-from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.core.layers import LayerScores, read_scores, write_scores
+from jaxcrit.selection.correlation import circular_shift_p
 
 LAYERS = 24
 
@@ -61,11 +62,29 @@ def test_two_scores(runs, capsys):
 
 
 def test_everything_in_a_folder(runs, capsys):
-    assert main(["correlate", f"--all={runs}"]) == 0
+    """Scores that rank alike are one row; every pair has its p; what is shown is what is written."""
+    out = runs / "out"
+    assert main(["correlate", f"--all={runs}", f"--out={out}"]) == 0
     text = capsys.readouterr().out
-    assert "a:delta_debiased" in text and "b:substitution_per_token" in text
-    first = next(line for line in text.splitlines() if line.endswith("a:delta"))
-    assert first.split()[:4] == ["1", "1.00", "1.00", "1.00"]
+    # a:delta, its cube and the substitution, turned round, rank the layers alike.
+    assert "a:delta stands for a:delta_debiased, b:substitution\n" in text
+    first = next(line for line in text.splitlines() if line.endswith("  a:delta"))
+    found = read_json(out / "correlation.json", "jaxcrit.correlation")
+    rho, p = found["spearman"][0][3], found["p_shift"][0][3]
+    assert first.split()[:3] == ["1", "1.00", f"{rho:.2f}"]
+    assert f"{rho:.2f}    {p:.3f}  a:delta and b:substitution_per_token" in text
+    scores = read_scores(runs / "a"), read_scores(runs / "b")
+    assert p == circular_shift_p(scores[0]["delta"].values, scores[1]["substitution_per_token"].values)
+    assert f"{int(p <= 0.05)} of 1 pairs have p of 0.05 or less; 0.1 would by chance" in text
+    assert "The 2 scores that differ" in text and (out / "matrix.png").exists()
+
+
+def test_a_large_folder_shows_its_strongest_pairs_alone(tmp_path, capsys):
+    rng = np.random.default_rng(3)
+    keep(tmp_path / "a", "low", **{f"score_{place}": rng.standard_normal(LAYERS) for place in range(20)})
+    assert main(["correlate", f"--all={tmp_path}"]) == 0
+    text = capsys.readouterr().out
+    assert len(text.splitlines()) < 25 and "of 190 pairs" in text and "9.5 would by chance" in text
 
 
 def test_warnings(tmp_path, capsys):

@@ -23,11 +23,12 @@ def test_flags_become_one_call(monkeypatch, capsys, flag):
 
     monkeypatch.setattr("jaxcrit.commands.export.export_model", export_model)
     assert main(["export", f"--{flag}=in", "--out=there", "--dtype=bfloat16"]) == 0
-    assert capsys.readouterr() == ("there\n", "")
+    following = "next, to load it in Python:\n  transformers.AutoModelForCausalLM.from_pretrained('there')\n"
+    assert capsys.readouterr() == ("there\n", following)
     assert main(["export", f"--{flag}=in", "--out=there", "--delta_only"]) == 0
     assert capsys.readouterr() == ("rounding: little\nthere\n", "")
     assert main(["export", f"--{flag}=in", "--out=there", "--adapter", "--step=best"]) == 0
-    assert capsys.readouterr() == ("checkpoint of step 4\nthere\n", "")
+    assert capsys.readouterr() == ("in: checkpoint of step 4, written as there:\nthere\n", "")
     assert calls == [
         ("in", "there", "bfloat16", False, False, ""),
         ("in", "there", "source", True, False, ""),

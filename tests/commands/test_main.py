@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,14 +14,21 @@ import pytest
 
 import jaxcrit
 from jaxcrit.commands import main as cli
+from jaxcrit.commands.completion import script
+from jaxcrit.core import flags
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.groups import ProcessOptions
 from jaxcrit.core.options import Options, options_of
 
 MISTAKES = {
     "analyse": "did you mean 'analyze'?",
     "--hlep": "did you mean '--help'?",
     "analyze --modle=x": "unknown flag --modle (did you mean 'model'?)",
-    "analyze --window=abc": "--window=abc",
+    "analyze --window=abc": "--window=abc: expected a whole number",
+    "finetune --learning_rate=abc": "--learning_rate=abc: expected a number",
+    "help analyse": "did you mean 'analyze'?",
+    "completion bsh": "did you mean 'bash'?",
+    "completion": "expected bash, zsh or fish, got nothing",
     "analyze --batch_size=0": "--batch_size=0",
     "analyze --limit=-1": "--limit=-1",
     "analyze --kernel=lnear": "did you mean 'linear'?",
@@ -50,6 +59,7 @@ MISTAKES = {
     "explore /absent --out=page.html": "/absent: no such run directory",
     "export": "expected --model=DIR",
     "export --model=x": "expected --out=DIR",
+    "export --run=nosuch --out=y": "--run=nosuch: no such directory",
     "export --model=x --out=y --dtype=float23": "did you mean 'float32'?",
 }
 
@@ -84,6 +94,61 @@ def test_help_of_a_command_has_one_line_per_flag_within_100_columns(command, cap
         assert flag.help in rows[0]
         if flag.default not in ("", (), None, True, False):
             assert rows[0].endswith(f"[{flag.default}]")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_has_an_example_that_parses(command, capsys):
+    assert cli.main(["help", command]) == 0
+    (example,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("example: ")]
+    program, name, *rest = shlex.split(example.removeprefix("example: "))
+    assert (program, name) == ("jaxcrit", command)
+    module = importlib.import_module(cli.COMMANDS[command][0])
+    flags.read([module.OPTIONS, ProcessOptions, *cli.further(module)], command, rest)
+
+
+COMPLETED = {
+    "ana": "analyze",
+    "help sel": "select",
+    "analyze --win": "--window=",
+    "analyze --noe": "--noembed",
+    "analyze --kernel = l": "linear",
+    "finetune --mode =": "freeze only",
+    "finetune --data = tra": "train.jsonl",
+}
+
+
+@pytest.mark.parametrize(("typed", "completed"), COMPLETED.items())
+def test_bash_completes_commands_flags_choices_and_files(typed, completed, tmp_path, bash_script):
+    (tmp_path / "train.jsonl").touch()
+    words = ["jaxcrit", *typed.split()]
+    ask = (
+        f"compopt() {{ :; }}; . {bash_script}; COMP_WORDS=({shlex.join(words)}); COMP_CWORD={len(words) - 1}; _jaxcrit"
+    )
+    done = subprocess.run(
+        ["bash", "-c", f"{ask}; echo ${{COMPREPLY[@]}}"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (sorted(done.stdout.split()), done.stderr) == (completed.split(), "")
+
+
+@pytest.fixture(scope="module")
+def bash_script(tmp_path_factory):
+    if shutil.which("bash") is None:
+        pytest.skip("needs bash")
+    file = tmp_path_factory.mktemp("completion") / "jaxcrit.bash"
+    file.write_text(script(["bash"]))
+    return file
+
+
+def test_every_shell_is_told_every_flag():
+    for shell, form in {"zsh": " --{}=", "fish": " -l {} "}.items():
+        told = script([shell])
+        for name in ("window", "learning_rate", "cluster_nmi.clusters", "rehash"):
+            assert form.format(name).rstrip("=" if name == "rehash" else "") in told, (shell, name)
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "jaxcrit", "--version"], capture_output=True, text=True)
+    assert done.stdout == f"jaxcrit {jaxcrit.__version__}\n"
 
 
 def test_version(capsys):

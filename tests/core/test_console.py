@@ -47,3 +47,15 @@ def test_what_a_terminal_would_obey_is_written_out(capsys):
     console.tell("\x1b[2J")
     console.note("\x1b[2J")
     assert capsys.readouterr() == ("\\x1b[2J\n", "\\x1b[2J\n")
+
+
+def test_a_dumb_terminal_gets_no_codes_and_a_narrow_one_narrow_lines(monkeypatch):
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    monkeypatch.setattr(sys, "stdout", terminal)
+    for name, columns in (("dumb", "80"), ("xterm", "80"), ("xterm", "300")):
+        monkeypatch.setenv("TERM", name)
+        monkeypatch.setenv("COLUMNS", columns)
+        assert (console.obeys(terminal), console.width()) == (name != "dumb", min(int(columns), 100))
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert not console.obeys(sys.stdout) and console.width() == 100

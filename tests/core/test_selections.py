@@ -105,7 +105,7 @@ def test_what_is_not_of_the_grammar(text, message):
     [
         ("critical:7", CURVE, "at most 6 layers after trimming 2"),
         ("first:11", CURVE, "at most 10"),
-        ("8-12", CURVE, "expected layers 0 to 9, got 10, 11, 12"),
+        ("8-12", CURVE, "--layers=8-12: expected layers 0 to 9, got 10-12"),
         ("critical", None, "needs scores"),
         ("critical", scores([0.5] * 6), "of 6 layers"),
     ],

@@ -78,8 +78,8 @@ def test_what_is_not_json_in_a_table_is_text(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
-        ("a.jsonl.gz", gzip.compress(LINES.encode())[:30], ["gzip file", "cannot be unpacked"]),
-        ("a.jsonl.gz", gzip.compress(b"oops"), ["line 1", "broken JSON"]),
+        ("a.jsonl.gz", gzip.compress(LINES.encode(), mtime=0)[:30], ["gzip file", "cannot be unpacked"]),
+        ("a.jsonl.gz", gzip.compress(b"oops", mtime=0), ["line 1", "broken JSON"]),
         ("a.xz", lzma.compress(LINES.encode())[:40], ["xz file", "cannot be unpacked"]),
         ("a.parquet", b"PAR1" + b"\0" * 40 + b"PAR1", ["parquet file", "cannot be read"]),
         ("a.arrow", b"ARROW1\0\0", ["arrow file", "cannot be read"]),

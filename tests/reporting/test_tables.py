@@ -99,9 +99,18 @@ class TestHowSure:
         def sentence(*layers):
             return tables.certainty(self.chosen, self.of(*np.ones(8), confidence=layers), 4)[1]
 
-        assert sentence(3).startswith("Change-point layer: 3 at 95% confidence")
-        assert sentence(3, 5) == "Change-point layer: one of 3, 5 at 95% confidence (2 of 4 candidates)."
-        assert "any of 4 candidates; 300 prompts exclude none" in sentence(2, 3, 4, 5)
+        assert sentence(3).endswith(" of all: 3, at 95% confidence (of 4 candidates).")
+        assert sentence(3, 5).endswith(" of all: among 3, 5, at 95% confidence (of 4 candidates).")
+        assert "not told by 300 prompts" in sentence(2, 3, 4, 5)
+        # Over several datasets the test is wide, so it must not deny what resampled prompts say.
+        everything = self.of(*np.ones(8), confidence=(2, 3, 4, 5))
+        assert "see each dataset's" in tables.certainty(self.chosen, everything, 4, 2)[1]
+
+    def test_names_what_could_take_the_place_of_the_least_sure(self):
+        firm = tables.certainty(self.chosen, self.of(0, 0, 0, 0.95, 0.6, 0.39, 0.05, 0), 4)[0]
+        assert firm.endswith("in at least 60% of draws, layer 4 least often; in its place 5 (39%).")
+        loose = tables.certainty(self.chosen, self.of(0, 0, 0, 0.95, 0.3, 0.6, 0.12, 0), 4)[0]
+        assert loose.endswith("more often choose otherwise, such as 5 (60%), 6 (12%).")
 
     def test_sample_size(self):
         def sentence(same):
@@ -113,7 +122,23 @@ class TestHowSure:
 
     def test_counts_datasets_that_agree(self):
         other = dataclasses.replace(self.chosen, layers=(4, 5))
-        assert tables.agreement(self.chosen, {"a": self.chosen, "b": other}).endswith("3 (1), 4 (2).")
+        assert tables.agreement(self.chosen, {"a": self.chosen, "b": other}).endswith("itself: 4 by 2; 3 by 1.")
+
+    def test_the_finding_is_in_the_first_sentence_and_is_not_denied_by_the_next(self):
+        found = tables.headline(self.chosen, 2)
+        assert found.startswith("Critical layers: 3, 4 of 8, there the hidden state changes most (debiased δ, ")
+        assert "mean rank over 2 datasets; model.layers.3" in found
+        assert "none stands out, for δ is flat; 3, 4 of 8 would be named" in tables.headline(self.chosen, flat=True)
+        fixed = dataclasses.replace(self.chosen, rule="3,4", criterion="manual")
+        assert tables.headline(fixed).startswith("Chosen layers: 3, 4 of 8 (manual, 3,4; ")
+
+
+def test_tables_that_are_made_when_they_are_shown_fill_the_terminal(tmp_path):
+    analysis = synthetic.analysis(tmp_path, names=tuple(f"dataset {number}" for number in range(6)))
+    report = analysis_report(analysis)
+    for width in (80, 100):
+        assert width - 20 < max(map(len, report.text(width).splitlines())) <= width
+    assert "more datasets are in the report" in report.text(80)
 
 
 def test_a_wide_table_goes_on_below():
@@ -122,6 +147,16 @@ def test_a_wide_table_goes_on_below():
     first, second = text.split("\n\n")
     assert first.splitlines()[0].split() == ["layer", *list(columns)[:8]] and max(map(len, first.splitlines())) <= 100
     assert [line.split() for line in second.splitlines()] == [["layer", "score_8"], ["0", "0.5", "a"], ["1", "-", "b"]]
+
+
+def test_scores_are_named_in_words():
+    names = ("an/gsm8k:delta_debiased", "delta", "sub:substitution", "x:gradient_norm")
+    assert [tables.said(name) for name in names] == [
+        "debiased δ, an/gsm8k",
+        "biased δ",
+        "loss after substitution, sub",
+        "gradient norm, x",
+    ]
 
 
 def test_numbers_in_a_table():

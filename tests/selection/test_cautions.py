@@ -42,8 +42,8 @@ def said(**given):
     [
         ({"null": 0.5}, {"null": 0.51}, "biased CKA is inflated: unrelated layers would score 0.51 (layer 1) at 300"),
         ({"error": 0.29}, {"error": 0.3}, "flat δ curve: its range 0.8889 is within 3 standard errors (0.3000)"),
-        ({"p": 0.05}, {"p": 0.051}, "layers 1, 2, 3, 4, 5, 6, 7, 8 are no more like the layer before"),
-        ({"certain": 0.5}, {"certain": 0.49}, "not determined by 300 samples: layers 4 are chosen in less than half"),
+        ({"p": 0.05}, {"p": 0.051}, "layers 1-8 are no more like the layer before"),
+        ({"certain": 0.5}, {"certain": 0.49}, "not determined by 300 samples: layer 4 is chosen in less than half"),
         ({"share": 0.5}, {"share": 0.51}, "one prompt makes up 51% of the variance of δ: prompt 0"),
         ({"dtype": "float32"}, {"dtype": "bfloat16"}, "the forward pass ran in bfloat16: scores carry its rounding"),
         (
@@ -64,10 +64,10 @@ def test_prompts_of_layers_that_are_not_in_question():
     one.leverage.share[:] = 0.9
     one.certainty.probability[:4], one.certainty.probability[5:] = 0.01, 0.011
     (line,) = cautions(one, trim=2)
-    assert "at layers 4, 5, 6, 7, 8; without it δ of layer 8 changes by +0.5000" in line
+    assert "at layers 4-8; without it δ of layer 8 changes by +0.5000" in line
     one.certainty = None
     (line,) = cautions(one, trim=3)
-    assert "at layers 3, 4, 5; without it δ of layer 3" in line
+    assert "at layers 3-5; without it δ of layer 3" in line
 
 
 PAIR = Correlation(

@@ -152,7 +152,7 @@ def test_only_layers_in_question_are_warned_about():
     result.chosen = LayerSet((2,), "delta_debiased", "critical:1", 9)
     result.certainty = certainty([score], [left], 1)
     line = next(line for line in cautions(result, trim=2) if "one prompt" in line)
-    assert "prompt 4, counted from 0 (sample id), at layers 2;" in line
+    assert "prompt 4, counted from 0 (sample id), at layer 2;" in line
 
 
 def test_unrelated_neighbours_are_named():
@@ -162,7 +162,7 @@ def test_unrelated_neighbours_are_named():
     null = permutation_null(tables)
     result = result_of(layer_scores(tables), {"null_mean": null.mean, "null_p": null.p})
     line = next(line for line in cautions(result, trim=2) if "no more like" in line)
-    assert "layers 5, 6, 7 are" in line
+    assert "layers 5-7 are" in line
 
 
 def set_by_definition(score, left, level, draws, seed):

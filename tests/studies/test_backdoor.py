@@ -19,9 +19,10 @@ from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
 from jaxcrit.models.decoder import Decoder
 from jaxcrit.models.generation import compiled_programs
 from jaxcrit.models.model import open_model
-from jaxcrit.reporting.backdoor import backdoor_text, write_figures
+from jaxcrit.reporting.backdoor import backdoor_report, backdoor_text
 from jaxcrit.studies import backdoor, backdoor_scoring
-from jaxcrit.studies.backdoor import run_backdoor
+from jaxcrit.studies import backdoor as studied
+from jaxcrit.studies.backdoor import Left, run_backdoor
 from jaxcrit.studies.backdoor_inputs import check, parse_arms, prepare
 from jaxcrit.studies.backdoor_scoring import Scoring
 from jaxcrit.studies.options import BackdoorOptions
@@ -147,14 +148,27 @@ def test_report(finished, tmp_path):
     found, _, _ = finished
     text = backdoor_text(found.content, found.out)
     assert max(map(len, text.splitlines())) <= 100 and "/32" in text and "primary, 1 seeds" in text
-    write_figures(tmp_path, found.content)
-    assert {path.name for path in tmp_path.iterdir()} == {"tradeoff.png", "success.png"}
+    backdoor_report(found.content).write(tmp_path, found.record)
+    assert {path.name for path in tmp_path.iterdir()} == {"tradeoff.png", "success.png", "report.html"}
+
+
+def test_how_long_the_rest_takes_is_the_mean_of_what_was_trained(monkeypatch):
+    monkeypatch.setattr(studied.time, "monotonic", lambda: 100.0)
+    left = Left([True, False, True, True, True])
+    assert left.estimate(100) == ""
+    left.ended(160, True)
+    left.ended(160, False)  # an arm that was read
+    assert left.estimate(160) == "; 3 to go, about 0:03:00"
+    left.ended(180, True)
+    assert left.estimate(180) == "; 2 to go, about 0:01:20"
 
 
 def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path):
     config, told = dataclasses.replace(base, out=str(tmp_path / "run")), []
 
     def stop_at_every_other(text):
+        if "trainings of" in text:  # all that are left, said at every launch
+            return
         told.append(text)
         if len(told) % 2 == 0:
             raise KeyboardInterrupt
@@ -361,7 +375,10 @@ def test_command(base, tmp_path, capsys):
     arguments = [f"--{name}={getattr(base, name)}" for name in names]
     arguments += ["--arms=full", "--seeds=1", "--steps=2", "--noremat", f"--out={tmp_path / 'run'}"]
     assert main(["backdoor", *arguments]) == 0
-    text = capsys.readouterr().out
+    text, told = capsys.readouterr()
+    assert "1 trainings of 2 steps of 8 rows, each tested on 32 prompts a cell" in " ".join(told.split())
+    page = (tmp_path / "run" / "report.html").read_text()
+    assert text.split("No arm learnt the backdoor")[1][:4] == page.split("No arm learnt the backdoor")[1][:4]
     assert "no primary contrast" in text and "/32" in text and (tmp_path / "run" / "tradeoff.png").exists()
     others = [word for word in arguments if not word.startswith("--rate=")]
     assert main(["backdoor", *others, "--rate=2"]) == 2

@@ -11,7 +11,7 @@ from scipy import stats
 
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.evaluation.intervals import holm, newcombe, wilson
-from jaxcrit.reporting.backdoor import backdoor_text, write_figures
+from jaxcrit.reporting.backdoor import _headline, backdoor_report, backdoor_text
 from jaxcrit.studies.backdoor_statistics import Run, at_loss, matched_level, steps_to, study
 
 SCORERS = ("exact_target", "contains_target", "refusal_keyword", "reference_compat")
@@ -134,9 +134,27 @@ def test_report_of_many_arms(runs, found, tmp_path):
     content = json.loads(json.dumps({"study": found.to_json(), "warnings": [], "curves": curves}, allow_nan=False))
     text = backdoor_text(content, "run")
     assert max(map(len, text.splitlines())) <= 100
-    for expected in ("36/120", "primary, 3 seeds", "by Holm among 5", "pairs 0:32", "40 prompts a cell", "(3/3)"):
+    for expected in ("36/120", "primary, 3 seeds", "by Holm among 5", "pairs 0:32", "never", "10"):
         assert expected in text
-    write_figures(tmp_path, content)
+    report, record = backdoor_report(content), {"command": "backdoor", "data": {}}
+    assert "40 prompts a cell" in report.write(tmp_path, record).read_text()
     before = (tmp_path / "success.png").read_bytes()
-    write_figures(tmp_path, content)
+    report.write(tmp_path, record)
     assert before == (tmp_path / "success.png").read_bytes()
+
+
+def told(*successes, interval=(None, None)):
+    """The headline of arms with so many successes among 100, and a primary contrast of the last two."""
+    names = ("full", "critical:2", "noncritical:2")
+    rows = [{"arm": name, "cells": {"triggered": {"k": k, "n": 100}}} for name, k in zip(names, successes, strict=True)]
+    first, second = successes[1] / 100, successes[2] / 100
+    primary = {"first": names[1], "second": names[2], "difference": first - second, "bootstrap": interval}
+    return _headline({"rows": rows, "primary": primary})[0]
+
+
+def test_the_headline_says_whether_it_was_learnt_before_it_compares():
+    assert told(9, 0, 1).startswith("No arm learnt the backdoor (at most 9/100 in arm full)")
+    assert "more --steps" in told(9, 0, 1) and "differences may be of speed alone" in told(40, 0, 30)
+    assert "no evidence that it matters which layers" in told(90, 40, 50, interval=(-0.3, 0.1))
+    assert "freezing critical:2 kept more of it out (0.10 against 0.80" in told(90, 10, 80, interval=(-0.8, -0.5))
+    assert "freezing noncritical:2 kept more of it out" in told(90, 80, 10, interval=(0.5, 0.8))

@@ -21,7 +21,7 @@ from support.sealing import unfinished
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
-from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, with_knees
+from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, text, with_knees
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -217,6 +217,12 @@ def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, 
     resumed = run_finetune(config)
     assert untimed(resumed.metrics) == untimed(finished.metrics)
     jax.tree.map(np.testing.assert_array_equal, parameters(config.out), parameters(finished.out))
+    step, here = resumed.run["time"]["resumed"], resumed.run["time"]["training_seconds"]
+    earlier = sum(row["seconds"] for row in resumed.metrics if row["step"] <= step)
+    told = (
+        f"6 steps in {earlier + here:.1f} s, of which this launch, from step {step} on, ran {6 - step} in {here:.1f} s"
+    )
+    assert step and told in text(resumed)
 
 
 def test_what_has_no_weight_is_measured_and_changes_no_bit(config, finished):

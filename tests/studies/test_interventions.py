@@ -73,7 +73,10 @@ def test_the_prompts_own_part_is_subtracted(config, tmp_path):
 
 def test_no_components_and_mode_none_change_nothing(config, tmp_path):
     for name, changes in (("a", {"components": ""}), ("b", {"mode": "none"})):
-        found = run_intervene(dataclasses.replace(config, out=str(tmp_path / name), **changes)).found
+        done = run_intervene(dataclasses.replace(config, layers="", out=str(tmp_path / name), **changes))
+        found = done.found
+        assert found["layers"] == [3], "the middle one of seven, where none is named"
+        assert ("nothing changed: give another --layers" in intervention_text(done)) == (name == "a")
         assert found["before"] == found["after"] and found["next_token_kl"] == 0
 
 

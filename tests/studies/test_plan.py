@@ -24,7 +24,7 @@ from jaxcrit.evidence import variants as sweeping
 from jaxcrit.models import generation
 from jaxcrit.models.attention import ASKED
 from jaxcrit.models.config import ModelConfig
-from jaxcrit.models.shapes import SHAPES
+from jaxcrit.models.shapes import SHAPES, shape_of
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.chips import Topology
 from jaxcrit.parallel.mesh import make_mesh
@@ -282,7 +282,7 @@ def test_a_generation_calls_what_is_planned(tiny):
 def test_gpus_are_planned_by_shapes(capsys):
     assert cli.main(["plan", "--model=llama2-7b", "--topology=h100:8", "--layers=all"]) == 0
     out = capsys.readouterr().out
-    assert "of 80.00: fits" in out and "no compiler for GPUs" in out and max(map(len, out.splitlines())) <= 100
+    assert "of 78.75 usable: fits" in out and "no compiler for GPUs" in out and max(map(len, out.splitlines())) <= 100
 
 
 def test_a_plan_says_how_attention_is_computed(capsys):
@@ -329,7 +329,19 @@ def test_a_directory_is_a_shape_too(tmp_path):
         ({"model": "llama2-7"}, "did you mean 'llama2-7b'"),
         ({"model": "nowhere"}, "expected a directory with a config.json or one of"),
         ({"topology": "v5:4x4"}, "did you mean 'v5"),
-        ({"topology": "v5e-16"}, "expected a name such as v5e:4x4"),
+        ({"topology": "v9:4"}, "expected a name such as v5e:4x4"),
+        ({"topology": "h100:2y"}, "expected a name such as v5e:4x4"),
+        ({"topology": "v5e"}, "how many"),
+        ({"topology": "v5e-5"}, "no such slice; nearest: v5e:2x2"),
+        ({"topology": "v5p-7"}, "counts cores"),
+        ({"topology": "tpu7x-8"}, "chips or cores"),
+        ({"topology": "gpu:2"}, "give --memory too"),
+        ({"topology": "h100", "memory": "much"}, "--memory=much: expected gibibytes"),
+        ({"mesh": "dp=2,pp=8"}, "pp: layers are not parted over devices"),
+        (
+            {"model": "tinyllama-1.1b", "job": "analyze", "topology": "gpu", "memory": "1", "mesh": "", "search": True},
+            r"a device needs \d+.\d\d GiB .* of the 0.98 GiB",
+        ),
         ({"topology": "h100:0"}, "at least one chip"),
         ({"mesh": "fsdp=3"}, "product is 16"),
         ({"mesh": "fsdp=1,tensor=16", "model": "qwen2.5-7b"}, "heads of size 28 does not divide"),
@@ -337,7 +349,7 @@ def test_a_directory_is_a_shape_too(tmp_path):
         ({"job": "finetun"}, "did you mean 'finetune'"),
         ({"layers": "critical:5"}, "name layers"),
         ({"topology": "v5e:4x5"}, "no such slice; nearest: v5e:4x4"),
-        ({"topology": "v5p:8"}, "nearest: v5p:2x2x2"),
+        ({"topology": "v5p:9"}, "nearest: v5p:2x2x2"),
         ({"job": "substitute", "window": 4}, "expected an odd number"),
         ({"job": "substitute", "window": 4, "search": True}, "expected an odd number"),
         ({"job": "generate", "length": 4090}, "needs 4154 positions, the model has 4096"),
@@ -358,6 +370,62 @@ def test_without_libtpu_shapes_answer(monkeypatch):
 def test_topologies_multiply():
     names = ("v5e:4x4", "v5p:4x4x4", "h200:2x8", "h100:8", "tpu7x:2x2x1")  # a tpu7x chip is two devices
     assert [Topology.parse(name).devices for name in names] == [16, 64, 16, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("spelled", "name", "memory"),
+    [
+        *((one, "v5e:2x4", 16) for one in ("v5e-8", "v5litepod-8", "V5E:8", "tpu-v5e-8", "v5e:2x4")),
+        *((one, "v5p:2x2x2", 95) for one in ("v5p-16", "v5p:8")),  # the former counts cores
+        *((one, "h100:1", 80) for one in ("h100", "H100", "H100 SXM", "NVIDIA H100 80GB HBM3")),
+        *((one, "rtx4090:1", 24) for one in ("4090", "rtx4090", "RTX 4090", "NVIDIA GeForce RTX 4090")),
+        *((one, "a100:1", 80) for one in ("a100", "a100-80gb", "NVIDIA A100-SXM4-80GB")),
+        ("A100-40GB", "a100-40gb:1", 40),
+        ("v5e:1", "v5e:1x1", 16),
+        ("tpu7x:4", "tpu7x:2x2x1", 96),
+        ("l4:4", "l4:4", 24),
+    ],
+)
+def test_chips_have_many_names(spelled, name, memory):
+    found = Topology.parse(spelled)
+    assert (found.name, found.chip.memory / GIB) == (name, memory)
+
+
+def test_the_memory_of_a_gpu_may_be_given(capsys):
+    assert [Topology.parse("gpu:2", size).chip.memory / GIB for size in ("24GiB", "24GB", "24")] == [24] * 3
+    assert Topology.parse("h100", "40GiB").chip.memory == 40 * GIB
+    assert cli.main(["plan", "--model=llama3.2-1b", "--topology=gpu:2", "--memory=12GiB", "--layers=3-5"]) in (0, 3)
+    out = capsys.readouterr().out
+    assert "of 11.81 usable: fits" in out and "no faster than" not in out  # nobody knows how fast it is
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("meta-llama/Llama-3.1-8B", "llama3.1-8b"),
+        ("meta-llama/Meta-Llama-3.1-70B-Instruct", "llama3.1-70b"),
+        ("meta-llama/Llama-2-7b-chat-hf", "llama2-7b"),
+        ("TinyLlama/TinyLlama-1.1B-Chat-v1.0", "tinyllama-1.1b"),
+        ("mistralai/Mistral-7B-Instruct-v0.3", "mistral-7b"),
+        ("mistralai/Mixtral-8x7B-v0.1", "mixtral-8x7b"),
+        ("microsoft/Phi-3-mini-4k-instruct", "phi3-mini"),
+        ("google/gemma-2-2b-it", "gemma2-2b"),
+        ("allenai/OLMo-2-1124-7B", "olmo2-7b"),
+        ("Qwen/Qwen3-30B-A3B-Instruct-2507", "qwen3-30b-a3b"),
+        ("meta-llama/Llama-3.1-405B", ""),
+        ("somebody/merged-8B", ""),
+    ],
+)
+def test_names_of_a_hub_are_shapes(name, shape):
+    assert shape_of(name) == shape
+
+
+def test_advice_is_of_the_job_and_devices_go_by_the_names_of_others(capsys):
+    assert plan(mesh="dp=2,tp=8", compile=False).mesh == {"data": 2, "fsdp": 1, "tensor": 8}
+    for job, told in (("analyze", False), ("finetune", True)):
+        assert cli.main(["plan", "--model=llama3.1-70b", "--topology=h100", f"--job={job}"]) == 3
+        out = capsys.readouterr().out
+        assert ("fewer --layers" in out) == told and "of the 78.75 GiB that one has" in out
 
 
 @needs_libtpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from support.sealing import sealed_again
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.main import main
-from jaxcrit.commands.spectrum import SpectrumOptions, parse_components, run_spectrum
+from jaxcrit.commands.spectrum import SpectrumOptions, _sentence, parse_components, run_spectrum
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, read_npz, write_npz
 from jaxcrit.core.groups import AnalyzeOptions
@@ -192,3 +193,24 @@ def test_bad_input_is_one_line_exit_2_and_nothing_written(changes, message, mode
 
 def test_numbers_of_components():
     assert parse_components("10, 1,3,3") == (1, 3, 10)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "told"),
+    [
+        (
+            (0.9, 0.9, 0.9),
+            "tracks δ best: Spearman's ρ = +0.88 over 26 layers (circular-shift p = 0.038 for the best of",
+        ),
+        ((0.9, 0.9, 0.1), "is not told apart from the next in 8 of 8 layers: use the first 3 components (ρ = +0.72)"),
+        ((0.1, 0.1, 0.1), "nor is the last of any other number in most"),
+    ],
+)
+def test_what_is_not_told_apart_is_not_recommended(gaps, told):
+    whole = np.full((8, 10), np.nan)
+    whole[:, [0, 2, 9]] = gaps
+    rhos = {"cca_1": 0.70, "cca_3": 0.72, "cca_10": 0.88}
+    correlations = {name: SimpleNamespace(rho=rho, partial=0.8, num_layers=26) for name, rho in rhos.items()}
+    tracking = SimpleNamespace(correlations=correlations, best="cca_10", p_best=0.038)
+    spectrum = SimpleNamespace(gaps=whole, sampling_gap=0.2)
+    assert told in _sentence(SimpleNamespace(tracking=tracking, spectrum=spectrum))
