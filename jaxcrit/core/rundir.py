@@ -198,9 +198,14 @@ class RunDirectory:
         self.forget()
 
     def forget(self) -> None:
-        """Removes what was kept for a launch that goes on, of a run that is complete."""
-        for file in list(self.path.glob(PARTIAL)) if processes.first() else ():
+        """Removes what was kept for a launch that goes on, of a run that is complete, and the lock of one that is gone."""
+        if not processes.first():
+            return
+        for file in list(self.path.glob(PARTIAL)):
             _unlink(file)
+        if self._held is None and not in_bucket(self.path) and (self.path / LOCK).exists():
+            with contextlib.suppress(UserError, OSError), contextlib.ExitStack() as stack:  # somebody may hold it
+                _lock(self.path, stack)
 
     def _mine(self) -> bool:
         """Whether ``run.json`` is of this launch."""

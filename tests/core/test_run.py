@@ -225,6 +225,16 @@ def test_the_lock_of_a_process_that_was_killed_means_nothing(tmp_path):
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["run.json"]
 
 
+def test_the_lock_that_a_kill_leaves_behind_a_complete_run_goes(tmp_path):
+    with start(tmp_path):
+        pass
+    for _ in range(2):
+        (tmp_path / ".lock").touch()
+        with start(tmp_path) as again:
+            assert again.complete
+        assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 def test_a_launch_without_locks_notices_that_another_has_begun(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(errno.ENOLCK, "No locks available")
