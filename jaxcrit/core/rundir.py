@@ -198,7 +198,7 @@ class RunDirectory:
         self.forget()
 
     def forget(self) -> None:
-        """Removes what was kept for a launch that goes on, of a run that is complete, and the lock of one that is gone."""
+        """Removes what was kept to go on with, of a run that is complete, and the lock of one that is gone."""
         if not processes.first():
             return
         for file in list(self.path.glob(PARTIAL)):
