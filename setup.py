@@ -65,7 +65,10 @@ setup(
         ],
         "docs": ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=0.30,<2"],
         "release": ["build>=1.2,<2", "twine>=6,<8"],
+        # --track.
         "tensorboard": ["tensorboardX>=2.6,<3"],
+        "trackio": ["trackio>=0.30,<1"],
+        "wandb": ["wandb>=0.20,<1"],
         # Checkpoints whose tokenizer is tokenizer.model alone.
         "sentencepiece": ["protobuf>=4", "sentencepiece>=0.2,<0.3"],
         # --model=FILE.gguf. transformers builds the tokenizer from the file's metadata since 5.24.

@@ -144,12 +144,13 @@ def export_model(
     """
     import jax
 
-    from jaxcrit.core.files import as_path, local_path
+    from jaxcrit.core.files import as_path, local_path, write_text
     from jaxcrit.models import export as writing
     from jaxcrit.models.adapters import place_of
     from jaxcrit.models.checkpoint import DTYPES
     from jaxcrit.models.model import Model, open_model
     from jaxcrit.parallel.mesh import make_mesh
+    from jaxcrit.reporting.card import CARD, card
 
     if dtype != "source" and dtype not in DTYPES:
         raise UserError(f"--dtype={dtype}: expected {listed(['source', *DTYPES])}")
@@ -157,14 +158,16 @@ def export_model(
     if isinstance(model, Model):
         target = local_path(out, "out")
         writing.check_free(target)
-        return Exported(writing.write_checkpoint(model.decoder(), model.checkpoint, target, dtype=asked))
+        beside = {CARD: card(target.name, model.named, [one.run for one in model.overlays])}
+        return Exported(writing.write_checkpoint(model.decoder(), model.checkpoint, target, dtype=asked, beside=beside))
     model = str(model)
     is_run = (as_path(model) / "run.json").is_file()
     if not is_run and place_of(model).adapter is None:
         for flag, given in (("delta_only", delta_only), ("adapter", adapter), ("step", step)):
             if given:
                 raise UserError(f"--{flag}: {model} is no finetune run, and has no such thing; give --run=RUN")
-        return Exported(writing.export(model, out, dtype=asked, progress=progress))
+        beside = {CARD: card(local_path(out, "out").name, model, [])}
+        return Exported(writing.export(model, out, dtype=asked, progress=progress, beside=beside))
     if delta_only and adapter:
         raise UserError("--delta_only --adapter: give one of them")
     target = local_path(out, "out")
@@ -172,8 +175,10 @@ def export_model(
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])  # nothing is computed, so no accelerator needs room
     tuned = open_model(model, mesh=host, dtype="float32", step=step, keep=False)
     number = tuned.overlays[-1].step if is_run else None
+    told = card(target.name, tuned.named, [one.run for one in tuned.overlays], adapter=adapter)
     if adapter:
         _write_adapter(tuned, asked or "float32", target)
+        write_text(target / CARD, told)
         return Exported(target, None, number)
     kinds = {asked} if asked else set(tuned.checkpoint.dtypes.values())
     narrow = sorted(kinds - {"float32"})
@@ -181,8 +186,9 @@ def export_model(
     decoder = tuned.decoder()
     if delta_only:
         _write_delta(tuned, decoder, asked, target)
+        write_text(target / CARD, told)
     else:
-        writing.write_checkpoint(decoder, tuned.checkpoint, target, dtype=asked)
+        writing.write_checkpoint(decoder, tuned.checkpoint, target, dtype=asked, beside={CARD: told})
     return Exported(target, rounding, number)
 
 

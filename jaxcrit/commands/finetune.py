@@ -8,7 +8,7 @@ import functools
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -27,8 +27,10 @@ if TYPE_CHECKING:
     from jaxcrit.data.steps import Steps
     from jaxcrit.data.templates import Example
     from jaxcrit.models.model import Bars, Model
+    from jaxcrit.training.drift import Drift
     from jaxcrit.training.loop import Standing
     from jaxcrit.training.step import State
+    from jaxcrit.training.trackers import Listener
     from jaxcrit.training.trainer import Trainer
 
 OPTIONS = FinetuneOptions
@@ -358,8 +360,16 @@ def summary(options: FinetuneOptions, trainer: Trainer, chosen: LayerSet, rows: 
         f"{f', under a gain of {options.gain}, which is folded in after' if options.gain else ''}"
         f"{f'; beside it, supervised: {options.supervise}' if options.supervise else ''}"
         f"{f'; layers chosen anew every {options.reselect} steps' if options.reselect else ''}"
+        f"{drift_said(options.drift_every, rows)}"
         f"{NO_BALANCE if config.experts and not options.router_aux else ''}"
     )
+
+
+def drift_said(every: int, rows: int) -> str:
+    """How often drift is measured and what that may cost; nothing where it is not."""
+    from jaxcrit.training.drift import share
+
+    return f"; drift every {every} steps, at most {100 * share(every, rows):.0f} % more work" if every else ""
 
 
 def _train(
@@ -376,6 +386,7 @@ def _train(
     from jaxcrit.evidence.rows import batches_of
     from jaxcrit.training.loop import METRICS, MetricsLog
     from jaxcrit.training.step import make_evaluation
+    from jaxcrit.training.trackers import tracked
 
     model, parts = trainer.model, trainer.parts
     how: dict[str, Any] = {"mesh": model.mesh, "edit": trainer.edit, "auxiliaries": trainer.auxiliaries}
@@ -387,7 +398,11 @@ def _train(
         each = zip(*(losses(trainer.parts)(params, frozen, batch) for batch in tests), strict=True)
         return tuple(sum(sums[1:], sums[0]) for sums in each)
 
-    events = None if out is None or not (options.tensorboard and processes.first()) else out / "tensorboard"
+    def listen(state: State) -> contextlib.AbstractContextManager[Listener | None]:
+        if out is None or options.track == "none" or not processes.first():
+            return contextlib.nullcontext()
+        return tracked(options.track, out, int(state.step), dataclasses.asdict(options))
+
     log = MetricsLog(None if out is None else out / METRICS)
     meta = {
         "config": dataclasses.asdict(options),
@@ -408,28 +423,23 @@ def _train(
         meta=meta,
         bars=bars,
         name="training",
-        listen=lambda state: _events(events, int(state.step)),
+        listen=listen,
+        drift=probe(options, trainer, held),
     )
     return *found, log.rows
 
 
-@contextlib.contextmanager
-def _events(folder: Path | None, step: int) -> Iterator[Callable[[dict[str, Any]], None] | None]:
-    """Writes metrics as event files; TensorBoard is told to forget those of an earlier start beyond this step."""
-    if folder is None:
-        yield None
-        return
-    from tensorboardX import SummaryWriter
+def probe(options: FinetuneOptions, trainer: Trainer, held: Sequence[Example]) -> Drift | None:
+    """What measures drift, by the first held-out rows; None where nobody asked."""
+    from jaxcrit.evidence.rows import batches_of
+    from jaxcrit.training.drift import ROWS, Drift
 
-    with contextlib.closing(SummaryWriter(str(folder), purge_step=step + 1 if step else 0)) as writer:
-
-        def listen(row: dict[str, Any]) -> None:
-            for name, value in row.items():
-                if name not in ("kind", "step"):
-                    writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-            writer.flush()
-
-        yield listen
+    if not options.drift_every:
+        return None
+    model, rows = trainer.model, held[:ROWS]
+    batches = list(batches_of(rows, ROWS, model))
+    how: dict[str, Any] = {"dtype": trainer.dtype, "mesh": model.mesh, "edit": trainer.edit}
+    return Drift(options.drift_every, batches, len(rows), trainer.parts, **how)
 
 
 def read_examples(

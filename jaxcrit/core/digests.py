@@ -31,6 +31,7 @@ PARTIAL = "partial*"  # what is kept for a launch that goes on; it goes when the
 # Of a checkpoint larger files are listed by their size: to read them back would cost as much as to write them, and
 # their arrays have digests of their own.
 LARGE = 2**24
+TRACKERS = ("trackio", "wandb")  # directories that live on: their own processes write there, also later
 _ITSELF = re.compile(r'"itself": "([^"]*)"')
 # Formats that are given to commands apart from their runs, and so are spoken of where nothing vouches for them.
 _GIVEN = ("jaxcrit.scores", "jaxcrit.layers", "jaxcrit.fingerprint", "jaxcrit.activations")
@@ -100,7 +101,8 @@ def digest_of(file: IO[bytes]) -> FileDigest:
 def files_of(run: Path) -> dict[str, int]:
     """Files of a run and their bytes, by name: the one place that says which these are.
 
-    Not ``run.json``, nor what a lock, a kill or a launch leaves to go on from, nor what lies in a run within the run.
+    Not ``run.json``, nor what a lock, a kill or a launch leaves to go on from, nor what lies in a run within the run,
+    nor what trackers keep.
     """
     found: dict[str, int] = {}
     if "://" in os.fspath(run):
@@ -110,6 +112,7 @@ def files_of(run: Path) -> dict[str, int]:
         places = [Path(folder, name) for name in names]
         found |= {one.relative_to(run).as_posix(): one.stat().st_size for one in places if one.is_file()}
     inner = {name.removesuffix(RECORD) for name in found if name.endswith(f"/{RECORD}")}
+    inner |= {f"{name}/" for name in TRACKERS}
     return {
         name: size
         for name, size in sorted(found.items())

@@ -31,7 +31,7 @@ FORMAT_VERSION = 1
 VERSIONS = {"jaxcrit.run": 2}
 DAMAGED = "the file is damaged, or another program's: write it again"
 # Directories and files that runs write; no dataset among several may be called so.
-_OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard")
+_OWN_NAMES = ("configs", "checkpoints", "analysis", "arms", "tensorboard", "trackio", "wandb")
 _OWN_ENDINGS = (".json", ".jsonl", ".npz", ".png", ".html", ".safetensors", ".part", ".md", ".txt", ".yml", ".yaml")
 _LONGEST_NAME, _LONGEST_PATH = 255, 4000  # bytes
 _REWRITE = 10.0  # seconds; a bucket refuses more than about one change of an object a second
@@ -271,8 +271,11 @@ def read_lines(path: Path, kind: Any = dict[str, Any]) -> list[dict[str, Any]]:
 
 def _line(line: bytes, kind: Any, where: str) -> dict[str, Any]:
     try:
-        return conform(parse_json(line.decode("utf-8"), where, "a JSON object"), kind, where, DAMAGED)
-    except UnicodeDecodeError as error:
+        found = conform(parse_json(line.decode("utf-8"), where, "a JSON object"), kind, where, DAMAGED)
+        if b"\\ud" in line.lower():  # half a surrogate pair can be escaped, and could not be written again
+            json_lines([found]).encode("utf-8")
+        return found
+    except UnicodeError as error:
         raise UserError(f"{where}: expected UTF-8, got something else ({error}); {DAMAGED}") from None
 
 

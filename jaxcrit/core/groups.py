@@ -22,6 +22,7 @@ ENDS = ("blocks", "embed", "normed", "embed,normed")
 SELECTION = "critical:K, KEY:K, first:K, 3-5,9, @FILE, ..."  # help of --layers; jaxcrit.core.selections
 BY_HASH = "what it names is told apart by hash"
 WHERE = "says where, not what"
+TRACKERS = {"tensorboard": "tensorboardX", "trackio": "trackio", "wandb": "wandb"}  # the library of each
 RESUMES = "a run that goes on gives the same bits"
 SHAPE = "the same within rounding"
 
@@ -339,24 +340,33 @@ class FinetuneOptions(TrainingOptions, LayerTrainingOptions, ObjectiveOptions, t
     gain: str = option("", "gain of a shortcut while it trains, folded in after: 4:attn:0.5", word="L:HALF:G")
     keep: int = option(2, "newest checkpoints kept, besides the best", lowest=1, free=RESUMES, group="while it runs")
     patience: int = option(0, "tests without improvement before it stops; 0 for never", lowest=0, group="while it runs")
-    tensorboard: bool = option(False, "event files too (needs tensorboardX)", free=WHERE, group="while it runs")
+    track: str = option(
+        "none", "hand metrics on to this tracker", ("none", *TRACKERS), free=WHERE, group="while it runs"
+    )
+    drift_every: int = option(
+        0, "steps between measures of how far each layer has moved", lowest=0, group="while it runs"
+    )
 
     def check(self) -> None:
-        """Refuses options of adapters where there are none, what is not re-selected, and event files in a bucket."""
+        """Refuses options of adapters where there are none, what is not re-selected, and a tracker that is missing."""
         super().check()
-        for name in ("lora_rank", "layer_rates", "gain"):
+        for name in ("lora_rank", "layer_rates", "gain", "drift_every"):
             if self.reselect and getattr(self, name):
                 raise UserError(
-                    f"--reselect={self.reselect}: whole layers of one rate are chosen anew; leave --{name} out"
+                    f"--reselect={self.reselect}: whole layers of one rate are chosen anew, and what trains is another"
+                    f" each time; leave --{name} out"
                 )
         for name in ("lora_alpha", "lora_targets"):
             if getattr(self, name) and not self.lora_rank:
                 raise UserError(f"--{name}={getattr(self, name)}: is of adapters; give their --lora_rank too")
-        if self.tensorboard and "://" in self.out:
-            raise UserError(f"--tensorboard: writes local files only, and --out={self.out} is none; read metrics.jsonl")
-        if self.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        if self.track != "none" and "://" in self.out:
             raise UserError(
-                "--tensorboard: needs tensorboardX; pip install 'jaxcrit[tensorboard]', or read metrics.jsonl"
+                f"--track={self.track}: keeps local files in --out, and {self.out} is none; read metrics.jsonl"
+            )
+        if self.track != "none" and importlib.util.find_spec(TRACKERS[self.track]) is None:
+            raise UserError(
+                f"--track={self.track}: needs {TRACKERS[self.track]}; pip install 'jaxcrit[{self.track}]', or read"
+                " metrics.jsonl"
             )
 
 

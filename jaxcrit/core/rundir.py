@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from jaxcrit.core import console, digests, processes
-from jaxcrit.core.digests import CHECKPOINTS, LEFT, LOCK, PARTIAL, RECORD, Digests
+from jaxcrit.core.digests import CHECKPOINTS, LEFT, LOCK, PARTIAL, RECORD, TRACKERS, Digests
 from jaxcrit.core.errors import UserError, listed
 from jaxcrit.core.files import as_path, in_bucket, json_text, read_json, remove_tree, write_text
 from jaxcrit.core.hashing import sha256_json
@@ -28,7 +28,7 @@ from jaxcrit.core.schema import AtLeastZero, Count, Layers, Size
 
 RUN_FORMAT = "jaxcrit.run"
 _TRIAL = ".jaxcrit-"  # objects that are written to see whether a bucket takes them
-_TREES = (CHECKPOINTS, "tensorboard")  # directories whose files other libraries write
+_TREES = (CHECKPOINTS, "tensorboard", *TRACKERS)  # directories whose files other libraries write
 
 
 class NamedModel(TypedDict, total=False):
@@ -287,9 +287,10 @@ def _leftover(name: str) -> bool:
 
 
 def _links(path: Path) -> list[str]:
-    """Symbolic links below a local directory."""
+    """Symbolic links below a local directory, but for those that a tracker makes in its own."""
     found = [] if in_bucket(path) else [Path(at, name) for at, *kinds in os.walk(path) for name in kinds[0] + kinds[1]]
-    return [str(one.relative_to(path)) for one in found if one.is_symlink()]
+    names = [one.relative_to(path) for one in found if one.is_symlink()]
+    return [str(name) for name in names if name.parts[0] not in TRACKERS or len(name.parts) == 1]
 
 
 def _check_bucket(path: Path) -> None:

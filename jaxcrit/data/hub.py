@@ -69,7 +69,7 @@ def _rows(found: Any, where: str, split: str, preferred: str) -> list[Row]:
     if not isinstance(found, dict):
         if split:
             raise UserError(f"--split={split}: {where} has no splits; leave it out")
-        return [without_nulls(row) for row in found.to_list()]
+        return _listed(found, where)
     names = list(found)
     chosen = split or (names[0] if len(names) == 1 else preferred)
     if chosen not in names:
@@ -77,4 +77,11 @@ def _rows(found: Any, where: str, split: str, preferred: str) -> list[Row]:
         raise UserError(
             f"{asked}{where}: expected a split of {listed(names)}{did_you_mean(split, names)}; choose one with --split"
         )
-    return [without_nulls(row) for row in found[chosen].to_list()]
+    return _listed(found[chosen], where)
+
+
+def _listed(dataset: Any, where: str) -> list[Row]:
+    try:
+        return [without_nulls(row) for row in dataset.to_list()]
+    except UnicodeDecodeError as error:  # its files are opened without a look at what they hold
+        raise UserError(f"{where}: expected text in UTF-8, got something else ({error})") from None

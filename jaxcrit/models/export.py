@@ -38,7 +38,14 @@ _CARRIED = (
 _SHARD_BYTES = 5 * 10**9
 
 
-def export(model: str, out: str, *, dtype: str = "", progress: Progress | None = None) -> Path:
+def export(
+    model: str,
+    out: str,
+    *,
+    dtype: str = "",
+    progress: Progress | None = None,
+    beside: Mapping[str, str] | None = None,
+) -> Path:
     """Loads a checkpoint and writes it again, through the weight table both ways.
 
     Args:
@@ -46,6 +53,7 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
         out: directory to make; must not exist or be empty.
         dtype: dtype of the weights written; default each tensor's own.
         progress: called with (weights done, weights in all, path).
+        beside: texts of further files, by name.
 
     Returns:
         The directory written.
@@ -60,7 +68,8 @@ def export(model: str, out: str, *, dtype: str = "", progress: Progress | None =
     check_free(target)
     # Nothing is computed, so the weights stay on the host and no accelerator needs room for them.
     host = make_mesh({"data": 1}, jax.devices("cpu")[:1])
-    return write_checkpoint(load(checkpoint, mesh=host, progress=progress), checkpoint, target, dtype=dtype)
+    decoder = load(checkpoint, mesh=host, progress=progress)
+    return write_checkpoint(decoder, checkpoint, target, dtype=dtype, beside=beside)
 
 
 def write_checkpoint(
@@ -71,6 +80,7 @@ def write_checkpoint(
     dtype: str = "",
     shard_bytes: int = _SHARD_BYTES,
     before: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> Path:
     """Writes a decoder as a checkpoint directory, whole or not at all.
 
@@ -81,6 +91,7 @@ def write_checkpoint(
         dtype: float32, bfloat16 or float16 for every tensor; default as in the source.
         shard_bytes: largest safetensors file; no more than one file is held in memory.
         before: by name of a tensor, what the source calls it; of a model with layers left out.
+        beside: texts of further files, by name.
 
     Returns:
         ``out``.
@@ -107,6 +118,8 @@ def write_checkpoint(
             folder = source.path if name == "generation_config.json" else source.tokenizer or source.path
             if (folder / name).is_file():
                 shutil.copyfile(folder / name, temporary / name)
+        for name, text in (beside or {}).items():
+            (temporary / name).write_text(text, encoding="utf-8")
         temporary.chmod(0o755)
         temporary.replace(out)
     finally:

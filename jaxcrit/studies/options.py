@@ -32,6 +32,7 @@ class PlanOptions(LayerTrainingOptions, ObjectiveOptions, title="what"):
     layers: str = option("all", "layers by number, all, first:K, last:K, random:K", word="SPEC")
     optimizer: str = option("adamw", "optimizer; lion and adafactor need less memory", OPTIMIZERS, group="layers")
     remat: bool = option(True, "recompute blocks in the backward pass: less memory", group="layers")
+    drift_every: int = option(0, "of finetune: above 0 counts the copy of what trains", lowest=0, group="layers")
     search: bool = option(False, "try meshes and batch sizes, and plan the best that fits", group="how")
     compile: bool = option(True, "compile where libtpu is installed, else shapes alone", group="how")
 

@@ -196,7 +196,8 @@ def _finetune(job: _Job) -> Program:
     residual = np.dtype(job.dtype).itemsize * config.batch_size * config.length * model.width // mesh.size
     return Program(
         units=(Unit(step, (state, frozen, batch)),),
-        kinds={"weights": (frozen, params), "optimizer": state.optimizer, "batch": batch},
+        kinds={"weights": (frozen, params), "optimizer": state.optimizer, "batch": batch}
+        | ({"drift": params} if config.drift_every else {}),
         weights=shard_bytes(frozen) + trained,
         passes=passes,
         tokens=passes * job.tokens,

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -37,6 +37,7 @@ class LoopOptions:
         checkpoint_every: steps between checkpoints; there is one at the end in any case.
         patience: evaluations in a row without a better test loss after which to stop; 0 never stops.
         uniform: loss of a uniform guess, ln V.
+        drift_every: steps between measures of drift, of which one is after the last step; 0 for never.
     """
 
     steps: int
@@ -44,6 +45,7 @@ class LoopOptions:
     checkpoint_every: int
     patience: int
     uniform: float
+    drift_every: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +150,7 @@ def train(
     meta: dict[str, Any],
     leave: Leave = lambda number: False,
     bar: Any = None,
+    drift: Callable[[Bank], Mapping[str, Any]] | None = None,
 ) -> tuple[State, Standing]:
     """Trains from a state to the end.
 
@@ -163,6 +166,7 @@ def train(
         meta: saved with each of them.
         leave: whether to save and go, asked after every step.
         bar: progress bar over steps (tqdm).
+        drift: what a row says of how far parameters have moved.
 
     Returns:
         The last state and standing.
@@ -201,6 +205,8 @@ def train(
         if last or number % options.eval_every == 0:
             standing, tested = _evaluated(evaluate, state, standing, log)
             stopped = out_of_patience(standing, options)
+        if drift is not None and (last or stopped or number % options.drift_every == 0):
+            log.write({"kind": "drift", "step": number, **drift(state.params)})
         leaving = leave(number) and not (last or stopped)
         if last or stopped or leaving or number % options.checkpoint_every == 0:
             log.flush()  # a run that goes on from there needs the rows before it

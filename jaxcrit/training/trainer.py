@@ -30,6 +30,7 @@ from jaxcrit.parallel.mesh import AnyMesh
 from jaxcrit.parallel.preemption import notice
 from jaxcrit.training.checkpoints import Checkpoints, NoCheckpoints, Saved, SavedStanding
 from jaxcrit.training.data import micro_batches
+from jaxcrit.training.drift import Drift
 from jaxcrit.training.forward import Edited
 from jaxcrit.training.loop import LoopOptions, MetricsLog, Standing, out_of_patience, train
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
@@ -97,6 +98,7 @@ class Trainer:
         bars: Bars | None,
         name: str,
         listen: Callable[[State], contextlib.AbstractContextManager[Any]] = lambda _: contextlib.nullcontext(),
+        drift: Drift | None = None,
     ) -> tuple[State, Standing, list[str]]:
         """Trains, from the newest checkpoint where there is one.
 
@@ -114,6 +116,7 @@ class Trainer:
             bars: maker of progress bars.
             name: name of the bar.
             listen: makes of the first state what is told every metric.
+            drift: measures how far layers have moved; not where they are chosen anew.
 
         Returns:
             The last state, of all that was trained, and standing; and the checkpoints that were damaged, a line each.
@@ -139,6 +142,7 @@ class Trainer:
             checkpoint_every=options.checkpoint_every or max(1, self.steps // saves),
             patience=patience,
             uniform=math.log(self.model.config.vocab_size),
+            drift_every=0 if drift is None else drift.every,
         )
         kept = NoCheckpoints() if out is None else Checkpoints(out, keep=keep)
         with notice() as leave, kept as checkpoints, contextlib.ExitStack() as open_while:
@@ -159,7 +163,7 @@ class Trainer:
             while True:
                 self.parts = parts = chosen[-1]
                 end = self.steps if again is None else min(self.steps, len(chosen) * again.every)
-                state, frozen = self._begun(weights, parts, state, old, before)
+                state, frozen = self._begun(weights, parts, state, old, before, drift)
                 step = self._step(parts, state)
                 if log.listener is None:
                     log.listener = open_while.enter_context(listen(state))
@@ -173,6 +177,7 @@ class Trainer:
                     dataclasses.replace(loop, steps=end),
                     step=take,
                     evaluate=functools.partial(measure, frozen),
+                    drift=None if drift is None else functools.partial(drift.measure, frozen),
                     log=log,
                     checkpoints=saved,
                     rate=lambda number: float(self.schedule(number)),
@@ -212,6 +217,7 @@ class Trainer:
         state: State | None,
         old: Partition,
         before: Changed | None,
+        drift: Drift | None = None,
     ) -> tuple[State, Arrays]:
         """The state that a segment begins with, and what is frozen in it.
 
@@ -221,9 +227,12 @@ class Trainer:
             state: state that there is, of ``old``; None for a fresh one.
             old: what it is a state of.
             before: all that was trained so far, where layers are chosen anew.
+            drift: is to know the model before the first step.
         """
         given = weights if self.again is None else dict(weights if before is None else before.merged(weights))
         params, frozen = split(parts.gather(given, self.model.mesh, self.dtype, self.options.seed))
+        if drift is not None:
+            drift.begin(params, frozen)
         if state is None:
             return initial_state(parts, self.optimizer, params, self.model.mesh), frozen
         if before is None:

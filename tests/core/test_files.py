@@ -199,6 +199,7 @@ def test_lines_that_grow(tmp_path):
     for content, message in (
         (b'{"a": 1\n{}\n', "line 1: expected a JSON"),
         (b"{}\n7\n", "line 2: expected a JSON object"),
+        (b'{"a": "\\uDcff"}\n', "line 1: expected UTF-8"),
     ):
         file.write_bytes(content)
         with pytest.raises(UserError, match=message):

@@ -165,6 +165,10 @@ class TestSets:
         assert "--split=tran" in said and "train, test (did you mean 'train'?)" in said
         (saved / "one" / "state.json").write_text("{")
         assert "is a saved dataset, and cannot be read" in refusal(str(saved / "one"), load)
+        (file,) = (saved / "two" / "test").glob("*.arrow")
+        content, text = file.read_bytes(), ROWS[1]["prompt"].encode()
+        file.write_bytes(content.replace(text, b"\xbe" * len(text)))
+        assert "two: expected text in UTF-8" in refusal(str(saved / "two"), load)
 
     def test_a_set_of_the_hub(self, monkeypatch, tmp_path):
         asked, one = [], datasets.Dataset.from_list(ROWS)

@@ -198,6 +198,37 @@ def test_the_set_is_that_of_its_definition(seed, direction):
     assert found == set_by_definition(score, left, 0.9, 500, seed)
 
 
+def bounds_by_definition(scores, lefts, level, draws, seed):
+    """Layer by layer, bounds of its mean rank: how many are surely below it, how many not surely above."""
+    rng, leads, largest = np.random.default_rng(seed), [], np.full(draws, -np.inf)
+    for score, left in zip(scores, lefts, strict=True):
+        count, depth = left.shape
+        multipliers = rng.standard_normal((draws, count))
+        student = np.sqrt((count - 1) / rng.chisquare(count - 1, (draws, 1)))
+        noise = (multipliers @ ((left.mean(axis=0) - left) * np.sqrt((count - 1) / count))) * student
+        lead = np.zeros((depth, depth))
+        for layer in range(depth):
+            for other in set(range(depth)) - {layer}:
+                apart = left[:, layer] - left[:, other]
+                error = np.sqrt((count - 1) / count * np.square(apart - apart.mean()).sum())
+                lead[layer, other] = (score.values[layer] - score.values[other]) / error
+                largest = np.maximum(largest, (noise[:, layer] - noise[:, other]) / error)
+        leads.append(lead)
+    sure = np.array(leads) > np.quantile(largest, level)  # the first is above the second
+    least, most = sure.sum(axis=2).mean(axis=0), (depth - 1 - sure.sum(axis=1)).mean(axis=0)
+    return tuple(np.flatnonzero(least <= most.min()).tolist())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_set_of_several_scores_is_that_of_its_definition(seed):
+    rng = np.random.default_rng(seed)
+    spread = np.array([0.01, 1, 0.02, 2, 0.05, 0.5])
+    values = np.array([0, 0.6, 0.03, -0.2, 0.1, 0.05])
+    scores, lefts = zip(*(gaussian(rng, values, spread=spread) for _ in range(2)), strict=True)
+    found = confidence_set(scores, lefts, level=0.9, trim=0, draws=300, seed=seed)
+    assert found == bounds_by_definition(scores, lefts, 0.9, 300, seed)
+
+
 def test_enough_prompts_are_read_off_the_curve():
     curve = SampleSizes(np.array([10, 40, 160]), np.array([0.5, 0.9, 1.0]), np.ones(3))
     assert curve.enough(0.9) == 40 and curve.enough(0.5) == 10 and curve.enough(1.0) == 160

@@ -131,8 +131,8 @@ def test_commands_write_the_same_files_and_read_them_back(run, storage, model, d
     for arguments in (["export", f"--run={BUCKET}/tuned", f"--out={BUCKET}/x"], ["analyze", f"--model={BUCKET}/x"]):
         assert main(arguments) == 2
         assert "expected a local directory; gcloud storage rsync" in capsys.readouterr().err
-    assert main(["finetune", *given, "--layers=2", "--tensorboard", f"--out={BUCKET}/x"]) == 2
-    assert "--tensorboard: writes local files only" in capsys.readouterr().err
+    assert main(["finetune", *given, "--layers=2", "--track=tensorboard", f"--out={BUCKET}/x"]) == 2
+    assert "--track=tensorboard: keeps local files" in capsys.readouterr().err
     runs = [f"{BUCKET}/{name}" for name in ("analysis", "tuned", "swapped")]
     capsys.readouterr()
     assert main(["verify", *runs]) == 0, capsys.readouterr().out

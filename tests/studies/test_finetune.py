@@ -426,7 +426,7 @@ def test_export_of_a_chosen_checkpoint(finished, adapted, model, tmp_path):
 
 def test_event_files_say_what_the_metrics_say(config, tmp_path):
     events = pytest.importorskip("tensorboardX.proto.event_pb2", reason="pip install -e '.[tensorboard]'")
-    run = run_finetune(dataclasses.replace(config, tensorboard=True, steps=2, eval_every=1))
+    run = run_finetune(dataclasses.replace(config, track="tensorboard", steps=2, eval_every=1))
     found = {}
     for file in (run.out / "tensorboard").iterdir():
         content = file.read_bytes()

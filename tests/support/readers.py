@@ -88,7 +88,11 @@ def _ours(name: str, form: str, kind: Any, **other: Any) -> Callable[[Path], obj
     """Writes an example of a format of jaxcrit's."""
     from jaxcrit.core.files import write_json
 
-    return lambda folder: write_json(folder / name, form, {**example(kind), **other})
+    def make(folder: Path) -> None:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(folder / name, form, {**example(kind), **other})
+
+    return make
 
 
 def _npz(name: str, form: str, arrays: Mapping[str, Any], **meta: Any) -> Callable[[Path], object]:
@@ -740,10 +744,14 @@ def readers() -> dict[str, Reader]:
     from jaxcrit.commands.trace import TracedRun
     from jaxcrit.core.rundir import read_record
     from jaxcrit.criteria.trace import KINDS
+    from jaxcrit.reporting.card import Certain, ChangedRun, card
     from jaxcrit.studies.backdoor import ARM_FORMAT, ArmTests
     from jaxcrit.training.loop import LossRow
 
     run = functools.partial(_ours, "run.json", "jaxcrit.run")
+    certain = _ours("analysis/uncertainty.json", "jaxcrit.uncertainty", Certain)
+    tests = _written("metrics.jsonl", _as_lines([example(LossRow) | {"kind": "eval"}] * 3))
+    carded = _several(run(ChangedRun, config={"analysis": ""}), certain, tests)
     answers = [{**example(Answer), "row": row} for row in range(3)]
     losses = {"losses": np.ones((3, 4)), "tokens": np.ones(4, int)}
     sought = {"1/1/delta": np.ones((2, 4)), "1/1/before": np.ones(2)}
@@ -775,6 +783,7 @@ def readers() -> dict[str, Reader]:
         Reader("run directory", _make_run, _run, share=0.5),
         Reader("run to verify", _make_run, _verified, share=0.2),
         Reader("run of finetune", run(FinetunedRun), lambda folder: read_record(folder, FinetunedRun)),
+        Reader("run for a card", carded, lambda folder: card("name", "base", [folder]), share=0.5),
         Reader("run of reuse", run(ReuseRun), lambda folder: read_record(folder, ReuseRun)),
         Reader("run of trace", run(TracedRun), lambda folder: read_record(folder, TracedRun)),
         Reader("run of edit", run(_edited_kind(), **_edited_record()), _edited),
