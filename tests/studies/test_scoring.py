@@ -346,8 +346,10 @@ def test_command(config, tmp_path, capsys):
     flags = [f"--model={config.model}", f"--data={config.data}", f"--out={tmp_path / 'run'}"]
     assert main(["score", *flags, "--criteria=rgn,stable_rank,block_influence"]) == 0
     out = capsys.readouterr().out
-    assert out.split()[:4] == ["layer", "rgn", "stable_rank", "block_influence"]
-    assert max(map(len, out.splitlines()[:-1])) <= 100
+    choices, table = out.split("\n\n")[:2]
+    assert [line.split()[0] for line in choices.splitlines()[1:]] == ["rgn", "stable_rank", "block_influence"]
+    assert table.split()[:4] == ["layer", "rgn", "stable_rank", "block_influence"]
+    assert max(len(line) for line in out.splitlines() if str(tmp_path) not in line) <= 100
     assert "blind to others" in (tmp_path / "run" / "report.html").read_text()
     assert (tmp_path / "run" / "scores.png").read_bytes().startswith(b"\x89PNG")
 
