@@ -166,7 +166,7 @@ def run_finetune(
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import Partition, Selection, size
     from jaxcrit.parallel.mesh import parse_mesh
-    from jaxcrit.reporting.plots import TRAINING, loss_curves
+    from jaxcrit.reporting.plots import TRAINING, drift_panels, loss_curves
     from jaxcrit.reporting.report import Figure, on_axes
     from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.data import training_steps
@@ -273,6 +273,9 @@ def run_finetune(
             losses = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
             curves = {"test loss": tests, TRAINING: losses}
             Figure("loss.png", on_axes(loss_curves, curves), "Loss over optimizer steps.").write(out)
+            if moved := [row for row in found.metrics if row["kind"] == "drift"]:
+                caption = "How far each layer is from the base: its weights, and its states on held-out rows."
+                Figure("drift.png", functools.partial(drift_panels, moved), caption, (6.2, 5.4)).write(out)
     return found
 
 

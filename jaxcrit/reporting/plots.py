@@ -404,6 +404,27 @@ def loss_curves(curves: Mapping[str, Sequence[tuple[int, float]]], axes: Axes) -
     named(axes, "optimizer step", f"{what} (nats per response token)")
 
 
+def drift_panels(rows: Sequence[Mapping[str, Any]], canvas: Figure) -> None:
+    """How far each layer has moved from the base, in weights and in states, a line for each of up to six steps.
+
+    Args:
+        rows: of kind ``drift`` in ``metrics.jsonl``.
+        canvas: empty figure.
+    """
+    above, below = canvas.subplots(2, 1, sharex=True)
+    shown = [rows[round(place)] for place in np.linspace(0, len(rows) - 1, min(6, len(rows)))]
+    for index, row in enumerate(shown):
+        style: dict[str, Any] = {"color": DEBIASED, "alpha": (index + 1) / len(shown), "linewidth": 1.4}
+        above.plot(row["weights"], label=f"step {row['step']}", **style)
+        if row["cka"] is not None:
+            below.plot(row["cka"], **style)
+    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    named(above, "", "change / weights")
+    below.set_xlabel("layer")
+    below.set_ylabel("CKA with the base")
+    clean(below)
+
+
 def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:
     """How often n prompts would make the same choice, over n.
 

@@ -58,7 +58,7 @@ def drifts(metrics):
 def test_it_is_that_of_the_criterion_and_of_captured_states(asked, changes, tmp_path):
     asked = dataclasses.replace(asked, out=str(tmp_path / "run"), **changes)
     found = drifts(run_finetune(asked).metrics)
-    assert list(found) == [2, 4, 5]
+    assert list(found) == [2, 4, 5] and (tmp_path / "run" / "drift.png").stat().st_size > 10_000
     base, tuned = open_model(asked.model), open_model(asked.out)
     expected = weight_change(weight_changes(base, tuned)).values
     np.testing.assert_allclose(found[5]["weights"], expected, rtol=2e-4, atol=1e-7)
