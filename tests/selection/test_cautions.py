@@ -59,6 +59,13 @@ def test_a_line_of_its_own_from_its_threshold_on(below, above, line):
     assert line in found
 
 
+def test_the_layer_of_the_largest_null_is_named():
+    one = result()
+    one.cka["null_mean"][4, 5], one.cka["null_mean"][6, 7] = 0.7, 0.6
+    (line,) = cautions(one, trim=2)
+    assert "would score 0.70 (layer 5) at 300" in line
+
+
 def test_prompts_of_layers_that_are_not_in_question():
     one = result(share=0.9, certain=0.6)
     one.leverage.share[:] = 0.9

@@ -93,6 +93,17 @@ def test_sample_size_curve_is_what_fresh_prompts_do():
     assert 60 < curve.enough() < 120
 
 
+def test_two_layers_at_each_end_are_left_out_unless_told():
+    values = np.array([0.1, 0.2, 0.3, 0.9, 0.9, 0.5, 0.2, 0.1])
+    one = gaussian(np.random.default_rng(0), values, spread=0.01)
+    two = [gaussian(np.random.default_rng(seed), values, spread=0.01) for seed in (1, 2)]
+    for scores, left in ([one[0]], [one[1]]), tuple(zip(*two, strict=True)):
+        curve, free = sample_sizes(scores, left, 1), sample_sizes(scores, left, 1, trim=0)
+        np.testing.assert_array_equal(curve.same, 1)  # of layer 2, the lowest that may be chosen
+        assert free.same[0] < 1  # 0 and 7 are as low
+        assert confidence_set(scores, left) == (2,) and set(confidence_set(scores, left, trim=0)) >= {0, 7}
+
+
 def test_a_flat_curve_never_settles():
     curves = [
         sample_sizes(*([part] for part in gaussian(np.random.default_rng(s), np.full(9, 0.5))), 1, trim=0)

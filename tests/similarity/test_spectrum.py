@@ -169,3 +169,9 @@ def test_bad_input():
     grams[1, 3, 3] = np.nan
     with pytest.raises(UserError, match="layers 1: the Grams hold NaN"):
         decompose(grams)
+
+
+def test_every_layer_is_told_once():
+    told = []
+    decompose(centred_grams(np.random.default_rng(0).standard_normal((5, 12, 8))), progress=told.append)
+    assert told == [1] * 5
