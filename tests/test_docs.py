@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import json
+import os
 import re
 import shlex
 import sys
@@ -25,7 +27,9 @@ from jaxcrit.core.flags import read
 from jaxcrit.core.groups import AnalyzeOptions, ProcessOptions
 from jaxcrit.core.options import options_of
 from jaxcrit.criteria import registry
+from jaxcrit.data import demo
 from jaxcrit.models import config, families
+from jaxcrit.models.model import EMBEDDED_MODEL
 from jaxcrit.reporting import plots
 from jaxcrit.reporting.report import Figure, on_axes
 
@@ -71,6 +75,25 @@ def test_commands_in_the_docs_have_these_flags():
                 assert flag.removeprefix("no") in known or flag in known, f"{page.name}: jaxcrit {command} --{flag}"
                 found += 1
     assert found > 40
+
+
+@pytest.mark.skipif(not os.environ.get("JAXCRIT_EXPLORE"), reason="takes minutes; run it with JAXCRIT_EXPLORE=1")
+def test_marked_commands_of_the_guide_run(monkeypatch, tmp_path):
+    """In order, in one directory, with what their marks put in place of capitals."""
+    monkeypatch.chdir(tmp_path)
+    os.symlink(EMBEDDED_MODEL, "model")
+    for name, split in (("rows", "train"), ("test", "test")):
+        rows = demo.generate("order", 60, seed=0, split=split)
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    assert main(["analyze", "--model=model", "--data=rows.jsonl", "--out=an"]) == 0
+    blocks = re.findall(r"<!-- run (.*?) -->\n\n((?:    .*\n)+)", (DOCS / "guide.md").read_text(encoding="utf-8"))
+    for told, block in blocks:
+        for word in told.split():
+            capitals, _, value = word.partition("=")
+            block = re.sub(rf"\b{re.escape(capitals)}\b", value, block)
+        for line in block.splitlines():
+            assert main(shlex.split(line)[1:]) == 0, line
+    assert len(blocks) >= 10
 
 
 def test_states_in_the_docs_are_accepted():
