@@ -39,6 +39,7 @@ NO_ROW = {
     "core/run.py:running": "reads again what RunDirectory.open has read",
     "core/rundir.py:RunDirectory._mine": "likewise",
     "studies/verification.py:_compared": "redoes statistics, which tests/studies/test_verification.py tries",
+    "commands/shared.py:tell": "reads what this very command has written",
     "commands/edit.py:_opened": "takes a model; its declaration is that of the row 'run of edit'",
     "commands/trace.py:_kept": "takes a model; its declaration is that of the row 'run of trace'",
 }

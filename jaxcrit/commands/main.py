@@ -100,6 +100,7 @@ EXAMPLES = {
     "reuse": "jaxcrit reuse --sender=DIR --receiver=ft --data=test.jsonl --limit=64 --out=re",
     "remix": "jaxcrit remix --model=DIR --data=reference.jsonl --out=mix",
     "backdoor": "jaxcrit backdoor --model=DIR --data=dolly:train.jsonl --seeds=1 --steps=200 --out=bd",
+    "explore": "jaxcrit explore runs/one runs/two --out=page.html",
     "prune": "jaxcrit prune --model=DIR --data=gsm8k:test.jsonl --drop=block_influence:4 --out=small",
     "export": "jaxcrit export --run=ft --out=tuned",
 }

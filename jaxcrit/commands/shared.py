@@ -112,7 +112,7 @@ def tell(report: Report, out: Path | None) -> int:
         console.tell(f"report: {out / 'report.html'}")
         if (out / RECORD).exists():
             record = read_record(out)
-            tell_next(record["command"], record.get("config", {}), out, console.tell)
+            tell_next(record.get("command", ""), record.get("config", {}), out, console.tell)
     return 0
 
 

@@ -70,7 +70,7 @@ def test_their_steps_are_ours_but_for_layer_0():
 
 @pytest.mark.skipif(not CURVES.exists(), reason="needs the paper's curves, ../shared/paper")
 def test_liu2025_on_the_published_curve():
-    rows = list(csv.DictReader(CURVES.open(encoding="utf-8")))
+    rows = list(csv.DictReader(CURVES.read_text(encoding="utf-8").splitlines()))
     values = np.full(32, np.nan)
     for row in rows:
         values[int(row["center_layer"])] = float(row["dolly"])
