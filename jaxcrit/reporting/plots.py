@@ -538,12 +538,17 @@ def trace_panels(
             _band(axes, score, color, 0.18)
         layer_axis(axes, scores["trace"].num_layers)
         axes.set_ylabel("probability brought back")
-        axes.legend(frameon=False, fontsize=9, loc="upper right")
     mark(panels[0], layers)
     panels[2].axvline(jump, color=NULL, linestyle=":", linewidth=1)
+    twins: list[Axes] = []
     if beside:
         right = panels[2].twinx()
         for index, (key, score) in enumerate(beside.items(), 1):
             right.plot(np.arange(score.num_layers), score.values, "s--", color=LINES[index], markersize=2.5, label=key)
         right.spines["top"].set_visible(False)
-        right.legend(frameon=False, fontsize=9, loc="lower left")
+        right.set_ylabel("δ, step")
+        twins = [right]
+    for axes, further in zip(panels, ([], [], twins), strict=True):  # above the panel, where no curve is
+        lines = [line for one in (axes, *further) for line in one.get_legend_handles_labels()[0]]
+        where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": 3}
+        axes.legend(handles=lines, frameon=False, fontsize=9, **where)
