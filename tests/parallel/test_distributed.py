@@ -117,6 +117,7 @@ def test_finetune_bears_a_process_that_stands_still_and_goes_on_after_one_was_ki
         "--learning_rate=1e-3",
         "--optimizer=sgd",
         "--checkpoint_every=4",
+        "--drift_every=4",
     ]
     out = tmp_path / "two"
     port = free_port()
@@ -143,6 +144,14 @@ def test_finetune_bears_a_process_that_stands_still_and_goes_on_after_one_was_ki
         assert np.abs(value - base[path][3:5]).max() > 1e-4, path
     steps = [row["step"] for row in read_metrics(out / "metrics.jsonl") if row["kind"] == "train"]
     assert steps == list(range(1, 21))
+    moved = [
+        [row for row in read_metrics(tmp_path / name / "metrics.jsonl") if row["kind"] == "drift"]
+        for name in ("two", "one")
+    ]
+    assert [row["step"] for row in moved[0]] == [4, 8, 12, 16, 20]
+    for ours, theirs in zip(*moved, strict=True):
+        np.testing.assert_allclose(ours["weights"], theirs["weights"], rtol=1e-3, atol=1e-7)
+        np.testing.assert_allclose(ours["cka"], theirs["cka"], atol=1e-5)
 
 
 def test_a_notice_to_one_process_lets_both_save_and_leave(tmp_path):
