@@ -175,7 +175,7 @@ class Graph:
 def shares(graph: Graph) -> dict[str, int]:
     """Lines that one command alone uses, by command."""
     room = "jaxcrit.commands" if "jaxcrit.commands.main" in graph.modules else "jaxcrit.cli"
-    beside = {"main", "flags", "progress", "shared", "reference"}
+    beside = {"main", "flags", "progress", "completion", "shared", "reference"}
     commands = [name for name in graph.modules if name.startswith(f"{room}.") and name.rpartition(".")[2] not in beside]
     reached = {name: graph.reached(graph.resolve(name)) for name in commands}
     return {
