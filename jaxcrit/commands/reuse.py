@@ -413,13 +413,6 @@ def _notes(made: Reused) -> list[str]:
         told.insert(0, f"Of the damage of single layers, {span(sorted(top))} hold {share:.0%} ({len(top)} of {depth})")
     if found["beyond_window"]:
         told.append(f"{found['beyond_window']} prefixes are longer than the window of some layer")
-    if made.out is not None and len(found["choice"]["layers"]) < depth:
-        config = made.run["config"]
-        receiver = f"--model={config['receiver']} " if config["receiver"] else ""
-        told.append(
-            f"next: jaxcrit generate {receiver}--sender={config['sender']} --recompute=@{made.out / 'layers.json'}"
-            f" --prefix={config['prefix']} --data={config['data'] or 'FILE'}"
-        )
     return told
 
 

@@ -118,6 +118,13 @@ def _compares(_: Config, out: str) -> Steps:
     return {"compare with another score, ANALYSIS being a run of analyze": pair}
 
 
+def _after_reuse(config: Config, out: str) -> Steps:
+    pair = [("model", config.get("receiver", "")), ("sender", config.get("sender", ""))]
+    rows = [("prefix", config.get("prefix", "")), ("data", config.get("data") or "FILE")]
+    use = _command("generate", *pair, ("recompute", f"@{out}/layers.json"), *rows)
+    return {"answer from the sender's cache": use, **_compares(config, out)}
+
+
 def _after_intervene(config: Config, _: str) -> Steps:
     if config["mode"] not in ("paper", "project"):
         return {}
@@ -143,7 +150,7 @@ _NEXT: Mapping[str, Callable[[Config, str], Steps]] = {
         "load it elsewhere": _command("export", ("run", out), ("out", f"{out}-model")),
     },
     "substitute": _after_substitute,
-    "reuse": _compares,
+    "reuse": _after_reuse,
     "prune": lambda config, out: {"see its answers": _command("generate", *_rows({**config, "model": f"{out}/model"}))},
     "export": _after_export,
 }

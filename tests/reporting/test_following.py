@@ -16,6 +16,7 @@ from jaxcrit.reporting.following import following, told
 
 MODEL = {"model": "my model", "data": "gsm8k:a b.jsonl", "long": "drop", "template": "chat"}
 GIVEN = {"finetune": {"layers": "all"}, "select": {"layers": "first:2"}, "plan": {"layers": "3-5", "mesh": "fsdp=8"}}
+GIVEN |= {"reuse": {"sender": "an other", "receiver": "my model"}}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)

@@ -30,6 +30,7 @@ from jaxcrit.data.templates import Example
 from jaxcrit.evidence import rows as kept
 from jaxcrit.models.model import open_model
 from jaxcrit.parallel.preemption import Preempted
+from jaxcrit.reporting.following import following
 from jaxcrit.studies.reuse import choice, front, halves, most_damaging, pairs_with, sent, sets_to_try
 
 
@@ -94,7 +95,8 @@ def test_a_run(config, tmp_path, capsys):
         assert len(kls) == 1, last
     text = report(made).text()
     assert "of the damage of single layers" in text.lower() and "equal to the bit: 2 of 7" in text
-    assert "next: jaxcrit generate --model=" in text or not found["choice"]["layers"]
+    (use, _) = following("reuse", made.run["config"], str(made.out)).values()
+    assert use.startswith("jaxcrit generate --model=") and f"--recompute=@{made.out}/layers.json" in use
     again = run_reuse(config)
     assert again.found == read_json(out / "reuse.json", "jaxcrit.reuse") and report(again).text() == text
     given = [f"--{name}={getattr(config, name)}" for name in ("sender", "receiver", "data", "prefix", "out")]
