@@ -40,6 +40,13 @@ def test_a_notebook_runs(file, tmp_path):
     assert found in told, "the outputs in the notebook are those of this program"
 
 
+@pytest.mark.parametrize("file", sorted(NOTEBOOKS.glob("*.ipynb")), ids=lambda file: file.stem)
+def test_a_notebook_keeps_nothing_of_the_machine_it_was_run_on(file):
+    outputs = [output for cell in cells(file) for output in cell["outputs"]]
+    assert all(output.get("name") != "stderr" for output in outputs)
+    assert "site-packages" not in json.dumps(outputs)
+
+
 def test_the_one_for_colab_is_the_first_look_but_for_what_installs():
     ours, theirs = (
         json.loads(file.read_text(encoding="utf-8"))["cells"] for file in (NOTEBOOKS / "first_look.ipynb", COLAB)
