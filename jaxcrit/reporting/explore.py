@@ -30,6 +30,7 @@ from jaxcrit.core.layers import LayerScores
 from jaxcrit.core.selections import default_count
 from jaxcrit.reporting import explore_charts as charts
 from jaxcrit.reporting.explore_reading import Source, choice_of, depths
+from jaxcrit.reporting.report import template
 from jaxcrit.selection.correlation import circle, spearman_matrix
 
 LARGEST = 1_500_000  # bytes of a page
@@ -174,18 +175,10 @@ def _embedded(value: Any) -> str:
 
 
 def _template(name: str, **values: Any) -> str:
-    import jinja2
+    from markupsafe import Markup
 
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        finalize=lambda value: visible(value) if type(value) is str else value,
-    )
-    safe = {key: jinja2.filters.Markup(value) for key, value in values.pop("raw", {}).items()}
-    return environment.get_template(name).render(**values, **safe, version=__version__)
+    safe = {key: Markup(value) for key, value in values.pop("raw", {}).items()}
+    return str(template(name).render(**values, **safe, version=__version__))
 
 
 def _render(sources: Sequence[Source], data: Mapping[str, Any], library: str, trim: int) -> str:

@@ -51,7 +51,7 @@ class ReadBack:
         for (where, *_), found in places.items():
             does, meant = (f"{sum(sizes):,}" for sizes in ([one[1] for one in found], [one[2] for one in found]))
             of = f"{where}: of each layer " if where else ""
-            tails = ", ".join(one[0] for one in found)
+            tails = ", ".join(sorted(one[0] for one in found))
             told.append(f"differs: {of}{does} weights {self.format.verb}, {meant} were meant to: {tails}")
         return told
 

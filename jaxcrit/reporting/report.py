@@ -131,6 +131,21 @@ def num_samples(run: Mapping[str, Any]) -> int:
     return sum(one["num_samples"] for one in run["data"].values())
 
 
+def template(name: str) -> Any:
+    """A page's template (jinja2's ``Template``): text is escaped, and control characters in it are shown as such."""
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: visible(value) if type(value) is str else value,
+    )
+    return environment.get_template(name)
+
+
 @dataclasses.dataclass(frozen=True)
 class Section:
     """A part of the report.
@@ -214,18 +229,8 @@ class Report:
     def _html(
         self, pictures: Mapping[str, tuple[bytes, bytes]], record: Mapping[str, Any], steps: Mapping[str, str]
     ) -> str:
-        import jinja2
-
-        environment = jinja2.Environment(
-            loader=jinja2.PackageLoader("jaxcrit.reporting", "."),
-            autoescape=True,
-            undefined=jinja2.StrictUndefined,
-            trim_blocks=True,
-            lstrip_blocks=True,
-            finalize=lambda value: visible(value) if type(value) is str else value,
-        )
         provenance = {key: value for key, value in record.items() if key not in SHOWN_ELSEWHERE}
-        return environment.get_template("report.html.j2").render(
+        return template("report.html.j2").render(
             headlines=[*self.headline, *self.notes],
             warnings=self.warnings,
             command=record["command"],
