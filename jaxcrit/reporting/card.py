@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypedDict
@@ -162,5 +162,5 @@ def _table(heads: Sequence[str], rows: Iterator[tuple[Any, ...]] | Sequence[tupl
 
 
 def _named(text: str) -> str:
-    """A path's last part, so that a card that is published tells nothing of the machine; anything else as it is."""
-    return os.path.basename(text.rstrip("/")) if os.path.isabs(text) or text.startswith(("~", ".")) else text
+    """Text with the last part alone of each path, as a published card should tell nothing of the machine; URLs stay."""
+    return text if "://" in text else re.sub(r"(^|[:,=@])[/~.][^,:=@]*/(?=[^,:=@/])", r"\1", text.rstrip("/"))

@@ -76,3 +76,22 @@ def test_what_names_hold_cannot_draw_on_the_page(tmp_path):
     write_json(tmp_path / "run.json", "jaxcrit.run", {"command": "edit", "data": data})
     assert "\n# c" not in (text := card("x", "", [tmp_path])) and "\x1b" not in text
     assert "a\\|b" in text and "| y.jsonl |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("/home/me/rows.jsonl", "rows.jsonl"),
+        ("dolly:/home/me/rows.jsonl", "dolly:rows.jsonl"),
+        ("dolly:~/a.jsonl,gsm8k:../b/c.jsonl", "dolly:a.jsonl,gsm8k:c.jsonl"),
+        ("/runs/adapter@/models/base/", "adapter@base"),
+        ("demo:closed", "demo:closed"),
+        ("org/model", "org/model"),
+        ("gs://bucket/rows.jsonl", "gs://bucket/rows.jsonl"),
+    ],
+)
+def test_sources_are_told_without_their_folders(tmp_path, given, told):
+    record = {"command": "edit", "data": {"rows": {"source": given}}, "config": {"scores": given}}
+    write_json(tmp_path / "run.json", "jaxcrit.run", record)
+    text = card("x", given if "/" not in told else "", [tmp_path])
+    assert f"| rows | None | {told} |" in text and f"--scores={told}\n" in text
