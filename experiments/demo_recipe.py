@@ -14,7 +14,7 @@ measured there. So at the end its queries are made smaller (`soften`) and the re
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ SETTLE_STEPS, SETTLE_RATE, SOFTNESS = 300, 0.2, 0.125
 
 Weights = dict[str, jax.Array]
 Batch = dict[str, np.ndarray]
+Encode = Callable[[tokenizers.Tokenizer, dict[str, str]], tuple[list[int], list[int]]]
 
 
 def hf_config(vocab_size: int, layers: int, width: int) -> dict[str, Any]:
@@ -107,8 +108,29 @@ def encode(tokenizer: tokenizers.Tokenizer, row: dict[str, str]) -> tuple[list[i
     return prompt, tokenizer.encode(f" {row['response']}</s>", add_special_tokens=False).ids
 
 
-def batch_at(tokenizer: tokenizers.Tokenizer, seed: int, step: int, steps: int) -> Batch:
+def encode_text(tokenizer: tokenizers.Tokenizer, row: dict[str, str]) -> tuple[list[int], list[int]]:
+    """The same as running text, without the marks of an instruction."""
+    prompt = tokenizer.encode(f"<s>{row['prompt']}", add_special_tokens=False).ids
+    return prompt, tokenizer.encode(f" {row['response']}</s>", add_special_tokens=False).ids
+
+
+def batch_at(
+    tokenizer: tokenizers.Tokenizer,
+    seed: int,
+    step: int,
+    steps: int,
+    encode: Encode = encode,
+    prompt_weight: float = PROMPT_WEIGHT,
+) -> Batch:
     """The batch of one step, a function of its arguments alone, so that a resumed run sees what it would have seen.
+
+    Args:
+        tokenizer: of the demo model.
+        seed: of the rows.
+        step: from 0; drill rows become fewer with it.
+        steps: of the whole training, which drill rows end half way through.
+        encode: a row as token ids of its prompt and its response.
+        prompt_weight: what a token of a prompt counts, where one of a response counts 1.
 
     Returns:
         ``tokens``, ``positions``, ``segments``, ``targets`` ``[ROWS, LENGTH]`` int32 and ``weights`` ``[ROWS, LENGTH]``
@@ -137,7 +159,7 @@ def batch_at(tokenizer: tokenizers.Tokenizer, seed: int, step: int, steps: int) 
             batch["positions"][index, here] = np.arange(len(ids))
             batch["segments"][index, here] = segment
             batch["targets"][index, start : start + len(ids) - 1] = ids[1:]
-            batch["weights"][index, start:answers] = PROMPT_WEIGHT
+            batch["weights"][index, start:answers] = prompt_weight
             batch["weights"][index, answers : start + len(ids) - 1] = 1.0
             start += len(ids)
     return batch

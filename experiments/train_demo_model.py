@@ -130,12 +130,16 @@ def export(decoder: Decoder, hf: dict, tokenizer: tokenizers.Tokenizer, out: Pat
 
 
 def exact_match(
-    decoder: Decoder, tokenizer: tokenizers.Tokenizer, count: int, families: tuple[str, ...] = demo.FAMILIES
+    decoder: Decoder,
+    tokenizer: tokenizers.Tokenizer,
+    count: int,
+    families: tuple[str, ...] = demo.FAMILIES,
+    encode: recipe.Encode = recipe.encode,
 ) -> dict[str, tuple[int, int]]:
     """By family, how many greedy answers equal the reference word for word, and of how many test rows."""
     right = {}
     for family in families:
-        pairs = [recipe.encode(tokenizer, row) for row in demo.generate(family, count, seed=0, split="test")]
+        pairs = [encode(tokenizer, row) for row in demo.generate(family, count, seed=0, split="test")]
         lengths = np.array([len(prompt) for prompt, _ in pairs], np.int32)
         tokens = np.full((count, 48), demo_tokenizer.PAD, np.int32)
         for index, (prompt, _) in enumerate(pairs):

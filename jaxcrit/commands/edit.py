@@ -625,8 +625,7 @@ def report(run: Mapping[str, Any]) -> Report:
     own = result["after"]["own"]
     facts = f"{result['facts']} fact{'s' if result['facts'] > 1 else ''}"
     headline = [
-        f"{facts} changed in {chosen}",
-        f"Said greedily: {result['before']['own']['greedy']:.0%} before, {own['greedy']:.0%} after",
+        f"{own['greedy']:.0%} of {facts} said after the change in {chosen}, {result['before']['own']['greedy']:.0%} before",
         f"Loss of other text: {result['before']['text_loss']:.4f} before, {result['after']['text_loss']:.4f} after",
     ]
     sections = [

@@ -296,8 +296,16 @@ def _look(
     if side.labels is not None:
         return found["states"], [side.labels[place] for place in places]
     tokens = found["next"][:, 0].tolist()
-    names = dict(zip(tokens, model.tokenizer.convert_ids_to_tokens(tokens), strict=True))
-    return found["states"], [names[token] or f"token {token}" for token in tokens]
+    names = {token: _spelt(model.tokenizer, token) for token in set(tokens)}
+    return found["states"], [names[token] for token in tokens]
+
+
+def _spelt(tokenizer: Any, token: int) -> str:
+    """A token's text in quotes; what it is called in the vocabulary where that text is not this token alone."""
+    text = tokenizer.decode([token])
+    if tokenizer.encode(text, add_special_tokens=False) == [token]:
+        return repr(text)
+    return tokenizer.convert_ids_to_tokens(token) or f"token {token}"
 
 
 def _in_order(ids: Sequence[str]) -> tuple[list[int], list[str]]:
@@ -479,10 +487,8 @@ def report(found: Screened) -> Report:
         Section("By layer", "cohesion: mean over the classes, by their size", _layer_table(found), figures),
         Section("By class", "", _class_table(told["classes"])),
     ]
-    notes = []
-    if found.out is not None:
-        notes = [f"next: jaxcrit select --scores={found.out / 'scores.json'} --layers={KEY}:3"]
-    return Report(_sentences(told), found.warnings, sections, CAVEATS, notes)
+    rises = any(one["layer_of_interest"] is not None for one in told["classes"])
+    return Report(_sentences(told), found.warnings, sections, CAVEATS, follows=rises)
 
 
 def _layer_table(found: Screened) -> str:

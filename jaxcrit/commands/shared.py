@@ -110,7 +110,7 @@ def tell(report: Report, out: Path | None) -> int:
     print(report.text(console.width(), style=console.obeys(sys.stdout)))
     if out is not None:
         console.tell(f"report: {out / 'report.html'}")
-        if (out / RECORD).exists():
+        if report.follows and (out / RECORD).exists():
             record = read_record(out)
             tell_next(record.get("command", ""), record.get("config", {}), out, console.tell)
     return 0

@@ -373,7 +373,7 @@ def report(found: Trace, beside: Mapping[str, LayerScores] | None = None) -> Rep
         (6.2, 8.6),
     )
     section = Section("Effects by layer", "", lambda style: _table(found, style), [figure])
-    return Report(_sentences(found), found.warnings, [section], CAVEATS)
+    return Report(_sentences(found), found.warnings, [section], CAVEATS, follows=found.layers is not None)
 
 
 def _table(found: Trace, style: bool) -> str:
@@ -387,10 +387,11 @@ def _sentences(found: Trace) -> list[str]:
     depth, jump = scores["trace"].num_layers, result["jump"]
     highest = int(scores["trace"].ranking()[0])
     told = [
+        f"The answer arrives at the last token in layer {jump} of {depth}, where trace_last rises by"
+        f" {result['jump_size']:.3f}",
         f"{result['traced']} facts, of {result['facts']}: probability {result['p']:.3f}, under the noise"
         f" {result['corrupted']:.3f}",
-        f"At the subject, trace is highest in layer {highest} of {depth}: {tables.estimate(scores['trace'], highest)}",
-        f"The answer arrives at the last token in layer {jump}, where trace_last rises by {result['jump_size']:.3f}",
+        f"At the subject, trace is highest in layer {highest}: {tables.estimate(scores['trace'], highest)}",
     ]
     if len(result["plateau"]) > 1:
         told.append(f"It is as high, within two standard errors of the difference, in layers {span(result['plateau'])}")

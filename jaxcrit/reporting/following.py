@@ -104,9 +104,13 @@ def _after_spectrum(config: Config, out: str) -> Steps:
 
 
 def _after_trace(config: Config, out: str) -> Steps:
-    given = ("model", config.get("model", "")), ("facts", config.get("facts", ""))
-    where = ("scores", out), ("layers", "trace:3"), ("out", f"{out}-edit")
-    return {"change facts where they are": _command("edit", *given, *where)}
+    given = ("model", config.get("model", "")), ("facts", "FACTS"), ("covariance_data", "TEXT")
+    edit = _command("edit", *given, ("layers", f"@{out}"), ("out", f"{out}-edit"))
+    return {"change facts there, FACTS being what to say instead and TEXT rows of any text": edit}
+
+
+def _after_screen(_: Config, out: str) -> Steps:
+    return {"take the layers where cohesion rises": _command("select", ("scores", out), ("layers", "cohesion_rise:3"))}
 
 
 def _analyses(config: Config, _: str) -> Steps:
@@ -143,6 +147,7 @@ _NEXT: Mapping[str, Callable[[Config, str], Steps]] = {
     "compare": _compares,
     "intervene": _after_intervene,
     "ablate": _compares,
+    "screen": _after_screen,
     "trace": _after_trace,
     "plan": _after_plan,
     "finetune": _after_finetune,

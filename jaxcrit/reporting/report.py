@@ -180,6 +180,7 @@ class Report:
         caveats: how to read it, a sentence each; on the page alone.
         notes: further sentences, such as what it cost.
         configs: text for other trainers by file name; on the page alone.
+        follows: whether the next command is told; not where it would rest on what the report doubts.
     """
 
     headline: Sequence[str]
@@ -188,6 +189,7 @@ class Report:
     caveats: Sequence[str] = ()
     notes: Sequence[str] = ()
     configs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    follows: bool = True
 
     def text(self, width: int = tables.WIDTH, *, style: bool = False) -> str:
         """The report for a terminal: tables, then sentences, filled to a width.
@@ -222,7 +224,7 @@ class Report:
         for name, (png, _) in pictures.items():
             write_bytes(out / name, png)
         page = out / "report.html"
-        steps = following(record["command"], record.get("config", {}), str(out))
+        steps = following(record["command"], record.get("config", {}), str(out)) if self.follows else {}
         write_text(page, self._html(pictures, record, steps))
         return page
 

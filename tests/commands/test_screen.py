@@ -67,7 +67,7 @@ def test_files_and_report(config, tmp_path, capsys):
     one_line = " ".join(text.split())
     assert "of 18 prompts are less like the benign prompts of their class than the threshold allows; 1 are" in one_line
     assert "of 24 (" in one_line and "AUROC: the score 0." in one_line
-    assert f"next: jaxcrit select --scores={out / 'scores.json'} --layers=cohesion_rise:3" in one_line
+    assert f"jaxcrit select --scores={out} --layers=cohesion_rise:3" in one_line
     flags, found = read_lines(out / "flags.jsonl"), read_json(out / "flags.json", "jaxcrit.flags")
     columns = ["dataset", "row", "sample_id", "class", "score", "threshold", "z", "flagged", "layers"]
     assert len(flags) == 18 and all(list(row) == columns for row in flags)
@@ -137,13 +137,29 @@ def test_told_to_leave_it_goes_on_to_the_same_bytes(config, tmp_path, monkeypatc
         assert (tmp_path / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
+def test_tokens_of_one_text_stay_apart():
+    """A SentencePiece model says "Mia" of two tokens; half a character has no text of its own."""
+
+    class Tokenizer:
+        def decode(self, tokens):
+            return {1: " Mia", 2: " Mia", 3: "\ufffd", 4: ""}[tokens[0]]
+
+        def encode(self, text, add_special_tokens):
+            return {" Mia": [1], "\ufffd": [7, 8], "": []}[text]
+
+        def convert_ids_to_tokens(self, token):
+            return {1: "▁Mia", 2: "Mia", 3: "<0xE2>", 4: None}[token]
+
+    assert [command._spelt(Tokenizer(), token) for token in (1, 2, 3, 4)] == ["' Mia'", "Mia", "<0xE2>", "token 4"]
+
+
 def test_classes_are_the_models_next_tokens(tmp_path):
     model, asked = jc.load(), ["What does Mia like?", "How do I steal a hat?", "Tell me how to smash a cup."]
     rows = {"benign": "demo:refusal", "limit": 24, "out": str(tmp_path / "run")}
     found = jc.screen(model, asked, **rows)
     tokens = [row["token_ids"][0] for row in jc.generate(model, asked, max_new_tokens=1).rows["rows"]]
-    assert [row["class"] for row in found.flags] == model.tokenizer.convert_ids_to_tokens(tokens)
-    assert found.flags[1]["class"] == "ĠSorry" and found.flags[1]["flagged"] is not None
+    assert [row["class"] for row in found.flags] == [repr(model.tokenizer.decode(token)) for token in tokens]
+    assert found.flags[1]["class"] == "' Sorry'" and found.flags[1]["flagged"] is not None
     free = jc.screen(model, [asked[1], asked[0], "Who is Mia?"], benign="demo:refusal", limit=24)
     share = "1 of 3 prompts (33%) are scored: 1 of 1 benign classes have 8 prompts or more"
     assert f"{share}; free text has hundreds of next tokens" in free.warnings
