@@ -622,11 +622,11 @@ def report(run: Mapping[str, Any]) -> Report:
 
     result = run["result"]
     chosen = LayerSet.from_json(run["layers"], "run.json")
-    own = result["after"]["own"]
+    own, before = result["after"]["own"], result["before"]
     facts = f"{result['facts']} fact{'s' if result['facts'] > 1 else ''}"
     headline = [
-        f"{own['greedy']:.0%} of {facts} said after the change in {chosen}, {result['before']['own']['greedy']:.0%} before",
-        f"Loss of other text: {result['before']['text_loss']:.4f} before, {result['after']['text_loss']:.4f} after",
+        f"{own['greedy']:.0%} of {facts} said after the change in {chosen}, {before['own']['greedy']:.0%} before",
+        f"Loss of other text: {before['text_loss']:.4f} before, {result['after']['text_loss']:.4f} after",
     ]
     sections = [
         Section("Answers", "", _answers(result)),

@@ -27,9 +27,9 @@ def remix_effects(found: Mapping[str, Any], measure: Literal["exact", "loss"], a
         control = "," in one["name"] or one["name"] in ("own shares", "mean of all references")
         color = NULL if control else BIASED if one["name"] == "oracle" else DEBIASED
         axes.errorbar(change, place, xerr=[[change - low], [high - change]], fmt="o", color=color, capsize=3)
-    axes.axvline(0, color=NULL, linewidth=1)
         # Above its interval, in whose way it would stand elsewhere: no margin is wide enough on a phone.
         axes.text(0.01, place + 0.22, one["name"], transform=axes.get_yaxis_transform(), fontsize=9)
+    axes.axvline(0, color=NULL, linewidth=1)
     axes.set_yticks(np.arange(len(variants)), [""] * len(variants))
     axes.set_ylim(-0.4, len(variants) - 0.3)
     axes.set_xlabel(_LABELS[measure])
