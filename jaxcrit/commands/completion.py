@@ -101,12 +101,16 @@ def _words(one: Option) -> list[str]:
 def _fish() -> str:
     lines = ["# jaxcrit completion fish > ~/.config/fish/completions/jaxcrit.fish"]
     for name, (_, summary) in COMMANDS.items():
-        lines.append(f"complete -c jaxcrit -f -n __fish_use_subcommand -a {name} -d {_quoted(summary)}")
+        for after in ("__fish_use_subcommand", "'__fish_seen_subcommand_from help'"):
+            lines.append(f"complete -c jaxcrit -f -n {after} -a {name} -d {_quoted(summary)}")
+    lines.append("complete -c jaxcrit -f -n __fish_use_subcommand -a 'help completion'")
     for name, found in _options().items():
         for one in found:
             takes = "" if one.kind is bool else f" -x -a {_quoted(' '.join(one.choices))}" if one.choices else " -r"
             seen = f"complete -c jaxcrit -n '__fish_seen_subcommand_from {name}' -l"
             lines.append(f"{seen} {one.name}{takes} -d {_quoted(one.help)}")
+            if one.kind is bool:
+                lines.append(f"{seen} no{one.name} -d {_quoted('not: ' + one.help)}")
     return "\n".join(lines) + "\n"
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import pty
+import select
 import shlex
 import shutil
 import subprocess
 import sys
 import tempfile
+import time
 import types
 
 import pytest
@@ -137,6 +141,69 @@ def bash_script(tmp_path_factory):
     file = tmp_path_factory.mktemp("completion") / "jaxcrit.bash"
     file.write_text(script(["bash"]))
     return file
+
+
+def needed(shell):
+    if shutil.which(shell) is None:
+        pytest.skip(f"needs {shell}")
+
+
+def test_fish_completes_them_too(tmp_path):
+    needed("fish")
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "script").write_text(script(["fish"]))
+    asked = {"ana": "analyze", "help sel": "select", "analyze --win": "--window", "analyze --noe": "--noembed"}
+    asked |= {
+        "finetune --long=d": "--long=drop",
+        "finetune --data=tra": "--data=train.jsonl",
+        "comp": "compare completion",
+    }
+    lines = ["source script", *(f"echo = (complete -C 'jaxcrit {typed}' | cut -f 1)" for typed in asked)]
+    fish = ["fish", "--no-config", "-c", "\n".join(lines)]
+    done = subprocess.run(fish, cwd=tmp_path, capture_output=True, text=True, env=os.environ | {"HOME": str(tmp_path)})
+    assert [line[2:] for line in done.stdout.splitlines()] == list(asked.values()), done.stderr
+
+
+def test_zsh_completes_them_too(tmp_path):
+    """Typed with a tab into a shell of its own, where a function of the command's name says what it was given."""
+    needed("zsh")
+    (tmp_path / "train.jsonl").touch()
+    (tmp_path / "_jaxcrit").write_text(script(["zsh"]))
+    asked = {"jaxcrit ana": "analyze", "jaxcrit help ed": "help edit", "jaxcrit analyze --lim": "analyze --limit="}
+    asked |= {"jaxcrit analyze --noe": "analyze --noembed", "jaxcrit finetune --long=d": "finetune --long=drop"}
+    asked |= {"jaxcrit data --data=tra": "data --data=train.jsonl"}
+    found = f"fpath=({shlex.quote(str(tmp_path))} $fpath); autoload -Uz compinit; compinit -u -D"
+    setup = f"PS1='> '; {found}; jaxcrit() {{ print -r -- G''OT:$*:END }}"
+    ours, its = pty.openpty()
+    env = {"PATH": os.environ["PATH"], "TERM": "dumb", "HOME": str(tmp_path)}
+    streams = dict.fromkeys(("stdin", "stdout", "stderr"), its)
+    shell = subprocess.Popen(["zsh", "-f"], cwd=tmp_path, env=env, start_new_session=True, **streams)
+    try:
+        os.write(ours, f"{setup}; jaxcrit ready\r".encode())
+        assert given(ours) == "ready"
+        for typed, completed in asked.items():
+            for pause in (0.2, 1, 4):  # a busy machine's shell may not have taken the tab before the line's end
+                time.sleep(pause)
+                os.write(ours, f"{typed}\t".encode())
+                time.sleep(pause)
+                os.write(ours, b"\r")
+                if (said := given(ours)) == completed:
+                    break
+            assert said == completed
+    finally:
+        shell.kill()
+        shell.wait()
+        os.close(ours)
+        os.close(its)
+
+
+def given(terminal: int) -> str:
+    """What the function in the shell says that it was given."""
+    text = ""
+    while "END" not in text.partition("GOT:")[2]:
+        assert select.select([terminal], [], [], 20)[0], text
+        text += os.read(terminal, 4096).decode()
+    return text.partition("GOT:")[2].partition(":END")[0]
 
 
 def test_every_shell_is_told_every_flag():
