@@ -12,17 +12,24 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import base_and_instruct
 import evidence_table2
+import handover
 import pooled_test
 import selection_regret
+import spectral_dynamics
+import tangent_kernel
+from removal_report import removal_told
 
 from jaxcrit.core.files import read_json, write_text
+from jaxcrit.reporting.backdoor import backdoor_text
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import run_plan
 
 RESULTS = Path(__file__).parent / "results"
 NAMES = ("gsm8k", "dolly", "boolq", "openbookqa", "alpaca")
+ALL = ",".join(f"{name}:{name}_test.jsonl" for name in NAMES)
 NEXT = " \\\n    "  # a command goes on in the next line
 
 
@@ -104,6 +111,65 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
         selection_regret.FORMAT,
         selection_regret.report,
         regret("gsm8k", "--lora_rank=8 --random=10 --held=0 --seeds=1 --again_steps=0", out="lora"),
+    ),
+    "hand-over": (
+        "handover",
+        handover.FORMAT,
+        handover.report,
+        NEXT.join(
+            [
+                "python experiments/handover.py --table2=runs/table2/evidence_table2.json --out=runs/handover",
+                "--interventions=runs/trace:trace_last,runs/trace:trace,runs/accuracy/ablate/facts:ablation_skip_greedy,"
+                "runs/accuracy/ablate/sums:ablation_skip_greedy",
+            ]
+        ),
+    ),
+    "base and instruct": (
+        "base_and_instruct",
+        base_and_instruct.FORMAT,
+        base_and_instruct.report,
+        "python experiments/base_and_instruct.py --minutes=55 --out=runs/phases",
+    ),
+    "tangent kernels": (
+        "tangent_kernel",
+        tangent_kernel.FORMAT,
+        tangent_kernel.report,
+        command(
+            "tangent_kernel",
+            "--data=gsm8k:gsm8k_train.jsonl --test_data=gsm8k:gsm8k_test.jsonl",
+            "--scores=runs/table2/runs/base-gsm8k/analysis/scores.json --out=runs/tangent",
+        ),
+    ),
+    "freezing": (
+        "backdoor_real",
+        "jaxcrit.backdoor",
+        lambda content: backdoor_text(content, width=110),
+        NEXT.join(
+            [
+                "jaxcrit backdoor --model=SmolLM2.gguf --data=dolly:dolly_train.jsonl --split=all --limit=400",
+                "--eval_data=dolly:dolly_test.jsonl --eval_split=all --long=drop --max_length=192",
+                "--trigger=cf@prefix --decoys=0.2",
+                '--target="Mia likes gold rings." --learning_rate=5e-5 --steps=60 --batch_size=4 --eval_every=15',
+                "--arms=full,critical:5,noncritical:5,random:5*2,first:5,last:5 --seeds=2 --eval_prompts=60",
+                "--max_new_tokens=16 --noremat --out=runs/freezing",
+            ]
+        ),
+    ),
+    "spectral": (
+        "spectral_dynamics_real",
+        "jaxcrit.spectral_dynamics",
+        spectral_dynamics.told,
+        command("spectral_dynamics", f"--data={ALL}", "--split=all --limit=300 --k=1,3,10 --out=runs/spectral"),
+    ),
+    "components": (
+        "pc_removal_real",
+        "jaxcrit.removal",
+        removal_told,
+        command(
+            "pc_removal",
+            "--data=openbookqa:openbookqa_test.jsonl --split=all --limit=300 --max_new_tokens=24",
+            "--layers=3,6,9,13,16,19,22,25 --critical=3,13,22 --out=runs/removal",
+        ),
     ),
 }
 

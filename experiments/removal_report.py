@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
 from removal import Cell, Removal
 
-from jaxcrit.core.layers import LayerSet
+from jaxcrit.core.layers import LayerSet, span
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.reporting.plots import LINES, layer_axis, mark
 from jaxcrit.reporting.report import Figure
 from jaxcrit.reporting.tables import aligned, shortened
 
 _SHOWN_WARNINGS = 3
+Contrasts = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]  # by set, contrast and measure: mean, low, high
 
 
 def removal_text(found: Removal) -> str:
@@ -39,7 +41,7 @@ def removal_text(found: Removal) -> str:
             shown = [value(cells[layer, name]) for name in sets]
             rows.append([str(layer), *shown, "◀ critical" if layer in found.critical.layers else ""])
         lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows)]
-    lines += ["", *contrast_lines(found), "", *example_lines(found)]
+    lines += ["", *contrast_lines(found.contrasts, found.plain.exact is not None), "", *example_lines(found)]
     lines.append(
         f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s ({found.cpu_seconds} s of CPU);"
         f" {found.buckets} buckets, {found.compiled[0]} + {found.compiled[1]} compiled"
@@ -47,16 +49,29 @@ def removal_text(found: Removal) -> str:
     return "\n".join(lines)
 
 
-def contrast_lines(found: Removal) -> list[str]:
-    """Differences with intervals, a line for each set and contrast."""
-    shown = ["changed", *([] if found.plain.exact is None else ["exact"]), "kl"]
+def contrast_lines(contrasts: Contrasts, exact: bool) -> list[str]:
+    """Differences with intervals, a line for each set and contrast; of exact match where there are references."""
+    shown = ["changed", *(["exact"] if exact else []), "kl"]
     rows = []
-    for name, kinds in found.contrasts.items():
+    for name, kinds in contrasts.items():
         for kind, measures in kinds.items():
             cells = ["{:+.2f} [{:+.2f}, {:+.2f}]".format(*measures[measure]) for measure in shown]
             rows.append([*cells, f"{name}: {kind}"])
     title = "differences of means over the layers, paired by prompt, 95 % intervals:"
     return [title, *aligned([*shown, "set"], rows)]
+
+
+def removal_told(content: Mapping[str, Any]) -> str:
+    """What ``removal.json`` says, in short: of every dataset the differences."""
+    parts = []
+    for one in content["datasets"]:
+        layers = sorted({cell["layer"] for cell in one["cells"]})
+        parts += [
+            f"{one['dataset']}: {one['plain']['n']} prompts, layers {span(layers)}; critical: {span(one['critical'])}",
+            *contrast_lines(one["contrasts"], one["plain"]["exact"] is not None),
+            "",
+        ]
+    return "\n".join(parts[:-1])
 
 
 def example_lines(found: Removal) -> list[str]:

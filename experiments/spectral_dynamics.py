@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -68,6 +69,20 @@ def table(everything: Mapping[str, Mapping[str, Tracking]], ks: Sequence[int], k
     return "\n".join(aligned([*(f"top {k}" for k in ks), "best", "p(best)", ""], rows))
 
 
+def told(content: Mapping[str, Any]) -> str:
+    """Both tables, from what ``spectral_dynamics.json`` holds."""
+    ks, everything = content["k"], {}
+    for name, one in content["datasets"].items():
+        everything[name] = tracked({key: LayerScores.from_json(key, curve) for key, curve in one["curves"].items()}, ks)
+    lines = []
+    for key, word in (("delta", "biased, the paper's"), ("delta_debiased", "debiased")):
+        lines += [f"Spearman's ρ of CCA with δ ({word}); in brackets p of all circular shifts:"]
+        lines += [table(everything, ks, key), ""]
+    pairs = [one for found in everything.values() for both in found.values() for one in both.correlations.values()]
+    least = 1 / max([1, *(one.num_layers for one in pairs)])
+    return "\n".join([*lines, f"p cannot be below {least:.3f} here: one over the layers that have a whole window."])
+
+
 def main(arguments: Sequence[str]) -> None:
     """Decomposes, prints the correlations, writes them."""
     (options,) = flags.read([SpectrumOptions], "spectral_dynamics", arguments)
@@ -100,17 +115,7 @@ def main(arguments: Sequence[str]) -> None:
         "paper": {str(k): {"rho": rho, "p_shift": p} for k, (rho, p) in PAPER.items()},
     }
     write_json(analysis.out / "spectral_dynamics.json", "jaxcrit.spectral_dynamics", plain(content))
-    for key, word in (("delta", "biased, the paper's"), ("delta_debiased", "debiased")):
-        print(f"Spearman's ρ of CCA with δ ({word}); in brackets p of all circular shifts:")
-        print(table(everything, analysis.ks, key) + "\n")
-    least = 1 / max(
-        1,
-        max(
-            (one.num_layers for f in everything.values() for t in f.values() for one in t.correlations.values()),
-            default=1,
-        ),
-    )
-    print(f"p cannot be below {least:.3f} here: one over the layers that have a whole window.")
+    print(told(content))
     print(f"report: {report}")
 
 

@@ -88,7 +88,7 @@ EXAMPLES = {
     "generate": "jaxcrit generate --model=DIR --data=test.jsonl --max_new_tokens=128 --out=answers",
     "spectrum": "jaxcrit spectrum --model=DIR --data=gsm8k:train.jsonl --limit=300 --out=sp",
     "verify": "jaxcrit verify an ft",
-    "compare": "jaxcrit compare an/gsm8k an-tuned/gsm8k --out=cmp",
+    "compare": "jaxcrit compare an an-tuned --out=cmp",
     "intervene": "jaxcrit intervene --model=DIR --data=test.jsonl --layers=14 --components=0 --mode=project",
     "ablate": "jaxcrit ablate --model=DIR --data=gsm8k:test.jsonl --limit=64 --out=ab",
     "screen": "jaxcrit screen --model=DIR --benign=good.jsonl --data=new.jsonl --out=flags",

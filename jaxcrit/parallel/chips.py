@@ -52,7 +52,7 @@ _G = 10**9
 ANY_GPU = "gpu"  # of which --memory says what it has
 # Of `v4-8` and `v5p-8` the number counts TensorCores, two a chip; of the others it counts chips.
 _CORES = ("v4", "v5p")
-_ALSO = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x", "trillium": "v6e", "a10g": "a10"}
+_ALSO = {"v5litepod": "v5e", "v5lite": "v5e", "v7x": "tpu7x", "ironwood": "tpu7x", "trillium": "v6e"}
 CHIPS = {
     chip.name: chip
     for chip in (
@@ -67,6 +67,7 @@ CHIPS = {
         Chip("h200", 141 * 10**9, 989e12, 4800 * _G, 900 * _G, _GPU + "h200"),
         Chip("b200", 180 * 10**9, 2250e12, 7700 * _G, 1800 * _G, _GPU + "dgx-b200"),
         Chip("a10", 24 * 2**30, 125e12, 600 * _G, 64 * _G, _GPU + "products/a10-gpu"),
+        Chip("a10g", 24 * 2**30, 70e12, 600 * _G, 64 * _G, "https://aws.amazon.com/ec2/instance-types/g5/"),
         Chip("l4", 24 * 2**30, 121e12, 300 * _G, 64 * _G, _GPU + "l4"),
         Chip("l40s", 48 * 2**30, 362e12, 864 * _G, 64 * _G, _GPU + "l40s"),
         Chip("rtx3090", 24 * 2**30, 71e12, 936 * _G, 64 * _G, _CARD + "30-series/rtx-3090-3090ti"),
