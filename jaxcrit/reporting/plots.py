@@ -325,7 +325,7 @@ def score_scatter(a: LayerScores, b: LayerScores, names: Sequence[str], axes: Ax
     x, y = a.values[layers], b.values[layers]
     across, up = (None if one.stderr is None else 1.96 * one.stderr[layers] for one in (a, b))
     axes.errorbar(x, y, yerr=up, xerr=across, fmt="none", ecolor=NULL, alpha=0.35, linewidth=0.8)
-    axes.scatter(x, y, c=layers, cmap="viridis_r", s=24, zorder=3)
+    axes.scatter(x, y, c=layers, cmap="viridis_r", s=24, zorder=3, edgecolors=NULL, linewidths=0.6)
     axes.set_xlabel(names[0])
     axes.set_ylabel(names[1])
     axes.margins(0.08)
@@ -472,7 +472,10 @@ def cross_curve(cka: Mapping[str, np.ndarray], axes: Axes, *, title: str) -> Non
     layer_axis(axes, len(values))
     axes.set_ylabel("CKA between the models")
     axes.set_title(title, fontsize=11, loc="left")
-    axes.legend(frameon=False, fontsize=9)
+    bottom, top = axes.get_ylim()
+    axes.set_yticks([tick for tick in axes.get_yticks() if bottom <= tick <= min(top, 1 + 1e-9)])
+    axes.set_ylim(bottom, top + 0.35 * (top - bottom))  # room for names, where no curve is
+    axes.legend(frameon=False, fontsize=9, loc="upper left")
 
 
 def cohesion_curves(classes: Mapping[str, tuple[Sequence[float], int | None]], axes: Axes) -> None:
