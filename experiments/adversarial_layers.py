@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cells import Cells, fitting, whole
+from entry import leave
 
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.core.errors import UserError
@@ -229,4 +230,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

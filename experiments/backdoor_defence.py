@@ -25,6 +25,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from entry import leave
+
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_text
 from jaxcrit.data.demo import FAMILIES, generate
@@ -160,4 +162,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -32,6 +32,7 @@ import jax
 import numpy as np
 import tokenizers
 from cells import Cells, minutes
+from entry import leave
 from pooled_test import pooled, turned
 
 from jaxcrit.core.errors import UserError
@@ -244,4 +245,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

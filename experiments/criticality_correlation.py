@@ -21,6 +21,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from entry import leave
+
 from jaxcrit.commands.correlate import plain
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
@@ -238,4 +240,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from cells import Cells
+from entry import leave
 from renamed_language import SCALE, answered, english, extended, language
 
 from jaxcrit.commands.finetune import read_examples, run_finetune
@@ -220,4 +221,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -19,6 +19,7 @@ import pooled_test
 import selection_regret
 import spectral_dynamics
 import tangent_kernel
+from entry import leave
 from removal_report import removal_told
 
 from jaxcrit.core.files import read_json, write_text
@@ -202,4 +203,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 from cells import Cells, fitting, minutes, whole
 from criticality_correlation import TABLE_2
+from entry import leave
 from pooled_test import DATASETS, PRIMARY, SEEDS, WINDOW, Pooled, pooled, turned, verdict
 
 from jaxcrit.commands.ablate import AblateOptions, run_ablate
@@ -351,4 +352,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

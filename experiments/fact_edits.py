@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.edit import EditOptions, parted, run_edit, texts_of
 from jaxcrit.core import flags, options
@@ -281,7 +282,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"fact_edits: error: {error}")
+    leave(lambda: main(sys.argv[1:]))

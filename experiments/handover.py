@@ -24,6 +24,7 @@ from typing import Any
 
 import evidence_table2
 import numpy as np
+from entry import leave
 from pooled_test import moved, pooled, turned
 
 from jaxcrit.core.errors import UserError
@@ -164,4 +165,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

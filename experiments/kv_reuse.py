@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.reuse import Reused, ReuseOptions, run_reuse
-from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
 from jaxcrit.core.layers import LayerScores, read_scores
 from jaxcrit.core.progress import bars
@@ -194,7 +193,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    leave(main)

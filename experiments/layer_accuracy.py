@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.ablate import AblateOptions, report, run_ablate
 from jaxcrit.commands.generate import GenerateOptions, run_generate
@@ -170,4 +171,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from entry import leave
 from removal import RemovalOptions, run_removal
 from removal_report import removal_figure, removal_text
 
 from jaxcrit.core import flags, options
-from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
 from jaxcrit.core.progress import bars
 
@@ -48,7 +48,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"pc_removal: error: {error}")
+    leave(lambda: main(sys.argv[1:]))

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from cells import Cells, whole
+from entry import leave
 
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.core.errors import UserError
@@ -159,4 +160,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.trace import TraceOptions, run_trace
@@ -152,4 +153,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -13,16 +13,15 @@ Prints a table; writes OUT/remix_mixture.json.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import train_demo_mixture
+from entry import leave
 
 from jaxcrit.commands.remix import Remixed, RemixOptions, run_remix
-from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json
 from jaxcrit.core.progress import bars
 from jaxcrit.data import demo
@@ -123,7 +122,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        sys.exit(f"error: {error}")
+    leave(main)

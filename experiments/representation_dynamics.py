@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 
 import numpy as np
+from entry import leave
 from scipy.stats import spearmanr
 
 from jaxcrit.core import flags
@@ -101,7 +102,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"representation_dynamics: error: {error}")
+    leave(lambda: main(sys.argv[1:]))

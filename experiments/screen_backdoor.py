@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.generate import GenerateOptions, run_generate
@@ -205,4 +206,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -32,6 +32,7 @@ from typing import Any
 
 import numpy as np
 from cells import Cells, fitting, minutes, whole
+from entry import leave
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
@@ -321,4 +322,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

@@ -17,6 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+from entry import leave
 
 from jaxcrit.commands.spectrum import SpectrumOptions, run_spectrum
 from jaxcrit.commands.spectrum import report as spectrum_report
@@ -120,7 +121,4 @@ def main(arguments: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        sys.exit(f"spectral_dynamics: error: {error}")
+    leave(lambda: main(sys.argv[1:]))

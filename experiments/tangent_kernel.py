@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cells import Cells, fitting, minutes, whole
+from entry import leave
 from evidence_table2 import training
 
 from jaxcrit.commands.finetune import run_finetune
@@ -193,4 +194,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main)

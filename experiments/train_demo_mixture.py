@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from entry import leave
 from safetensors.numpy import save_file
 
 from jaxcrit.core.files import atomic_path, write_text
@@ -165,4 +166,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    leave(main)

@@ -65,7 +65,5 @@ def test_examples_run_one_after_the_other(monkeypatch, tmp_path, capsys):
             write("facts.jsonl", new_facts(known))
         for line in [*MADE_FIRST.get(name, []), EXAMPLES[name]]:
             plain = re.sub(r"(gsm8k|dolly):", "", line).replace("--steps=200", "--steps=4")
-            assert main(shlex.split(plain)[1:]) == 0, (
-                line + "\n" + capsys.readouterr().err
-            )
+            assert main(shlex.split(plain)[1:]) == 0, line + "\n" + capsys.readouterr().err
     assert set(EXAMPLES) == set(COMMANDS)
