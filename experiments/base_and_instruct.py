@@ -18,6 +18,7 @@ A cell is one model; an interrupted experiment goes on. Prints, and writes OUT/b
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import sys
@@ -76,13 +77,14 @@ def measured(given: argparse.Namespace, model: Path, encode: recipe.Encode, out:
     from train_demo_model import exact_match
 
     tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
-    right = exact_match(load(open_checkpoint(model)), tokenizer, min(given.prompts, 100), encode=encode)
+    families = given.families.split(",")
+    right = exact_match(load(open_checkpoint(model)), tokenizer, min(given.prompts, 100), families, encode)
     found: dict[str, Any] = {"exact": {family: hits / asked for family, (hits, asked) in right.items()}}
     for name, template in TEMPLATES.items():
         analysis = run_analysis(
             AnalyzeOptions(
                 model=str(model),
-                data=",".join(f"demo:{family}" for family in demo.FAMILIES),
+                data=",".join(f"demo:{family}" for family in families),
                 template=template,
                 limit=given.prompts,
                 out=str(out / name),
@@ -108,7 +110,8 @@ def base(given: argparse.Namespace, seed: int, out: Path) -> dict[str, Any]:
     )
     weights = trained(recipe.initial_weights(config, seed), config, batch, 0, given.steps + settle, given.steps)
     (out / "model").mkdir(parents=True, exist_ok=True)
-    export(Decoder(config, weights), hf, tokenizer, out / "model")
+    with contextlib.redirect_stdout(sys.stderr):
+        export(Decoder(config, weights), hf, tokenizer, out / "model")
     return measured(given, out / "model", recipe.encode_text, out)
 
 
@@ -123,7 +126,8 @@ def instruct(given: argparse.Namespace, seed: int, before: Path, out: Path) -> d
     batch = functools.partial(recipe.batch_at, tokenizer, seed + 1000, steps=given.steps)
     weights = trained(decoder.weights(), decoder.config, batch, given.steps, given.steps + settle, given.steps)
     (out / "model").mkdir(parents=True, exist_ok=True)
-    export(Decoder(decoder.config, weights), hf, tokenizer, out / "model")
+    with contextlib.redirect_stdout(sys.stderr):
+        export(Decoder(decoder.config, weights), hf, tokenizer, out / "model")
     return measured(given, out / "model", recipe.encode, out)
 
 
@@ -226,6 +230,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=96, help="a multiple of 32")
     parser.add_argument("--prompts", type=int, default=300, help="of each family")
+    parser.add_argument("--families", default=",".join(demo.FAMILIES), help="of prompts, with commas")
     parser.add_argument("--minutes", type=float, default=0, help="begin no cell after so many; 0 for no end")
     parser.add_argument("--quick", action="store_true", help=f"the same in little: {QUICK}")
     given = parser.parse_args(arguments)

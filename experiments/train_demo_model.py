@@ -16,6 +16,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import demo_recipe as recipe
@@ -133,7 +134,7 @@ def exact_match(
     decoder: Decoder,
     tokenizer: tokenizers.Tokenizer,
     count: int,
-    families: tuple[str, ...] = demo.FAMILIES,
+    families: Sequence[str] = demo.FAMILIES,
     encode: recipe.Encode = recipe.encode,
 ) -> dict[str, tuple[int, int]]:
     """By family, how many greedy answers equal the reference word for word, and of how many test rows."""
