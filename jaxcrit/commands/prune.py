@@ -274,8 +274,6 @@ def report(found: Pruned) -> Report:
     ]
     if len(drawn):
         headline.append(f"Random sets of as many: {drawn.mean():+.4f} on average, {drawn.min():+.4f} at best")
-    if found.out is not None:
-        headline.append(f"Heal it: jaxcrit finetune --model={found.out / MODEL} --layers=all --data=FILE")
     return Report(headline, run["warnings"], [Section("Sets of layers", "", _table(result))], CAVEATS)
 
 

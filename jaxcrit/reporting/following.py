@@ -109,6 +109,15 @@ def _after_trace(config: Config, out: str) -> Steps:
     return {"change facts there, FACTS being what to say instead and TEXT rows of any text": edit}
 
 
+def _after_prune(config: Config, out: str) -> Steps:
+    model = f"{out}/model"
+    healed = ("model", model), ("data", "FILE"), ("layers", "all"), ("out", f"{out}-healed")
+    return {
+        "heal it": _command("finetune", *healed),
+        "see its answers": _command("generate", *_rows({**config, "model": model})),
+    }
+
+
 def _after_screen(_: Config, out: str) -> Steps:
     return {"take the layers where cohesion rises": _command("select", ("scores", out), ("layers", "cohesion_rise:3"))}
 
@@ -156,6 +165,6 @@ _NEXT: Mapping[str, Callable[[Config, str], Steps]] = {
     },
     "substitute": _after_substitute,
     "reuse": _after_reuse,
-    "prune": lambda config, out: {"see its answers": _command("generate", *_rows({**config, "model": f"{out}/model"}))},
+    "prune": _after_prune,
     "export": _after_export,
 }
