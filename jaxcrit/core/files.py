@@ -301,6 +301,9 @@ class GrowingText:
             return
         digests.note(self.path)
         if not in_bucket(self.path):
+            if not self.path.exists():  # no disk is so full that it leaves an empty file
+                write_text(self.path, text)
+                return
             with _naming(self.path), self.path.open("a", encoding="utf-8") as file:
                 file.write(text)
             return
