@@ -9,11 +9,16 @@ from typing import NoReturn
 
 from jaxcrit.commands.main import BAD_USAGE, PREEMPTED
 from jaxcrit.core.errors import UserError
+from jaxcrit.core.pages import keep_pages
 from jaxcrit.parallel.preemption import INTERRUPTED, Preempted
 
 
 def leave(main: Callable[[], int | None]) -> NoReturn:
-    """Runs a program and exits as ``jaxcrit`` does: 2 after a mistake, 75 when told to leave, 130 by Ctrl-C."""
+    """Runs a program and exits as ``jaxcrit`` does: 2 after a mistake, 75 when told to leave, 130 by Ctrl-C.
+
+    Most train, so memory is kept as ``jaxcrit finetune`` keeps it.
+    """
+    keep_pages()
     try:
         sys.exit(main())
     except UserError as error:

@@ -39,6 +39,7 @@ def by_hand():
 )
 def test_mistakes_and_being_told_to_leave_are_a_line(main, code, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["some/thing.py"])
+    monkeypatch.setattr(entry, "keep_pages", lambda: True)  # of this process, which goes on
     with pytest.raises(SystemExit) as left:
         entry.leave(main)
     assert left.value.code == code and capsys.readouterr().err == said
