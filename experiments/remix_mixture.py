@@ -68,6 +68,22 @@ def pooled(runs: Sequence[Remixed], name: str) -> dict[str, Any]:
     }
 
 
+def beside(runs: Sequence[Remixed], name: str, control: str) -> dict[str, Any]:
+    """A variant less its control, over the same rows of all mixtures."""
+    exact = np.array(
+        [[float(row["after"][name]["exact"]) - row["after"][control]["exact"] for row in run.rows] for run in runs]
+    )
+    won, lost = int((exact > 0).sum()), int((exact < 0).sum())
+    return {
+        "name": name,
+        "control": control,
+        "change": [float(exact.mean()), *two_level_bootstrap(exact)],
+        "won": won,
+        "lost": lost,
+        "p": mcnemar(won, lost),
+    }
+
+
 def line(one: Mapping[str, Any]) -> list[str]:
     """A row of the table."""
     exact, loss = (
@@ -108,15 +124,34 @@ def main(arguments: Sequence[str] | None = None) -> int:
     content: dict[str, Any] = {"rows": asked.rows, "seeds": asked.seeds, "runs": {}}
     for name, made in runs.items():
         found = [pooled(made, variant) for variant in ("", *(one["name"] for one in made[0].found["variants"]))]
+        names = [one["name"] for one in found[1:]]
+        kinds = ("own shares", "{}, random references", "{}, random layers")
+        controls = [(one, kind.format(one)) for one in names for kind in kinds]
+        pairs = [
+            beside(made, one, other) for one, other in controls if other in names and other != one and "," not in one
+        ]
         content["runs"][name] = {
             "asked": RUNS[name],
             "references": [run.found["references"] for run in made],
             "random_layers": [run.found["random_layers"] for run in made],
             "blends": [run.found["blends"] for run in made],
             "variants": found,
+            "pairs": pairs,
         }
         header = [name, "exact", "change [95 %]", "won", "lost", "p", "loss", "change [95 %]"]
         print("\n".join([*aligned(header, [line(one) for one in found]), ""]))
+        body = [
+            [
+                one["name"],
+                "{:+.3f} [{:+.3f}, {:+.3f}]".format(*one["change"]),
+                str(one["won"]),
+                str(one["lost"]),
+                p_value(one["p"]),
+                one["control"],
+            ]
+            for one in pairs
+        ]
+        print("\n".join([*aligned(["variant", "less [95 %]", "won", "lost", "p", "control"], body), ""]))
     write_json(asked.out / "remix_mixture.json", "jaxcrit.experiment", content)
     return 0
 

@@ -87,3 +87,12 @@ def test_what_is_run_can_be_asked(experiment):
     for asked in experiment.RUNS.values():
         options = experiment.RemixOptions(**asked)
         assert dataclasses.asdict(options)["layers"] in ("last:5", "all")
+
+
+def test_a_method_beside_its_control_row_by_row(experiment):
+    def run(*answers):
+        return SimpleNamespace(rows=[{"after": {"mean": {"exact": a}, "own": {"exact": b}}} for a, b in answers])
+
+    found = experiment.beside([run((1, 0), (1, 1), (0, 1)), run((1, 0), (1, 0), (0, 0))], "mean", "own")
+    assert (found["won"], found["lost"], found["change"][0]) == (3, 1, 2 / 6)
+    assert found["change"][1] <= 2 / 6 <= found["change"][2] and found["p"] == 0.625
