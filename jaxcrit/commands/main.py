@@ -80,7 +80,7 @@ GROUPS = {
 # What a user types first; a test parses each.
 EXAMPLES = {
     "analyze": "jaxcrit analyze --model=DIR --data=gsm8k:train.jsonl --limit=300 --out=an",
-    "score": "jaxcrit score --model=DIR --data=gsm8k:train.jsonl --criteria=fisher,block_influence --out=sc",
+    "score": "jaxcrit score --model=DIR --data=train.jsonl --criteria=fisher,block_influence --out=sc",
     "correlate": "jaxcrit correlate --scores=an:delta_debiased --scores=sub --out=cor",
     "select": "jaxcrit select --scores=an --layers=critical:4 --format=peft --out=peft.json",
     "inspect": "jaxcrit inspect DIR",
@@ -95,13 +95,13 @@ EXAMPLES = {
     "trace": "jaxcrit trace --model=DIR --facts=facts.jsonl --out=tr",
     "plan": "jaxcrit plan --model=meta-llama/Llama-3.1-8B --topology=4090:2 --layers=14-17 --search",
     "finetune": "jaxcrit finetune --model=DIR --data=gsm8k:train.jsonl --layers=@an --long=drop --out=ft",
-    "edit": "jaxcrit edit --model=DIR --facts=facts.jsonl --covariance_data=text.jsonl --layers=4-8 --out=ed",
+    "edit": "jaxcrit edit --model=DIR --facts=facts.jsonl --covariance_data=text.jsonl --layers=4-8",
     "substitute": "jaxcrit substitute --base=DIR --tuned=all --data=gsm8k:test.jsonl --limit=64 --out=sub",
     "reuse": "jaxcrit reuse --sender=DIR --receiver=ft --data=test.jsonl --limit=64 --out=re",
     "remix": "jaxcrit remix --model=DIR --reference=train.jsonl --data=test.jsonl --out=mix",
     "backdoor": "jaxcrit backdoor --model=DIR --data=dolly:train.jsonl --seeds=1 --steps=200 --out=bd",
     "explore": "jaxcrit explore runs/one runs/two --out=page.html",
-    "prune": "jaxcrit prune --model=DIR --data=gsm8k:test.jsonl --drop=block_influence:4 --scores=sc --out=small",
+    "prune": "jaxcrit prune --model=DIR --data=test.jsonl --drop=block_influence:4 --scores=sc --out=cut",
     "export": "jaxcrit export --run=ft --out=tuned",
 }
 COMMANDS = {name: row for group in GROUPS.values() for name, row in group.items()}
