@@ -33,11 +33,10 @@ import jax
 import numpy as np
 import tokenizers
 from cells import Cells, minutes
-from entry import leave
+from entry import leave, told
 from pooled_test import pooled, turned
 
-from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, read_json, write_json
+from jaxcrit.core.files import plain
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.data import demo
@@ -150,7 +149,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def curves(cell: Mapping[str, Any], form: str, key: str) -> dict[str, LayerScores]:
-    """Of a model by family."""
+    """The score ``key`` of a model by family of prompts, each ``[L]``."""
     return {family: LayerScores.from_json(key, one[key]) for family, one in cell[form].items()}
 
 
@@ -236,17 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.quick:
         vars(given).update(QUICK)
-    try:
-        if given.read:
-            content = read_json(Path(given.read), FORMAT)
-        else:
-            content = measure(given)
-            write_json(Path(given.out) / "base_and_instruct.json", FORMAT, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(content))
-    return 0
+    return told(given, FORMAT, measure, report)
 
 
 if __name__ == "__main__":

@@ -125,11 +125,11 @@ def batch_at(
     """The batch of one step, a function of its arguments alone, so that a resumed run sees what it would have seen.
 
     Args:
-        tokenizer: of the demo model.
-        seed: of the rows.
+        tokenizer: the demo model's.
+        seed: number that the rows are drawn by, with the step.
         step: from 0; drill rows become fewer with it.
         steps: of the whole training, which drill rows end half way through.
-        encode: a row as token ids of its prompt and its response.
+        encode: gives a row as token ids of its prompt and its response.
         prompt_weight: what a token of a prompt counts, where one of a response counts 1.
 
     Returns:

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from cells import Cells, fitting, minutes, whole
 from criticality_correlation import TABLE_2
-from entry import leave
+from entry import leave, told
 from pooled_test import DATASETS, PRIMARY, SEEDS, WINDOW, Pooled, pooled, turned, verdict
 
 from jaxcrit.commands.ablate import AblateOptions, run_ablate
@@ -33,7 +33,7 @@ from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, read_json, remove_tree, write_json
+from jaxcrit.core.files import plain, remove_tree
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.hashing import sha256_text
 from jaxcrit.core.layers import LayerScores
@@ -338,17 +338,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.quick:
         vars(given).update(QUICK)
-    try:
-        if given.read:
-            content = read_json(Path(given.read), FORMAT)
-        else:
-            content = measure(given)
-            write_json(Path(given.out) / "evidence_table2.json", FORMAT, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(content))
-    return 0
+    return told(given, FORMAT, measure, report)
 
 
 if __name__ == "__main__":

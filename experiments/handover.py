@@ -17,18 +17,17 @@ Prints, and writes OUT/handover.json, of which ``--read=FILE`` prints the table 
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import evidence_table2
 import numpy as np
-from entry import leave
+from entry import leave, told
 from pooled_test import moved, pooled, turned
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, read_json, write_json
+from jaxcrit.core.files import plain, read_json
 from jaxcrit.core.layers import read_scores, score_of
 from jaxcrit.reporting.tables import aligned, number, p_value
 from jaxcrit.selection.correlation import given_depth
@@ -116,6 +115,16 @@ def beside(content: Mapping[str, Any], given: Sequence[str], count: int) -> dict
     return {"datasets": list(base), "count": count, "rows": rows, "model_hash": content["settings"]["model_hash"]}
 
 
+def measure(given: argparse.Namespace) -> dict[str, Any]:
+    """What `main` is asked to reckon."""
+    if not given.table2 or given.dips < 1:
+        raise UserError("expected --table2=FILE, evidence_table2.json, and --dips of 1 or more")
+    table = read_json(Path(given.table2), evidence_table2.FORMAT)
+    content = plain(beside(table, [one for one in given.interventions.split(",") if one], given.dips))
+    Path(given.out).mkdir(parents=True, exist_ok=True)
+    return content
+
+
 def report(content: Mapping[str, Any]) -> str:
     """The table, and the dips that it is about."""
     head = ["T", "p", "raw", *(name[:6] for name in content["datasets"]), "D", "p", ""]
@@ -147,21 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", default="runs/handover")
     parser.add_argument("--read", default="", help="print the table of this file; nothing is read beside it")
     given = parser.parse_args(arguments)
-    try:
-        if given.read:
-            content = read_json(Path(given.read), FORMAT)
-        else:
-            if not given.table2 or given.dips < 1:
-                raise UserError("expected --table2=FILE, evidence_table2.json, and --dips of 1 or more")
-            table = read_json(Path(given.table2), evidence_table2.FORMAT)
-            content = plain(beside(table, [one for one in given.interventions.split(",") if one], given.dips))
-            Path(given.out).mkdir(parents=True, exist_ok=True)
-            write_json(Path(given.out) / "handover.json", FORMAT, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(content))
-    return 0
+    return told(given, FORMAT, measure, report)
 
 
 if __name__ == "__main__":

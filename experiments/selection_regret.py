@@ -24,7 +24,6 @@ import argparse
 import dataclasses
 import json
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -32,14 +31,14 @@ from typing import Any
 
 import numpy as np
 from cells import Cells, fitting, minutes, whole
-from entry import leave
+from entry import leave, told
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
 from jaxcrit.commands.finetune import evaluations, run_finetune
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines, plain, read_json, write_json, write_text
+from jaxcrit.core.files import json_lines, plain, write_text
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, LayerSet, read_scores, write_scores
 from jaxcrit.core.selections import LayerSpec, resolve, span
@@ -306,19 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.quick:
         vars(given).update(QUICK)
-    try:
-        if given.known:
-            return 0 if known(given) else 1
-        if given.read:
-            content = read_json(Path(given.read), FORMAT)
-        else:
-            content = measure(given)
-            write_json(Path(given.out) / "selection_regret.json", FORMAT, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(content))
-    return 0
+    if given.known:
+        return 0 if known(given) else 1
+    return told(given, FORMAT, measure, report)
 
 
 if __name__ == "__main__":

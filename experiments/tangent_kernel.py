@@ -12,7 +12,6 @@ interrupted experiment goes on.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from cells import Cells, fitting, minutes, whole
-from entry import leave
+from entry import leave, told
 from evidence_table2 import training
 
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, read_json, write_json
+from jaxcrit.core.files import plain
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, read_scores, score_of
 from jaxcrit.models.model import Model, open_model
@@ -180,17 +179,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     if given.quick:
         vars(given).update(QUICK)
-    try:
-        if given.read:
-            content = read_json(Path(given.read), FORMAT)
-        else:
-            content = measure(given)
-            write_json(Path(given.out) / "tangent_kernel.json", FORMAT, content)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(report(content))
-    return 0
+    return told(given, FORMAT, measure, report)
 
 
 if __name__ == "__main__":

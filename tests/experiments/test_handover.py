@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from evidence_table2 import FORMAT
 
-from jaxcrit.core.files import write_json
+from jaxcrit.core.files import read_json, write_json
 from jaxcrit.core.layers import LayerScores, write_scores
 
 COUNT = 30
@@ -78,7 +78,7 @@ def test_a_planted_coincidence_reaches_the_floor(table, capsys):
     assert handover.main(asked) == 0
     text = capsys.readouterr().out
     assert "3 datasets, 3 dips each; p never below 0.019" in text and "3,13,22" in text
-    content = handover.read_json(table / "out" / "handover.json", handover.FORMAT)
+    content = read_json(table / "out" / "handover.json", handover.FORMAT)
     rows = {(row["score"], row["intervention"]): row for row in content["rows"]}
     planted = rows["delta_debiased", f"{table.name}:arrives"]
     assert planted["d"] > 1 and planted["p_d"] == planted["floor"] and planted["dips"] == [[3, 13, 22]] * 3
