@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import sys
 import threading
@@ -74,10 +75,15 @@ def start(
                 f"processes of one run differ: {'; '.join(differ[:3])}; start the same command on all workers, with the"
                 " same versions (tpu_scripts/pod.sh install and run do)"
             )
-        processes.end_with_others()
-        if not processes.alone():
-            lifelines.hold(global_state.coordinator_address or coordinator)
+        _end_together(global_state.coordinator_address or coordinator)
         jax.devices()  # another process may be late here too
+
+
+@functools.cache  # once, whatever is run in these processes one after the other
+def _end_together(coordinator: str) -> None:
+    processes.end_with_others()
+    if not processes.alone():
+        lifelines.hold(coordinator)
 
 
 def differences(reports: Sequence[Mapping[str, str]]) -> list[str]:

@@ -16,6 +16,7 @@ import threading
 from jaxcrit.core import processes
 
 _PATIENCE = 20.0  # seconds for all to connect; where a network does not let them, silence alone tells
+_HELD = b"+"  # said by process 0 of a connection that it holds; one that ends before says nothing of a kill
 _WELL = b"."  # said before an end that is none of a kill
 _over = threading.Event()  # this process ends
 
@@ -27,18 +28,19 @@ def hold(coordinator: str) -> None:
         coordinator: ``HOST:PORT`` of the coordinator, on whose machine process 0 is.
     """
     held: list[socket.socket] = []
+    # Asked here and not in a thread: while process 0 looks at something for all (`share`), it counts itself alone.
+    count = processes.place()[1]
     if processes.first():
-        listening = socket.create_server(("", 0), backlog=processes.place()[1])
+        listening = socket.create_server(("", 0), backlog=count)
         port, word = processes.share(lambda: [listening.getsockname()[1], secrets.token_hex(16)])
-        threading.Thread(target=_accept, args=(listening, word, held), daemon=True).start()
+        threading.Thread(target=_accept, args=(listening, word, held, count - 1), daemon=True).start()
     else:
         port, word = processes.share(lambda: None)
         host = coordinator.rpartition(":")[0].strip("[]")
         with contextlib.suppress(OSError):
             held.append(socket.create_connection((host, port), timeout=_PATIENCE))
             held[0].sendall(f"{word}{processes.place()[0]:8d}".encode())
-            held[0].settimeout(None)
-            threading.Thread(target=_watch, args=(held[0], 0), daemon=True).start()
+            threading.Thread(target=_watch_first, args=(held[0],), daemon=True).start()
 
     def leave() -> None:
         _over.set()
@@ -51,10 +53,10 @@ def hold(coordinator: str) -> None:
     atexit.register(leave)
 
 
-def _accept(listening: socket.socket, word: str, held: list[socket.socket]) -> None:
+def _accept(listening: socket.socket, word: str, held: list[socket.socket], others: int) -> None:
     listening.settimeout(_PATIENCE)
     with listening, contextlib.suppress(OSError):
-        while len(held) < processes.place()[1] - 1:
+        while len(held) < others:
             one, _ = listening.accept()
             one.settimeout(_PATIENCE)
             said = b""
@@ -64,9 +66,17 @@ def _accept(listening: socket.socket, word: str, held: list[socket.socket]) -> N
             if said[: len(word)] != word.encode():
                 one.close()  # some scanner of ports
                 continue
+            one.sendall(_HELD)
             one.settimeout(None)
             held.append(one)
             threading.Thread(target=_watch, args=(one, int(said[len(word) :])), daemon=True).start()
+
+
+def _watch_first(one: socket.socket) -> None:
+    with contextlib.suppress(OSError):
+        if one.recv(1) == _HELD:  # else nobody took it: process 0 had waited long enough
+            one.settimeout(None)
+            _watch(one, 0)
 
 
 def _watch(one: socket.socket, other: int) -> None:
