@@ -25,13 +25,14 @@ import numpy as np
 from entry import leave
 from scipy import stats
 
-from jaxcrit.commands.finetune import evaluations, run_finetune
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.selections import default_count
 from jaxcrit.data.demo import generate
 from jaxcrit.models.model import open_model
+from jaxcrit.reporting.finetuned import evaluations
 from jaxcrit.reporting.plots import loss_curves
 from jaxcrit.reporting.report import Figure, on_axes
 

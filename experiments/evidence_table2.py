@@ -29,7 +29,7 @@ from entry import leave, told
 from pooled_test import DATASETS, PRIMARY, SEEDS, WINDOW, Pooled, pooled, turned, verdict
 
 from jaxcrit.commands.ablate import AblateOptions, run_ablate
-from jaxcrit.commands.finetune import evaluations, run_finetune
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
@@ -39,6 +39,7 @@ from jaxcrit.core.hashing import sha256_text
 from jaxcrit.core.layers import LayerScores
 from jaxcrit.evaluation.intervals import holm
 from jaxcrit.models.model import open_model
+from jaxcrit.reporting.finetuned import evaluations
 from jaxcrit.reporting.tables import aligned, number, p_value
 from jaxcrit.selection.correlation import correlate
 from jaxcrit.studies.analysis import run_analysis

@@ -35,7 +35,7 @@ from entry import leave, told
 from safetensors.numpy import load_file, save_file
 from scipy import stats
 
-from jaxcrit.commands.finetune import evaluations, run_finetune
+from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines, plain, write_text
@@ -45,6 +45,7 @@ from jaxcrit.core.selections import LayerSpec, resolve, span
 from jaxcrit.data.demo import generate
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.models.model import Model, open_model
+from jaxcrit.reporting.finetuned import evaluations
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.selection.correlation import spearman
 

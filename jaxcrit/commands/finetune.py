@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 from jaxcrit.commands import shared
-from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import ChosenLayers, LayerSet
@@ -93,13 +92,12 @@ class Finetuned:
 
 
 def run(options: FinetuneOptions) -> int:
-    """Trains, draws the test loss, prints what came of it."""
+    """Trains, prints what came of it and where its page is."""
     from jaxcrit.core.progress import bars
+    from jaxcrit.reporting.finetuned import finetune_report
 
     found = run_finetune(options, progress=bars, say=shared.say)
-    console.tell(text(found))
-    shared.tell_next("finetune", options, found.out)
-    return 0
+    return shared.tell(finetune_report(found), found.out)
 
 
 @shared.public
@@ -166,8 +164,7 @@ def run_finetune(
     from jaxcrit.models.overlays import Overlay
     from jaxcrit.models.partition import Partition, Selection, size
     from jaxcrit.parallel.mesh import parse_mesh
-    from jaxcrit.reporting.plots import TRAINING, drift_panels, loss_curves
-    from jaxcrit.reporting.report import Figure, on_axes
+    from jaxcrit.reporting.finetuned import evaluations, finetune_report
     from jaxcrit.studies.analysis import score_keys
     from jaxcrit.training.data import training_steps
     from jaxcrit.training.loop import read_metrics
@@ -269,13 +266,8 @@ def run_finetune(
         tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
-            tests = [(row["step"], row["loss"]) for row in evaluations(found.metrics)]
-            losses = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
-            curves = {"test loss": tests, TRAINING: losses}
-            Figure("loss.png", on_axes(loss_curves, curves), "Loss over optimizer steps.").write(out)
-            if moved := [row for row in found.metrics if row["kind"] == "drift"]:
-                caption = "How far each layer is from the base: its weights, and its states on held-out rows."
-                Figure("drift.png", functools.partial(drift_panels, moved), caption, (6.2, 5.4)).write(out)
+            timed = dataclasses.replace(found, run={**run.record, "time": run.times})
+            finetune_report(timed).write(out, run.record)
     return found
 
 
@@ -467,43 +459,3 @@ def read_examples(
         return [train, joined("eval", options.eval_data, model.read(asked, None, split="test", **how))]
     kept, held = hold_out(train.examples, source)
     return [dataclasses.replace(train, examples=kept), Dataset("eval", source, held)]
-
-
-def _spent(found: Finetuned) -> str:
-    """How many steps took how long: in this launch, and with those before it."""
-    times, steps = found.run["time"], found.run["result"]["steps"]
-    seconds = times["training_seconds"]
-    if not (before := times.get("resumed", 0)):
-        return f"{steps} steps in {seconds:.1f} s"
-    earlier = sum(row.get("seconds", 0.0) for row in found.metrics if row["step"] <= before)
-    return (
-        f"{steps} steps in {earlier + seconds:.1f} s, of which this launch, from step {before} on, ran"
-        f" {steps - before} in {seconds:.1f} s"
-    )
-
-
-def evaluations(metrics: Sequence[Row]) -> list[Row]:
-    """The tests among the rows of ``metrics.jsonl``."""
-    return [row for row in metrics if row["kind"] == "eval"]
-
-
-def text(found: Finetuned) -> str:
-    """Test loss before and after, in both averages; what it took; where it is."""
-    tests, result = evaluations(found.metrics), found.run["result"]
-    before, after = tests[0], tests[-1]
-    trained, optimizer = (result[f"{name}_bytes"] / 2**20 for name in ("trained", "optimizer"))
-    lines = [f"warning: {text}" for text in found.warnings]
-    lines += [
-        f"{'test loss':<22}{'step 0':>10}{'step ' + str(after['step']):>12}",
-        f"{'per token':<22}{before['loss']:>10.4f}{after['loss']:>12.4f}",
-        f"{'mean of means (paper)':<22}{before['loss_per_sample']:>10.4f}{after['loss_per_sample']:>12.4f}",
-        *(
-            f"{'aux ' + str(number) + ': ' + one['name']:<22}{before[key]:>10.4f}{after[key]:>12.4f}"
-            for number, one in enumerate(found.run.get("auxiliaries", []))
-            if before.get(key := f"aux_{number}") is not None
-        ),
-        f"best {result['best_loss']:.4f} at step {result['best_step']}; {_spent(found)}; trained {trained:.1f} MiB,"
-        f" optimizer {optimizer:.1f} MiB",
-        f"run: {found.out}",
-    ]
-    return "\n".join(lines)

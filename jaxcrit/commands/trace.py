@@ -370,7 +370,7 @@ def report(found: Trace, beside: Mapping[str, LayerScores] | None = None) -> Rep
         lambda canvas: plots.trace_panels(found.scores, layers, result["jump"], beside or {}, canvas),
         "What comes back of the target's probability: at the subject, with windows of MLPs and attentions, and at the"
         " prompt's last token.",
-        (6.2, 8.6),
+        (6.2, 11.2 if beside else 8.6),
     )
     section = Section("Effects by layer", "", lambda style: _table(found, style), [figure])
     return Report(_sentences(found), found.warnings, [section], CAVEATS, follows=found.layers is not None)

@@ -408,21 +408,25 @@ def drift_panels(rows: Sequence[Mapping[str, Any]], canvas: Figure) -> None:
     """How far each layer has moved from the base, in weights and in states, a line for each of up to six steps.
 
     Args:
-        rows: of kind ``drift`` in ``metrics.jsonl``.
+        rows: of kind ``drift`` in ``metrics.jsonl``; with too few test rows none has a CKA, and that panel is left out.
         canvas: empty figure.
     """
-    above, below = canvas.subplots(2, 1, sharex=True)
     shown = [rows[round(place)] for place in np.linspace(0, len(rows) - 1, min(6, len(rows)))]
+    panels = 2 if any(row["cka"] is not None for row in shown) else 1
+    above, *states = canvas.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
     for index, row in enumerate(shown):
         style: dict[str, Any] = {"color": DEBIASED, "alpha": (index + 1) / len(shown), "linewidth": 1.4}
         above.plot(row["weights"], label=f"step {row['step']}", **style)
-        if row["cka"] is not None:
-            below.plot(row["cka"], **style)
-    below.xaxis.set_major_locator(MaxNLocator(integer=True))
+        for below in states:
+            if row["cka"] is not None:
+                below.plot(row["cka"], **style)
     named(above, "", "change / weights")
-    below.set_xlabel("layer")
-    below.set_ylabel("CKA with the base")
-    clean(below)
+    for below in states:
+        below.set_ylabel("CKA with the base")
+        clean(below)
+    last = [above, *states][-1]
+    last.xaxis.set_major_locator(MaxNLocator(integer=True))
+    last.set_xlabel("layer")
 
 
 def sample_size_curve(sizes: SampleSizes, num_prompts: int, axes: Axes) -> None:
@@ -528,30 +532,27 @@ def trace_panels(
     Args:
         scores: ``trace``, ``trace_recall``, ``trace_mlp``, ``trace_attn``, ``trace_last``.
         layers: layers to shade in the first panel.
-        jump: layer where ``trace_last`` rises most, marked in the third.
-        beside: other scores of the model, drawn on an axis of their own in the third.
+        jump: layer where ``trace_last`` rises most, marked in the third and fourth.
+        beside: other scores of the model, in a fourth panel, which is left out where there are none.
         figure: figure to draw on, empty.
     """
-    panels = figure.subplots(3, 1, sharex=True)
+    panels = figure.subplots(4 if beside else 3, 1, sharex=True)
     groups = (("trace", "trace_recall"), ("trace_mlp", "trace_attn"), ("trace_last",))
-    for axes, keys in zip(panels, groups, strict=True):
+    for axes, keys in zip(panels, groups, strict=False):
         for index, key in enumerate(keys):
             score, color = scores[key], LINES[index]
             axes.plot(np.arange(score.num_layers), score.values, "o-", color=color, markersize=3.5, label=key)
             _band(axes, score, color, 0.18)
-        layer_axis(axes, scores["trace"].num_layers)
         axes.set_ylabel("probability brought back")
     mark(panels[0], layers)
     panels[2].axvline(jump, color=NULL, linestyle=":", linewidth=1)
-    twins: list[Axes] = []
     if beside:
-        right = panels[2].twinx()
         for index, (key, score) in enumerate(beside.items(), 1):
-            right.plot(np.arange(score.num_layers), score.values, "s--", color=LINES[index], markersize=2.5, label=key)
-        right.spines["top"].set_visible(False)
-        right.set_ylabel("δ, step")
-        twins = [right]
-    for axes, further in zip(panels, ([], [], twins), strict=True):  # above the panel, where no curve is
-        lines = [line for one in (axes, *further) for line in one.get_legend_handles_labels()[0]]
+            style: dict[str, Any] = {"color": LINES[index], "markersize": 2.5, "label": key}
+            panels[3].plot(np.arange(score.num_layers), score.values, "s--", **style)
+        panels[3].axvline(jump, color=NULL, linestyle=":", linewidth=1)
+        panels[3].set_ylabel("other scores")
+    for axes in panels:  # above the panel, where no curve is
+        layer_axis(axes, scores["trace"].num_layers)
         where: dict[str, Any] = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0, "ncols": 3}
-        axes.legend(handles=lines, frameon=False, fontsize=9, **where)
+        axes.legend(frameon=False, fontsize=9, **where)

@@ -114,6 +114,7 @@ def run_backdoor(
         if say is not None and left.count:
             tested = f"each tested on {len(rows.prompts.near_kinds)} prompts a cell"
             say(f"{left.count} trainings of {lab.steps} steps of {lab.per_step} rows, {tested}; {FIRST_TELLS}")
+            lab.at_first_test = lambda seconds: say(left.early(seconds))
         for arm, chosen, seed in jobs:
             missing = not lab.done(arm, seed)
             if say is not None and missing:
@@ -138,7 +139,7 @@ def run_backdoor(
     return result
 
 
-FIRST_TELLS = "how long the others take is told after the first (--seeds=1 and fewer --arms make it shorter)"
+FIRST_TELLS = "how long they take is told at the first test of the first (--seeds=1 and fewer --arms make it shorter)"
 
 
 class Left:
@@ -158,6 +159,10 @@ class Left:
             self._done += 1
             self.count -= 1
             self._spent = now - self._began
+
+    def early(self, seconds: float) -> str:
+        """What is said of the time of all, within the first, by the seconds that one may take."""
+        return f"about {timedelta(seconds=round(self.count * seconds))} for {self.count} trainings, by the first steps"
 
     def estimate(self, now: float) -> str:
         """What is said of the time left; nothing before one has ended."""
@@ -229,6 +234,8 @@ class _Lab:
         self.steps = config.steps or (config.epochs or 1) * first.per_epoch
         make_schedule(config.schedule, config.learning_rate, self.steps, config.warmup)  # refused before any test
         self.trainers: dict[Partition, Trainer] = {}
+        self.at_first_test: Callable[[float], None] | None = None  # told once the seconds that a training may take
+        self._whole_test = 0.0  # seconds of a test with answers
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -239,7 +246,9 @@ class _Lab:
         """The test of the untouched model, made once."""
         path = self.out / "init.json"
         if not processes.share(path.exists):
+            began = time.monotonic()
             tested = self.scoring(Decoder(self.model.config, self.weights))
+            self._whole_test = time.monotonic() - began
             write_json(path, ARM_FORMAT, {"points": [{"step": 0, **tested.record()}]})
         return dict(processes.share(lambda: read_tests(path))["points"][0])
 
@@ -287,8 +296,15 @@ class _Lab:
 
         def evaluate(params: Bank, frozen: Any, taken: int) -> Losses:
             # Answers are shown and classed once, at the end; a fixed target on the way is read off one forward pass.
+            began = time.monotonic()
             tested = self.scoring(self._decoder(parts, params), generate=taken == self.steps) if taken else None
             record = self.initial() if tested is None else {"step": taken, **tested.record()}
+            steps = [row["seconds"] for row in log.rows if row["kind"] == "train"][1:]  # the first one compiles
+            if self.at_first_test is not None and steps and taken < self.steps:
+                tests = self.steps / taken - 1
+                each = self.steps * sum(steps) / len(steps) + tests * (time.monotonic() - began) + self._whole_test
+                self.at_first_test(each)
+                self.at_first_test = None
             log.write({"kind": "backdoor", **record})
             # The clean losses in the form that the loop logs: its best step is that of the lowest one.
             return (LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1))),)

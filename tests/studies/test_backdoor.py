@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -156,6 +157,7 @@ def test_how_long_the_rest_takes_is_the_mean_of_what_was_trained(monkeypatch):
     monkeypatch.setattr(studied.time, "monotonic", lambda: 100.0)
     left = Left([True, False, True, True, True])
     assert left.estimate(100) == ""
+    assert left.early(20.4) == "about 0:01:22 for 4 trainings, by the first steps"
     left.ended(160, True)
     left.ended(160, False)  # an arm that was read
     assert left.estimate(160) == "; 3 to go, about 0:03:00"
@@ -164,10 +166,13 @@ def test_how_long_the_rest_takes_is_the_mean_of_what_was_trained(monkeypatch):
 
 
 def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path):
-    config, told = dataclasses.replace(base, out=str(tmp_path / "run")), []
+    config, told, early = dataclasses.replace(base, out=str(tmp_path / "run")), [], []
 
     def stop_at_every_other(text):
         if "trainings of" in text:  # all that are left, said at every launch
+            return
+        if "by the first steps" in text:
+            early.append(text)
             return
         told.append(text)
         if len(told) % 2 == 0:
@@ -180,6 +185,8 @@ def test_interrupted_at_every_arm_the_table_is_the_same(base, finished, tmp_path
         except KeyboardInterrupt:
             assert read_json(tmp_path / "run" / "run.json", "jaxcrit.run")["status"] == "running"
     assert len(told) == 5  # three arms; each but the first is begun twice, none is trained twice
+    for text, left in zip(early, (3, 2, 1), strict=True):  # once a launch that trains
+        assert re.fullmatch(rf"about \d+:\d\d:\d\d for {left} trainings, by the first steps", text)
     same = [(one.out / "backdoor.json").read_bytes() for one in (found, finished[0])]
     assert same[0] == same[1]
     again = run_backdoor(config, say=lambda text: pytest.fail("trained again"))

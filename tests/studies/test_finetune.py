@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -21,7 +22,7 @@ from support.sealing import unfinished
 from support.tiny_model import prompts_file, tiny_checkpoint
 
 from jaxcrit.commands.export import export_model
-from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, text, with_knees
+from jaxcrit.commands.finetune import chosen_by_scores, run_finetune, with_knees
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
@@ -35,6 +36,7 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.evidence.weights import layer_tensors
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import changed_layers, open_model
+from jaxcrit.reporting.finetuned import finetune_report
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.training.trainer import partition_of, rate_factors
 
@@ -222,7 +224,7 @@ def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, 
     told = (
         f"6 steps in {earlier + here:.1f} s, of which this launch, from step {step} on, ran {6 - step} in {here:.1f} s"
     )
-    assert step and told in text(resumed)
+    assert step and told in " ".join(finetune_report(resumed).text().split())
 
 
 def test_what_has_no_weight_is_measured_and_changes_no_bit(config, finished):
@@ -474,6 +476,10 @@ def test_the_command(model, data, tmp_path, capsys):
     assert main(["finetune", *flags]) == 0
     shown = capsys.readouterr()
     assert "final norm trained" in shown.err and "mean of means (paper)" in shown.out
+    told = " ".join(shown.out.split())
+    assert re.search(r"Test loss (fell|did not fall:) from [\d.]+ to [\d.]+ nats a token on \d+ held-out rows", told)
+    page = (out / "report.html").read_text()
+    assert f"report: {out / 'report.html'}" in shown.out and page.count("data:image/png") >= 2
     assert (out / "loss.png").read_bytes()[:4] == b"\x89PNG"
     assert read_json(out / "run.json", "jaxcrit.run")["trained"]["outside"] == ["norm"]
     assert max(map(len, shown.out.replace(str(out), "OUT").splitlines())) <= 100
