@@ -1,13 +1,16 @@
 """Writes what the kept results say into docs/evidence.md: ``python experiments/evidence_report.py docs/evidence.md``.
 
 Every block of that page stands between ``<!-- begin: NAME -->`` and ``<!-- end -->``, and is what a command printed. A
-part whose results are not kept in experiments/results is named as not run, with its command.
+part whose results are not kept in experiments/results is named as not run, with its command. ``--keep`` first keeps
+there what the commands left in runs/, with the seconds that it took.
 """
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +25,7 @@ import tangent_kernel
 from entry import leave
 from removal_report import removal_told
 
-from jaxcrit.core.files import read_json, write_text
+from jaxcrit.core.files import read_json, write_json, write_text
 from jaxcrit.reporting.backdoor import backdoor_text
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.studies.options import PlanOptions
@@ -47,6 +50,7 @@ def regret(name: str, *more: str, out: str = "") -> str:
         f"--data={name}:{name}_train.jsonl --test_data={name}:{name}_test.jsonl",
         f"--scores={scores}",
         "--arms=delta_debiased,step_debiased,rgn,fisher,ablation_skip,angular_distance",
+        "--steps=24 --again_steps=120 --again_sets=4 --length=80 --tests=24",
         f"--minutes=55 --out=runs/regret-{out or name}",
         *more,
     )
@@ -72,17 +76,86 @@ def plans(_: Mapping[str, Any]) -> str:
     return "\n".join(aligned(head, rows))
 
 
+def minutes(_: Mapping[str, Any]) -> str:
+    """Minutes of every part on two cores: as they were expected before the first run, and as they were."""
+    rows, sums = [], [0.0, 0.0]
+    for name, part in PARTS.items():
+        if not part.minutes:
+            continue
+        content = part.content()
+        seconds = None if content is None else _seconds(content)
+        spent = None if seconds is None else seconds / 60
+        rows.append([f"{part.minutes}", "-" if spent is None else f"{spent:.0f}", name])
+        sums = [sums[0] + part.minutes, sums[1] + (spent or 0)]
+    return "\n".join(aligned(["expected", "spent", ""], [*rows, [*(f"{one:.0f}" for one in sums), "in all"]]))
+
+
+def _seconds(content: Mapping[str, Any]) -> float | None:
+    """What a part took, from its results: the sum of its cells, or of its one run."""
+    spent = content.get("time", {}).get("seconds")
+    return float(sum(spent.values())) if isinstance(spent, Mapping) else spent
+
+
 Printer = Callable[[Mapping[str, Any]], str]
-# By block: file of results, its format, what prints it, the command that makes it.
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A block of the page.
+
+    Attributes:
+        file: name of its results in experiments/results, and in runs/ where they are made; empty for none.
+        kind: their format.
+        printer: prints them.
+        made_by: the command that makes them.
+        minutes: expected on two cores, before the first run; 0 for what takes none to speak of.
+        made: where they are made, below runs/.
+    """
+
+    file: str
+    kind: str
+    printer: Printer
+    made_by: str
+    minutes: int = 0
+    made: str = ""
+
+    def content(self) -> Mapping[str, Any] | None:
+        """What was kept; None where nothing was."""
+        path = RESULTS / f"{self.file}.json"
+        return {} if not self.file else read_json(path, self.kind) if path.exists() else None
+
+    def keep(self, runs: Path) -> bool:
+        """Keeps what was made, with what it took, without the directory it was made in; whether there was anything."""
+        made = runs / self.made
+        if not self.made or not made.exists():
+            return False
+        content = json.loads(made.read_text(encoding="utf-8").replace(f"{runs.resolve().parent}/", ""))
+        record = made.parent / "run.json"
+        if "time" not in content and record.exists():
+            content["time"] = {"seconds": json.loads(record.read_text(encoding="utf-8"))["time"]["seconds"]}
+        fields = {key: value for key, value in content.items() if key not in ("format", "format_version")}
+        write_json(RESULTS / f"{self.file}.json", self.kind, fields)
+        return True
+
+
+def regret_part(name: str, *more: str, out: str = "", minutes: int) -> Part:
+    """The part of one dataset; that of the first has no name of its own."""
+    made = f"regret-{out or name}/selection_regret.json"
+    file = f"selection_regret_{out or name}" if more else "selection_regret"
+    return Part(file, selection_regret.FORMAT, selection_regret.report, regret(name, *more, out=out), minutes, made)
+
+
 LARGER = (("llama3.2-1b", "h100:1"), ("smollm3-3b", "h100:2"), ("llama3.1-8b", "h100:8"))
-PARTS: dict[str, tuple[str, str, Printer, str]] = {
-    "size and power": (
+HERE = "python experiments/evidence_report.py docs/evidence.md"
+FEWER = "--random=10 --held=0 --seeds=1 --again_steps=0"
+PARTS: dict[str, Part] = {
+    "size and power": Part(
         "pooled_test",
         "jaxcrit.pooled_test",
         lambda content: pooled_test.table(content["rates"]),
         "python experiments/pooled_test.py --draws=100 --out=experiments/results",
     ),
-    "table 2": (
+    "table 2": Part(
         "evidence_table2",
         evidence_table2.FORMAT,
         evidence_table2.report,
@@ -92,28 +165,15 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
             "--test_data=" + ",".join(f"{name}:{name}_test.jsonl" for name in NAMES),
             "--minutes=55 --out=runs/table2",
         ),
+        160,
+        "table2/evidence_table2.json",
     ),
-    "larger models": ("", "", plans, "python experiments/evidence_report.py docs/evidence.md"),
-    "regret": ("selection_regret", selection_regret.FORMAT, selection_regret.report, regret("gsm8k")),
-    "regret on dolly": (
-        "selection_regret_dolly",
-        selection_regret.FORMAT,
-        selection_regret.report,
-        regret("dolly", "--random=10 --held=0 --seeds=1 --again_steps=0"),
-    ),
-    "regret on openbookqa": (
-        "selection_regret_openbookqa",
-        selection_regret.FORMAT,
-        selection_regret.report,
-        regret("openbookqa", "--random=10 --held=0 --seeds=1 --again_steps=0"),
-    ),
-    "regret with adapters": (
-        "selection_regret_lora",
-        selection_regret.FORMAT,
-        selection_regret.report,
-        regret("gsm8k", "--lora_rank=8 --random=10 --held=0 --seeds=1 --again_steps=0", out="lora"),
-    ),
-    "hand-over": (
+    "larger models": Part("", "", plans, HERE),
+    "regret": regret_part("openbookqa", minutes=75),
+    "regret on dolly": regret_part("dolly", FEWER, minutes=22),
+    "regret on alpaca": regret_part("alpaca", FEWER, minutes=22),
+    "regret with adapters": regret_part("openbookqa", f"--lora_rank=8 {FEWER}", out="lora", minutes=20),
+    "hand-over": Part(
         "handover",
         handover.FORMAT,
         handover.report,
@@ -124,14 +184,17 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
                 "runs/accuracy/ablate/sums:ablation_skip_greedy",
             ]
         ),
+        made="handover/handover.json",
     ),
-    "base and instruct": (
+    "base and instruct": Part(
         "base_and_instruct",
         base_and_instruct.FORMAT,
         base_and_instruct.report,
         "python experiments/base_and_instruct.py --minutes=55 --out=runs/phases",
+        35,
+        "phases/base_and_instruct.json",
     ),
-    "tangent kernels": (
+    "tangent kernels": Part(
         "tangent_kernel",
         tangent_kernel.FORMAT,
         tangent_kernel.report,
@@ -140,8 +203,10 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
             "--data=gsm8k:gsm8k_train.jsonl --test_data=gsm8k:gsm8k_test.jsonl",
             "--scores=runs/table2/runs/base-gsm8k/analysis/scores.json --out=runs/tangent",
         ),
+        12,
+        "tangent/tangent_kernel.json",
     ),
-    "freezing": (
+    "freezing": Part(
         "backdoor_real",
         "jaxcrit.backdoor",
         lambda content: backdoor_text(content, width=110),
@@ -155,14 +220,18 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
                 "--max_new_tokens=16 --noremat --out=runs/freezing",
             ]
         ),
+        55,
+        "freezing/backdoor.json",
     ),
-    "spectral": (
+    "spectral": Part(
         "spectral_dynamics_real",
         "jaxcrit.spectral_dynamics",
         spectral_dynamics.told,
         command("spectral_dynamics", f"--data={ALL}", "--split=all --limit=300 --k=1,3,10 --out=runs/spectral"),
+        5,
+        "spectral/spectral_dynamics.json",
     ),
-    "components": (
+    "components": Part(
         "pc_removal_real",
         "jaxcrit.removal",
         removal_told,
@@ -171,17 +240,18 @@ PARTS: dict[str, tuple[str, str, Printer, str]] = {
             "--data=openbookqa:openbookqa_test.jsonl --split=all --limit=300 --max_new_tokens=24",
             "--layers=3,6,9,13,16,19,22,25 --critical=3,13,22 --out=runs/removal",
         ),
+        50,
+        "removal/removal.json",
     ),
+    "minutes": Part("", "", minutes, HERE),
 }
 
 
 def block(name: str) -> str:
     """What a part's results print, or that it was not run; and its command."""
-    file, kind, printer, made_by = PARTS[name]
-    path = RESULTS / f"{file}.json"
-    content = {} if not file else read_json(path, kind) if path.exists() else None
-    shown = "not run" if content is None else printer(content)
-    return f"```\n$ {made_by}\n{shown}\n```"
+    part = PARTS[name]
+    content = part.content()
+    return f"```\n$ {part.made_by}\n{'not run' if content is None else part.printer(content)}\n```"
 
 
 def updated(text: str) -> str:
@@ -195,8 +265,14 @@ def updated(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Updates the page that is named."""
-    (name,) = sys.argv[1:] if arguments is None else arguments
-    path = Path(name)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", help="docs/evidence.md")
+    parser.add_argument("--keep", default="", help="directory in which the commands wrote: runs")
+    given = parser.parse_args(arguments)
+    if given.keep:
+        kept = [name for name, part in PARTS.items() if part.keep(Path(given.keep))]
+        print(f"kept: {', '.join(kept) or 'nothing'}")
+    path = Path(given.page)
     write_text(path, updated(path.read_text(encoding="utf-8")))
     print(path)
     return 0

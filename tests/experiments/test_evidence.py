@@ -17,7 +17,7 @@ import tangent_kernel
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines
+from jaxcrit.core.files import json_lines, write_json
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.criteria.registry import parse_criteria
@@ -267,3 +267,22 @@ def test_the_page_is_what_the_kept_results_print():
     text = page.read_text(encoding="utf-8")
     assert evidence_report.updated(text) == text, "python experiments/evidence_report.py docs/evidence.md"
     assert all(f"<!-- begin: {name} -->" in text for name in evidence_report.PARTS)
+
+
+def test_what_commands_left_is_kept_with_its_minutes_and_without_the_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(evidence_report, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    runs = tmp_path / "runs"
+    part = evidence_report.PARTS["freezing"]
+    assert part.content() is None and not part.keep(runs)
+    for one in ("freezing", "regret-dolly"):
+        (runs / one).mkdir(parents=True)
+    write_json(runs / part.made, part.kind, {"determines": {"model": f"{tmp_path}/SmolLM2.gguf"}})
+    write_json(runs / part.made.replace("backdoor.json", "run.json"), "jaxcrit.run", {"time": {"seconds": 90.0}})
+    regret = evidence_report.PARTS["regret on dolly"]
+    write_json(runs / regret.made, regret.kind, {"time": {"seconds": {"one": 60.0, "other": 120.0}}})
+    assert part.keep(runs) and regret.keep(runs)
+    assert part.content()["determines"] == {"model": "SmolLM2.gguf"}
+    told = evidence_report.minutes({}).splitlines()
+    assert [line.split()[:2] for line in told if "freezing" in line or "dolly" in line] == [["22", "3"], ["55", "2"]]
+    assert told[-1].split()[1] in ("4", "5")  # 4.5
