@@ -36,6 +36,7 @@ from jaxcrit.evaluation.losses import LossSums
 from jaxcrit.evidence.weights import layer_tensors
 from jaxcrit.models.checkpoint import load, open_checkpoint
 from jaxcrit.models.model import changed_layers, open_model
+from jaxcrit.parallel.mesh import make_mesh
 from jaxcrit.reporting.finetuned import finetune_report
 from jaxcrit.studies.analysis import run_analysis
 from jaxcrit.training.trainer import partition_of, rate_factors
@@ -323,6 +324,20 @@ def test_killed_around_a_choice_of_layers_and_resumed_ends_in_the_same_bits(conf
     ended, before = (jax.device_get(one.decoder().weights())["blocks.q"] for one in opened)
     moved = lambda one, other: [layer for layer in range(7) if (one[layer] != other[layer]).any()]  # noqa: E731
     assert moved(plain, ended) == moved(plain, before) == [2, 3, 4] and moved(before, ended) == [3, 4]
+
+
+def test_eight_devices_choose_anew_as_one_does(base, tmp_path):
+    """After two steps both choose the same layers, and train them to the same weights."""
+    selections, tuned = [], []
+    for count in (1, 8):
+        asked = dataclasses.replace(base, layers="rgn:2", reselect=2, steps=4, out=str(tmp_path / str(count)))
+        devices = make_mesh({"data": count}, jax.devices()[:count])
+        found = run_finetune(asked, model=open_model(base.model, mesh=devices))
+        assert found.run["devices"]["mesh"]["data"] == count
+        selections.append(found.run["trained"]["selections"])
+        tuned.append(parameters(asked.out))
+    assert selections[0] == selections[1] and len(selections[0]) == 2
+    jax.tree.map(lambda one, eight: np.testing.assert_allclose(eight, one, rtol=0, atol=1e-5), *tuned)
 
 
 def test_layers_are_chosen_anew_by_the_model_as_it_is(base, tmp_path):
