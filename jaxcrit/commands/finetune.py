@@ -97,7 +97,7 @@ def run(options: FinetuneOptions) -> int:
     from jaxcrit.reporting.finetuned import finetune_report
 
     found = run_finetune(options, progress=bars, say=shared.say)
-    return shared.tell(finetune_report(found), found.out)
+    return shared.tell(finetune_report(found.run, found.metrics, found.chosen, found.warnings), found.out)
 
 
 @shared.public
@@ -266,8 +266,8 @@ def run_finetune(
         tuned = opened.with_overlay(Overlay(trainer.parts, state.params, place, step, chosen, gains))
         found = Finetuned(tuned, run.record, rows if out is None else read_metrics(out), chosen, warnings, out)
         if out is not None:
-            timed = dataclasses.replace(found, run={**run.record, "time": run.times})
-            finetune_report(timed).write(out, run.record)
+            timed = {**run.record, "time": run.times}
+            finetune_report(timed, found.metrics, chosen, warnings).write(out, run.record)
     return found
 
 

@@ -12,7 +12,7 @@ from jaxcrit.reporting.report import Figure, Report, Section, on_axes
 from jaxcrit.reporting.tables import aligned
 
 if TYPE_CHECKING:
-    from jaxcrit.commands.finetune import Finetuned
+    from jaxcrit.core.layers import LayerSet
 
 Row = Mapping[str, Any]
 CAVEATS = (
@@ -30,24 +30,34 @@ def evaluations(metrics: Iterable[Row]) -> list[Row]:
     return [row for row in metrics if row["kind"] == "eval"]
 
 
-def finetune_report(found: Finetuned) -> Report:
-    """Test loss before and after, over steps, and drift where it was measured."""
-    tests, rows = evaluations(found.metrics), _held_out(found.run)
+def finetune_report(
+    run: Mapping[str, Any], metrics: Sequence[Row], chosen: LayerSet, warnings: Sequence[str] = ()
+) -> Report:
+    """Test loss before and after, over steps, and drift where it was measured.
+
+    Args:
+        run: content of ``run.json``, with ``time``.
+        metrics: rows of ``metrics.jsonl``.
+        chosen: layers named by ``--layers``.
+        warnings: what the user should know.
+    """
+    tests, rows = evaluations(metrics), _held_out(run)
     few = [f"only {rows} held-out rows: such a change of test loss may be chance"] if 0 < rows < _FEW else []
-    sections = [Section("Test loss", "", _over_steps(tests, found), _figures(found), "\n".join(_ends(tests, found)))]
-    return Report(_headline(tests, found, rows), [*found.warnings, *few], sections, CAVEATS, [_spent(found)])
+    columns = _columns(tests, run)
+    section = Section("Test loss", "", _over_steps(tests, columns), _figures(metrics), "\n".join(_ends(tests, columns)))
+    return Report(_headline(tests, run, chosen, rows), [*warnings, *few], [section], CAVEATS, [_spent(run, metrics)])
 
 
 def _held_out(run: Mapping[str, Any]) -> int:
     return run.get("data", {}).get("eval", {}).get("num_samples", 0)
 
 
-def _headline(tests: Sequence[Row], found: Finetuned, rows: int) -> list[str]:
-    before, after, best = tests[0], tests[-1], found.run["result"]
+def _headline(tests: Sequence[Row], run: Mapping[str, Any], chosen: LayerSet, rows: int) -> list[str]:
+    before, after, best = tests[0], tests[-1], run["result"]
     ends = f"from {before['loss']:.4f} to {after['loss']:.4f} nats a token"
-    layers = f"layers {span(found.chosen.layers)} of {found.chosen.num_layers}"
+    layers = f"layers {span(chosen.layers)} of {chosen.num_layers}"
     steps = f"{after['step']} step{'s' if after['step'] != 1 else ''}"
-    which = f"with {layers} frozen" if found.run["config"]["mode"] == "freeze" else f"of {layers}"
+    which = f"with {layers} frozen" if run["config"]["mode"] == "freeze" else f"of {layers}"
     what = f"{rows or 'the'} held-out rows, in {steps} {which}"
     if not after["loss"] < before["loss"]:
         return [f"Test loss did not fall: {ends} on {what}. A lower --learning_rate or other rows may do better."]
@@ -60,32 +70,31 @@ def _headline(tests: Sequence[Row], found: Finetuned, rows: int) -> list[str]:
     return told
 
 
-def _columns(tests: Sequence[Row], found: Finetuned) -> dict[str, str]:
+def _columns(tests: Sequence[Row], run: Mapping[str, Any]) -> dict[str, str]:
     """What a test tells, by its key in ``metrics.jsonl``."""
     names = {"loss": "per token", "loss_per_sample": "mean of means (paper)"}
-    beside = {f"aux_{number}": one["name"] for number, one in enumerate(found.run.get("auxiliaries", []))}
+    beside = {f"aux_{number}": one["name"] for number, one in enumerate(run.get("auxiliaries", []))}
     return names | {key: f"aux {key[4:]}: {name}" for key, name in beside.items() if tests[0].get(key) is not None}
 
 
-def _ends(tests: Sequence[Row], found: Finetuned) -> list[str]:
+def _ends(tests: Sequence[Row], columns: Mapping[str, str]) -> list[str]:
     before, after = tests[0], tests[-1]
     lines = [f"{'test loss':<22}{'step 0':>10}{'step ' + str(after['step']):>12}"]
-    for key, name in _columns(tests, found).items():
+    for key, name in columns.items():
         lines.append(f"{name:<22}{before[key]:>10.4f}{after[key]:>12.4f}")
     return lines
 
 
-def _over_steps(tests: Sequence[Row], found: Finetuned) -> str:
-    columns = _columns(tests, found)
+def _over_steps(tests: Sequence[Row], columns: Mapping[str, str]) -> str:
     body = [[str(row["step"]), *(f"{row[key]:.4f}" for key in columns), ""] for row in tests]
     return "\n".join(aligned(["step", *columns.values(), ""], body))
 
 
-def _figures(found: Finetuned) -> list[Figure]:
-    tests = [(row["step"], row["loss"]) for row in evaluations(found.metrics)]
-    losses = [(row["step"], row["loss"]) for row in found.metrics if row["kind"] == "train"]
+def _figures(metrics: Sequence[Row]) -> list[Figure]:
+    tests = [(row["step"], row["loss"]) for row in evaluations(metrics)]
+    losses = [(row["step"], row["loss"]) for row in metrics if row["kind"] == "train"]
     figures = [Figure("loss.png", on_axes(loss_curves, {"test loss": tests, TRAINING: losses}), "Loss over steps.")]
-    if moved := [row for row in found.metrics if row["kind"] == "drift"]:
+    if moved := [row for row in metrics if row["kind"] == "drift"]:
         states = any(row["cka"] is not None for row in moved)
         caption = f"How far each layer is from the base: its weights{', and its states on held-out rows' * states}."
         size = (6.2, 5.4 if states else 3.2)
@@ -93,15 +102,15 @@ def _figures(found: Finetuned) -> list[Figure]:
     return figures
 
 
-def _spent(found: Finetuned) -> str:
+def _spent(run: Mapping[str, Any], metrics: Sequence[Row]) -> str:
     """How many steps took how long, in this launch and with those before it; memory of what was trained."""
-    times, result = found.run["time"], found.run["result"]
+    times, result = run["time"], run["result"]
     seconds, steps = times["training_seconds"], result["steps"]
     trained, optimizer = (result[f"{name}_bytes"] / 2**20 for name in ("trained", "optimizer"))
     sizes = f"trained {trained:.1f} MiB, optimizer {optimizer:.1f} MiB"
     if not (before := times.get("resumed", 0)):
         return f"{steps} steps in {seconds:.1f} s; {sizes}."
-    earlier = sum(row.get("seconds", 0.0) for row in found.metrics if row["step"] <= before)
+    earlier = sum(row.get("seconds", 0.0) for row in metrics if row["step"] <= before)
     return (
         f"{steps} steps in {earlier + seconds:.1f} s, of which this launch, from step {before} on, ran"
         f" {steps - before} in {seconds:.1f} s; {sizes}."

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from jaxcrit.commands.finetune import Finetuned
 from jaxcrit.core.layers import LayerSet
 from jaxcrit.reporting.finetuned import finetune_report
 
 
 def training(losses, *, rows=40, mode="train", auxiliaries=(), **more):
-    """A finished training whose test losses are these, one step apart."""
+    """Record, metrics and layers of a finished training whose test losses are these, one step apart."""
     best = min(range(len(losses)), key=losses.__getitem__)
     run = {
         "config": {"mode": mode},
@@ -25,7 +24,7 @@ def training(losses, *, rows=40, mode="train", auxiliaries=(), **more):
         {"kind": "eval", "step": step, "loss": loss, "loss_per_sample": loss, **more}
         for step, loss in enumerate(losses)
     ]
-    return Finetuned(None, run, metrics, LayerSet((2, 3, 4, 9), "given", "2-4,9", 12), [], None)
+    return run, metrics, LayerSet((2, 3, 4, 9), "given", "2-4,9", 12)
 
 
 @pytest.mark.parametrize(
@@ -44,17 +43,17 @@ def training(losses, *, rows=40, mode="train", auxiliaries=(), **more):
     ],
 )
 def test_headline(losses, mode, told):
-    assert told in " ".join(finetune_report(training(losses, mode=mode)).headline)
+    assert told in " ".join(finetune_report(*training(losses, mode=mode)).headline)
 
 
 def test_few_rows_are_warned_of():
-    assert finetune_report(training((2.0, 1.0))).warnings == []
-    assert "only 3 held-out rows" in finetune_report(training((2.0, 1.0), rows=3)).warnings[0]
+    assert finetune_report(*training((2.0, 1.0))).warnings == []
+    assert "only 3 held-out rows" in finetune_report(*training((2.0, 1.0), rows=3)).warnings[0]
 
 
 def test_every_test_and_every_objective_has_its_place():
     found = training((2.0, 1.5, 1.25), auxiliaries=[{"name": "exit at 4"}], aux_0=0.5)
-    (section,) = finetune_report(found).sections
+    (section,) = finetune_report(*found).sections
     assert [line.split()[0] for line in section.text().splitlines()] == ["step", "0", "1", "2"]
     assert "aux 0: exit at 4" in section.text() and "aux 0: exit at 4" in section.brief
     assert [figure.name for figure in section.figures] == ["loss.png"]
@@ -64,7 +63,7 @@ def test_every_test_and_every_objective_has_its_place():
 @pytest.mark.parametrize("cka", [None, [1.0, 0.9]])
 def test_drift_has_a_panel_for_states_where_they_were_compared(cka):
     found = training((2.0, 1.5))
-    found.metrics.append({"kind": "drift", "step": 1, "weights": [0.0, 0.1], "cka": cka})
-    drift = finetune_report(found).sections[0].figures[1]
+    found[1].append({"kind": "drift", "step": 1, "weights": [0.0, 0.1], "cka": cka})
+    drift = finetune_report(*found).sections[0].figures[1]
     assert len(drift.canvas().axes) == (1 if cka is None else 2)
     assert ("states" in drift.caption) == (cka is not None)

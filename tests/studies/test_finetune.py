@@ -225,7 +225,7 @@ def test_killed_three_times_and_resumed_ends_in_the_same_bits(config, finished, 
     told = (
         f"6 steps in {earlier + here:.1f} s, of which this launch, from step {step} on, ran {6 - step} in {here:.1f} s"
     )
-    assert step and told in " ".join(finetune_report(resumed).text().split())
+    assert step and told in " ".join(finetune_report(resumed.run, resumed.metrics, resumed.chosen).text().split())
 
 
 def test_what_has_no_weight_is_measured_and_changes_no_bit(config, finished):
