@@ -16,6 +16,7 @@ from jaxcrit.commands import shared
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.layers import ChosenLayers, LayerSet
+from jaxcrit.core.rundir import CountedRows
 from jaxcrit.core.schema import AtLeastZero, Count
 from jaxcrit.core.selections import LayerSpec, resolve
 
@@ -62,10 +63,37 @@ class Times(_Launches):
     training_seconds: AtLeastZero
 
 
-class FinetunedRun(TypedDict):
+class Mode(TypedDict):
+    """What the report takes from ``config`` of ``run.json``."""
+
+    mode: str
+
+
+class Trained(TypedDict):
+    """The same of ``trained``."""
+
+    layers: list[Count]
+
+
+class Objective(TypedDict):
+    """The same of one of ``auxiliaries``."""
+
+    name: str
+
+
+class _Supervised(TypedDict, total=False):
+    """What is there of a run with objectives beside the loss."""
+
+    auxiliaries: list[Objective]
+
+
+class FinetunedRun(_Supervised):
     """``run.json`` of a complete run."""
 
+    config: Mode
+    data: dict[str, CountedRows]
     layers: ChosenLayers
+    trained: Trained
     result: Result
     time: Times
 

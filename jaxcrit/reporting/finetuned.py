@@ -38,7 +38,7 @@ def finetune_report(
     Args:
         run: content of ``run.json``, with ``time``.
         metrics: rows of ``metrics.jsonl``.
-        chosen: layers named by ``--layers``.
+        chosen: layers named by ``--layers``; with ``--reselect`` the first of them.
         warnings: what the user should know.
     """
     tests, rows = evaluations(metrics), _held_out(run)
@@ -49,16 +49,16 @@ def finetune_report(
 
 
 def _held_out(run: Mapping[str, Any]) -> int:
-    return run.get("data", {}).get("eval", {}).get("num_samples", 0)
+    return run["data"].get("eval", {}).get("num_samples", 0)
 
 
 def _headline(tests: Sequence[Row], run: Mapping[str, Any], chosen: LayerSet, rows: int) -> list[str]:
     before, after, best = tests[0], tests[-1], run["result"]
     ends = f"from {before['loss']:.4f} to {after['loss']:.4f} nats a token"
-    layers = f"layers {span(chosen.layers)} of {chosen.num_layers}"
+    freezes, trained = run["config"]["mode"] == "freeze", run["trained"]["layers"]  # of --reselect all that ever did
+    layers = f"layers {span(chosen.layers if freezes else trained)} of {chosen.num_layers}"
     steps = f"{after['step']} step{'s' if after['step'] != 1 else ''}"
-    which = f"with {layers} frozen" if run["config"]["mode"] == "freeze" else f"of {layers}"
-    what = f"{rows or 'the'} held-out rows, in {steps} {which}"
+    what = f"{rows or 'the'} held-out rows, in {steps} {f'with {layers} frozen' if freezes else f'of {layers}'}"
     if not after["loss"] < before["loss"]:
         return [f"Test loss did not fall: {ends} on {what}. A lower --learning_rate or other rows may do better."]
     told = [f"Test loss fell {ends} on {what}."]
