@@ -76,7 +76,7 @@ def plans(_: Mapping[str, Any]) -> str:
     return "\n".join(aligned(head, rows))
 
 
-def minutes(_: Mapping[str, Any]) -> str:
+def minutes_table(_: Mapping[str, Any]) -> str:
     """Minutes of every part on two cores: as they were expected before the first run, and as they were."""
     rows, sums = [], [0.0, 0.0]
     for name, part in PARTS.items():
@@ -104,12 +104,12 @@ class Part:
     """A block of the page.
 
     Attributes:
-        file: name of its results in experiments/results, and in runs/ where they are made; empty for none.
-        kind: their format.
-        printer: prints them.
-        made_by: the command that makes them.
+        file: name of its results in experiments/results, without .json; empty for none.
+        kind: format of its results.
+        printer: text of its results.
+        made_by: command that makes its results.
         minutes: expected on two cores, before the first run; 0 for what takes none to speak of.
-        made: where they are made, below runs/.
+        made: path of its results below runs/, where that command writes; empty where nothing is kept.
     """
 
     file: str
@@ -243,7 +243,7 @@ PARTS: dict[str, Part] = {
         50,
         "removal/removal.json",
     ),
-    "minutes": Part("", "", minutes, HERE),
+    "minutes": Part("", "", minutes_table, HERE),
 }
 
 

@@ -299,12 +299,8 @@ class _Lab:
             began = time.monotonic()
             tested = self.scoring(self._decoder(parts, params), generate=taken == self.steps) if taken else None
             record = self.initial() if tested is None else {"step": taken, **tested.record()}
-            steps = [row["seconds"] for row in log.rows if row["kind"] == "train"][1:]  # the first one compiles
-            if self.at_first_test is not None and steps and taken < self.steps:
-                tests = self.steps / taken - 1
-                each = self.steps * sum(steps) / len(steps) + tests * (time.monotonic() - began) + self._whole_test
-                self.at_first_test(each)
-                self.at_first_test = None
+            if taken < self.steps:
+                self._tell_time(log, taken, time.monotonic() - began)
             log.write({"kind": "backdoor", **record})
             # The clean losses in the form that the loop logs: its best step is that of the lowest one.
             return (LossSums(*map(jnp.float32, (record["clean_loss"], 1, record["clean_loss_per_sample"], 1))),)
@@ -324,6 +320,14 @@ class _Lab:
         )
         rows = [row for row in read_metrics(folder) if row["kind"] == "backdoor"]
         return [{key: value for key, value in row.items() if key != "kind"} for row in rows], state.params
+
+    def _tell_time(self, log: MetricsLog, taken: int, test: float) -> None:
+        """Tells once what a training may take, by its steps so far and a test of ``test`` seconds after them."""
+        steps = [row["seconds"] for row in log.rows if row["kind"] == "train"][1:]  # the first one compiles
+        if self.at_first_test is not None and steps:
+            tests = self.steps / taken - 1
+            self.at_first_test(self.steps * sum(steps) / len(steps) + tests * test + self._whole_test)
+            self.at_first_test = None
 
     def _decoder(self, parts: Partition, params: Bank) -> Decoder:
         """The model with its trained weights; those of the untouched model stay for the next arm."""

@@ -283,6 +283,6 @@ def test_what_commands_left_is_kept_with_its_minutes_and_without_the_machine(tmp
     write_json(runs / regret.made, regret.kind, {"time": {"seconds": {"one": 60.0, "other": 120.0}}})
     assert part.keep(runs) and regret.keep(runs)
     assert part.content()["determines"] == {"model": "SmolLM2.gguf"}
-    told = evidence_report.minutes({}).splitlines()
+    told = evidence_report.minutes_table({}).splitlines()
     assert [line.split()[:2] for line in told if "freezing" in line or "dolly" in line] == [["22", "3"], ["55", "2"]]
     assert told[-1].split()[1] in ("4", "5")  # 4.5

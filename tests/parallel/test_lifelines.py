@@ -55,25 +55,20 @@ def test_process_0_takes_connections_while_it_looks_at_something_for_all(monkeyp
     assert gone == []
 
 
-def test_an_end_without_a_word_is_a_kill_of_either(gone):
+@pytest.mark.parametrize("word", [b"", lifelines._WELL])
+def test_an_end_is_a_kill_unless_a_word_comes_before_it(gone, word):
     with held() as (one, ours):
         watching = watched(one)
         while not ours:
             time.sleep(0.01)
+        ours[0].sendall(word)
+        one.sendall(word)
         ours[0].shutdown(socket.SHUT_RDWR)
         watching.join(10)
-    assert 0 in gone
-
-
-def test_an_end_with_a_word_is_none(gone):
-    with held() as (one, ours):
-        watching = watched(one)
-        while not ours:
-            time.sleep(0.01)
-        ours[0].sendall(lifelines._WELL)
-        one.sendall(lifelines._WELL)
-        watching.join(10)
-    assert gone == []
+    if word:
+        assert gone == []
+    else:
+        assert 0 in gone
 
 
 def test_a_connection_that_process_0_never_took_tells_nothing(gone):
