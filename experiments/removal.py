@@ -7,11 +7,14 @@ same sets at layers that are not critical. One prefill of a batch serves all of 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from cells import Cells
 from rationale import BEFORE, rationale
 
 from jaxcrit.commands.intervene import (
@@ -25,11 +28,12 @@ from jaxcrit.commands.intervene import (
 from jaxcrit.core import processes
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import BY_HASH, SHAPE, WHERE, BatchOptions, MeshOptions, ModelOptions, RowOptions
+from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.layers import LayerSet
-from jaxcrit.core.options import option
+from jaxcrit.core.options import determining, option
 from jaxcrit.core.run import versions
 from jaxcrit.core.selections import LayerSpec, resolve
-from jaxcrit.data.batches import make_batches
+from jaxcrit.data.batches import Batch, make_batches
 from jaxcrit.data.dataset import Dataset
 from jaxcrit.evaluation.losses import divergence
 from jaxcrit.evaluation.scorers import exact_match
@@ -110,8 +114,8 @@ class Removal:
         warnings: what would mislead a reader.
         buckets: batch shapes.
         compiled: prefills and loops compiled for them.
-        seconds: wall time.
-        cpu_seconds: CPU seconds of all cores together, which other work on the machine does not lengthen.
+        seconds: wall time of the call that ended it; what batches took is in times.json.
+        cpu_seconds: CPU seconds of that call, of all cores together, which other work on the machine does not lengthen.
     """
 
     dataset: str
@@ -145,23 +149,30 @@ class _Outcomes:
     def empty(cls, count: int) -> _Outcomes:
         return cls([[]] * count, np.zeros(count, bool), np.zeros(count))
 
+    def put(self, rows: np.ndarray, made: Mapping[str, Any]) -> None:
+        """Puts what a batch gave of these rows where it belongs."""
+        for row, ids in zip(rows, made["token_ids"], strict=True):
+            self.token_ids[row] = ids
+        self.stopped[rows], self.kl[rows] = made["stopped"], made["kl"]
+
 
 Place = tuple[int | None, str]
+Keep = Callable[[str, Callable[[], Mapping[str, Any]]], Mapping[str, Any]]  # what a batch gave, once made
 _PLAIN: Place = (None, "nothing")
 
 
 def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tuple[list[Removal], dict[str, Any]]:
-    """Measures every dataset.
+    """Measures every dataset. What batches gave is kept in OUT, and not made again.
 
     Args:
         config: what is asked.
         progress: makes progress bars (tqdm's signature), or None for silence.
 
     Returns:
-        A result per dataset, and what they were computed with.
+        A result per dataset, and what they were computed with and took.
 
     Raises:
-        UserError: any mistake in flags, checkpoint or data.
+        UserError: any mistake in flags, checkpoint or data; OUT was begun with other settings.
     """
     sets = parse_sets(config.sets)
     model = open_model(config.model, mesh=config.mesh, dtype=config.dtype)
@@ -169,8 +180,21 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     stop = stop_tokens(config.stop, model, config.template)
     datasets = model.read(config, reserve=config.max_new_tokens)
     decoder = model.decoder(progress)
-    found = [_dataset(config, model, decoder, one, sets, layers, stop, progress) for one in datasets]
-    return found, {"model_hash": model.model_hash, "versions": versions()}
+    computed = {"model_hash": model.model_hash, "versions": versions()}
+    cells: Cells | None = None
+    if config.out:
+        hashes = [sha256_json(one.sample_ids) for one in datasets]
+        settings = determining(config) | {"model_hash": model.model_hash, "data_hashes": hashes}
+        cells = Cells.open(Path(config.out), settings)
+    keep: Keep = cells or _unkept
+    found = [_dataset(config, model, decoder, one, sets, layers, stop, keep, progress) for one in datasets]
+    if cells is not None:
+        computed["time"] = {"seconds": cells.times()}
+    return found, computed
+
+
+def _unkept(name: str, make: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+    return make()
 
 
 def parse_sets(text: str) -> dict[str, tuple[int, ...]]:
@@ -194,6 +218,7 @@ def _dataset(
     sets: Mapping[str, tuple[int, ...]],
     layers: Sequence[int],
     stop: list[int],
+    keep: Keep,
     progress: Bars | None,
 ) -> Removal:
     began, cpu, compiled = time.perf_counter(), time.process_time(), compiled_programs()
@@ -214,21 +239,29 @@ def _dataset(
     budget = model.budget(config.batch_size, passes=len(outcomes), new_tokens=config.max_new_tokens)
     batches = make_batches(dataset.examples, budget)
     bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
-    for batch in batches:
-        real = batch.rows < count
+
+    def answered(batch: Batch, real: np.ndarray) -> dict[str, Any]:
+        rows, samples = np.where(real, batch.rows, 0), np.where(real, batch.rows, -1)
         shape = (model.config.num_layers, len(real), model.config.width)
-        rows = np.where(real, batch.rows, 0)
         prompts = prefill(decoder, batch.tokens, batch.lengths, config.max_new_tokens, mesh=model.mesh)
-        plain = None
-        for place, edits in _edits(fit, sets, shifts, places, config.mode, shape, rows):
-            found = decode(decoder, prompts, stop=stop, samples=np.where(real, batch.rows, -1), edit=edit, edits=edits)
-            plain = plain or found
-            into, kl = outcomes[place], processes.whole(divergence(plain.scores, found.scores))
-            for at in np.flatnonzero(real):
-                into.token_ids[batch.rows[at]] = found.token_ids[at]
-            into.stopped[batch.rows[real]], into.kl[batch.rows[real]] = found.stopped[real], kl[real]
-            if bar is not None:
-                bar.update(int(real.sum()))
+        before, made = None, []
+        for edits in _edits(fit, sets, shifts, places, config.mode, shape, rows):
+            found = decode(decoder, prompts, stop=stop, samples=samples, edit=edit, edits=edits)
+            before = before or found
+            kl = processes.whole(divergence(before.scores, found.scores))[real]
+            ids = [found.token_ids[at] for at in np.flatnonzero(real)]
+            made.append({"token_ids": ids, "stopped": found.stopped[real].tolist(), "kl": kl.tolist()})
+        return {"places": made}
+
+    for batch in batches:  # a cell each; batches of another size are other cells
+        real = batch.rows < count
+        ours = batch.rows[real]
+        name = f"{dataset.name}-{sha256_json([dataset.sample_ids, ours.tolist()])[:12]}"
+        made = keep(name, functools.partial(answered, batch, real))["places"]
+        for into, one in zip(outcomes.values(), made, strict=True):
+            into.put(ours, one)
+        if bar is not None:
+            bar.update(len(ours) * len(outcomes))
     if bar is not None:
         bar.close()
     measures = _Measures(config, model, dataset, outcomes)
@@ -260,16 +293,16 @@ def _edits(
     mode: str,
     shape: tuple[int, int, int],
     rows: np.ndarray,
-) -> Iterator[tuple[Place, Intervention]]:
+) -> Iterator[Intervention]:
     rank = fit.directions.shape[1]
-    yield _PLAIN, intervention(shape, rank=rank)
+    yield intervention(shape, rank=rank)
     for place in places:
         layer, name = place
         assert layer is not None
         if place in shifts:
-            yield place, intervention(shape, shifts={layer: -shifts[place][rows]}, rank=rank)
+            yield intervention(shape, shifts={layer: -shifts[place][rows]}, rank=rank)
         else:
-            yield place, removal(fit, [layer], sets[name], mode, rows)
+            yield removal(fit, [layer], sets[name], mode, rows)
 
 
 def _random_part(part: np.ndarray, seed: Sequence[int]) -> np.ndarray:
