@@ -5,8 +5,9 @@
 
 A layer's empirical tangent kernel is K[i, j], the inner product of the gradients of log p(response | prompt) of rows i
 and j by the layer's weights (Jacot et al. 2018). Its change over a training of everything is ||K' - K|| / ||K||,
-Frobenius. Prints it by layer, and how it goes with δ: ρ, given depth, circular shifts. A cell is one seed; an
-interrupted experiment goes on.
+Frobenius, which is near one also where a kernel merely shrinks; so beside it stands the turn, 1 - <K', K> / ||K'|| ||K||,
+which does not see its size. Prints both by layer, and how they go with δ: ρ, given depth, circular shifts. A cell is one
+seed; an interrupted experiment goes on.
 """
 
 from __future__ import annotations
@@ -73,6 +74,12 @@ def change(before: np.ndarray, after: np.ndarray) -> np.ndarray:
     return np.linalg.norm(after - before, axis=(1, 2)) / np.linalg.norm(before, axis=(1, 2))
 
 
+def turn(before: np.ndarray, after: np.ndarray) -> np.ndarray:
+    """``[L]`` one less the cosine between kernels ``[L, N, N]``: 0 where only their size changed."""
+    lengths = np.linalg.norm(before, axis=(1, 2)) * np.linalg.norm(after, axis=(1, 2))
+    return 1 - np.sum(before * after, axis=(1, 2)) / lengths
+
+
 def of_model(model: Model, data: str, count: int, block: int) -> np.ndarray:
     """Kernels of a model on the first rows of some data, ``[L, N, N]``."""
     (dataset,) = model.read(FinetuneOptions(data=data, split=whole(data)), responses=True)
@@ -128,7 +135,8 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         tuned = run_finetune(options, model=model, keep=False).model
         assert tuned is not None  # nothing is read back where nothing is kept
         after = of_model(tuned, test, given.kernel_rows, given.block)
-        return {"change": change(np.array(before["kernels"]), after).tolist()}
+        first = np.array(before["kernels"])
+        return {"change": change(first, after).tolist(), "turn": turn(first, after).tolist()}
 
     before = cells("base", base)
     found = {str(seed): cells(f"seed-{seed}", lambda seed=seed: seed_of(seed)) for seed in seeds}
@@ -137,23 +145,27 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(content: Mapping[str, Any]) -> str:
-    """Change by layer and seed; its correlation with δ and step."""
-    changes = {seed: np.array(one["change"]) for seed, one in content["cells"].items()}
+    """Change and turn by layer and seed; their correlation with δ and step."""
     scores = {key: LayerScores.from_json(key, entry) for key, entry in content["scores"].items()}
-    depth = len(next(iter(changes.values())))
+    found = {
+        f"{measure}, seed {seed}": np.array(one[measure])
+        for measure in ("change", "turn")
+        for seed, one in content["cells"].items()
+    }
+    depth = len(next(iter(found.values())))
     rows = [
-        [*(f"{values[layer]:.3f}" for values in changes.values()), number(scores["delta"].values[layer]), str(layer)]
+        [*(f"{values[layer]:.3f}" for values in found.values()), number(scores["delta"].values[layer]), str(layer)]
         for layer in range(depth)
     ]
-    lines = aligned([*(f"seed {seed}" for seed in changes), "delta", "layer"], rows)
+    lines = aligned([*found, "delta", "layer"], rows)
     body = []
     for key, score in scores.items():
-        for seed, values in changes.items():
+        for name, values in found.items():
             pair = correlate(score, LayerScores("kernel_change", values, np.full(depth, True), "high"))
             numbers = [number(one, 2) for one in (pair.rho, pair.partial)]
-            body.append([*numbers, p_value(pair.p_shift), p_value(pair.p_partial), f"{key}, seed {seed}"])
+            body.append([*numbers, p_value(pair.p_shift), p_value(pair.p_partial), f"{key}, {name}"])
     lines += ["", *aligned(["ρ", "given depth", "p shift", "p given depth", ""], body)]
-    parts = {"kernels before": ("base", 1), "train, kernels after": ("seed-", len(changes))}
+    parts = {"kernels before": ("base", 1), "train, kernels after": ("seed-", len(content["cells"]))}
     return "\n".join([*lines, "", minutes(content["time"]["seconds"], parts)])
 
 

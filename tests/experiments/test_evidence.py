@@ -247,6 +247,7 @@ def test_tangent_kernels_are_the_jacobian_by_itself():
         found = tangent_kernel.kernels(lambda row: {name: one[row] for name, one in jacobian.items()}, 5, block)
         assert np.allclose(found, np.einsum("ilw,jlw->lij", whole, whole), rtol=1e-4, atol=1e-4)
     assert np.allclose(tangent_kernel.change(found, 3 * found), 2)
+    assert np.allclose(tangent_kernel.turn(found, 3 * found), 0) and np.allclose(tangent_kernel.turn(found, -found), 2)
 
 
 def test_tangent_kernels_of_a_model_are_those_of_its_gradients(tiny, tmp_path):
