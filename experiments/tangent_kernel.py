@@ -4,9 +4,9 @@
         --scores=AN/scores.json --out=runs/tangent
 
 A layer's empirical tangent kernel is K[i, j], the inner product of the gradients of log p(response | prompt) of rows i
-and j by the layer's weights (Jacot et al. 2018). Its change over a training of everything is ||K' - K|| / ||K||,
-Frobenius, which is near one also where a kernel merely shrinks; so beside it stands the turn, 1 - <K', K> / ||K'|| ||K||,
-which does not see its size. Prints both by layer, and how they go with δ: ρ, given depth, circular shifts. A cell is one
+and j by the layer's weights (Jacot et al. 2018). Its change over a training of everything is ||K' - K|| / ||K||, in the
+Frobenius norm. It nears one where a kernel just shrinks, so beside it stands its turn, 1 - <K', K> / ||K'|| ||K||,
+which does not see size. Prints both by layer, and how they go with δ: ρ, given depth, circular shifts. A cell is one
 seed; an interrupted experiment goes on.
 """
 
