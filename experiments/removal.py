@@ -180,7 +180,7 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     stop = stop_tokens(config.stop, model, config.template)
     datasets = model.read(config, reserve=config.max_new_tokens)
     decoder = model.decoder(progress)
-    computed = {"model_hash": model.model_hash, "versions": versions()}
+    computed: dict[str, Any] = {"model_hash": model.model_hash, "versions": versions()}
     cells: Cells | None = None
     if config.out:
         hashes = [sha256_json(one.sample_ids) for one in datasets]
@@ -239,6 +239,13 @@ def _dataset(
     budget = model.budget(config.batch_size, passes=len(outcomes), new_tokens=config.max_new_tokens)
     batches = make_batches(dataset.examples, budget)
     bar = None if progress is None else progress(total=count * len(outcomes), desc=f"{dataset.name} removal")
+    done = 0  # answers that the bar has seen, a kept batch in one
+
+    def advance(to: int) -> None:
+        nonlocal done
+        if bar is not None:
+            bar.update(to - done)
+        done = to
 
     def answered(batch: Batch, real: np.ndarray) -> dict[str, Any]:
         rows, samples = np.where(real, batch.rows, 0), np.where(real, batch.rows, -1)
@@ -251,17 +258,17 @@ def _dataset(
             kl = processes.whole(divergence(before.scores, found.scores))[real]
             ids = [found.token_ids[at] for at in np.flatnonzero(real)]
             made.append({"token_ids": ids, "stopped": found.stopped[real].tolist(), "kl": kl.tolist()})
+            advance(done + len(ids))
         return {"places": made}
 
     for batch in batches:  # a cell each; batches of another size are other cells
-        real = batch.rows < count
+        real, before = batch.rows < count, done
         ours = batch.rows[real]
         name = f"{dataset.name}-{sha256_json([dataset.sample_ids, ours.tolist()])[:12]}"
         made = keep(name, functools.partial(answered, batch, real))["places"]
         for into, one in zip(outcomes.values(), made, strict=True):
             into.put(ours, one)
-        if bar is not None:
-            bar.update(len(ours) * len(outcomes))
+        advance(before + len(ours) * len(outcomes))
     if bar is not None:
         bar.close()
     measures = _Measures(config, model, dataset, outcomes)

@@ -12,8 +12,6 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json
 
 RESULTS = Path(pc_removal.__file__).parent / "results" / "pc_removal.json"
-
-
 FLAGS = ["--layers=2,4", "--sets=0;0,2;random:0,2", "--max_new_tokens=5", "--batch_size=8", "--mesh=data=1,fsdp=-1"]
 
 
