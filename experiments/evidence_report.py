@@ -177,14 +177,17 @@ PARTS: dict[str, Part] = {
         "handover",
         handover.FORMAT,
         handover.report,
-        NEXT.join(
+        "\n$ ".join(
             [
-                "python experiments/handover.py --table2=runs/table2/evidence_table2.json --out=runs/handover",
+                "jaxcrit trace --model=SmolLM2.gguf --out=runs/trace",
+                "python experiments/layer_accuracy.py --model=SmolLM2.gguf --out=runs/accuracy",
+                f"python experiments/handover.py --table2=runs/table2/evidence_table2.json --out=runs/handover{NEXT}"
                 "--interventions=runs/trace:trace_last,runs/trace:trace,runs/accuracy/ablate/facts:ablation_skip_greedy,"
                 "runs/accuracy/ablate/sums:ablation_skip_greedy",
             ]
         ),
-        made="handover/handover.json",
+        5,
+        "handover/handover.json",
     ),
     "base and instruct": Part(
         "base_and_instruct",

@@ -17,6 +17,8 @@ Prints, and writes OUT/handover.json, of which ``--read=FILE`` prints the table 
 from __future__ import annotations
 
 import argparse
+import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,10 +121,26 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     """What `main` is asked to reckon."""
     if not given.table2 or given.dips < 1:
         raise UserError("expected --table2=FILE, evidence_table2.json, and --dips of 1 or more")
-    table = read_json(Path(given.table2), evidence_table2.FORMAT)
-    content = plain(beside(table, [one for one in given.interventions.split(",") if one], given.dips))
+    began = time.perf_counter()
+    table, interventions = read_json(Path(given.table2), evidence_table2.FORMAT), names(given.interventions)
+    content = beside(table, interventions, given.dips)
+    spent = dict(took(Path(one.rpartition(":")[0])) for one in interventions)
+    content["time"] = {"seconds": {**spent, "handover": time.perf_counter() - began}}
     Path(given.out).mkdir(parents=True, exist_ok=True)
-    return content
+    return plain(content)
+
+
+def names(text: str) -> list[str]:
+    """Parts of a list with commas."""
+    return [one for one in text.split(",") if one]
+
+
+def took(run: Path) -> tuple[str, float]:
+    """The run that left these scores, a folder up where they are of one part of it, and its seconds."""
+    folder = run if (run / "run.json").exists() else run.parent
+    if not (folder / "run.json").exists():
+        return str(folder), 0.0
+    return str(folder), float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["time"]["seconds"])
 
 
 def report(content: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ import pytest
 from evidence_table2 import FORMAT
 
 from jaxcrit.core.files import read_json, write_json
-from jaxcrit.core.layers import LayerScores, write_scores
+from jaxcrit.core.layers import LayerScores, read_scores, write_scores
 
 COUNT = 30
 NAMES = ("one", "two", "three")
@@ -74,7 +74,10 @@ def test_a_planted_coincidence_reaches_the_floor(table, capsys):
             )
         },
     )
-    asked = [f"--table2={table}/t.json", f"--interventions={table}:arrives", f"--out={table}/out"]
+    (table / "part").mkdir()
+    write_scores(table / "part" / "scores.json", read_scores(table))
+    write_json(table / "run.json", "jaxcrit.run", {"time": {"seconds": 7.0}})  # of both, so counted once
+    asked = [f"--table2={table}/t.json", f"--interventions={table}:arrives,{table}/part:arrives", f"--out={table}/out"]
     assert handover.main(asked) == 0
     text = capsys.readouterr().out
     assert "3 datasets, 3 dips each; p never below 0.019" in text and "3,13,22" in text
@@ -82,6 +85,8 @@ def test_a_planted_coincidence_reaches_the_floor(table, capsys):
     rows = {(row["score"], row["intervention"]): row for row in content["rows"]}
     planted = rows["delta_debiased", f"{table.name}:arrives"]
     assert planted["d"] > 1 and planted["p_d"] == planted["floor"] and planted["dips"] == [[3, 13, 22]] * 3
+    spent = content["time"]["seconds"]
+    assert spent[str(table)] == 7 and set(spent) == {str(table), "handover"}
     own = rows["delta_debiased", handover.LOSS]
     assert own["by_dataset"][0] > own["by_dataset"][1] and own["p_d"] > planted["p_d"]
     assert handover.main([f"--read={table}/out/handover.json"]) == 0 and capsys.readouterr().out == text
