@@ -25,6 +25,7 @@ from jaxcrit.commands.ablate import AblateOptions, report, run_ablate
 from jaxcrit.commands.generate import GenerateOptions, run_generate
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, write_json, write_text
+from jaxcrit.models.model import open_model
 from jaxcrit.reporting.tables import aligned, p_value
 
 CAPITALS = {
@@ -129,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     out = Path(given.out)
     try:
+        open_model(given.model)  # one that is not there is refused before anything is written
         tasks = {"facts": known(given.model, out, given.facts), "sums": sums(given.sums, given.seed)}
         for name, rows in tasks.items():
             write_rows(out / f"{name}.jsonl", rows)
