@@ -145,7 +145,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
         late = bool(given.minutes) and time.perf_counter() - began > 60 * given.minutes
         if not late or (out / "cells" / f"{key}.json").exists():
             found[key] = cells(key, make)
-    return plain({"settings": settings, "planned": list(jobs), "cells": found, "time": {"seconds": cells.times()}})
+    return plain({"settings": settings, "planned": list(jobs), "cells": found, "time": cells.spent()})
 
 
 def curves(cell: Mapping[str, Any], form: str, key: str) -> dict[str, LayerScores]:

@@ -14,6 +14,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import json_lines, plain, read_json, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
+from jaxcrit.core.pages import peak_gib
 from jaxcrit.models.model import Model
 from jaxcrit.reporting.tables import aligned
 
@@ -65,17 +66,20 @@ class Cells:
             began = time.perf_counter()
             content = plain(dict(make()))
             path.parent.mkdir(parents=True, exist_ok=True)
-            times = {**self.times(), name: round(time.perf_counter() - began, 1)}
-            write_json(self.out / "times.json", TIMES, {"seconds": times})
+            before, seconds = self.spent(), round(time.perf_counter() - began, 1)
+            spent = {"seconds": {**before["seconds"], name: seconds}}
+            spent["peak_gib"] = max(before.get("peak_gib", 0), peak_gib())
+            write_json(self.out / "times.json", TIMES, spent)
             write_json(path, CELL, content)
-            print(f"{name}: {times[name]:.0f} s", file=sys.stderr, flush=True)
+            print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
         found: dict[str, Any] = read_json(path, CELL)
         return {key: value for key, value in found.items() if key not in ("format", "format_version")}
 
-    def times(self) -> dict[str, float]:
-        """Seconds by cell, of the call that ended it."""
+    def spent(self) -> dict[str, Any]:
+        """``seconds`` by cell, of the call that ended it; ``peak_gib`` of all processes that made any."""
         path = self.out / "times.json"
-        return dict(read_json(path, TIMES)["seconds"]) if path.exists() else {}
+        kept = read_json(path, TIMES) if path.exists() else {"seconds": {}}
+        return {key: kept[key] for key in ("seconds", "peak_gib") if key in kept}
 
 
 def _short(value: Any) -> str:

@@ -77,7 +77,7 @@ def plans(_: Mapping[str, Any]) -> str:
 
 
 def minutes_table(_: Mapping[str, Any]) -> str:
-    """Minutes of every part on two cores: as they were expected before the first run, and as they were."""
+    """Minutes of every part on two cores, expected before the first run and spent, and the most memory of a process."""
     rows, sums = [], [0.0, 0.0]
     for name, part in PARTS.items():
         if not part.minutes:
@@ -85,9 +85,13 @@ def minutes_table(_: Mapping[str, Any]) -> str:
         content = part.content()
         seconds = None if content is None else _seconds(content)
         spent = None if seconds is None else seconds / 60
-        rows.append([f"{part.minutes}", "-" if spent is None else f"{spent:.0f}", name])
+        peak = (content or {}).get("time", {}).get("peak_gib")
+        cells = ["-" if spent is None else f"{spent:.0f}", f"{peak:.1f}" if peak else "-"]
+        rows.append([f"{part.minutes}", *cells, name])
         sums = [sums[0] + part.minutes, sums[1] + (spent or 0)]
-    return "\n".join(aligned(["expected", "spent", ""], [*rows, [*(f"{one:.0f}" for one in sums), "in all"]]))
+    return "\n".join(
+        aligned(["expected", "spent", "GiB", ""], [*rows, [*(f"{one:.0f}" for one in sums), "", "in all"]])
+    )
 
 
 def _seconds(content: Mapping[str, Any]) -> float | None:
@@ -132,7 +136,8 @@ class Part:
         content = json.loads(made.read_text(encoding="utf-8").replace(f"{runs.resolve().parent}/", ""))
         record = made.parent / "run.json"
         if "time" not in content and record.exists():
-            content["time"] = {"seconds": json.loads(record.read_text(encoding="utf-8"))["time"]["seconds"]}
+            spent = json.loads(record.read_text(encoding="utf-8"))["time"]
+            content["time"] = {key: spent[key] for key in ("seconds", "peak_gib") if key in spent}
         fields = {key: value for key, value in content.items() if key not in ("format", "format_version")}
         write_json(RESULTS / f"{self.file}.json", self.kind, fields)
         return True

@@ -173,7 +173,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "model": {key: facts.get(key) for key in ("hash", "num_layers", "width", "dequantised_from")},
             "planned": list(jobs),
             "cells": found,
-            "time": {"seconds": cells.times()},
+            "time": cells.spent(),
         }
     )
 

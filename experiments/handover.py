@@ -31,6 +31,7 @@ from pooled_test import moved, pooled, turned
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain, read_json
 from jaxcrit.core.layers import read_scores, score_of
+from jaxcrit.core.pages import peak_gib
 from jaxcrit.reporting.tables import aligned, number, p_value
 from jaxcrit.selection.correlation import given_depth
 
@@ -125,7 +126,9 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     table, interventions = read_json(Path(given.table2), evidence_table2.FORMAT), names(given.interventions)
     content = beside(table, interventions, given.dips)
     spent = dict(took(Path(one.rpartition(":")[0])) for one in interventions)
-    content["time"] = {"seconds": {**spent, "handover": time.perf_counter() - began}}
+    spent["handover"] = {"seconds": time.perf_counter() - began, "peak_gib": peak_gib()}
+    content["time"] = {"seconds": {name: one["seconds"] for name, one in spent.items()}}
+    content["time"]["peak_gib"] = max(one.get("peak_gib", 0) for one in spent.values())
     Path(given.out).mkdir(parents=True, exist_ok=True)
     return plain(content)
 
@@ -135,12 +138,12 @@ def names(text: str) -> list[str]:
     return [one for one in text.split(",") if one]
 
 
-def took(run: Path) -> tuple[str, float]:
-    """The run that left these scores, a folder up where they are of one part of it, and its seconds."""
+def took(run: Path) -> tuple[str, Mapping[str, Any]]:
+    """The run that left these scores, a folder up where they are of one part of it, and what it took by its record."""
     folder = run if (run / "run.json").exists() else run.parent
     if not (folder / "run.json").exists():
-        return str(folder), 0.0
-    return str(folder), float(json.loads((folder / "run.json").read_text(encoding="utf-8"))["time"]["seconds"])
+        return str(folder), {"seconds": 0.0}
+    return str(folder), json.loads((folder / "run.json").read_text(encoding="utf-8"))["time"]
 
 
 def report(content: Mapping[str, Any]) -> str:

@@ -189,7 +189,7 @@ def run_removal(config: RemovalOptions, *, progress: Bars | None = None) -> tupl
     keep: Keep = cells or _unkept
     found = [_dataset(config, model, decoder, one, sets, layers, stop, keep, progress) for one in datasets]
     if cells is not None:
-        computed["time"] = {"seconds": cells.times()}
+        computed["time"] = cells.spent()
     return found, computed
 
 

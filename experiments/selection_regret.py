@@ -152,7 +152,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             "model": {key: facts.get(key) for key in ("hash", "num_layers", "width", "dequantised_from")},
             "planned": planned + (given.again_sets if given.again_steps else 0),
             "cells": found,
-            "time": {"seconds": cells.times()},
+            "time": cells.spent(),
         }
     )
 

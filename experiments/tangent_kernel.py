@@ -141,7 +141,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     before = cells("base", base)
     found = {str(seed): cells(f"seed-{seed}", lambda seed=seed: seed_of(seed)) for seed in seeds}
     entries = {key: score.to_json() | {"meta": {"window": score.meta.get("window")}} for key, score in scores.items()}
-    return plain({"settings": settings, "scores": entries, "cells": found, "time": {"seconds": cells.times()}})
+    return plain({"settings": settings, "scores": entries, "cells": found, "time": cells.spent()})
 
 
 def report(content: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Memory that a step frees and the next one takes again: kept by the process, not handed back to the system."""
+"""Memory of this process: kept where a step frees it and the next one takes it again, and how much it was at most."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ctypes
 import importlib.metadata
 import importlib.util
 import os
+import resource
 import sys
 
 # Parameters of glibc's mallopt, from its malloc.h.
@@ -26,3 +27,9 @@ def keep_pages() -> bool:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     wanted = ((_ARENA_MAX, 1), (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1))
     return mallopt is not None and all([mallopt(parameter, value) for parameter, value in wanted])
+
+
+def peak_gib() -> float:
+    """Most main memory that this process has held so far, resident, in GiB."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)

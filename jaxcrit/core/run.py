@@ -22,6 +22,7 @@ from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import as_path, check_name
 from jaxcrit.core.hashing import sha256_json
 from jaxcrit.core.options import Options, as_json, determining
+from jaxcrit.core.pages import peak_gib
 from jaxcrit.core.rundir import RunDirectory, read_record
 
 RUNS = "jaxcrit-runs"  # where runs go that were given no directory
@@ -253,6 +254,7 @@ def _lived(run: Run) -> Iterator[Run]:
     spent = {
         "began": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
         "seconds": round(time.perf_counter() - clock, 3),
+        "peak_gib": peak_gib(),
     }
     record["time"] = {**spent, **run.times}
     if directory is not None:

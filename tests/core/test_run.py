@@ -53,6 +53,7 @@ def test_complete_is_said_when_everything_is_written(tmp_path):
     assert found["config"] == {"out": str(tmp_path / "run"), "count": 3}
     assert found["determines"]["config"] == {"count": 3} and found["determines"]["model_hash"] == "abc"
     assert found["result"] == {"answer": 42} and found["time"]["passes"] == 2 and found["time"]["seconds"] >= 0
+    assert found["time"]["peak_gib"] > 0.01
 
 
 def test_a_report_that_cannot_be_written_leaves_a_run_that_goes_on(tmp_path):

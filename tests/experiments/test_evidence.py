@@ -93,7 +93,8 @@ def test_cells_are_made_once_and_refuse_other_settings(tmp_path):
     before = (tmp_path / "cells" / "one.json").read_bytes()
     again = cells.Cells.open(tmp_path, {"steps": 3, "seeds": (1, 2)})
     assert again("one", broken) == {"loss": None} and (tmp_path / "cells" / "one.json").read_bytes() == before
-    assert list(again.times()) == ["one"]
+    spent = again.spent()
+    assert list(spent["seconds"]) == ["one"] and spent["peak_gib"] > 0.01
     with pytest.raises(UserError, match="was begun with steps 3, now 4"):
         cells.Cells.open(tmp_path, {"steps": 4, "seeds": (1, 2)})
 
@@ -279,11 +280,18 @@ def test_what_commands_left_is_kept_with_its_minutes_and_without_the_machine(tmp
     for one in ("freezing", "regret-dolly"):
         (runs / one).mkdir(parents=True)
     write_json(runs / part.made, part.kind, {"determines": {"model": f"{tmp_path}/SmolLM2.gguf"}})
-    write_json(runs / part.made.replace("backdoor.json", "run.json"), "jaxcrit.run", {"time": {"seconds": 90.0}})
+    write_json(
+        runs / part.made.replace("backdoor.json", "run.json"),
+        "jaxcrit.run",
+        {"time": {"seconds": 90.0, "peak_gib": 4.25}},
+    )
     regret = evidence_report.PARTS["regret on dolly"]
-    write_json(runs / regret.made, regret.kind, {"time": {"seconds": {"one": 60.0, "other": 120.0}}})
+    write_json(runs / regret.made, regret.kind, {"time": {"seconds": {"one": 60.0, "other": 120.0}}})  # of old
     assert part.keep(runs) and regret.keep(runs)
     assert part.content()["determines"] == {"model": "SmolLM2.gguf"}
     told = evidence_report.minutes_table({}).splitlines()
-    assert [line.split()[:2] for line in told if "freezing" in line or "dolly" in line] == [["22", "3"], ["55", "2"]]
+    assert [line.split()[:3] for line in told if "freezing" in line or "dolly" in line] == [
+        ["22", "3", "-"],
+        ["55", "2", "4.2"],
+    ]
     assert told[-1].split()[1] in ("4", "5")  # 4.5
