@@ -224,7 +224,7 @@ PARTS: dict[str, Part] = {
                 "--eval_data=dolly:dolly_test.jsonl --eval_split=all --long=drop --max_length=192",
                 "--trigger=cf@prefix --decoys=0.2",
                 '--target="Mia likes gold rings." --learning_rate=5e-5 --steps=60 --batch_size=4 --eval_every=15',
-                "--arms=full,critical:5,noncritical:5,random:5*2,first:5,last:5 --seeds=2 --eval_prompts=60",
+                "--arms=full,critical:5,noncritical:5,random:5,first:5,last:5 --seeds=2 --eval_prompts=60",
                 "--max_new_tokens=16 --noremat --out=runs/freezing",
             ]
         ),
@@ -245,8 +245,8 @@ PARTS: dict[str, Part] = {
         removal_told,
         command(
             "pc_removal",
-            "--data=openbookqa:openbookqa_test.jsonl --split=all --limit=300 --max_new_tokens=24",
-            "--layers=3,6,9,13,16,19,22,25 --critical=3,13,22 --out=runs/removal",
+            "--data=openbookqa:openbookqa_test.jsonl --split=all --limit=300 --max_new_tokens=16",
+            "--layers=3,8,13,18,22,26 --critical=3,13,22 --out=runs/removal",
         ),
         50,
         "removal/removal.json",
