@@ -184,7 +184,7 @@ PARTS: dict[str, Part] = {
         handover.report,
         "\n$ ".join(
             [
-                "jaxcrit trace --model=SmolLM2.gguf --out=runs/trace",
+                "jaxcrit trace --model=SmolLM2.gguf --limit=40 --samples=2 --out=runs/trace",
                 "python experiments/layer_accuracy.py --model=SmolLM2.gguf --out=runs/accuracy",
                 f"python experiments/handover.py --table2=runs/table2/evidence_table2.json --out=runs/handover{NEXT}"
                 "--interventions=runs/trace:trace_last,runs/trace:trace,runs/accuracy/ablate/facts:ablation_skip_greedy,"
