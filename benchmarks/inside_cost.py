@@ -3,7 +3,7 @@
 A real shape (SmolLM2-135M, random weights), 4 rows of 64 tokens, float32, AdamW; every other row as long. All layers
 train, or five in the middle; embeddings are frozen. Operations are counted from the traced steps, so what a step spends
 on memory and small products beyond them shows as the difference of the two ratios. Sides take turns in one process.
-Run as ``python benchmarks/inside_cost.py`` (about ten minutes on two cores).
+Run as ``python benchmarks/inside_cost.py``.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def main() -> None:
         if not objectives:
             plain = name
             continue
-        spent = take_turns({plain: side(plain), name: side(name)})  # two at a time: each state is 2 GiB
+        spent = take_turns({plain: side(plain), name: side(name)})  # two at a time: a state is three times the weights
         mine, theirs = spent[name], spent[plain]
         ratios = [flops[name] / flops[plain], mine.cpu / theirs.cpu, mine.wall / theirs.wall]
         found[name] = {

@@ -139,7 +139,7 @@ def names(text: str) -> list[str]:
 
 
 def took(run: Path) -> tuple[str, Mapping[str, Any]]:
-    """The run that left these scores, a folder up where they are of one part of it, and what it took by its record."""
+    """Folder of the run that left these scores (of a part, a folder up), and its time: `seconds`, `peak_gib`."""
     folder = run if (run / "run.json").exists() else run.parent
     if not (folder / "run.json").exists():
         return str(folder), {"seconds": 0.0}
