@@ -36,6 +36,7 @@ from cells import Cells, minutes
 from entry import leave, told
 from pooled_test import pooled, turned
 
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import plain
 from jaxcrit.core.groups import AnalyzeOptions
 from jaxcrit.core.layers import LayerScores
@@ -131,7 +132,13 @@ def instruct(given: argparse.Namespace, seed: int, before: Path, out: Path) -> d
 
 
 def measure(given: argparse.Namespace) -> dict[str, Any]:
-    """Makes the cells that are not there yet."""
+    """Makes the cells that are not there yet.
+
+    Raises:
+        UserError: a width that heads of 32 do not fill.
+    """
+    if given.width < 32 or given.width % 32:
+        raise UserError(f"--width={given.width}: expected a multiple of 32, which is the size of a head")
     out, began = Path(given.out), time.perf_counter()
     settings = {key: value for key, value in vars(given).items() if key not in FREE}
     cells = Cells.open(out, settings)

@@ -79,3 +79,9 @@ def test_a_run_goes_on_where_it_was(tmp_path, capsys, monkeypatch):
     assert base_and_instruct.main([f"--read={tmp_path}/base_and_instruct.json"]) == 0
     assert capsys.readouterr().out == text
     assert base_and_instruct.main([*asked, "--steps=3"]) == 2 and "was begun with steps 2" in capsys.readouterr().err
+
+
+def test_heads_fill_the_width(tmp_path, capsys):
+    assert base_and_instruct.main([f"--out={tmp_path}/runs", "--width=100"]) == 2
+    assert "--width=100: expected a multiple of 32" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists(), "nothing is begun"
