@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypedDict
 
+import ml_dtypes  # noqa: F401  (with it numpy knows bfloat16)
 import numpy as np
 from safetensors import SafetensorError, safe_open
 

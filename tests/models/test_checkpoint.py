@@ -4,6 +4,8 @@ import hashlib
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import jax
 import ml_dtypes
@@ -509,3 +511,15 @@ def test_progress_names_each_weight_and_ends(model):
     load_path(model, progress=lambda *step: seen.append(step))
     assert [step[0] for step in seen] == list(range(len(seen)))
     assert seen[-1] == (12, 12, "") and seen[0][2] == "embed"
+
+
+def test_equal_tensors_of_two_files_are_read_where_nothing_else_taught_numpy_bfloat16(tmp_path):
+    values = np.arange(4).astype(ml_dtypes.bfloat16)
+    for number in (1, 2):
+        save_file({"a": values, f"b{number}": values}, tmp_path / f"model-0000{number}-of-00002.safetensors")
+    files = {f"b{number}": f"model-0000{number}-of-00002.safetensors" for number in (1, 2)}
+    (tmp_path / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    code = "import sys; from pathlib import Path; from jaxcrit.models.shards import find_tensors\n"
+    code += "print(sorted(find_tensors(Path(sys.argv[1])).files)); print('jax' in sys.modules)"
+    told = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert told.stdout.splitlines() == ["['a', 'b1', 'b2']", "False"]
