@@ -11,7 +11,8 @@ anyone could make: what is measured is smoothness.
 Of each tuned model, on rows it has not seen: the loss; the loss under a perturbation found by 20 steps from 3 random
 starts within EPS and half of it, found against each model itself; and under random noise of the same sizes. Cells are
 kept in OUT and never made again; with ``--minutes`` it stops after the cell in which these are over, and says what is
-left. The table gives means over seeds and draws of random layers, with Student's 95 %.
+left. The tables give means over seeds, draws of random layers being one there, and differences seed by seed, with
+Student's 95 %.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from jaxcrit.models.model import Model, open_model
 from jaxcrit.reporting.tables import aligned
 
 OBJECTIVES = ("plain", "states", "loss")
+NAMES = ("clean", "found", "found_half", "noise", "noise_half")  # losses of a tuned model
 STEPS, RESTARTS = 20, 3
 
 
@@ -95,8 +97,7 @@ def tested(model: Model, examples: Sequence[Example], eps: float, batch_size: in
         clean, found, noise = losses(model.decoder(), batch.tokens, batch.lengths, learn, sizes)
         each = np.concatenate([np.asarray(clean)[None], found, noise])
         total, count = total + each[:, real].sum(axis=1), count + int(learn[real, 1:].sum())
-    names = ("clean", "found", "found_half", "noise", "noise_half")
-    return dict(zip(names, (total / count).tolist(), strict=True))
+    return dict(zip(NAMES, (total / count).tolist(), strict=True))
 
 
 def cell(arm: str, seed: int, data: str, examples: Sequence[Example], given: argparse.Namespace) -> dict[str, Any]:
@@ -148,29 +149,67 @@ def rows_of(given: argparse.Namespace, model: Model) -> tuple[str, list[Example]
     return data, found.examples, sha256_json([one, other])
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], sign: str = "") -> str:
     """Mean and half of Student's 95 %; the mean alone of one value."""
     low, high = t_interval(list(values))
-    return f"{np.mean(values):.3f}" + (f" ± {(high - low) / 2:.3f}" if len(values) > 1 else "")
+    return f"{np.mean(values):{sign}.3f}" + (f" ± {(high - low) / 2:.3f}" if len(values) > 1 else "")
 
 
-def text(found: Mapping[tuple[str, int], Mapping[str, Any]], base: Mapping[str, float], given: Any) -> str:
-    """Losses by layers and objective; draws of random layers count as so many seeds."""
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for (arm, _), one in found.items():
+Found = Mapping[tuple[str, int], Mapping[str, Any]]
+Groups = dict[tuple[str, str], dict[int, list[Mapping[str, Any]]]]
+
+
+def grouped(found: Found) -> Groups:
+    """Cells by (layers, objective) and seed: one a seed, or one for each draw of random layers."""
+    groups: Groups = {}
+    for (arm, seed), one in found.items():
         layers, _, objective = arm.partition("/")
         kind = layers.rpartition(":")[0] if layers.startswith("random") else layers
-        groups.setdefault(f"{kind} / {objective}", []).append(one)
-    names = ("clean", "found", "found_half", "noise", "noise_half")
-    body = [["", *(f"{base[name]:.3f}" for name in names), "", "as it was"]]
-    for name, ones in groups.items():
-        sets = {" ".join(map(str, one["layers"])) for one in ones}
-        layers = next(iter(sets)) if len(sets) == 1 and not name.startswith("all") else ""
-        cells = [spread([one[key] for one in ones]) for key in names]
-        body.append([str(len(ones)), *cells, f"{np.mean([one['seconds'] for one in ones]):.0f}", f"{name} {layers}"])
-    eps = given.eps
-    header = ["cells", "loss", f"found, {eps:g}", f"found, {eps / 2:g}", f"noise, {eps:g}", f"noise, {eps / 2:g}", "s"]
-    return "\n".join(aligned([*header, "layers / objective"], body))
+        groups.setdefault((kind, objective), {}).setdefault(seed, []).append(one)
+    return groups
+
+
+def pairs(groups: Groups) -> list[tuple[tuple[str, str], tuple[str, str]]]:
+    """Groups to compare: chosen layers with random ones, and the objective on states with the two others."""
+    found = [
+        ((kind, objective), (other, objective))
+        for kind, objective in groups
+        for other in dict.fromkeys(one for one, _ in groups)
+        if other.startswith("random") and kind not in (other, "all")
+    ]
+    found += [((kind, "states"), (kind, other)) for kind, one in groups if one == "states" for other in ("plain", "loss")]
+    return [pair for pair in found if set(pair) <= set(groups)]
+
+
+def mean(values: Sequence[float]) -> float:
+    """Their mean."""
+    return float(np.mean(values))
+
+
+def text(found: Found, base: Mapping[str, float], given: Any) -> str:
+    """Losses by layers and objective; below, differences. A seed's draws of random layers count as one, their mean."""
+    groups, eps = grouped(found), given.eps
+    means = {
+        group: {seed: {name: mean([one[name] for one in ones]) for name in NAMES} for seed, ones in by_seed.items()}
+        for group, by_seed in groups.items()
+    }
+    body = [["", *(f"{base[name]:.3f}" for name in NAMES), "", "as it was"]]
+    for group, by_seed in groups.items():
+        every = [one for ones in by_seed.values() for one in ones]
+        sets = {" ".join(map(str, one["layers"])) for one in every}
+        layers = next(iter(sets)) if len(sets) == 1 and group[0] != "all" else ""
+        cells = [spread([one[name] for one in means[group].values()]) for name in NAMES]
+        seconds = f"{mean([one['seconds'] for one in every]):.0f}"
+        body.append([str(len(every)), *cells, seconds, f"{' / '.join(group)} {layers}"])
+    less = []
+    for one, other in pairs(groups):
+        seeds = sorted(set(means[one]) & set(means[other]))
+        cells = [spread([means[one][seed][name] - means[other][seed][name] for seed in seeds], "+") for name in NAMES]
+        less.append([str(len(seeds)), *cells, f"{' / '.join(one)}, less {' / '.join(other)}"])
+    header = ["loss", f"found, {eps:g}", f"found, {eps / 2:g}", f"noise, {eps:g}", f"noise, {eps / 2:g}"]
+    tables = [aligned(["cells", *header, "s", "layers / objective"], body)]
+    tables += [aligned(["seeds", *header, ""], less)] if less else []
+    return "\n\n".join("\n".join(lines) for lines in tables)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

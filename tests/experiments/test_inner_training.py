@@ -72,16 +72,24 @@ def test_tables_of_supervision():
 def test_table_of_adversarial_layers():
     names = ("clean", "found", "found_half", "noise", "noise_half")
     given = argparse.Namespace(eps=0.05)
-    arms = ["perturbation_gain:3/states", "random:3:0/states", "random:3:1/states", "all/loss"]
+    arms = {"gain:3/states": 0.0, "gain:3/loss": 0.5, "all/loss": 0.0}
+    arms |= {"random:3:0/states": 1.0, "random:3:1/states": 3.0}
     found = {
-        (arm, seed): {"layers": [1, 2], "seconds": 10, **dict.fromkeys(names, 1.0 + seed)}
-        for arm in arms
+        (arm, seed): {"layers": [1, 2], "seconds": 10, **dict.fromkeys(names, more + seed)}
+        for arm, more in arms.items()
         for seed in range(2)
     }
-    lines = adversarial_layers.text(found, dict.fromkeys(names, 9.0), given).splitlines()
+    losses, less = adversarial_layers.text(found, dict.fromkeys(names, 9.0), given).split("\n\n")
+    lines = losses.splitlines()
     assert lines[1].split()[:5] == ["9.000"] * 5
     rows = {line.split()[0]: line for line in lines[2:]}
-    assert rows["4"].rstrip().endswith("random:3 / states 1 2") and "all / loss" in lines[-1]
+    assert rows["4"].rstrip().endswith("random:3 / states 1 2") and "all / loss" in losses
+    assert rows["4"].split()[1:4] == ["2.500", "±", "6.353"], "two draws of a seed are one mean: n is 2, not 4"
+    told = [[*line.split(maxsplit=4)[:4], line.split("  ")[-1]] for line in less.splitlines()[1:]]
+    assert told == [
+        ["2", "-2.000", "±", "0.000", "gain:3 / states, less random:3 / states"],
+        ["2", "-0.500", "±", "0.000", "gain:3 / states, less gain:3 / loss"],
+    ], "of what is there alone"
 
 
 def test_how_alike_curves_are():
