@@ -177,7 +177,9 @@ def pairs(groups: Groups) -> list[tuple[tuple[str, str], tuple[str, str]]]:
         for other in dict.fromkeys(one for one, _ in groups)
         if other.startswith("random") and kind not in (other, "all")
     ]
-    found += [((kind, "states"), (kind, other)) for kind, one in groups if one == "states" for other in ("plain", "loss")]
+    found += [
+        ((kind, "states"), (kind, other)) for kind, one in groups if one == "states" for other in ("plain", "loss")
+    ]
     return [pair for pair in found if set(pair) <= set(groups)]
 
 
