@@ -52,7 +52,8 @@ def with_options(named: NamedRows) -> tuple[NamedRows, list[Question]]:
 
 def _own(row: Row, where: str) -> tuple[Row, list[str], int]:
     choices, answer = row.get("choices"), row.get("answer")
-    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or "text" in row:
+    asks = {"prompt", "messages"} & set(row) and "text" not in row
+    if not isinstance(choices, list) or not all(isinstance(choice, str) for choice in choices) or not asks:
         raise UserError(
             f'{where}: expected {{"prompt", "choices": [texts], "answer"}} for --score=choice, got choices'
             f" {choices!r:.40}; --score=greedy takes rows with one response"

@@ -5,6 +5,7 @@ A row is kept raw, extra fields included, because its identity is the hash of al
     {"prompt": str, "response"?: str | null}      ``completion`` is another name for ``response``
     {"messages": [{"role", "content"}, ...]}      a last assistant message is the response, the rest is the prompt;
                                                   ``prompt`` may repeat the first user message, ``tools`` stand beside
+    {"conversations": [{"from", "value"}, ...]}   the same as ShareGPT names it: human is the user, gpt the assistant
     {"prompt": [...], "completion"?: [...]}       the same in two lists
     {"text": str}                                 raw text, never templated; all of it is the prompt
 
@@ -28,13 +29,13 @@ from jaxcrit.core.errors import UserError, did_you_mean, listed
 from jaxcrit.core.files import local_path
 from jaxcrit.core.hashing import sample_id
 from jaxcrit.data import containers, hub
-from jaxcrit.data.published import PUBLISHED, Cut, Row, check_text, cut_of, form, type_name
+from jaxcrit.data.published import PUBLISHED, Cut, Row, check_text, cut_of, form, role_of, type_name
 
 DEMO_PROMPTS = Path(__file__).parents[1] / "assets" / "demo_prompts"
 KINDS = ("prompt", "messages", "text")
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 RESPONSES = ("response", "completion")
-_EXPECTED = '{"prompt", "response"?}, {"messages": [...]} or {"text"}'
+_EXPECTED = '{"prompt", "response"?}, {"messages": [...]}, {"conversations": [...]} or {"text"}'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,7 +331,7 @@ def _check(row: Any, where: str) -> None:
     """Refuses what is not a row of exactly one kind with something in it."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object {_EXPECTED}, got {type_name(row)}")
-    kinds = [kind for kind in KINDS if kind in row]
+    kinds = [kind for kind in KINDS if kind in row] or [kind for kind in ("conversations",) if kind in row]
     found = listed([repr(field) for field in row]) or "no fields"
     twice = kinds == ["prompt", "messages"]
     if len(kinds) != 1 and not twice:
@@ -342,14 +343,44 @@ def _check(row: Any, where: str) -> None:
         raise UserError(f"{where}: expected response or completion beside prompt only, and one of them, found {found}")
     if row.get("tools") is not None and not isinstance(_tools(row), list):
         raise UserError(f"{where}: tools: expected a list of descriptions, got {type_name(row['tools'])}")
-    if "messages" in row or isinstance(row.get("prompt"), list):
-        _check_messages(row["messages"] if "messages" in row else [*row["prompt"], *_completion(row, where)], where)
+    if _has_turns(row):
+        _check_messages(_turns(row, where), where)
     else:
         check_text(row[kinds[0]], f"{where}: {kinds[0]}", blank=False)
         if answers and row[answers[0]] is not None:
             check_text(row[answers[0]], f"{where}: {answers[0]}")
     if twice and row["prompt"] != next(text_of(one) for one in row["messages"] if one["role"] == "user"):
         raise UserError(f"{where}: prompt is not the first user message of messages; keep one of the two fields")
+
+
+def _has_turns(row: Row) -> bool:
+    """Whether a row is a list of messages, by whatever name, and no text."""
+    return "messages" in row or isinstance(row.get("prompt"), list) or not {"prompt", "text"} & set(row)
+
+
+def _turns(row: Row, where: str) -> Any:
+    """The messages of a row that has some, as ``{role, content}``.
+
+    Raises:
+        UserError: a completion or a turn of a conversation of another form.
+    """
+    if "messages" in row:
+        return row["messages"]
+    if "prompt" in row:
+        return [*row["prompt"], *_completion(row, where)]
+    turns = row["conversations"]
+    return [_turn(one, f"{where}: turn {at}") for at, one in enumerate(turns, 1)] if isinstance(turns, list) else turns
+
+
+def _turn(turn: Any, where: str) -> Any:
+    """A turn as a message; one that has a role already stays as it is."""
+    if not isinstance(turn, dict) or "role" in turn:
+        return turn
+    if not isinstance(turn.get("from"), str) or "value" not in turn:
+        fields = listed([repr(field) for field in turn]) or "no fields"
+        raise UserError(f"{where}: expected an object with from, a text, and value, got {fields}")
+    rest = {name: value for name, value in turn.items() if name not in ("from", "value")}
+    return {"role": role_of(turn), "content": turn["value"], **rest}
 
 
 def _published_hint(row: Row) -> str:
@@ -434,10 +465,8 @@ class Conversation:
 
 def conversation(row: Row) -> Conversation:
     """A checked row as messages, contents put together from their parts and fields that are null left out."""
-    if "messages" in row:
-        messages = row["messages"]
-    elif isinstance(row["prompt"], list):
-        messages = [*row["prompt"], *_completion(row, "")]
+    if _has_turns(row):
+        messages = _turns(row, "")
     else:
         answer = next((row[name] for name in RESPONSES if row.get(name) is not None), None)
         messages = [{"role": "user", "content": row["prompt"]}]

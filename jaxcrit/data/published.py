@@ -87,26 +87,35 @@ def placement(row: Row) -> tuple[tuple[str | int, ...], tuple[str | int, ...] | 
     messages = row.get("messages")
     if isinstance(messages, dict):
         return ("messages", "instruction"), None
-    name = "messages" if isinstance(messages, list) else "prompt"
+    instructions = ("instruction", "question_stem", "question", "prompt")
+    shared = isinstance(row.get("conversations"), list) and not {"messages", "text", *instructions} & set(row)
+    name = "messages" if isinstance(messages, list) else "conversations" if shared else "prompt"
     if isinstance(row.get(name), list):
         turns = row[name]
-        user = max(index for index, message in enumerate(turns) if message.get("role") == "user")
-        answered = user + 1 < len(turns) and turns[user + 1].get("role") == "assistant"
+        user = max(index for index, message in enumerate(turns) if role_of(message) == "user")
+        answered = user + 1 < len(turns) and role_of(turns[user + 1]) == "assistant"
         reply: tuple[str | int, ...] | None = (name, user + 1, *_content(turns[user + 1])) if answered else None
         if name == "prompt" and isinstance(row.get("completion"), list):
             reply = ("completion", 0, *_content(row["completion"][0]))
         return (name, user, *_content(turns[user])), reply
     if isinstance(row.get("question"), dict):
         return ("question", "stem"), None
-    names = ("instruction", "question_stem", "question", "prompt")
-    instruction = next((name for name in names if name in row), "text")
+    instruction = next((name for name in instructions if name in row), "text")
     responses = ("output", "response", "completion", "answer")
     response = next((name for name in responses if isinstance(row.get(name), str)), None)
     return (instruction,), None if response is None else (response,)
 
 
+def role_of(message: Row) -> Any:
+    """Who speaks: ``role``, or what ShareGPT calls ``from``, in the words of chat templates."""
+    speaker = message.get("from")
+    return message["role"] if "role" in message else {"human": "user", "gpt": "assistant"}.get(str(speaker), speaker)
+
+
 def _content(message: Row) -> tuple[str | int, ...]:
-    """Where a message holds its text: its content, or the last of its parts."""
+    """Where a message holds its text: its content, or the last of its parts; ``value`` in ShareGPT's."""
+    if "content" not in message:
+        return ("value",)
     content = message["content"]
     return ("content", len(content) - 1, "text") if isinstance(content, list) else ("content",)
 

@@ -17,7 +17,8 @@ import pytest
 from jaxcrit.core.errors import UserError
 from jaxcrit.core.groups import RowOptions
 from jaxcrit.data.dataset import named_rows
-from jaxcrit.data.datasets import load, read_rows
+from jaxcrit.data.datasets import conversation, load, read_rows
+from jaxcrit.data.published import placement
 
 ROWS = [{"prompt": "1 + 1 =", "response": "2"}, {"prompt": "é\nor, not", "response": 'a "b"'}, {"prompt": "open"}]
 LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS)
@@ -104,6 +105,7 @@ def test_damaged_and_foreign_files_are_named(tmp_path, name, content, parts):
 
 class TestKinds:
     USER, BOT = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
+    ASKS, TELLS = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
 
     def read(self, tmp_path, *rows):
         path = tmp_path / "rows.jsonl"
@@ -119,8 +121,19 @@ class TestKinds:
             {"prompt": [self.USER], "completion": "Hello"},
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]},
             {"messages": [self.USER, {"role": "assistant", "tool_calls": [{}]}, {"role": "tool", "content": "1"}]},
+            {"prompt": "a", "conversations": 5},
+            {"conversations": [self.ASKS, self.TELLS]},
+            {"conversations": [self.USER, self.BOT]},
         ]
         assert self.read(tmp_path, *rows) == rows
+
+    def test_a_conversation_is_messages_by_other_names(self, tmp_path):
+        system = {"from": "system", "value": "be kind"}
+        (row,) = self.read(tmp_path, {"conversations": [system, self.ASKS, {**self.TELLS, "weight": None}]})
+        found = conversation(row)
+        assert found.messages == [{"role": "system", "content": "be kind"}, self.USER] and found.answer == self.BOT
+        assert placement(row) == (("conversations", 1, "value"), ("conversations", 2, "value"))
+        assert placement({**row, "instruction": "x"})[0] == ("instruction",), "what is beside another field stays there"
 
     @pytest.mark.parametrize(
         ("row", "part"),
@@ -135,6 +148,15 @@ class TestKinds:
             ({"messages": [{"role": "user", "content": []}]}, "got a list of nothing"),
             ({"messages": [USER], "tools": "no JSON"}, "tools: expected a list"),
             ({"messages": [{"role": "tool", "content": "1"}]}, "expected a user message before the response"),
+            ({"messages": None}, "expected messages to be a list"),
+            ({"conversations": None}, "expected messages to be a list"),
+            ({"conversations": "Hi"}, "got a string"),
+            ({"conversations": []}, "expected a user message before the response, got none"),
+            ({"conversations": [5]}, "message 1: expected an object with role and content"),
+            ({"conversations": [{}]}, "turn 1: expected an object with from, a text, and value, got no fields"),
+            ({"conversations": [{"from": 5, "value": "Hi"}]}, "turn 1: expected an object with from, a text"),
+            ({"conversations": [{"from": "humn", "value": "Hi"}]}, "got 'humn'"),
+            ({"conversations": [ASKS], "response": "Hello"}, "response or completion beside prompt only"),
         ],
     )
     def test_what_contradicts_itself_is_one_line(self, tmp_path, row, part):

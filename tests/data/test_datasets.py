@@ -123,7 +123,7 @@ class TestReadRows:
         assert "line 1" in message and "found 'instruction', 'context', 'response'" in message
 
 
-_KEYS = st.sampled_from(["prompt", "response", "messages", "text", "role", "content", "a\nb"])
+_KEYS = st.sampled_from(["prompt", "response", "messages", "conversations", "text", "role", "content", "from", "a\nb"])
 _LEAVES = st.none() | st.booleans() | st.floats() | st.text(max_size=3) | st.sampled_from(["user", "assistant"])
 _JSON = st.recursive(_LEAVES, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(_KEYS, inner, max_size=3))
 
