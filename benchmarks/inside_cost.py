@@ -8,7 +8,9 @@ Run as ``python benchmarks/inside_cost.py``.
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
+import multiprocessing
 from collections.abc import Callable
 
 import jax
@@ -31,7 +33,7 @@ from jaxcrit.training.step import initial_state, make_step
 BATCH, LENGTH = 4, 64
 ANSWER, PAIR = "logits:answer", "feature:prompt"
 ALL, MIDDLE = tuple(range(30)), tuple(range(12, 17))
-# By name: layers that train, objectives. The plain step of the same layers comes before those that are beside it.
+# By name: layers that train, objectives. Beside each stands the plain step of the same layers.
 SIDES: dict[str, tuple[tuple[int, ...], tuple[Objective, ...]]] = {
     "all layers": (ALL, ()),
     "exit at 14, training rows": (ALL, (Auxiliary(14, "exit", "", 1.0),)),
@@ -45,8 +47,14 @@ SIDES: dict[str, tuple[tuple[int, ...], tuple[Objective, ...]]] = {
 }
 
 
-def main() -> None:
-    """Takes turns, prints, writes."""
+def plain_of(name: str) -> str:
+    """The plain step of the same layers."""
+    layers, _ = SIDES[name]
+    return next(other for other, side in SIDES.items() if side == (layers, ()))
+
+
+def measured(name: str) -> dict[str, float]:
+    """Operations and seconds of a step with objectives, and of the plain one of the same layers."""
     keep_pages()  # as `jaxcrit finetune` does
     config = ModelConfig.from_hf(dict(CONFIG))
     rng = np.random.default_rng(0)
@@ -80,28 +88,35 @@ def main() -> None:
 
         return call
 
+    plain = plain_of(name)
+    spent = take_turns({plain: side(plain), name: side(name)})
+    mine, theirs = spent[name], spent[plain]
+    return {
+        "gflop": flops[name] / 1e9,
+        "gflop_plain": flops[plain] / 1e9,
+        "cpu": mine.cpu,
+        "cpu_plain": theirs.cpu,
+        "wall": mine.wall,
+        "of_gflop": flops[name] / flops[plain],
+        "of_cpu": mine.cpu / theirs.cpu,
+        "of_wall": mine.wall / theirs.wall,
+    }
+
+
+def main() -> None:
+    """Measures each in a process of its own, for such a process keeps all memory that it ever took; prints, writes."""
     found: dict[str, dict[str, float]] = {}
-    plain = ""
     print(f"{'GFLOP':>8}{'CPU s':>8}{'wall s':>8}{'of GFLOP':>10}{'of CPU':>8}{'of wall':>9}")
-    for name, (_, objectives) in SIDES.items():
-        if not objectives:
-            plain = name
-            continue
-        spent = take_turns({plain: side(plain), name: side(name)})  # two at a time: a state is three times the weights
-        mine, theirs = spent[name], spent[plain]
-        ratios = [flops[name] / flops[plain], mine.cpu / theirs.cpu, mine.wall / theirs.wall]
-        found[name] = {
-            "gflop": flops[name] / 1e9,
-            "gflop_plain": flops[plain] / 1e9,
-            "cpu": mine.cpu,
-            "cpu_plain": theirs.cpu,
-            **dict(zip(("of_gflop", "of_cpu", "of_wall"), ratios, strict=True)),
-        }
-        print(
-            f"{flops[name] / 1e9:8.1f}{mine.cpu:8.2f}{mine.wall:8.2f}{ratios[0]:10.2f}{ratios[1]:8.2f}{ratios[2]:9.2f}"
-            f"  {name}, beside {plain}",
-            flush=True,
-        )
+    spawn = multiprocessing.get_context("spawn")
+    names = [name for name, (_, objectives) in SIDES.items() if objectives]
+    with concurrent.futures.ProcessPoolExecutor(1, spawn, max_tasks_per_child=1) as pool:
+        for name, one in zip(names, pool.map(measured, names), strict=True):
+            found[name] = one
+            print(
+                f"{one['gflop']:8.1f}{one['cpu']:8.2f}{one['wall']:8.2f}{one['of_gflop']:10.2f}{one['of_cpu']:8.2f}"
+                f"{one['of_wall']:9.2f}  {name}, beside {plain_of(name)}",
+                flush=True,
+            )
     write_result("inside_cost", {"sides": found})
 
 
