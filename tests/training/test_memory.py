@@ -5,6 +5,7 @@ The model is that of STACK's prototypes: 32 layers, width 320, vocabulary 4,096,
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxcrit.core.auxiliaries import Adversarial
 from jaxcrit.models.config import ModelConfig
 from jaxcrit.models.decoder import abstract, forward
 from jaxcrit.models.partition import partition, size, split
@@ -20,7 +22,7 @@ from jaxcrit.models.sites import Tap
 from jaxcrit.models.weights import table
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
-from jaxcrit.training.objectives import TokenBatch, batch_loss
+from jaxcrit.training.objectives import TokenBatch, batch_loss, batch_losses
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import abstract_state, make_step
 
@@ -93,6 +95,19 @@ def test_the_whole_adamw_step_and_its_state():
 def test_a_scattered_set_in_both_forms(form, most):
     parts, params, frozen, batch = shapes(SCATTERED)
     assert temporaries(gradient(parts, form), params, frozen, batch) <= most
+
+
+def test_states_of_all_layers_take_no_gradient_of_the_weights_each():
+    parts, params, frozen, batch = shapes(range(LAYERS))
+    batch = dataclasses.replace(batch, numbers=jax.ShapeDtypeStruct((BATCH,), np.int32))
+    objective = Adversarial("states", 0.05, 3, 0, 1.0)
+
+    def loss(params, frozen, batch):
+        found = batch_losses(parts, {**params, "frozen": frozen}, batch, [objective], dtype=jnp.float32)
+        return found[0].loss + found[1].loss
+
+    weights = 4 * LAYERS * BLOCK_WEIGHTS / 2**20
+    assert temporaries(jax.grad(loss), params, frozen, batch) <= 4 * weights  # cut at every layer: 64 times, 9.7 GB
 
 
 @pytest.mark.parametrize("trained", [MIDDLE, SCATTERED, range(27, 32), range(5), range(32)], ids=str)

@@ -26,6 +26,7 @@ from jaxcrit.models.partition import FROZEN, partition, split
 from jaxcrit.models.sites import Tap
 from jaxcrit.parallel.accounting import product_flops
 from jaxcrit.parallel.mesh import make_mesh
+from jaxcrit.training.forward import layer_states
 from jaxcrit.training.objectives import batch_losses, check_auxiliaries
 from jaxcrit.training.optimizer import make_optimizer, make_schedule
 from jaxcrit.training.step import abstract_state, make_step
@@ -222,6 +223,27 @@ def test_an_exit_costs_its_share_of_a_pass_over_its_rows():
     assert added[6] == without and head < block
     # On the training rows the states are there already: what is added is the head's alone.
     assert flops((PLAIN,)) - without == head
+
+
+@pytest.mark.parametrize("layers", [tuple(range(7)), (1, 2, 3), (0, 2, 5)], ids=str)
+@pytest.mark.parametrize("site", ["attn", "block"])
+def test_states_of_layers_read_together_are_those_of_each_alone(layers, site):
+    parts, bank = bank_of(layers)
+    rows = jax.tree.map(lambda leaf: leaf[0], BATCH)
+    tap = Tap(lambda site, before, after, positions: after[:, -1], (site,))
+
+    def read(these, tap=None):
+        return layer_states(parts, bank, rows.tokens, rows.lengths, these, dtype=jnp.float32, remat=False, tap=tap)
+
+    alone = {layer: read([layer])[0][layer] for layer in range(-1, 7)}
+    _, whole = read([6], tap)
+    for chosen in (range(-1, 7), (0, 3, 4, 6)):
+        together, taps = read(chosen, tap)
+        assert sorted(together) == sorted(chosen) and all(set(one) == {site} for one in taps)
+        for layer, state in together.items():
+            np.testing.assert_allclose(state, alone[layer], rtol=1e-5, atol=1e-6)
+        found, expected = (np.concatenate([one[site] for one in read]) for read in (taps, whole))
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_an_adversarial_step_costs_so_many_prefixes():
