@@ -331,7 +331,9 @@ def _check(row: Any, where: str) -> None:
     """Refuses what is not a row of exactly one kind with something in it."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: expected a JSON object {_EXPECTED}, got {type_name(row)}")
-    kinds = [kind for kind in KINDS if kind in row] or [kind for kind in ("conversations",) if kind in row]
+    kinds = [kind for kind in KINDS if kind in row]
+    if not kinds and "conversations" in row:  # beside another kind it is a field like any other
+        kinds = ["conversations"]
     found = listed([repr(field) for field in row]) or "no fields"
     twice = kinds == ["prompt", "messages"]
     if len(kinds) != 1 and not twice:
