@@ -34,7 +34,7 @@ def scores(decoder, data=None):
 
 @pytest.mark.parametrize("case", FAMILIES)
 def test_folded_weights_are_the_gain(case):
-    """In every half, and in several together: the same answers, log-probabilities to 5e-4."""
+    """In every half, and in several together: log-probabilities to 5e-4, so the same answers but for near ties."""
     decoder = decoder_of(case)
     assert case in CASES and not parse_gains("", decoder.config)
     for text in ("0:attn:0.5", "1:attn:0.7", "1:mlp:0.4", "3:mlp:2", "0:mlp:0.6,2:attn:0.5,2:mlp:1.5"):
@@ -43,7 +43,10 @@ def test_folded_weights_are_the_gain(case):
         before = jax.device_get(decoder.weights())
         folded = scores(Decoder(decoder.config, fold(decoder.config, decoder.weights(), gains)))
         np.testing.assert_allclose(folded, under, rtol=0, atol=5e-4)
-        np.testing.assert_array_equal(folded.argmax(-1), under.argmax(-1))
+        second, first = np.moveaxis(np.sort(under)[..., -2:], -1, 0)
+        clear = first - second > 1e-3  # a tie tips either way, by the order in which a machine sums
+        assert clear.mean() > 0.9
+        np.testing.assert_array_equal(folded.argmax(-1)[clear], under.argmax(-1)[clear])
         assert np.abs(under - scores(decoder)).max() > 0.01
         jax.tree.map(np.testing.assert_array_equal, jax.device_get(decoder.weights()), before)
 

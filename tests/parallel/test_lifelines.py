@@ -57,18 +57,20 @@ def test_process_0_takes_connections_while_it_looks_at_something_for_all(monkeyp
 
 @pytest.mark.parametrize("word", [b"", lifelines._WELL])
 def test_an_end_is_a_kill_unless_a_word_comes_before_it(gone, word):
+    """Each side sees the other's end."""
     with held() as (one, ours):
         watching = watched(one)
         while not ours:
             time.sleep(0.01)
-        ours[0].sendall(word)
-        one.sendall(word)
-        ours[0].shutdown(socket.SHUT_RDWR)
+        for end in (ours[0], one):
+            end.sendall(word)
+            end.shutdown(socket.SHUT_WR)  # what the other has said is still read
         watching.join(10)
-    if word:
-        assert gone == []
-    else:
-        assert 0 in gone
+        deadline = time.monotonic() + 10
+        while any(thread.name.endswith("(_watch)") for thread in threading.enumerate()):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert sorted(gone) == ([] if word else [0, 1])
 
 
 def test_a_connection_that_process_0_never_took_tells_nothing(gone):

@@ -100,10 +100,18 @@ def test_wide_activations_whose_debiased_value_is_a_small_difference():
     check(np.random.default_rng(0).standard_normal((3, 60, 1024), np.float32), 25)
 
 
-@pytest.mark.parametrize("seed", [0, 1, 3, 4])
+@pytest.mark.parametrize("seed", range(6))
 def test_four_samples(seed):
-    """The fewest there can be: rounded to float32, the features' lengths alone put these up to 4e-6 off."""
-    check(oracles.chain(2, 4, 5, seed=seed), 3)
+    """The fewest there can be: the debiased value moves by up to 1.2e-6 where only the activations are rounded."""
+    hidden = oracles.chain(2, 4, 5, seed=seed)
+    check(hidden, 3, atol=1e-6 + 4 * moved_by_rounding(hidden))
+
+
+def moved_by_rounding(hidden, draws=200):
+    """How far the float64 debiased values move when every activation is put off by less than float32 rounds it."""
+    exact, rng = np.asarray(hidden, np.float64), np.random.default_rng(0)
+    rounded = (exact * (1 + rng.uniform(-1, 1, exact.shape) * 2.0**-24) for _ in range(draws))
+    return max(np.abs(oracles.oracle(one, "debiased") - oracles.oracle(exact, "debiased")).max() for one in rounded)
 
 
 def test_a_sample_far_from_all_others():
