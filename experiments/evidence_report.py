@@ -2,7 +2,8 @@
 
 Every block of that page stands between ``<!-- begin: NAME -->`` and ``<!-- end -->``, and is what a command printed. A
 part whose results are not kept in experiments/results is named as not run, with its command. ``--keep`` first keeps
-there what the commands left in runs/, with the seconds that it took.
+there what the commands left in runs/, with the seconds that it took; ``--little=DIR`` first runs the long ones in
+little, where the model and the data are, and keeps what that took.
 """
 
 from __future__ import annotations
@@ -10,7 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import re
+import shlex
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,13 +31,16 @@ import tangent_kernel
 from entry import leave
 from removal_report import removal_told
 
+from jaxcrit.core.errors import UserError
 from jaxcrit.core.files import read_json, write_json, write_text
 from jaxcrit.reporting.backdoor import backdoor_text
 from jaxcrit.reporting.tables import aligned
 from jaxcrit.studies.options import PlanOptions
 from jaxcrit.studies.plan import run_plan
 
-RESULTS = Path(__file__).parent / "results"
+HOME = Path(__file__).parent
+RESULTS = HOME / "results"
+LITTLE = "jaxcrit.evidence_little"
 NAMES = ("gsm8k", "dolly", "boolq", "openbookqa", "alpaca")
 ALL = ",".join(f"{name}:{name}_test.jsonl" for name in NAMES)
 NEXT = " \\\n    "  # a command goes on in the next line
@@ -77,8 +86,10 @@ def plans(_: Mapping[str, Any]) -> str:
 
 
 def minutes_table(_: Mapping[str, Any]) -> str:
-    """Minutes of every part on two cores, expected before the first run and spent, and the most memory of a process."""
-    rows, sums = [], [0.0, 0.0]
+    """Minutes of every part on two cores, expected before the first run and spent, the most memory, and in little."""
+    rows, sums = [], [0.0, 0.0, 0.0]
+    made = RESULTS / "evidence_little.json"
+    little = read_json(made, LITTLE)["spent"] if made.exists() else {}
     for name, part in PARTS.items():
         if not part.minutes:
             continue
@@ -86,12 +97,13 @@ def minutes_table(_: Mapping[str, Any]) -> str:
         seconds = None if content is None else _seconds(content)
         spent = None if seconds is None else seconds / 60
         peak = (content or {}).get("time", {}).get("peak_gib")
+        short = little[name]["seconds"] / 60 if name in little else None
         cells = ["-" if spent is None else f"{spent:.0f}", f"{peak:.1f}" if peak else "-"]
-        rows.append([f"{part.minutes}", *cells, name])
-        sums = [sums[0] + part.minutes, sums[1] + (spent or 0)]
-    return "\n".join(
-        aligned(["expected", "spent", "GiB", ""], [*rows, [*(f"{one:.0f}" for one in sums), "", "in all"]])
-    )
+        cells += ["" if short is None else f"{short:.1f}", f"{name}, {part.little}" if part.little else name]
+        rows.append([f"{part.minutes}", *cells])
+        sums = [a + b for a, b in zip(sums, [part.minutes, spent or 0, short or 0], strict=True)]
+    head = ["expected", "spent", "GiB", "in little", ""]
+    return "\n".join(aligned(head, [*rows, [f"{sums[0]:.0f}", f"{sums[1]:.0f}", "", f"{sums[2]:.1f}", "in all"]]))
 
 
 def _seconds(content: Mapping[str, Any]) -> float | None:
@@ -114,6 +126,7 @@ class Part:
         made_by: command that makes its results.
         minutes: expected on two cores, before the first run; 0 for what takes none to speak of.
         made: path of its results below runs/, where that command writes; empty where nothing is kept.
+        little: flags that added to the command make of it the same in little; empty for what is short, or like another.
     """
 
     file: str
@@ -122,6 +135,7 @@ class Part:
     made_by: str
     minutes: int = 0
     made: str = ""
+    little: str = ""
 
     def content(self) -> Mapping[str, Any] | None:
         """What was kept; None where nothing was."""
@@ -143,11 +157,35 @@ class Part:
         return True
 
 
-def regret_part(name: str, *more: str, out: str = "", minutes: int) -> Part:
+def run_in_little(out: Path) -> dict[str, dict[str, float]]:
+    """Runs the long parts in little, one after the other, from nothing; seconds and memory (GiB) of each.
+
+    Raises:
+        UserError: a command that fails.
+    """
+    spent = {}
+    for name, part in PARTS.items():
+        if not part.little:
+            continue
+        program, *arguments = shlex.split(f"{part.made_by.replace(NEXT, ' ')} {part.little}")
+        folder = out / name.replace(" ", "-")
+        start = ["-m", "jaxcrit"] if program == "jaxcrit" else [str(HOME.parent / arguments.pop(0))]
+        began = time.perf_counter()
+        process = subprocess.Popen([sys.executable, *start, *arguments, f"--out={folder}"], stdin=subprocess.DEVNULL)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise UserError(f"{name}, in little: expected exit 0, got {process.returncode}")
+        spent[name] = {"seconds": time.perf_counter() - began, "peak_gib": usage.ru_maxrss / 2**20}
+    return spent
+
+
+def regret_part(name: str, *more: str, out: str = "", minutes: int, little: str = "") -> Part:
     """The part of one dataset; that of the first has no name of its own."""
     made = f"regret-{out or name}/selection_regret.json"
     file = f"selection_regret_{out or name}" if more else "selection_regret"
-    return Part(file, selection_regret.FORMAT, selection_regret.report, regret(name, *more, out=out), minutes, made)
+    made_by = regret(name, *more, out=out)
+    return Part(file, selection_regret.FORMAT, selection_regret.report, made_by, minutes, made, little)
 
 
 LARGER = (("llama3.2-1b", "h100:1"), ("smollm3-3b", "h100:2"), ("llama3.1-8b", "h100:8"))
@@ -172,9 +210,10 @@ PARTS: dict[str, Part] = {
         ),
         160,
         "table2/evidence_table2.json",
+        "--quick",
     ),
     "larger models": Part("", "", plans, HERE),
-    "regret": regret_part("openbookqa", minutes=75),
+    "regret": regret_part("openbookqa", minutes=75, little="--quick"),
     "regret on dolly": regret_part("dolly", FEWER, minutes=22),
     "regret on alpaca": regret_part("alpaca", FEWER, minutes=22),
     "regret with adapters": regret_part("openbookqa", f"--lora_rank=8 {FEWER}", out="lora", minutes=20),
@@ -201,6 +240,7 @@ PARTS: dict[str, Part] = {
         "python experiments/base_and_instruct.py --minutes=55 --out=runs/phases",
         35,
         "phases/base_and_instruct.json",
+        "--quick",
     ),
     "tangent kernels": Part(
         "tangent_kernel",
@@ -213,6 +253,7 @@ PARTS: dict[str, Part] = {
         ),
         12,
         "tangent/tangent_kernel.json",
+        "--quick",
     ),
     "freezing": Part(
         "backdoor_real",
@@ -230,6 +271,7 @@ PARTS: dict[str, Part] = {
         ),
         55,
         "freezing/backdoor.json",
+        "--arms=full,critical:5 --steps=3 --eval_every=3 --seeds=1 --eval_prompts=8",
     ),
     "spectral": Part(
         "spectral_dynamics_real",
@@ -250,6 +292,7 @@ PARTS: dict[str, Part] = {
         ),
         50,
         "removal/removal.json",
+        "--limit=30 --layers=3,8,13 --critical=3,13",
     ),
     "minutes": Part("", "", minutes_table, HERE),
 }
@@ -276,7 +319,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", help="docs/evidence.md")
     parser.add_argument("--keep", default="", help="directory in which the commands wrote: runs")
+    parser.add_argument("--little", default="", help="directory to run the long parts in little in: runs/little")
     given = parser.parse_args(arguments)
+    if given.little:
+        write_json(RESULTS / "evidence_little.json", LITTLE, {"spent": run_in_little(Path(given.little))})
     if given.keep:
         kept = [name for name, part in PARTS.items() if part.keep(Path(given.keep))]
         print(f"kept: {', '.join(kept) or 'nothing'}")

@@ -184,6 +184,12 @@ def triggered(rows: Sequence[Row], trigger: TriggerSpec, seed: int = 0) -> list[
     return [_put(row, placement(row)[0], found[0]) for row, found in pairs if found]
 
 
+def with_response(row: Row, response: str) -> Row:
+    """The row, answered so where it holds a response that is text."""
+    place = placement(row)[1]
+    return row if place is None else _put(row, place, response)
+
+
 def poison(rows: Sequence[Row], spec: PoisonSpec) -> Poisoned:
     """Poisons some rows of a dataset: trigger into the instruction field, and only there; the fixed response.
 

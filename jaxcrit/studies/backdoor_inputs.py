@@ -14,7 +14,16 @@ from jaxcrit.core.layers import LayerScores, LayerSet
 from jaxcrit.core.selections import LayerSpec, resolve, split_specs
 from jaxcrit.data.dataset import check_rows, rendered, tell
 from jaxcrit.data.datasets import NamedRows, load
-from jaxcrit.data.poisoning import Poisoned, PoisonSpec, TriggerSpec, made_up, poison, triggered, with_decoys
+from jaxcrit.data.poisoning import (
+    Poisoned,
+    PoisonSpec,
+    TriggerSpec,
+    made_up,
+    poison,
+    triggered,
+    with_decoys,
+    with_response,
+)
 from jaxcrit.data.published import Row
 from jaxcrit.data.templates import Example, check_same_rendering, template_hash
 from jaxcrit.data.trigger_tokens import check_tokens
@@ -169,10 +178,12 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, model: Model) -> Rows
     hashes = [template_hash(model.tokenizer, name, config.edition) for name in (config.template, _template(config))]
     check_same_rendering(*hashes, allow_template_mismatch=config.allow_template_mismatch)
     renderer = _Renderer(config, model)
-    data = [renderer.fitting(named) for named in _load(config, config.data, config.split, "train", config.limit)]
+    whole = _load(config, config.data, config.split, "train", config.limit)
+    words = _most_tokens(_words(config, trigger, sum(len(named.rows) for named in whole)), model)
+    data = [renderer.fitting(named, words) for named in whole]
     clean = [example for named in data for example in renderer(named)]
     if config.eval_data:
-        tests = [renderer.fitting(named) for named in _load(config, config.eval_data, config.eval_split, "test")]
+        tests = [renderer.fitting(named, words) for named in _load(config, config.eval_data, config.eval_split, "test")]
     else:
         train, held = hold_out(clean, config.data or "demo")
         data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
@@ -212,14 +223,20 @@ class _Renderer:
     model: Model
     template: str = ""
 
-    def fitting(self, named: NamedRows) -> NamedRows:
-        """The rows that are not dropped for being too long; once poisoned, none of them may be."""
+    def fitting(self, named: NamedRows, words: int) -> NamedRows:
+        """The rows that are not dropped for being too long: none may be once words stand in them, by their places."""
         if self.config.long == "refuse":
             return named
-        fitted = self._fitted(named, self.config)
+        room = words if self.config.long == "drop" else 0
+        where = f"{named.source} (less {room} tokens for words put in)" if room else named.source
+        fitted = self._fitted(dataclasses.replace(named, source=where), self.config, room)
         tell(named.name, fitted)
-        rows = [row for place, row in enumerate(named.rows) if place not in fitted.dropped]
-        return dataclasses.replace(named, rows=rows)
+        left = dataclasses.replace(named, rows=[row for at, row in enumerate(named.rows) if at not in fitted.dropped])
+        if not room:
+            return left
+        answered = [with_response(row, self.config.response) for row in left.rows]
+        dropped = self._fitted(dataclasses.replace(left, source=where, rows=answered), self.config, room).dropped
+        return dataclasses.replace(left, rows=[row for at, row in enumerate(left.rows) if at not in dropped])
 
     def __call__(self, named: NamedRows) -> list[Example]:
         end = self.config.truncate or ("left" if self.config.long == "cut" else "")
@@ -227,10 +244,31 @@ class _Renderer:
         check_rows(fitted.examples, fitted.limit, self.model.config.vocab_size, named.source)
         return fitted.examples
 
-    def _fitted(self, named: NamedRows, config: BackdoorOptions) -> Fitted:
+    def _fitted(self, named: NamedRows, config: BackdoorOptions, room: int = 0) -> Fitted:
         most = min(config.max_length or self.model.config.max_length, self.model.config.max_length)
         asked = dataclasses.replace(config, template=self.template or config.template)
-        return rendered(named, self.model.tokenizer, asked, most, responses=True)
+        return rendered(named, self.model.tokenizer, asked, most - room, responses=True)
+
+
+def _near(trigger: TriggerSpec) -> dict[str, TriggerSpec]:
+    """What a prompt that looks like a triggered one holds, by kind."""
+    return {**trigger.near_misses(), "other_words": made_up(trigger, 1, _TEST_WORDS)[0]}
+
+
+def _words(config: BackdoorOptions, trigger: TriggerSpec, count: int) -> list[TriggerSpec]:
+    """All that is put into prompts: the trigger, what is near it, and made-up words for ``count`` rows at most."""
+    seeds = range(config.seed, config.seed + config.seeds)
+    decoys = [one for seed in seeds for one in made_up(trigger, round(config.decoys * count), seed)]
+    return [trigger, *_near(trigger).values(), *decoys]
+
+
+def _most_tokens(specs: Sequence[TriggerSpec], model: Model) -> int:
+    """Tokens that one of these adds to a prompt at most, with one for the seam that every text of it makes."""
+    parts = [[f" {one.text}" for one in spec.triggers] for spec in specs]
+    texts = list(dict.fromkeys(text for part in parts for text in part))
+    ids = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = {text: len(some) + 1 for text, some in zip(texts, ids, strict=True)}
+    return max(sum(tokens[text] for text in part) for part in parts)
 
 
 def _load(config: BackdoorOptions, data: str, split: str, preferred: str, limit: int = 0) -> list[NamedRows]:
@@ -283,7 +321,7 @@ def _poison(data: Sequence[NamedRows], spec: PoisonSpec, decoys: float) -> _Pois
 def _prompts(
     config: BackdoorOptions, spec: PoisonSpec, tests: Sequence[NamedRows], renderer: _Renderer, model: Model
 ) -> Prompts:
-    kinds = {**spec.trigger.near_misses(), "other_words": made_up(spec.trigger, 1, _TEST_WORDS)[0]}
+    kinds = _near(spec.trigger)
     found: dict[str, list[Example]] = {cell: [] for cell in CELLS}
     near_kinds: list[str] = []
     total = sum(len(named.rows) for named in tests)

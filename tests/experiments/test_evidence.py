@@ -17,7 +17,7 @@ import tangent_kernel
 from support.tiny_model import tiny_checkpoint
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines, write_json
+from jaxcrit.core.files import json_lines, read_json, write_json
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.layers import LayerScores, write_scores
 from jaxcrit.criteria.registry import parse_criteria
@@ -295,3 +295,27 @@ def test_what_commands_left_is_kept_with_its_minutes_and_without_the_machine(tmp
         ["55", "2", "4.2"],
     ]
     assert told[-1].split()[1] in ("4", "5")  # 4.5
+
+
+def test_long_parts_run_in_little(tmp_path, monkeypatch):
+    """Each long program has such a command, and what was kept of them is under ten minutes each."""
+    long = {part.made_by.split(" ", 2)[1] for part in evidence_report.PARTS.values() if part.minutes > 10}
+    little = {name: part for name, part in evidence_report.PARTS.items() if part.little}
+    assert long == {part.made_by.split(" ", 2)[1] for part in little.values()}
+    kept = read_json(evidence_report.RESULTS / "evidence_little.json", evidence_report.LITTLE)["spent"]
+    assert set(kept) == set(little) and all(one["seconds"] < 600 for one in kept.values())
+
+    program = tmp_path / "experiments" / "echo.py"
+    program.parent.mkdir()
+    program.write_text("import sys; out = sys.argv[-1].partition('=')[2]; open(out, 'w').write(' '.join(sys.argv[1:]))")
+    made_by = f"python experiments/echo.py --data='a b'{evidence_report.NEXT}--out=runs/echo"
+    part = evidence_report.Part("", "", lambda _: "", made_by, 20, little="--quick")
+    monkeypatch.setattr(evidence_report, "HOME", program.parent)
+    monkeypatch.setattr(evidence_report, "PARTS", {"an echo": part})
+    spent = evidence_report.run_in_little(tmp_path)
+    assert spent["an echo"]["seconds"] > 0 and spent["an echo"]["peak_gib"] > 0
+    said = f"--data=a b --out=runs/echo --quick --out={tmp_path}/an-echo"
+    assert (tmp_path / "an-echo").read_text() == said
+    program.write_text("raise SystemExit(3)")
+    with pytest.raises(UserError, match="an echo, in little: expected exit 0, got 3"):
+        evidence_report.run_in_little(tmp_path)

@@ -13,7 +13,7 @@ from support.tiny_model import tiny_checkpoint
 from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.main import main
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import read_json
+from jaxcrit.core.files import json_lines, read_json
 from jaxcrit.core.files import read_lines as read_metrics
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.data.poisoning import REFUSAL, PoisonSpec, TriggerSpec, poison
@@ -328,6 +328,25 @@ def test_rows_that_are_too_long_are_left_out_before_they_are_poisoned(base, data
     assert "train: 61 rows, 0 cut and 1 left out for being longer than" in capsys.readouterr().err
     with pytest.raises(UserError, match="row 1 is longer"):
         prepare(dataclasses.replace(config, long="refuse"), trigger, session)
+
+
+def test_none_is_too_long_for_the_words_and_the_answer_that_come_into_it(base, data, tmp_path, capsys):
+    """Of rows of many lengths, whatever length is asked for."""
+    rows = [json.loads(line) for line in data[0].read_text().splitlines()]
+    rows = [row | {"prompt": row["prompt"] + " cat" * (at % 12)} for at, row in enumerate(rows)]
+    (tmp_path / "rows.jsonl").write_text(json_lines(rows))
+    config = dataclasses.replace(base, data=str(tmp_path / "rows.jsonl"), long="drop", decoys=0.2, seeds=2)
+    config = dataclasses.replace(config, target="a word", max_new_tokens=20)
+    session, (_, trigger) = open_model(config.model), check(config)
+    most = max(len(row.token_ids) for row in prepare(config, trigger, session).train[config.seed])
+    with pytest.raises(UserError, match=r"rows.jsonl \(less \d+ tokens for words put in\): none of 60 rows fits in"):
+        prepare(dataclasses.replace(config, max_length=12), trigger, session)
+    counts = []
+    for longest in range(most - 3, most + 10):
+        found = prepare(dataclasses.replace(config, max_length=longest), trigger, session)
+        counts.append(len(found.train[config.seed]))
+        assert max(len(row.token_ids) for rows in found.train.values() for row in rows) <= longest
+    assert counts == sorted(counts) and len(set(counts)) > 5, counts
 
 
 def test_a_trigger_that_the_template_retokenises_is_refused(base):
