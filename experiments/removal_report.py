@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure as Canvas
 from removal import Cell, Removal
 
-from jaxcrit.core.layers import LayerSet, span
+from jaxcrit.core.layers import LayerSet
 from jaxcrit.evaluation.intervals import wilson
 from jaxcrit.reporting.plots import LINES, layer_axis, mark
 from jaxcrit.reporting.report import Figure
@@ -21,8 +21,6 @@ Contrasts = Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]  # by set,
 
 def removal_text(found: Removal) -> str:
     """Per layer and set: share of answers changed, exact match, KL of the next token; then the controls."""
-    sets = list(dict.fromkeys(cell.name for cell in found.cells))
-    layers = list(dict.fromkeys(cell.layer for cell in found.cells))
     cells = {(cell.layer, cell.name): cell for cell in found.cells}
     plain = found.plain
     lines = [f"warning: {text}" for text in found.warnings[:_SHOWN_WARNINGS]]
@@ -36,17 +34,24 @@ def removal_text(found: Removal) -> str:
     for title, value in _COLUMNS.items():
         if plain.exact is None and title.startswith("exact"):
             continue
-        rows = []
-        for layer in layers:
-            shown = [value(cells[layer, name]) for name in sets]
-            rows.append([str(layer), *shown, "◀ critical" if layer in found.critical.layers else ""])
-        lines += ["", f"{title}:", *aligned(["layer", *sets, ""], rows)]
+        shown = {place: value(cell) for place, cell in cells.items()}
+        lines += ["", f"{title}:", *layer_lines(shown, found.critical.layers)]
     lines += ["", *contrast_lines(found.contrasts, found.plain.exact is not None), "", *example_lines(found)]
     lines.append(
         f"\n{plain.n} prompts x {len(found.cells)} removals in {found.seconds} s ({found.cpu_seconds} s of CPU);"
         f" {found.buckets} buckets, {found.compiled[0]} + {found.compiled[1]} compiled"
     )
     return "\n".join(lines)
+
+
+def layer_lines(shown: Mapping[tuple[int, str], str], critical: Sequence[int]) -> list[str]:
+    """A line for each layer with what is shown of every set, by (layer, set)."""
+    layers, sets = (list(dict.fromkeys(place)) for place in zip(*shown, strict=True))
+    rows = [
+        [str(layer), *(shown[layer, name] for name in sets), "◀ critical" if layer in critical else ""]
+        for layer in layers
+    ]
+    return aligned(["layer", *sets, ""], rows)
 
 
 def contrast_lines(contrasts: Contrasts, exact: bool) -> list[str]:
@@ -62,12 +67,14 @@ def contrast_lines(contrasts: Contrasts, exact: bool) -> list[str]:
 
 
 def removal_told(content: Mapping[str, Any]) -> str:
-    """What ``removal.json`` says, in short: of every dataset the differences."""
+    """What ``removal.json`` says, in short: of every dataset the answers that change, and the differences."""
     parts = []
     for one in content["datasets"]:
-        layers = sorted({cell["layer"] for cell in one["cells"]})
+        changed = {(cell["layer"], cell["name"]): _share(cell["changed"], cell["n"]) for cell in one["cells"]}
         parts += [
-            f"{one['dataset']}: {one['plain']['n']} prompts, layers {span(layers)}; critical: {span(one['critical'])}",
+            f"{one['dataset']}: {one['plain']['n']} prompts; share of answers changed, 95 % intervals:",
+            *layer_lines(changed, one["critical"]),
+            "",
             *contrast_lines(one["contrasts"], one["plain"]["exact"] is not None),
             "",
         ]
