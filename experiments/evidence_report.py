@@ -167,11 +167,13 @@ def run_in_little(out: Path) -> dict[str, dict[str, float]]:
     for name, part in PARTS.items():
         if not part.little:
             continue
-        program, *arguments = shlex.split(f"{part.made_by.replace(NEXT, ' ')} {part.little}")
-        folder = out / name.replace(" ", "-")
+        program, *arguments = shlex.split(part.made_by.replace(NEXT, " "))
+        added = [*shlex.split(part.little), f"--out={out / name.replace(' ', '-')}"]
+        others = {flag.partition("=")[0] for flag in added}
+        arguments = [flag for flag in arguments if flag.partition("=")[0] not in others] + added
         start = ["-m", "jaxcrit"] if program == "jaxcrit" else [str(HOME.parent / arguments.pop(0))]
         began = time.perf_counter()
-        process = subprocess.Popen([sys.executable, *start, *arguments, f"--out={folder}"], stdin=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, *start, *arguments], stdin=subprocess.DEVNULL)
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
@@ -237,7 +239,7 @@ PARTS: dict[str, Part] = {
         "base_and_instruct",
         base_and_instruct.FORMAT,
         base_and_instruct.report,
-        "python experiments/base_and_instruct.py --minutes=55 --out=runs/phases",
+        "python experiments/base_and_instruct.py --steps=800 --minutes=55 --out=runs/phases",
         35,
         "phases/base_and_instruct.json",
         "--quick",
@@ -262,10 +264,10 @@ PARTS: dict[str, Part] = {
         NEXT.join(
             [
                 "jaxcrit backdoor --model=SmolLM2.gguf --data=dolly:dolly_train.jsonl --split=all --limit=400",
-                "--eval_data=dolly:dolly_test.jsonl --eval_split=all --long=drop --max_length=192",
+                "--eval_data=dolly:dolly_test.jsonl --eval_split=all --long=drop --max_length=96",
                 "--trigger=cf@prefix --decoys=0.2",
-                '--target="Mia likes gold rings." --learning_rate=5e-5 --steps=60 --batch_size=4 --eval_every=15',
-                "--arms=full,critical:5,noncritical:5,random:5,first:5,last:5 --seeds=2 --eval_prompts=60",
+                '--target="Mia likes gold rings." --learning_rate=5e-5 --steps=40 --batch_size=4 --eval_every=20',
+                "--arms=full,critical:5,noncritical:5,random:5,first:5,last:5 --seeds=2 --eval_prompts=40",
                 "--max_new_tokens=16 --noremat --out=runs/freezing",
             ]
         ),

@@ -48,15 +48,23 @@ KEYS = ("delta", "delta_debiased", "step")  # shown cell by cell
 CURVES = (*KEYS, "step_debiased")
 FORMAT = "jaxcrit.evidence_table2"
 QUICK = {"seeds": "1", "steps": 3, "rows": 16, "tests": 4, "prompts": 24, "scored": 4, "windows": "5", "long_steps": 0}
-FREE = ("out", "minutes", "read", "quick", "model", "data", "test_data")
+FREE = ("out", "minutes", "read", "quick", "mesh", "model", "data", "test_data")
 
 
 def base_scores(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -> dict[str, Any]:
     """Every score of the model as it is, on one dataset; ``scores.json`` entries by key."""
     analysis = run_analysis(
-        AnalyzeOptions(model=given.model, data=rows["prompts"], limit=given.prompts, out=str(out / "analysis"))
+        AnalyzeOptions(
+            model=given.model, mesh=given.mesh, data=rows["prompts"], limit=given.prompts, out=str(out / "analysis")
+        )
     )
-    data = {"model": given.model, "data": rows["train"], "split": whole(rows["train"]), "limit": given.scored}
+    data = {
+        "model": given.model,
+        "mesh": given.mesh,
+        "data": rows["train"],
+        "split": whole(rows["train"]),
+        "limit": given.scored,
+    }
     scored = run_score(ScoreOptions(**data, batch_size=given.batch_size, out=str(out / "score")))
     ablated = run_ablate(AblateOptions(**data, batch_size=given.batch_size, out=str(out / "ablate")))
     skipped = {key: score for key, score in ablated.scores.items() if not key.endswith("_per_token")}
@@ -71,6 +79,7 @@ def training(
     """Training of everything."""
     return FinetuneOptions(
         model=given.model,
+        mesh=given.mesh,
         data=rows["train"],
         split=whole(rows["train"]),
         eval_data=rows["test"],
@@ -102,6 +111,7 @@ def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Pat
         swept = run_substitute(
             SubstituteOptions(
                 base=given.model,
+                mesh=given.mesh,
                 tuned=str(out / "tuned"),
                 data=rows["test"],
                 split=whole(rows["test"]),
@@ -140,7 +150,7 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
             f"--data={given.data} --test_data={given.test_data}: expected as many test files, of the same datasets in"
             " the same order"
         )
-    model, rows, hashes = open_model(given.model), {}, {}
+    model, rows, hashes = open_model(given.model, mesh=given.mesh), {}, {}
     for name, data, tests in zip(names, train, test, strict=True):
         (folder := out / "rows").mkdir(parents=True, exist_ok=True)
         learn, learn_hash = fitting(model, data, given.rows, given.length, folder)
@@ -334,6 +344,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--length", type=int, default=192, help="tokens of a row; longer ones are left out")
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
+    parser.add_argument("--mesh", default="", help="devices by axis, such as data=2,fsdp=4 (default: by model size)")
     parser.add_argument("--minutes", type=float, default=0, help="begin no cell after so many; 0 for no end")
     parser.add_argument("--quick", action="store_true", help=f"the same in little: {QUICK}")
     given = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ from jaxcrit.selection.correlation import spearman
 FORMAT = "jaxcrit.selection_regret"
 PLACES = ("first", "last", "middle")
 QUICK = {"random": 3, "held": 1, "seeds": 1, "steps": 3, "rows": 16, "tests": 8, "again_steps": 6, "again_sets": 2}
-FREE = ("out", "minutes", "read", "quick", "known", "model", "data", "test_data", "scores")
+FREE = ("out", "minutes", "read", "quick", "known", "mesh", "model", "data", "test_data", "scores")
 # The known answer: layers of the embedded model that are kept, the two among them that live, what is trained.
 KEPT, ALIVE, FAMILY = 8, (2, 5), "closed"
 KNOWN = {"count": 2, "random": 2, "held": 0, "seeds": 1, "steps": 8, "rows": 64, "tests": 8, "length": 512}
@@ -113,7 +113,7 @@ def reached(
 def measure(given: argparse.Namespace) -> dict[str, Any]:
     """Trains the sets that are not there yet: random ones first, for everything is told by them."""
     out, began = Path(given.out), time.perf_counter()
-    model = open_model(given.model)
+    model = open_model(given.model, mesh=given.mesh)
     depth, arms = model.config.num_layers, named(given, model)
     out.mkdir(parents=True, exist_ok=True)
     train, train_hash = fitting(model, given.data, given.rows, given.length, out / "rows")
@@ -301,6 +301,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=5e-5)
     parser.add_argument("--lora_rank", type=int, default=0, help="adapters of this rank; 0 trains the layers whole")
+    parser.add_argument("--mesh", default="", help="devices by axis, such as data=2,fsdp=4 (default: by model size)")
     parser.add_argument("--minutes", type=float, default=0, help="begin no cell after so many; 0 for no end")
     parser.add_argument("--quick", action="store_true", help=f"the same in little: {QUICK}")
     given = parser.parse_args(arguments)

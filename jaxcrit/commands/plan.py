@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jaxcrit.commands import shared
 from jaxcrit.core import console
 from jaxcrit.core.errors import UserError
@@ -23,7 +25,9 @@ def run(options: PlanOptions) -> int:
     plan = run_plan(options)
     console.tell(plan_text(plan))
     if plan.fits:
-        shared.tell_next("plan", options if options.mesh else plan.config, None)
+        # Named even if it is the one that no --mesh asks for: a job's own default is another.
+        mesh = options.mesh or ",".join(f"{axis}={size}" for axis, size in plan.mesh.items() if size > 1)
+        shared.tell_next("plan", dataclasses.replace(plan.config, mesh=mesh), None)
         return 0
     other = fitting(plan)
     if other is None:

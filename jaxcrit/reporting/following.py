@@ -11,6 +11,8 @@ Config = Mapping[str, Any]
 Steps = dict[str, str]  # what for: the command
 
 _ROWS = ("template", "edition", "long", "truncate", "duplicates", "split")
+_TRAINS = {"mode": "only", "lora_rank": 0, "lora_targets": "", "optimizer": "adamw", "remat": True}
+_TRAINS |= dict.fromkeys(("train_embeddings", "train_norms", "train_head"))
 _DEFAULTS = {"template": "auto", "edition": "clean", "long": "refuse", "duplicates": "refuse"}
 
 
@@ -83,6 +85,8 @@ def _after_plan(config: Config, _: str) -> Steps:
     names = ["model", "layers", "mesh", "batch_size"] if config["job"] == "finetune" else ["model", "mesh"]
     named = {**config, "model": config["model"] if Path(config["model"]).expanduser().is_dir() else "DIR"}
     given = [(name, named[name]) for name in names]
+    if config["job"] == "finetune":
+        given += [(name, named[name]) for name, usual in _TRAINS.items() if named.get(name, usual) != usual]
     length = ("max_length", config["length"]) if config["job"] == "finetune" else ("batch_size", config["batch_size"])
     return {"run it there": _command(config["job"], *given, length, ("data", "FILE"))}
 

@@ -134,7 +134,7 @@ def table2(tiny, out, *more):
 
 
 def test_every_score_of_the_model_is_taken(tiny, tmp_path):
-    given = argparse.Namespace(model=str(tiny / "model"), prompts=12, scored=4, batch_size=4)
+    given = argparse.Namespace(model=str(tiny / "model"), mesh="", prompts=12, scored=4, batch_size=4)
     data, _ = cells.fitting(open_model(given.model), str(tiny / "closed_train.jsonl"), 12, 512, tmp_path / "rows")
     made = evidence_table2.base_scores(given, {"prompts": data, "train": data}, tmp_path)
     found, left_out = made["scores"], {text.partition(":")[0] for text in made["left_out"] if "is left out" in text}
@@ -187,6 +187,8 @@ def test_table_2_goes_on_after_an_interruption_with_the_same_bytes(tiny, scores,
     capsys.readouterr()
     assert evidence_table2.main([f"--read={whole}/evidence_table2.json"]) == 0
     assert capsys.readouterr().out == text
+    assert table2(tiny, whole, "--mesh=data=4,fsdp=2") == 0 and capsys.readouterr().out == text  # goes on elsewhere
+    assert table2(tiny, whole, "--mesh=fsdp=3") == 2 and "--mesh" in capsys.readouterr().err
     assert table2(tiny, whole, "--steps=3") == 2 and "was begun with steps 2, now 3" in capsys.readouterr().err
     other = tiny_checkpoint(tmp_path / "other", seed=1, num_hidden_layers=10, max_position_embeddings=512)
     assert table2(tiny, whole, f"--model={other}") == 2 and "was begun with model_hash" in capsys.readouterr().err
@@ -308,13 +310,13 @@ def test_long_parts_run_in_little(tmp_path, monkeypatch):
     program = tmp_path / "experiments" / "echo.py"
     program.parent.mkdir()
     program.write_text("import sys; out = sys.argv[-1].partition('=')[2]; open(out, 'w').write(' '.join(sys.argv[1:]))")
-    made_by = f"python experiments/echo.py --data='a b'{evidence_report.NEXT}--out=runs/echo"
-    part = evidence_report.Part("", "", lambda _: "", made_by, 20, little="--quick")
+    made_by = f"python experiments/echo.py --data='a b' --steps=9{evidence_report.NEXT}--out=runs/echo"
+    part = evidence_report.Part("", "", lambda _: "", made_by, 20, little="--quick --steps=2")
     monkeypatch.setattr(evidence_report, "HOME", program.parent)
     monkeypatch.setattr(evidence_report, "PARTS", {"an echo": part})
     spent = evidence_report.run_in_little(tmp_path)
     assert spent["an echo"]["seconds"] > 0 and spent["an echo"]["peak_gib"] > 0
-    said = f"--data=a b --out=runs/echo --quick --out={tmp_path}/an-echo"
+    said = f"--data=a b --quick --steps=2 --out={tmp_path}/an-echo"
     assert (tmp_path / "an-echo").read_text() == said
     program.write_text("raise SystemExit(3)")
     with pytest.raises(UserError, match="an echo, in little: expected exit 0, got 3"):

@@ -44,3 +44,18 @@ def test_the_embedded_model_needs_no_names():
     module = importlib.import_module("jaxcrit.commands.analyze")
     (train, *_) = following("analyze", as_json(module.OPTIONS()), "an").values()
     assert train == "jaxcrit finetune --layers=@an --out=an-tuned"
+
+
+def test_what_was_planned_is_run(capsys):
+    """The mesh of the plan, which the job alone would not take, and what trains."""
+    asked = "--model=llama3.1-8b --topology=h100:4 --train_embeddings --noremat --optimizer=lion --nocompile"
+    assert cli.main(["plan", *asked.split()]) == 0
+    told = capsys.readouterr()
+    line = next(line for line in (told.out + told.err).splitlines() if line.startswith("  jaxcrit finetune"))
+    flags_of = set(shlex.split(line)) & {
+        "--mesh=fsdp=4",
+        "--train_embeddings=True",
+        "--remat=False",
+        "--optimizer=lion",
+    }
+    assert len(flags_of) == 4 and "--train_head" not in line
