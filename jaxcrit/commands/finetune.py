@@ -209,7 +209,8 @@ def run_finetune(
         raise UserError(
             f"--reselect={options.reselect}: chooses anew by a score, and --layers={spec} needs none; give KEY:K"
         )
-    opened = open_model(options.model if model is None else model, mesh=options.mesh, keep=model is not None)
+    named, keeps = options.model if model is None else model, model is not None
+    opened = open_model(named, mesh=options.mesh, keep=keeps, trains=not options.lora_rank)
     depth = opened.config.num_layers
     check_mesh(options.batch_size, opened.mesh)
     gains = parse_gains(options.gain, opened.config)

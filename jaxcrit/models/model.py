@@ -41,6 +41,7 @@ _FREE = ("family", "attention", "fused_experts", "max_length", "bos_token_id", "
 # By platform: operations in the time of a compile (programs are kept, so that it is often but a read), operations in
 # the time that it takes to start a pass, tokens in the time that it takes to read the weights. Orders of magnitude.
 _COSTS = {"cpu": (3e10, 3e8, 32), "other": (3e14, 3e11, 128)}
+_TRAINED_BYTES = 16  # of a weight that trains: itself, its gradient and AdamW's two moments, in float32
 _DECODING = 16  # compiles of a pass that decoding takes as long as
 EMBEDDED_MODEL = Path(__file__).parents[1] / "assets" / "demo_model"
 _OPENING: contextvars.ContextVar[tuple[Path, ...]] = contextvars.ContextVar("opening", default=())  # runs, from the top
@@ -282,6 +283,7 @@ def open_model(
     bars: Bars | None = None,
     keep: bool = True,
     named: str = "",
+    trains: bool = False,
 ) -> Model:
     """Opens a checkpoint directory, GGUF file, hub id, adapter or fine-tuning run; for an empty name the embedded one.
 
@@ -294,6 +296,7 @@ def open_model(
         bars: makes progress bars.
         keep: whether weights once read are kept, see `Model`.
         named: what named the model, for messages, such as ``--base=MODEL``; default ``--model=MODEL``.
+        trains: whether all of it may be trained, which the default mesh makes room for.
 
     Raises:
         UserError: see `open_checkpoint`, `place_of`, `read_adapter`, `load_tokenizer`, `make_mesh`, `choose_attention`;
@@ -303,7 +306,7 @@ def open_model(
         return model
     model = str(model)
     if model and (as_path(model) / "run.json").is_file():
-        return _open_run(as_path(model), mesh, dtype, step, bars, keep)
+        return _open_run(as_path(model), mesh, dtype, step, bars, keep, trains)
     asked = {} if isinstance(mesh, Mesh) else parse_mesh(mesh)
     place = place_of(model or str(EMBEDDED_MODEL), named)
     if step:
@@ -315,7 +318,7 @@ def open_model(
             raise
         raise UserError(f"{error}; it is the base of {place.adapter}: ADAPTER@BASE names another") from None
     dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "")
-    devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype))
+    devices = mesh if isinstance(mesh, Mesh) else make_mesh(asked or _default_mesh(checkpoint, dtype, trains))
     how = Attention(ASKED.get(), platform_of(devices.devices.flat[0]), devices)
     checkpoint = dataclasses.replace(checkpoint, config=dataclasses.replace(checkpoint.config, attention=how))
     _form(checkpoint.config, "bfloat16")  # which every form knows: what else keeps it from this model is said first
@@ -328,10 +331,10 @@ def open_model(
     return found.with_overlay(read_adapter(place, checkpoint.config, devices))
 
 
-def _default_mesh(checkpoint: Checkpoint, dtype: str) -> dict[str, int]:
-    """The mesh where none is asked for, by the size of the weights and of a device's memory."""
+def _default_mesh(checkpoint: Checkpoint, dtype: str, trains: bool) -> dict[str, int]:
+    """The mesh where none is asked for, by the size of the weights (and what trains them) and of a device's memory."""
     kinds = {dtype} if dtype else set(checkpoint.dtypes.values())
-    width = max(np.dtype(DTYPES[kind]).itemsize for kind in kinds)
+    width = _TRAINED_BYTES if trains else max(np.dtype(DTYPES[kind]).itemsize for kind in kinds)
     weights = width * sum(math.prod(shape) for shape in hf_shapes(checkpoint.config).values())
     return default_axes(weights, checkpoint.config.width, jax.device_count(), device_memory(jax.local_devices()))
 
@@ -370,7 +373,7 @@ class TunedRun(TunedRequired, total=False):
     result: Ended
 
 
-def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool) -> Model:
+def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | None, keep: bool, trains: bool) -> Model:
     record = read_record(run)
     if record.get("command") not in ("finetune", "edit"):
         raise UserError(f"{run}: is a run of jaxcrit {record.get('command')}; expected a checkpoint or a finetune run")
@@ -384,7 +387,8 @@ def _open_run(run: Path, mesh: str | Mesh, dtype: str, step: str, bars: Bars | N
         raise UserError(f"{run / 'run.json'}: names a model that is tuned from itself; {DAMAGED}")
     inside = _OPENING.set((*_OPENING.get(), run.resolve()))
     try:
-        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep, named=f"{run}: trained on {path}")
+        told = f"{run}: trained on {path}"
+        below = open_model(path, mesh=mesh, dtype=dtype, bars=bars, keep=keep, named=told, trains=trains)
     finally:
         _OPENING.reset(inside)
     if below.model_hash != base["hash"]:

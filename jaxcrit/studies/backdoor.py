@@ -84,7 +84,7 @@ def run_backdoor(
         UserError: any mistake in flags, checkpoint or data; another run in ``out``; or training that went wrong.
     """
     arms, trigger = check(options)
-    model = open_model(options.model, mesh=options.mesh)
+    model = open_model(options.model, mesh=options.mesh, trains=True)
     check_mesh(options.batch_size, model.mesh)
     for arm in arms:
         if arm.spec is not None:

@@ -93,6 +93,10 @@ def test_the_default_mesh_goes_by_the_model_and_the_devices(tmp_path, monkeypatc
     monkeypatch.setattr(session, "device_memory", lambda _: weights / 2 - 1)
     assert dict(open_model(path).mesh.shape) == {"data": 2, "fsdp": 4, "tensor": 1}
     assert dict(open_model(path, dtype="bfloat16").mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    # What trains has a gradient and two moments beside it, in float32 whatever the file holds.
+    monkeypatch.setattr(session, "device_memory", lambda _: weights * 2)
+    assert dict(open_model(path, trains=True).mesh.shape) == {"data": 4, "fsdp": 2, "tensor": 1}
+    assert dict(open_model(path).mesh.shape) == {"data": 8, "fsdp": 1, "tensor": 1}
 
 
 def test_memory_of_a_device():
