@@ -126,7 +126,7 @@ class Part:
         made_by: command that makes its results.
         minutes: expected on two cores, before the first run; 0 for what takes none to speak of.
         made: path of its results below runs/, where that command writes; empty where nothing is kept.
-        little: flags that added to the command make of it the same in little; empty for what is short, or like another.
+        little: flags that in place of its own make of the command the same in little; empty for what is short or alike.
     """
 
     file: str

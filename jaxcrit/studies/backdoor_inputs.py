@@ -179,11 +179,12 @@ def prepare(config: BackdoorOptions, trigger: TriggerSpec, model: Model) -> Rows
     check_same_rendering(*hashes, allow_template_mismatch=config.allow_template_mismatch)
     renderer = _Renderer(config, model)
     whole = _load(config, config.data, config.split, "train", config.limit)
-    words = _most_tokens(_words(config, trigger, sum(len(named.rows) for named in whole)), model)
-    data = [renderer.fitting(named, words) for named in whole]
+    words = _words(config, trigger, sum(len(named.rows) for named in whole)) if config.long == "drop" else []
+    room = _most_tokens(words, model)
+    data = [renderer.fitting(named, room) for named in whole]
     clean = [example for named in data for example in renderer(named)]
     if config.eval_data:
-        tests = [renderer.fitting(named, words) for named in _load(config, config.eval_data, config.eval_split, "test")]
+        tests = [renderer.fitting(named, room) for named in _load(config, config.eval_data, config.eval_split, "test")]
     else:
         train, held = hold_out(clean, config.data or "demo")
         data, tests = (_only(data, {example.sample_id for example in part}) for part in (train, held))
@@ -223,11 +224,10 @@ class _Renderer:
     model: Model
     template: str = ""
 
-    def fitting(self, named: NamedRows, words: int) -> NamedRows:
-        """The rows that are not dropped for being too long: none may be once words stand in them, by their places."""
+    def fitting(self, named: NamedRows, room: int) -> NamedRows:
+        """The rows that are not dropped for being too long, with room for words: once those are in, none may be."""
         if self.config.long == "refuse":
             return named
-        room = words if self.config.long == "drop" else 0
         where = f"{named.source} (less {room} tokens for words put in)" if room else named.source
         fitted = self._fitted(dataclasses.replace(named, source=where), self.config, room)
         tell(named.name, fitted)
@@ -263,12 +263,16 @@ def _words(config: BackdoorOptions, trigger: TriggerSpec, count: int) -> list[Tr
 
 
 def _most_tokens(specs: Sequence[TriggerSpec], model: Model) -> int:
-    """Tokens that one of these adds to a prompt at most, with one for the seam that every text of it makes."""
-    parts = [[f" {one.text}" for one in spec.triggers] for spec in specs]
-    texts = list(dict.fromkeys(text for part in parts for text in part))
-    ids = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+    """Tokens that one of these adds to a prompt at most, and one for the seam that each text of it makes; 0 of none."""
+    texts = list(dict.fromkeys(f" {one.text}" for spec in specs for one in spec.triggers))
+    ids = model.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     tokens = {text: len(some) + 1 for text, some in zip(texts, ids, strict=True)}
-    return max(sum(tokens[text] for text in part) for part in parts)
+
+    def most(spec: TriggerSpec) -> int:
+        counts = [tokens[f" {one.text}"] for one in spec.triggers]
+        return sum(counts) if spec.combine == "all" else max(counts)
+
+    return max(map(most, specs), default=0)
 
 
 def _load(config: BackdoorOptions, data: str, split: str, preferred: str, limit: int = 0) -> list[NamedRows]:
