@@ -235,8 +235,9 @@ class _Renderer:
         if not room:
             return left
         answered = [with_response(row, self.config.response) for row in left.rows]
-        dropped = self._fitted(dataclasses.replace(left, source=where, rows=answered), self.config, room).dropped
-        return dataclasses.replace(left, rows=[row for at, row in enumerate(left.rows) if at not in dropped])
+        fitted = self._fitted(dataclasses.replace(left, source=where, rows=answered), self.config, room)
+        tell(f"{named.name}, answered with the target", fitted)
+        return dataclasses.replace(left, rows=[row for at, row in enumerate(left.rows) if at not in fitted.dropped])
 
     def __call__(self, named: NamedRows) -> list[Example]:
         end = self.config.truncate or ("left" if self.config.long == "cut" else "")
