@@ -74,12 +74,12 @@ def base_scores(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -
 
 
 def training(
-    given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps: int, out: Path | str
+    given: argparse.Namespace, rows: Mapping[str, str], seed: int, steps: int, out: Path | str, mesh: str = ""
 ) -> FinetuneOptions:
     """Training of everything."""
     return FinetuneOptions(
         model=given.model,
-        mesh=given.mesh,
+        mesh=mesh,
         data=rows["train"],
         split=whole(rows["train"]),
         eval_data=rows["test"],
@@ -103,7 +103,10 @@ def training(
 def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Path) -> dict[str, Any]:
     """Trains with one seed, and substitutes by every width of window."""
     began = time.perf_counter()
-    tests, spent = evaluations(run_finetune(training(given, rows, seed, given.steps, out / "tuned")).metrics), {}
+    tests, spent = (
+        evaluations(run_finetune(training(given, rows, seed, given.steps, out / "tuned", given.mesh)).metrics),
+        {},
+    )
     spent["train"] = time.perf_counter() - began
     found = {}
     for window in map(int, given.windows.split(",")):
@@ -134,7 +137,7 @@ def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Pat
 def long(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -> dict[str, Any]:
     """Test loss every ``--steps`` steps of a training of ``--long_steps``."""
     seed = min(map(int, given.seeds.split(",")))
-    tests = evaluations(run_finetune(training(given, rows, seed, given.long_steps, out)).metrics)
+    tests = evaluations(run_finetune(training(given, rows, seed, given.long_steps, out, given.mesh)).metrics)
     remove_tree(out / "checkpoints")
     return {"curve": [[row["step"], row["loss_per_sample"]] for row in tests]}
 
