@@ -157,8 +157,8 @@ class Part:
         return True
 
 
-def run_in_little(out: Path) -> dict[str, dict[str, float]]:
-    """Runs the long parts in little, one after the other, from nothing; seconds and memory (GiB) of each.
+def run_in_little(out: Path) -> None:
+    """Runs the long parts in little, one after the other, from nothing; keeps seconds and memory (GiB) of each.
 
     Raises:
         UserError: a command that fails.
@@ -178,8 +178,8 @@ def run_in_little(out: Path) -> dict[str, dict[str, float]]:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise UserError(f"{name}, in little: expected exit 0, got {process.returncode}")
-        spent[name] = {"seconds": time.perf_counter() - began, "peak_gib": usage.ru_maxrss / 2**20}
-    return spent
+        spent[name] = {"seconds": round(time.perf_counter() - began, 1), "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
+        write_json(RESULTS / "evidence_little.json", LITTLE, {"spent": spent})
 
 
 def regret_part(name: str, *more: str, out: str = "", minutes: int, little: str = "") -> Part:
@@ -324,7 +324,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--little", default="", help="directory to run the long parts in little in: runs/little")
     given = parser.parse_args(arguments)
     if given.little:
-        write_json(RESULTS / "evidence_little.json", LITTLE, {"spent": run_in_little(Path(given.little))})
+        run_in_little(Path(given.little))
     if given.keep:
         kept = [name for name, part in PARTS.items() if part.keep(Path(given.keep))]
         print(f"kept: {', '.join(kept) or 'nothing'}")

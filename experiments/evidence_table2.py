@@ -102,11 +102,9 @@ def training(
 
 def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Path) -> dict[str, Any]:
     """Trains with one seed, and substitutes by every width of window."""
-    began = time.perf_counter()
-    tests, spent = (
-        evaluations(run_finetune(training(given, rows, seed, given.steps, out / "tuned", given.mesh)).metrics),
-        {},
-    )
+    began, spent = time.perf_counter(), {}
+    options = training(given, rows, seed, given.steps, out / "tuned", given.mesh)
+    tests = evaluations(run_finetune(options).metrics)
     spent["train"] = time.perf_counter() - began
     found = {}
     for window in map(int, given.windows.split(",")):

@@ -314,8 +314,10 @@ def test_long_parts_run_in_little(tmp_path, monkeypatch):
     part = evidence_report.Part("", "", lambda _: "", made_by, 20, little="--quick --steps=2")
     monkeypatch.setattr(evidence_report, "HOME", program.parent)
     monkeypatch.setattr(evidence_report, "PARTS", {"an echo": part})
-    spent = evidence_report.run_in_little(tmp_path)
-    assert spent["an echo"]["seconds"] > 0 and spent["an echo"]["peak_gib"] > 0
+    monkeypatch.setattr(evidence_report, "RESULTS", tmp_path)
+    evidence_report.run_in_little(tmp_path)
+    (spent,) = read_json(tmp_path / "evidence_little.json", evidence_report.LITTLE)["spent"].values()
+    assert spent["seconds"] > 0 and spent["peak_gib"] > 0
     said = f"--data=a b --quick --steps=2 --out={tmp_path}/an-echo"
     assert (tmp_path / "an-echo").read_text() == said
     program.write_text("raise SystemExit(3)")
