@@ -206,6 +206,22 @@ def test_only_planted_layers_have_gradients(tmp_path):
     assert tuple(np.flatnonzero(found)) == selection_regret.ALIVE
 
 
+def test_kernels_are_compared_over_a_training(tiny, tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    made = {
+        key: LayerScores(key, rng.normal(size=10), np.arange(10) > 2, "low")
+        for key in ("delta", "delta_debiased", "step")
+    }
+    write_scores(tmp_path / "scores.json", made)
+    rows = [f"--data={tiny}/closed_train.jsonl", f"--test_data={tiny}/closed_test.jsonl"]
+    given = [f"--model={tiny}/model", *rows, f"--scores={tmp_path}/scores.json", f"--out={tmp_path}/out"]
+    little = "--seeds=1 --steps=1 --rows=8 --tests=3 --kernel_rows=2 --length=512 --batch_size=8"
+    assert tangent_kernel.main([*given, *little.split()]) == 0
+    told = capsys.readouterr().out
+    assert "delta, change, seed 1" in told and "step, turn, seed 1" in told
+    assert tangent_kernel.main([*given, *little.split()]) == 0 and capsys.readouterr().out == told  # from its cells
+
+
 def test_scores_of_another_depth_or_model_are_refused(tiny, tmp_path, capsys):
     def refused(depth, meta):
         score = LayerScores("mine", np.arange(float(depth)), np.full(depth, True), "low", meta=meta)
