@@ -178,7 +178,7 @@ def run_in_little(out: Path) -> None:
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
             raise UserError(f"{name}, in little: expected exit 0, got {process.returncode}")
-        spent[name] = {"seconds": round(time.perf_counter() - began, 1), "peak_gib": round(usage.ru_maxrss / 2**20, 2)}
+        spent[name] = {"seconds": round(time.perf_counter() - began, 3), "peak_gib": round(usage.ru_maxrss / 2**20, 4)}
         write_json(RESULTS / "evidence_little.json", LITTLE, {"spent": spent})
 
 
