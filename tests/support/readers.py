@@ -603,10 +603,10 @@ def _tuned_record() -> dict[str, Any]:
 def _tuned(folder: Path) -> Any:
     """A fine-tuned model is opened as far as the hash of its base, which is another here."""
     from jaxcrit.core.errors import UserError
-    from jaxcrit.models.model import _open_run
+    from jaxcrit.models.model import open_model
 
     try:
-        return _open_run(folder, "", "", "", None, False)
+        return open_model(folder)
     except UserError as error:
         return error if "put the original back" in str(error) else _raised(error)
 
