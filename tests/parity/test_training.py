@@ -27,30 +27,27 @@ torch = reference.torch
 RATE = 2e-4
 
 
-# What trains, and how far a weight may be off. Adam divides a gradient by its own size: where a single one next to
-# vanishes, as some do in the second list, float32's last digits decide how far it moves its weight.
-STEPS = [
+CASES = [
     *itertools.product(
-        ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"], ["one layer", "everything"], [1e-6]
+        ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"],
+        ["one layer", "everything"],
     ),
-    *itertools.product(
-        ["gemma2", "gemma3-linear-capped", "olmo3-yarn", "granite", "smollm3"], ["everything"], [0.1 * RATE]
-    ),
-    *itertools.product(["olmoe-normed-mha", "qwen3_moe"], ["one layer"], [0.1 * RATE]),
+    *itertools.product(["gemma2", "gemma3-linear-capped", "olmo3-yarn", "granite", "smollm3"], ["everything"]),
+    *itertools.product(["olmoe-normed-mha", "qwen3_moe"], ["one layer"]),
 ]
 
 
-@pytest.mark.parametrize(("case", "trains", "bound"), STEPS)
-def test_adamw_steps_agree_with_float64(case, trains, bound, tmp_path):
-    steps_agree(case, trains, bound, tmp_path)
+@pytest.mark.parametrize(("case", "trains"), CASES)
+def test_adamw_steps_agree_with_float64(case, trains, tmp_path):
+    steps_agree(case, trains, tmp_path)
 
 
 def test_steps_with_a_balance_loss_agree_with_float64(tmp_path):
     """Experts and routers of all layers, under transformers' own loss; its tokens are those of the attention mask."""
-    steps_agree("mixtral", "everything", 0.1 * RATE, tmp_path, router_aux=0.5)
+    steps_agree("mixtral", "everything", tmp_path, router_aux=0.5)
 
 
-def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
+def steps_agree(case, trains, tmp_path, router_aux=0.0):
     model = reference.make(raw_config(case), tmp_path)
     decoder = load_path(tmp_path)
     config, layers = decoder.config, (1,) if trains == "one layer" else range(decoder.config.num_layers)
@@ -82,6 +79,7 @@ def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
     stays = [value for name, value in trained.items() if "norm" in name or "bias" in name]
     groups = [{"params": decays, "weight_decay": 0.1}, {"params": stays, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.999), eps=1e-8)
+    shares = {name: np.full(value.shape, np.inf) for name, value in trained.items()}
     for batch, found in zip(batches, metrics, strict=True):
         optimizer.zero_grad()
         loss, means = reference.response_loss(wide, batch)
@@ -94,6 +92,9 @@ def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
             loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(list(trained.values()), 0.5)
         optimizer.step()
+        for name, value in trained.items():
+            size = value.grad.abs() / value.grad.square().mean().sqrt().clamp(min=1e-30)
+            shares[name] = np.minimum(shares[name], size.masked_fill(size == 0, np.inf).numpy())
         np.testing.assert_allclose(found.sums.per_token, loss.item(), rtol=1e-6)
         np.testing.assert_allclose(found.sums.per_sample, means.item(), rtol=1e-6)
         np.testing.assert_allclose(found.gradient_norm, norm.item(), rtol=1e-5)
@@ -103,8 +104,13 @@ def steps_agree(case, trains, bound, tmp_path, router_aux=0.0):
         dataclasses.replace(config, fused_experts=True), trainer.partition.merge(before, trainer.state.params)
     )
     state = wide.state_dict()
-    errors = np.concatenate([np.abs(value - state[name].numpy()).ravel() for name, value in to_hf(tuned)])
-    assert np.quantile(errors, 0.999) <= 1e-6 and errors.max() <= bound, errors.max()
+    errors = {name: np.abs(value - state[name].numpy()) for name, value in to_hf(tuned)}
+    # Adam divides a gradient by its own size: of one that next to vanishes, float32's last digits say how far its
+    # weight moves. Off by more than 1e-6 were weights with a gradient below 3e-5 of its tensor's, on some processors.
+    for name, error in errors.items():
+        vanishing = shares[name] < 1e-4 if name in shares else np.zeros(error.shape, bool)
+        assert np.all(error <= np.where(vanishing, 0.1 * RATE, 1e-6)), (name, error[~vanishing].max(initial=0))
+    assert np.quantile(np.concatenate([error.ravel() for error in errors.values()]), 0.999) <= 1e-6
 
 
 def at_tokens(batch):
