@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import json_lines, plain, read_json, write_json, write_text
+from jaxcrit.core.files import json_lines, plain, read_json, remove_tree, write_json, write_text
 from jaxcrit.core.groups import FinetuneOptions
 from jaxcrit.core.hashing import sample_id, sha256_json
 from jaxcrit.core.pages import peak_gib
@@ -56,10 +56,16 @@ class Cells:
             write_json(path, SETTINGS, asked)
         return cls(out)
 
-    def __call__(self, name: str, make: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, name: str, make: Callable[[], Mapping[str, Any]], scratch: Path | None = None) -> dict[str, Any]:
         """The content of a cell: what was kept, or what ``make`` gives, which is kept before it is given.
 
         A cell that is written is never made again; one that was interrupted starts where its own runs left off.
+
+        Args:
+            name: of its file.
+            make: gives what is kept.
+            scratch: directory of runs that only ``make`` needs. It goes once the cell is kept, no sooner: an
+                interruption finds either; and whole, so that a deleted cell is made from nothing.
         """
         path = self.out / "cells" / f"{name}.json"
         if not path.exists():
@@ -72,6 +78,8 @@ class Cells:
             write_json(self.out / "times.json", TIMES, spent)
             write_json(path, CELL, content)
             print(f"{name}: {seconds:.0f} s", file=sys.stderr, flush=True)
+        if scratch is not None:
+            remove_tree(scratch)
         found: dict[str, Any] = read_json(path, CELL)
         return {key: value for key, value in found.items() if key not in ("format", "format_version")}
 

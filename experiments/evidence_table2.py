@@ -16,6 +16,7 @@ OUT/evidence_table2.json, of which ``--read=FILE`` prints the tables again.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -33,7 +34,7 @@ from jaxcrit.commands.finetune import run_finetune
 from jaxcrit.commands.score import ScoreOptions, run_score
 from jaxcrit.commands.substitute import SubstituteOptions, run_substitute
 from jaxcrit.core.errors import UserError
-from jaxcrit.core.files import plain, remove_tree
+from jaxcrit.core.files import plain
 from jaxcrit.core.groups import AnalyzeOptions, FinetuneOptions
 from jaxcrit.core.hashing import sha256_text
 from jaxcrit.core.layers import LayerScores
@@ -126,7 +127,6 @@ def cell(given: argparse.Namespace, rows: Mapping[str, str], seed: int, out: Pat
             "meta": {"window": window},
         }
         spent[f"window {window}"] = time.perf_counter() - began
-    remove_tree(out / "tuned" / "checkpoints")
     print(", ".join(f"{name} {seconds:.0f} s" for name, seconds in spent.items()), file=sys.stderr, flush=True)
     curve = [[row["step"], row["loss_per_sample"]] for row in tests]
     return {"seed": seed, "base_loss": curve[0][1], "tuned_loss": curve[-1][1], "substitution": found}
@@ -136,7 +136,6 @@ def long(given: argparse.Namespace, rows: Mapping[str, str], out: Path) -> dict[
     """Test loss every ``--steps`` steps of a training of ``--long_steps``."""
     seed = min(map(int, given.seeds.split(",")))
     tests = evaluations(run_finetune(training(given, rows, seed, given.long_steps, out, given.mesh)).metrics)
-    remove_tree(out / "checkpoints")
     return {"curve": [[row["step"], row["loss_per_sample"]] for row in tests]}
 
 
@@ -164,20 +163,20 @@ def measure(given: argparse.Namespace) -> dict[str, Any]:
     cells = Cells.open(out, settings)
     facts, seeds = model.describe(), [int(seed) for seed in given.seeds.split(",")]
     del model
-    jobs: dict[str, Any] = {}
+    runs, jobs, scratch = out / "runs", {}, {}
     for seed in seeds:
         for name in names:
-            jobs[f"base-{name}"] = lambda name=name: base_scores(given, rows[name], out / "runs" / f"base-{name}")
-            jobs[f"cell-{name}-{seed}"] = lambda name=name, seed=seed: cell(
-                given, rows[name], seed, out / "runs" / f"{name}-{seed}"
-            )
+            jobs[f"base-{name}"] = functools.partial(base_scores, given, rows[name], runs / f"base-{name}")
+            scratch[f"cell-{name}-{seed}"] = folder = runs / f"{name}-{seed}"
+            jobs[f"cell-{name}-{seed}"] = functools.partial(cell, given, rows[name], seed, folder)
     if given.long_steps:
-        jobs[f"long-{names[0]}"] = lambda: long(given, rows[names[0]], out / "runs" / "long")
+        scratch[f"long-{names[0]}"] = folder = runs / "long"
+        jobs[f"long-{names[0]}"] = functools.partial(long, given, rows[names[0]], folder)
     found = {}
     for key, make in jobs.items():
         late = bool(given.minutes) and time.perf_counter() - began > 60 * given.minutes
         if not late or (out / "cells" / f"{key}.json").exists():
-            found[key] = cells(key, make)
+            found[key] = cells(key, make, scratch.get(key))
     return plain(
         {
             "settings": settings,
