@@ -99,12 +99,20 @@ def _whole(file: IO[bytes], path: Path, before: bytes = b"") -> bytes:
     Raises:
         UserError: it has more than is read at once.
     """
+    more = UserError(f"{path}: expected at most {_LARGEST // 2**30} GiB, unless a row a line (JSONL) or a table")
+    if _is_plain(file) and plain_size(path, "rows in a file") > _LARGEST:
+        raise more  # before a GiB of it is read
     parts, size = [before], len(before)
     while part := file.read(2**20):
         parts.append(part)
         if (size := size + len(part)) > _LARGEST:
-            raise UserError(f"{path}: expected at most {_LARGEST // 2**30} GiB, unless a row a line (JSONL) or a table")
+            raise more
     return b"".join(parts)
+
+
+def _is_plain(file: Any) -> bool:
+    """Whether it is a file of this machine, not packed."""
+    return isinstance(getattr(file, "raw", None), io.FileIO)
 
 
 def _plain(file: Any, path: Path, name: str) -> Placed:
@@ -136,7 +144,7 @@ def _table(file: IO[bytes], path: Path, kind: str) -> Placed:
     import pyarrow
     import pyarrow.parquet
 
-    plain = isinstance(getattr(file, "raw", None), io.FileIO)
+    plain = _is_plain(file)
     try:
         if kind == "parquet":
             whole = file if plain else io.BytesIO(_whole(file, path))

@@ -3,11 +3,13 @@
 import bz2
 import datetime
 import gzip
+import io
 import json
 import lzma
 import os
 import sys
 import types
+from pathlib import Path
 
 import datasets
 import pyarrow
@@ -238,6 +240,17 @@ def test_what_is_read_at_once_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr("jaxcrit.data.containers.LARGEST_TEXT", 2**10)
     (tmp_path / "rows.csv").write_text("prompt\n" + "a row\n" * 2**18)
     assert "unless a row a line (JSONL) or a table" in refusal(tmp_path / "rows.csv")
+    read = []
+
+    class Counted(io.FileIO):
+        def readinto(self, buffer):
+            read.append(super().readinto(buffer))
+            return read[-1]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode: io.BufferedReader(Counted(path, mode)))
+        assert "unless a row a line (JSONL) or a table" in refusal(tmp_path / "rows.csv")
+    assert 0 < sum(read) < 2**20, "its size says it before it is read"
     (tmp_path / "rows.jsonl").write_text(json.dumps({"prompt": "x" * 2**10}))
     assert "line 1: expected a row, got more than" in refusal(tmp_path / "rows.jsonl")
     (tmp_path / "rows.json").write_text(json.dumps([{"prompt": f"{number} {'x' * 100}"} for number in range(40)]))
