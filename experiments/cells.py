@@ -64,8 +64,8 @@ class Cells:
         Args:
             name: of its file.
             make: gives what is kept.
-            scratch: directory of runs that only ``make`` needs. It goes once the cell is kept, no sooner: an
-                interruption finds either; and whole, so that a deleted cell is made from nothing.
+            scratch: directory of runs that only ``make`` needs; removed whole, once the cell is kept. An interruption
+                before that resumes in it, and a cell that is deleted later is made from nothing.
         """
         path = self.out / "cells" / f"{name}.json"
         if not path.exists():

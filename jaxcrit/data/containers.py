@@ -111,7 +111,7 @@ def _whole(file: IO[bytes], path: Path, before: bytes = b"") -> bytes:
 
 
 def _is_plain(file: Any) -> bool:
-    """Whether it is a file of this machine, not packed."""
+    """Whether its bytes are those of a file of this machine: not unpacked, not from a bucket."""
     return isinstance(getattr(file, "raw", None), io.FileIO)
 
 

@@ -28,10 +28,7 @@ RATE = 2e-4
 
 
 CASES = [
-    *itertools.product(
-        ["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"],
-        ["one layer", "everything"],
-    ),
+    *itertools.product(["llama-gqa", "llama-tied", "qwen3-tied", "phi3-gqa-sliding"], ["one layer", "everything"]),
     *itertools.product(["gemma2", "gemma3-linear-capped", "olmo3-yarn", "granite", "smollm3"], ["everything"]),
     *itertools.product(["olmoe-normed-mha", "qwen3_moe"], ["one layer"]),
 ]
@@ -105,8 +102,8 @@ def steps_agree(case, trains, tmp_path, router_aux=0.0):
     )
     state = wide.state_dict()
     errors = {name: np.abs(value - state[name].numpy()) for name, value in to_hf(tuned)}
-    # Adam divides a gradient by its own size: of one that next to vanishes, float32's last digits say how far its
-    # weight moves. Off by more than 1e-6 were weights with a gradient below 3e-5 of its tensor's, on some processors.
+    # Adam divides a gradient by its own size: where one next to vanishes, float32's last digits decide how far it moves
+    # its weight. Weights off by more than 1e-6 had a gradient below 3e-5 of its tensor's root mean square.
     for name, error in errors.items():
         vanishing = shares[name] < 1e-4 if name in shares else np.zeros(error.shape, bool)
         assert np.all(error <= np.where(vanishing, 0.1 * RATE, 1e-6)), (name, error[~vanishing].max(initial=0))
