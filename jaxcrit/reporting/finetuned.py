@@ -42,7 +42,8 @@ def finetune_report(
         warnings: what the user should know.
     """
     tests, rows = evaluations(metrics), _held_out(run)
-    few = [f"only {rows} held-out rows: such a change of test loss may be chance"] if 0 < rows < _FEW else []
+    only = f"only {_counted(rows, 'held-out row')}: such a change of test loss may be chance"
+    few = [only] if 0 < rows < _FEW else []
     columns = _columns(tests, run)
     section = Section("Test loss", "", _over_steps(tests, columns), _figures(metrics), "\n".join(_ends(tests, columns)))
     return Report(_headline(tests, run, chosen, rows), [*warnings, *few], [section], CAVEATS, [_spent(run, metrics)])
@@ -52,13 +53,17 @@ def _held_out(run: Mapping[str, Any]) -> int:
     return run["data"].get("eval", {}).get("num_samples", 0)
 
 
+def _counted(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
 def _headline(tests: Sequence[Row], run: Mapping[str, Any], chosen: LayerSet, rows: int) -> list[str]:
     before, after, best = tests[0], tests[-1], run["result"]
     ends = f"from {before['loss']:.4f} to {after['loss']:.4f} nats a token"
     freezes, trained = run["config"]["mode"] == "freeze", run["trained"]["layers"]  # of --reselect all that ever did
     layers = f"layers {span(chosen.layers if freezes else trained)} of {chosen.num_layers}"
-    steps = f"{after['step']} step{'s' if after['step'] != 1 else ''}"
-    what = f"{rows or 'the'} held-out rows, in {steps} {f'with {layers} frozen' if freezes else f'of {layers}'}"
+    held = _counted(rows, "held-out row") if rows else "the held-out rows"
+    what = f"{held}, in {_counted(after['step'], 'step')} {f'with {layers} frozen' if freezes else f'of {layers}'}"
     if not after["loss"] < before["loss"]:
         return [f"Test loss did not fall: {ends} on {what}. A lower --learning_rate or other rows may do better."]
     told = [f"Test loss fell {ends} on {what}."]

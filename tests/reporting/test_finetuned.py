@@ -50,6 +50,7 @@ def test_headline(losses, mode, told):
 def test_few_rows_are_warned_of():
     assert finetune_report(*training((2.0, 1.0))).warnings == []
     assert "only 3 held-out rows" in finetune_report(*training((2.0, 1.0), rows=3)).warnings[0]
+    assert "only 1 held-out row:" in finetune_report(*training((2.0, 1.0), rows=1)).warnings[0]
 
 
 def test_every_test_and_every_objective_has_its_place():
